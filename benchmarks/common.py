@@ -1,0 +1,89 @@
+"""What the benchmarks share: a random model of a published shape on disk, sides as processes, medians and ratios.
+
+Speed does not depend on the values of weights, so the model is random; both sides read the same files. Each side runs
+in a process of its own and the sides take turns, so that a drift of the machine falls on both alike.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MODEL_SEED = 0
+
+
+def random_model(size: str) -> Path:
+    """Directory of a random fp32 model of a published size, written on first use (560m: 2.2 GB)."""
+    root = Path(os.environ.get("BLOOMLM_BENCH_DIR", Path(tempfile.gettempdir()) / "bloomlm-bench"))
+    directory = root / f"bloom-{size}-random"
+    if not (directory / "config.json").exists():
+        import torch
+
+        from bloomlm.checkpoint.writer import write_model
+        from bloomlm.model.bloom import BloomForCausalLM
+        from bloomlm.model.config import PUBLISHED_SIZES
+
+        model = BloomForCausalLM(PUBLISHED_SIZES[size])
+        model.init_weights(torch.Generator().manual_seed(MODEL_SEED))
+        write_model(directory, model.config, model.state_dict().items(), dtype=torch.float32)
+    return directory
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process ever held that is not shared with files (anonymous pages), from the kernel's count.
+
+    VmHWM also counts pages of memory-mapped weights, which both sides have; it is the figure reported.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status: this benchmark needs Linux")
+
+
+def run_side(script: str, side: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:
+    """Run `script --side SIDE ...` in a fresh process and return the JSON object of its last line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    command = [sys.executable, script, "--side", side, *arguments]
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def alternate(script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str], threads: int = 2) -> dict:
+    """Run the sides in turns; returns side -> list of its results, one a round."""
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for round_number in range(rounds):
+        order = sides if round_number % 2 == 0 else list(reversed(sides))
+        for side in order:
+            results[side].append(run_side(script, side, arguments, threads))
+            print(f"  round {round_number + 1} {side}: {summary(results[side][-1])}", file=sys.stderr, flush=True)
+    return results
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The scalars of a side's result, short."""
+    scalars = {k: v for k, v in result.items() if isinstance(v, (int, float))}
+    return ", ".join(f"{key} {value:.4g}" for key, value in scalars.items())
+
+
+def median(results: Sequence[dict[str, Any]], key: str) -> float:
+    """Median over the rounds."""
+    return statistics.median(result[key] for result in results)
+
+
+def machine() -> str:
+    """One line about the machine and the versions."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,149 @@
+"""Training steps on a random model of bloom-560m's shape: bloomlm beside transformers (+ PEFT), same examples.
+
+    python benchmarks/train_step.py --tuning full
+    python benchmarks/train_step.py --tuning lora
+
+Every step takes one batch of 2 examples (100-500 source and 20-100 target tokens, drawn once), fp32, the same fused
+AdamW, labels on the target only. Prints tokens per second (real tokens; pads do not count), peak memory, the losses of
+both sides and the ratios.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+from common import alternate, machine, median, peak_memory_bytes, random_model
+
+LEARNING_RATE = 1e-4
+LORA_RANK = 8
+
+
+def draw_batches(num_batches: int, batch_size: int) -> list[list[tuple[np.ndarray, int]]]:
+    """(tokens, number of source tokens) of every example; the same on both sides."""
+    random = np.random.default_rng(0)
+    batches = []
+    for _ in range(num_batches):
+        batch = []
+        for _ in range(batch_size):
+            num_source, num_target = int(random.integers(100, 501)), int(random.integers(20, 101))
+            batch.append((random.integers(4, 250_000, num_source + num_target), num_source))
+        batches.append(batch)
+    return batches
+
+
+def bloomlm_steps(args: argparse.Namespace, batches: list):
+    """Yield the loss of each step, one optimizer update each."""
+    import torch
+
+    from bloomlm.adapters.apply import FullTuning, apply_adapter
+    from bloomlm.adapters.lora import LoraConfig
+    from bloomlm.checkpoint.reader import load_model
+    from bloomlm.data.loader import IGNORE_INDEX
+    from bloomlm.model.documents import Documents
+    from bloomlm.training.loss import linear_cross_entropy
+
+    model = load_model(str(random_model(args.size)))
+    adapter = FullTuning() if args.tuning == "full" else LoraConfig(r=LORA_RANK)
+    apply_adapter(model, adapter, torch.Generator().manual_seed(0))
+    model.train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
+    for batch in batches:
+        tokens = torch.from_numpy(np.concatenate([example for example, _ in batch]))
+        labels = torch.full_like(tokens, IGNORE_INDEX)
+        start = 0
+        for example, num_source in batch:
+            stop = start + len(example)
+            labels[start + num_source - 1 : stop - 1] = tokens[start + num_source : stop]
+            start = stop
+        learned = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
+        weight = model.transformer.word_embeddings.weight
+        loss = linear_cross_entropy(hidden[learned], weight, labels[learned]) / len(learned)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def transformers_steps(args: argparse.Namespace, batches: list):
+    """The same with transformers' model and its own loss, padded to the longest example of the batch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(random_model(args.size), dtype=torch.float32)
+    if args.tuning == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["query_key_value"])
+        model = get_peft_model(model, lora)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
+    for batch in batches:
+        longest = max(len(example) for example, _ in batch)
+        ids = torch.full((len(batch), longest), 3)
+        labels = torch.full_like(ids, -100)
+        mask = torch.zeros_like(ids)
+        for row, (example, num_source) in enumerate(batch):
+            ids[row, : len(example)] = torch.from_numpy(example)
+            labels[row, num_source : len(example)] = ids[row, num_source : len(example)]
+            mask[row, : len(example)] = 1
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def run(args: argparse.Namespace) -> dict:
+    """One side: the first batch warms up, every batch counts its tokens once."""
+    steps = {"bloomlm": bloomlm_steps, "transformers": transformers_steps}[args.side]
+    batches = draw_batches(args.steps + 1, args.batch_size)
+    seconds, losses = [], []
+    iterator = steps(args, batches)
+    losses.append(next(iterator))
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        losses.append(next(iterator))
+        seconds.append(time.perf_counter() - start)
+    tokens = [sum(len(example) for example, _ in batch) for batch in batches[1:]]
+    return {
+        "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
+        "peak_memory_gb": peak_memory_bytes() / 1e9,
+        "losses": losses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=("bloomlm", "transformers"))
+    parser.add_argument("--tuning", choices=("full", "lora"), default="full")
+    parser.add_argument("--size", default="560m")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(run(args)))
+        return
+    random_model(args.size)
+    arguments = ["--tuning", args.tuning, "--size", args.size, "--steps", str(args.steps)]
+    arguments += ["--batch_size", str(args.batch_size)]
+    results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)
+    print(f"{args.tuning} fine-tuning, bloom-{args.size} shape, fp32, 2 threads; {machine()}")
+    print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}  losses")
+    for side, rounds in results.items():
+        losses = " ".join(f"{loss:.5f}" for loss in rounds[0]["losses"])
+        speed, memory = median(rounds, "tokens_per_second"), median(rounds, "peak_memory_gb")
+        print(f"{side:14}{speed:10.1f}{memory:10.2f}  {losses}")
+    for key, name in (("tokens_per_second", "speed"), ("peak_memory_gb", "memory")):
+        print(f"{name} ratio: {median(results['bloomlm'], key) / median(results['transformers'], key):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""bloomlm: one toolkit for the BLOOM and BLOOMZ language models."""

@@ -1,0 +1,1 @@
+"""What learns: all weights, low-rank updates, or virtual tokens. Adapters wrap the model from outside."""

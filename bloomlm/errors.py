@@ -1,0 +1,40 @@
+"""The errors a user of bloomlm can meet. Each message says what was found, what was expected, what to do.
+
+    BloomlmError
+    +-- ConfigError        a config.json, a run file or a flag that cannot be used
+    +-- CheckpointError    a model's files: not found, damaged, missing or misshapen tensors
+    |   +-- AdapterError   the same of a LoRA or a prefix adapter
+    +-- DataError          a row of examples, with its file and line
+    +-- GenerationError    prompts or decoding options that cannot be served
+    +-- TrainingError      a run that cannot go on (ten losses in a row that are not finite, ...)
+
+Programming mistakes inside bloomlm stay `assert`s and ordinary exceptions.
+"""
+
+
+class BloomlmError(Exception):
+    """Base of every error that bloomlm raises on purpose."""
+
+
+class ConfigError(BloomlmError, ValueError):
+    """A config.json, a run file or a flag that cannot be used."""
+
+
+class CheckpointError(BloomlmError):
+    """A model's files cannot be read or written."""
+
+
+class AdapterError(CheckpointError):
+    """A LoRA or prefix adapter's files do not fit the model or cannot be read."""
+
+
+class DataError(BloomlmError, ValueError):
+    """A file of examples holds something that cannot be learned from."""
+
+
+class GenerationError(BloomlmError, ValueError):
+    """Prompts or decoding options that cannot be served."""
+
+
+class TrainingError(BloomlmError, RuntimeError):
+    """A training run that cannot go on."""

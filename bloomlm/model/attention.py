@@ -1,0 +1,123 @@
+"""The attention kernels behind one function: documents side by side, virtual tokens in front, or cached keys.
+
+ALiBi arrives inside the columns of queries and keys (see alibi.py), so the plain causal kernel of
+scaled_dot_product_attention does all the work and no [heads, T, S] tensor exists.
+
+Shapes: B batch, T new tokens, S cached tokens, N packed tokens, H heads, K head_dim, C position columns,
+E = K + C, P virtual tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bloomlm.model.alibi import key_columns
+from bloomlm.model.documents import Documents
+from bloomlm.model.kv_cache import KVCache
+
+
+def attend(
+    fused: Tensor,
+    documents: Documents,
+    *,
+    head_dim: int,
+    virtual: tuple[Tensor, Tensor] | None = None,
+    layer: int = 0,
+    kv_cache: KVCache | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention within each document.
+
+    Args:
+        fused: [N, H, 3, E] queries, keys and values with their position columns.
+        documents: how the N tokens lie.
+        head_dim: K; the score scale is K ** -0.5.
+        virtual: keys and values [H, P, E] that stand before every document (not together with a filled cache,
+            which holds them already).
+        layer: index of the block, for the cache.
+        kv_cache: receives the new keys and values; where it is not empty, its tokens come before the new ones.
+        dropout: probability on the attention weights.
+
+    Returns:
+        [N, H * K] in packed order.
+    """
+    scale = head_dim**-0.5
+    if kv_cache is not None and kv_cache.length:
+        out = _attend_cached(fused, documents, scale, layer, kv_cache)
+    else:
+        if kv_cache is not None:
+            _fill(kv_cache, layer, fused, documents, virtual)
+        out = _attend_documents(fused, documents, scale, virtual, dropout)
+    return out[..., :head_dim].flatten(1)
+
+
+def with_columns(tensor: Tensor, columns: Tensor) -> Tensor:
+    """[..., K] and [..., C] -> [..., E], in the first one's dtype (every column is exact in 16 bits)."""
+    return torch.cat((tensor, columns.to(tensor.dtype).expand(*tensor.shape[:-1], -1)), dim=-1)
+
+
+def virtual_with_columns(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [H, P, K] of virtual tokens -> [H, P, E]; their positions are -P .. -1."""
+    columns = key_columns(torch.arange(-key.shape[1], 0, device=key.device))
+    return with_columns(key, columns), with_columns(value, torch.zeros_like(columns))
+
+
+def _attend_documents(
+    fused: Tensor, documents: Documents, scale: float, virtual: tuple[Tensor, Tensor] | None, dropout: float
+) -> Tensor:
+    lengths = documents.lengths
+    if len(set(lengths)) == 1:
+        batches = [fused.unflatten(0, (len(lengths), lengths[0]))]
+    else:
+        # split's backward is one concatenation; slicing would fill a whole zero tensor for each document
+        batches = [part.unsqueeze(0) for part in fused.split(lengths)]
+    out = [_causal(batch, scale, virtual, dropout).flatten(0, 1) for batch in batches]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _causal(batch: Tensor, scale: float, virtual: tuple[Tensor, Tensor] | None, dropout: float) -> Tensor:
+    """[B, T, H, 3, E] -> [B, T, H, E]."""
+    query, key, value = batch.permute(3, 0, 2, 1, 4)
+    if virtual is not None:
+        # P rows of queries that nobody reads make the score matrix square, which the causal kernel needs
+        virtual_key, virtual_value = (tensor.expand(len(batch), -1, -1, -1) for tensor in virtual)
+        query = torch.cat((torch.zeros_like(virtual_key), query), dim=2)
+        key = torch.cat((virtual_key, key), dim=2)
+        value = torch.cat((virtual_value, value), dim=2)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, dropout_p=dropout)
+    return out[:, :, -batch.shape[1] :].transpose(1, 2)
+
+
+def _fill(
+    kv_cache: KVCache,
+    layer: int,
+    fused: Tensor,
+    documents: Documents,
+    virtual: tuple[Tensor, Tensor] | None,
+) -> None:
+    num_virtual = 0
+    if virtual is not None:
+        num_virtual = virtual[0].shape[1]
+        kv_cache.append(layer, virtual[0].unsqueeze(0), virtual[1].unsqueeze(0))
+    _, key, value = documents.unpack(fused).permute(3, 0, 2, 1, 4)
+    kv_cache.append(layer, key, value, start=num_virtual)
+
+
+def _attend_cached(fused: Tensor, documents: Documents, scale: float, layer: int, kv_cache: KVCache) -> Tensor:
+    query, key, value = fused.unflatten(0, documents.padded_shape).permute(3, 0, 2, 1, 4)
+    num_new = query.shape[2]
+    key, value = kv_cache.append(layer, key, value)
+    mask = _cache_mask(kv_cache, num_new, query.device)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _cache_mask(kv_cache: KVCache, num_new: int, device: torch.device) -> Tensor | None:
+    """[B or 1, 1, T, S + T] bool, True where a new token may look; None where it may look everywhere."""
+    stop = kv_cache.length + num_new
+    real = None if kv_cache.real is None else kv_cache.real[:, None, None, :stop]
+    if num_new == 1:
+        return real
+    slots = torch.arange(stop, device=device)
+    causal = slots <= slots[kv_cache.length :, None]
+    return causal[None, None] if real is None else causal & real

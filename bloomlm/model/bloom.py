@@ -1,0 +1,204 @@
+"""BloomForCausalLM with the parameter names and shapes of the published checkpoints.
+
+Everything between the embedding and the head works on packed tokens [N, D]: a padded batch is packed first, so pads
+cost no arithmetic. Source: the BLOOM paper (https://arxiv.org/abs/2211.05100) and transformers' modeling_bloom, to
+which the tests compare logits and gradients.
+
+Shapes: B batch, T new tokens, N packed tokens, D hidden, H heads, K head_dim, F ffn, V vocabulary, P virtual tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bloomlm.model.alibi import fused_columns, head_slopes
+from bloomlm.model.attention import attend, virtual_with_columns, with_columns
+from bloomlm.model.config import BloomConfig
+from bloomlm.model.documents import Documents
+from bloomlm.model.kv_cache import KVCache
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over a fused query_key_value whose rows are (head, 3, head_dim)."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention_dropout = config.attention_dropout
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        columns: Tensor,
+        documents: Documents,
+        virtual: tuple[Tensor, Tensor] | None,
+        layer: int,
+        kv_cache: KVCache | None,
+    ) -> Tensor:
+        """[N, D] -> [N, D]; columns [N, H, 3, C] carry the positions."""
+        fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
+        context = attend(
+            with_columns(fused, columns),
+            documents,
+            head_dim=self.head_dim,
+            virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
+            layer=layer,
+            kv_cache=kv_cache,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        return self.dense(context)
+
+
+class MLP(nn.Module):
+    """dense_h_to_4h, GELU in its tanh form, dense_4h_to_h."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_size)
+        self.dense_4h_to_h = nn.Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+
+
+class BloomBlock(nn.Module):
+    """Attention and MLP, each behind a layer norm and added to the residual stream."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        super().__init__()
+        self.post_layernorm_residual = config.apply_residual_connection_post_layernorm
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.self_attention = SelfAttention(config)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        columns: Tensor,
+        documents: Documents,
+        virtual: tuple[Tensor, Tensor] | None = None,
+        layer: int = 0,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor:
+        """[N, D] -> [N, D]."""
+        normed = self.input_layernorm(x)
+        attended = self.self_attention(normed, columns, documents, virtual, layer, kv_cache)
+        x = self._add(normed if self.post_layernorm_residual else x, attended)
+        normed = self.post_attention_layernorm(x)
+        return self._add(normed if self.post_layernorm_residual else x, self.mlp(normed))
+
+    def _add(self, residual: Tensor, update: Tensor) -> Tensor:
+        return residual + F.dropout(update, self.hidden_dropout, self.training)
+
+
+class BloomModel(nn.Module):
+    """Embedding, blocks and last layer norm: tokens to hidden states."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.h = nn.ModuleList(BloomBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.prefix: nn.Module | None = None
+        """Where set: a module that returns, for each block, the keys and values ([H, P, K] each) of virtual tokens
+        that stand before every document."""
+        self.recompute = False
+        """Compute each block's activations again in the backward pass instead of keeping them."""
+
+    def forward(self, tokens: Tensor, documents: Documents, kv_cache: KVCache | None = None) -> Tensor:
+        """Run the blocks over packed tokens.
+
+        Args:
+            tokens: [N] int64 ids.
+            documents: how they lie; with a filled kv_cache every one of its rows takes the same number of them.
+            kv_cache: where given, receives the new keys and values; its tokens come before the new ones.
+
+        Returns:
+            [N, D] hidden states after the last layer norm.
+        """
+        cached = kv_cache is not None and kv_cache.length > 0
+        virtual = self.prefix() if self.prefix is not None and not cached else [None] * len(self.h)
+        if kv_cache is not None:
+            num_virtual = 0 if virtual[0] is None else virtual[0][0].shape[1]
+            kv_cache.check_room(num_virtual + documents.padded_shape[1])
+        columns = self._columns(tokens.device, documents, kv_cache)
+        x = self.word_embeddings_layernorm(self.word_embeddings(tokens))
+        for layer, block in enumerate(self.h):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, columns, documents, virtual[layer], use_reentrant=False)
+            else:
+                x = block(x, columns, documents, virtual[layer], layer, kv_cache)
+        if kv_cache is not None:
+            _count_new_tokens(kv_cache, documents, num_virtual, tokens.device)
+        return self.ln_f(x)
+
+    def _columns(self, device: torch.device, documents: Documents, kv_cache: KVCache | None) -> Tensor:
+        positions = documents.positions(device)
+        if kv_cache is not None and kv_cache.length:
+            positions = positions + kv_cache.next_positions.repeat_interleave(documents.padded_shape[1])
+        slopes = torch.tensor(head_slopes(self.config.n_head), dtype=torch.float32, device=device)
+        return fused_columns(positions, slopes, self.config.head_dim)
+
+
+def _count_new_tokens(kv_cache: KVCache, documents: Documents, num_virtual: int, device: torch.device) -> None:
+    num_new = documents.padded_shape[1]
+    if documents.indices is None:
+        kv_cache.advance(num_virtual + num_new, num_new)
+        return
+    real = torch.ones(len(documents.lengths), num_virtual + num_new, dtype=torch.bool, device=device)
+    token_slots = torch.zeros(real.shape[0] * num_new, dtype=torch.bool, device=device)
+    token_slots[documents.indices] = True
+    real[:, num_virtual:] = token_slots.view(-1, num_new)
+    kv_cache.advance(real.shape[1], torch.tensor(documents.lengths, device=device), real)
+
+
+class BloomForCausalLM(nn.Module):
+    """BLOOM with its language-model head, which is the word embedding (tied)."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = BloomModel(config)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights: matrices from N(0, initializer_range), biases 0, layer norms 1 and 0."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if isinstance(module, nn.LayerNorm):
+                    module.weight.fill_(1.0)
+                if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                    module.bias.zero_()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] hidden states -> [..., V] logits."""
+        return F.linear(hidden, self.transformer.word_embeddings.weight)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, kv_cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of a padded batch.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], nonzero at real tokens, with pads on either side; None: no pads.
+            kv_cache: empty (prefill, the mask's pads are remembered) or filled (T new tokens for every row, no mask).
+
+        Returns:
+            [B, T, V]; rows of pads hold zeros.
+        """
+        if attention_mask is None:
+            documents = Documents.equal(*input_ids.shape)
+        else:
+            documents = Documents.from_mask(attention_mask)
+        hidden = self.transformer(documents.pack(input_ids), documents, kv_cache)
+        return self.logits(documents.unpack(hidden))

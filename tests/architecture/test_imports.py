@@ -1,0 +1,61 @@
+"""The import direction: a package imports rows below its own, never above, never a neighbour."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "bloomlm"
+ROWS = [
+    {"cli"},
+    {"api"},
+    {"training", "evaluation", "export", "runtime"},
+    {"generation", "checkpoint", "data"},
+    {"adapters", "parallel"},
+    {"model"},
+    {"errors", "assets"},
+]
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Parts of bloomlm that a file imports, at its top or inside a function."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+            if node.module == "bloomlm":
+                names = [f"bloomlm.{alias.name}" for alias in node.names if (PACKAGE / alias.name).exists()]
+        parts |= {name.split(".")[1] for name in names if name.startswith("bloomlm.")}
+    return parts
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_import_direction(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert own in ROW_OF, f"{own} has no row: add it to the table"
+    for part in imported_parts(path) - {own}:
+        assert ROW_OF[own] < ROW_OF[part], f"{path} imports {part}, which is not below {own}"
+
+
+def test_importing_bloomlm_loads_no_torch() -> None:
+    code = "import sys, bloomlm, bloomlm.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_package_never_imports_test_dependencies() -> None:
+    """transformers and PEFT are what we are compared with, never what we run on."""
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            assert not {name.split(".")[0] for name in names} & {"transformers", "peft", "paddle"}, path

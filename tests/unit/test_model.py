@@ -1,0 +1,84 @@
+"""The model's own parts: ALiBi columns, packing, cache, recompute."""
+
+import math
+
+import pytest
+import torch
+
+from bloomlm.model.alibi import head_slopes, key_columns, query_columns
+from bloomlm.model.documents import Documents
+from bloomlm.model.kv_cache import KVCache
+
+from .test_adapters import tiny_model
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_columns_give_the_bias_exactly_in_16_bits(head_dim: int) -> None:
+    slopes = torch.tensor(head_slopes(16))
+    positions = torch.tensor([-64, 0, 1, 255, 256, 257, 2047, 2048, 30_001, 65_535])
+    query, key = query_columns(slopes, head_dim), key_columns(positions)
+    assert torch.equal(query.bfloat16().float(), query)
+    assert torch.equal(key.bfloat16().float(), key)
+    bias = (query.double() @ key.double().t()) / math.sqrt(head_dim)
+    torch.testing.assert_close(bias, slopes.double()[:, None] * positions.double(), rtol=1e-7, atol=0)
+
+
+def test_slopes() -> None:
+    assert head_slopes(8) == [2.0**-i for i in range(1, 9)]
+    # 6 heads: the 4 of a model with 4 heads, then every other one of a model with 8
+    assert head_slopes(6) == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+
+
+def test_documents_pack_and_unpack() -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 0, 0]])
+    documents = Documents.from_mask(mask)
+    padded = torch.arange(9).view(3, 3) + 1
+    assert documents.lengths == (2, 3, 1)
+    assert documents.pack(padded).tolist() == [2, 3, 4, 5, 6, 7]
+    assert documents.unpack(documents.pack(padded)).tolist() == (padded * mask).tolist()
+    with pytest.raises(ValueError, match="row 1"):
+        Documents.from_mask(torch.tensor([[1, 1], [0, 0]]))
+
+
+def test_recompute_gives_the_same_gradients() -> None:
+    ids = torch.randint(0, 64, (2, 9))
+    grads = []
+    for recompute in (False, True):
+        model = tiny_model().train()
+        model.transformer.recompute = recompute
+        calls: list[int] = []
+        model.transformer.h[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(ids).square().mean().backward()
+        assert len(calls) == (2 if recompute else 1)
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+def test_cache_reorder_follows_the_rows() -> None:
+    model = tiny_model()
+    ids = torch.randint(0, 64, (3, 5))
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        cache = KVCache(model.config, 3, 8, dtype=torch.float32)
+        model(ids, mask, cache)
+        expected = model(torch.tensor([[7], [8], [9]]), kv_cache=cache)
+        cache = KVCache(model.config, 3, 8, dtype=torch.float32)
+        model(ids, mask, cache)
+        cache.reorder(torch.tensor([2, 0]))
+        assert cache.batch_size == 2
+        torch.testing.assert_close(model(torch.tensor([[9], [7]]), kv_cache=cache), expected[[2, 0]])
+
+
+def test_cache_overflow_is_refused() -> None:
+    model = tiny_model()
+    cache = KVCache(model.config, 1, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="5 more tokens"):
+        model(torch.zeros(1, 5, dtype=torch.long), kv_cache=cache)
+
+
+def test_double_precision_gradients_equal_finite_differences() -> None:
+    model = tiny_model().double()
+    hidden = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    documents = Documents.packed((2, 3))
+    columns = model.transformer._columns(hidden.device, documents, None)
+    assert torch.autograd.gradcheck(lambda x: model.transformer.h[0](x, columns, documents), hidden)

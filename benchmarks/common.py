@@ -25,13 +25,15 @@ def random_model(size: str) -> Path:
     if not (directory / "config.json").exists():
         import torch
 
+        from bloomlm.checkpoint.atomic import atomic_directory
         from bloomlm.checkpoint.writer import write_model
         from bloomlm.model.bloom import BloomForCausalLM
         from bloomlm.model.config import PUBLISHED_SIZES
 
         model = BloomForCausalLM(PUBLISHED_SIZES[size])
         model.init_weights(torch.Generator().manual_seed(MODEL_SEED))
-        write_model(directory, model.config, model.state_dict().items(), dtype=torch.float32)
+        with atomic_directory(directory) as temporary:
+            write_model(temporary, model.config, model.state_dict().items(), dtype=torch.float32)
     return directory
 
 

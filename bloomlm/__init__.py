@@ -1,1 +1,86 @@
-"""bloomlm: one toolkit for the BLOOM and BLOOMZ language models."""
+"""bloomlm: one toolkit for the BLOOM and BLOOMZ language models.
+
+Importing it costs next to nothing: the names below are loaded, and PyTorch with them, when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from bloomlm.errors import (
+    AdapterError,
+    BloomlmError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GenerationError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from bloomlm.adapters.lora import LoraConfig
+    from bloomlm.adapters.prefix import PrefixConfig
+    from bloomlm.api import Completion, LoadedModel, finetune, generate, load
+    from bloomlm.data.tokenizer import Tokenizer
+    from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
+    from bloomlm.model.bloom import BloomForCausalLM
+    from bloomlm.model.config import BloomConfig
+    from bloomlm.training.config import TrainingConfig
+
+__version__ = "0.1.0"
+
+# Public name -> the module that has it.
+_LAZY = {
+    "BeamSearch": "bloomlm.generation.config",
+    "BloomConfig": "bloomlm.model.config",
+    "BloomForCausalLM": "bloomlm.model.bloom",
+    "Completion": "bloomlm.api",
+    "GenerationConfig": "bloomlm.generation.config",
+    "Greedy": "bloomlm.generation.config",
+    "LoadedModel": "bloomlm.api",
+    "LoraConfig": "bloomlm.adapters.lora",
+    "PrefixConfig": "bloomlm.adapters.prefix",
+    "Sampling": "bloomlm.generation.config",
+    "Tokenizer": "bloomlm.data.tokenizer",
+    "TrainingConfig": "bloomlm.training.config",
+    "finetune": "bloomlm.api",
+    "generate": "bloomlm.api",
+    "load": "bloomlm.api",
+}
+
+__all__ = [
+    "AdapterError",
+    "BeamSearch",
+    "BloomConfig",
+    "BloomForCausalLM",
+    "BloomlmError",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "DataError",
+    "GenerationConfig",
+    "GenerationError",
+    "Greedy",
+    "LoadedModel",
+    "LoraConfig",
+    "PrefixConfig",
+    "Sampling",
+    "Tokenizer",
+    "TrainingConfig",
+    "TrainingError",
+    "__version__",
+    "finetune",
+    "generate",
+    "load",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'bloomlm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

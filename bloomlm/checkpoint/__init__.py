@@ -1,0 +1,1 @@
+"""Bytes to weights and back: Hugging Face directories, PEFT adapters, training state."""

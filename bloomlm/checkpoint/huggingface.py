@@ -1,0 +1,182 @@
+"""Hugging Face checkpoints: safetensors or pytorch_model.bin, whole or in shards, under BLOOM's published names.
+
+Some files leave out the "transformer." before every name (they hold the bare model), some hold the tied head a second
+time, and some of 2022 hold the attention mask as a buffer.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bloomlm.checkpoint.safetensors_file import SafetensorsFile
+from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.errors import CheckpointError
+from bloomlm.model.config import BloomConfig
+
+MODEL_PREFIX = "transformer."
+EMBEDDING = "transformer.word_embeddings.weight"
+HEAD = "lm_head.weight"
+# Buffers of the first releases of transformers' and Megatron's BLOOM: no parameters, rebuilt by every model.
+BUFFERS = re.compile(r"\.self_attention\.(scale_mask_softmax\.causal_mask|masked_bias)$")
+HEAD_ROWS_COMPARED = 16_384
+
+
+class TensorFile(Protocol):
+    """One file of named tensors."""
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """What it holds, under its own names."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One of its tensors."""
+        ...
+
+
+class TorchFile:
+    """One pytorch_model.bin, unpickled with weights_only and mapped; files older than torch 1.6 are read whole."""
+
+    def __init__(self, path: Path) -> None:
+        """Unpickle the names; the tensors' bytes stay in the file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CheckpointError: it is damaged, or holds other than tensors.
+        """
+        self._tensors = _torch_load(path)
+        self.entries: Mapping[str, TensorEntry] = {
+            name: TensorEntry(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped privately."""
+        return self._tensors[name]
+
+
+class HuggingFaceReader:
+    """The parameters of a checkpoint's files, under their published names."""
+
+    def __init__(self, files: list[TensorFile]) -> None:
+        """Join the files.
+
+        Args:
+            files: together one checkpoint.
+
+        Raises:
+            CheckpointError: two tensors of one name, or a head that is not the embedding.
+        """
+        self.entries: dict[str, TensorEntry] = {}
+        self._places: dict[str, tuple[TensorFile, str]] = {}
+        head: tuple[TensorFile, str] | None = None
+        for file in files:
+            for stored_name, entry in file.entries.items():
+                if stored_name == HEAD:
+                    head = (file, stored_name)
+                    continue
+                if BUFFERS.search(stored_name):
+                    continue
+                name = MODEL_PREFIX + stored_name.removeprefix(MODEL_PREFIX)
+                if name in self.entries:
+                    raise CheckpointError(f"the checkpoint's files hold {name} twice; expected it once")
+                self.entries[name] = entry
+                self._places[name] = (file, stored_name)
+        if head is not None:
+            self._check_head(*head)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter."""
+        file, stored_name = self._places[name]
+        return file.read(stored_name)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows start to stop of dimension dim of a parameter."""
+        return self.read(name).narrow(dim, start, stop - start)
+
+    def _check_head(self, file: TensorFile, stored_name: str) -> None:
+        """Drop a head that repeats the embedding; refuse one that does not."""
+        if EMBEDDING not in self.entries:
+            return  # reported as missing when the model is built
+        head, embedding = file.read(stored_name), self.read(EMBEDDING)
+        problem = ""
+        if head.shape != embedding.shape:
+            problem = f"has shape {tuple(head.shape)}, the embedding {tuple(embedding.shape)}"
+        elif head.data_ptr() != embedding.data_ptr():
+            pieces = zip(head.split(HEAD_ROWS_COMPARED), embedding.split(HEAD_ROWS_COMPARED), strict=True)
+            if not all(torch.equal(a.float(), b.float()) for a, b in pieces):
+                problem = "holds other values than the embedding"
+        if problem:
+            raise CheckpointError(
+                f"{HEAD} {problem}: this head is not tied to {EMBEDDING}; BLOOM's is, and bloomlm runs no other"
+            )
+
+
+def find_safetensors(directory: Path) -> bool:
+    """Whether a directory holds a safetensors checkpoint that PyTorch's BLOOM wrote."""
+    return any((directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def open_safetensors(directory: Path, config: BloomConfig) -> HuggingFaceReader:
+    """Open model.safetensors, or the shards that its index names."""
+    return HuggingFaceReader([SafetensorsFile(path) for path in _files(directory, "model.safetensors")])
+
+
+def find_torch(directory: Path) -> bool:
+    """Whether a directory holds a pytorch_model.bin checkpoint."""
+    return any((directory / name).is_file() for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+
+
+def open_torch(directory: Path, config: BloomConfig) -> HuggingFaceReader:
+    """Open pytorch_model.bin, or the shards that its index names."""
+    return HuggingFaceReader([TorchFile(path) for path in _files(directory, "pytorch_model.bin")])
+
+
+def _files(directory: Path, single_name: str) -> list[Path]:
+    """The single file where it lies, as transformers prefers it, or else the shards of the index."""
+    if (directory / single_name).is_file():
+        return [directory / single_name]
+    index = directory / f"{single_name}.index.json"
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("its weight_map names files outside its directory")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of a checkpoint's shards: {error!r}") from error
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {index.name} names {len(shards)} shards, and these are missing: {name_some(missing)}; "
+            "fetch them again"
+        )
+    return [directory / shard for shard in shards]
+
+
+def _torch_load(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used with files saved with" not in str(error):
+                raise
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds Python objects besides tensors, which bloomlm does not run: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read, it is cut short or damaged: {error}") from error
+    if isinstance(values, dict):
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        if len(tensors) == len(values):
+            return tensors
+    raise CheckpointError(f"{path} does not hold a state dict: expected a mapping of names to tensors")

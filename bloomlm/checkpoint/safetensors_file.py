@@ -1,0 +1,196 @@
+"""One safetensors file, opened without reading its tensors.
+
+Written out here instead of through the safetensors package, whose tensors are views of one mapping of the whole file:
+here every tensor has a storage of its own size (so that torch.save of one writes one), a mapping lives only as long as
+a tensor uses it (so that a converted tensor leaves no pages behind), and damage is reported by file and size.
+
+Source: the format, https://github.com/huggingface/safetensors#format: 8 bytes of header length, little endian;
+the header, JSON of name -> dtype, shape, data_offsets; the tensors' bytes without gaps.
+"""
+
+import json
+import math
+import mmap
+import os
+import struct
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bloomlm.checkpoint.tensor_reader import TensorEntry
+from bloomlm.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+
+
+class SafetensorsFile:
+    """The tensors of one file, mapped privately: changing one changes memory, never the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header and hold it against the file's size.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CheckpointError: it cannot be read, is cut short, or is no safetensors file.
+        """
+        self.path = path
+        header, self._data_start = _read_header(path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._offsets: dict[str, int] = {}
+        self.entries: Mapping[str, TensorEntry] = {
+            name: self._parse_entry(name, values) for name, values in header.items()
+        }
+        self._identity = _identity(path.stat())
+        position = self._data_start
+        for name, start in sorted(self._offsets.items(), key=lambda item: item[1]):
+            if start != position:
+                raise CheckpointError(f"{path}: in its header the data of {name} overlap others, or leave a gap")
+            position += num_bytes(self.entries[name])
+        found = path.stat().st_size
+        if found != position:
+            raise CheckpointError(
+                f"{path} holds {found} bytes, its header promises {position}: cut short or damaged; fetch it again"
+            )
+        self._mapping: weakref.ref[mmap.mmap] | None = None
+
+    def _parse_entry(self, name: str, values: Any) -> TensorEntry:
+        try:
+            entry = TensorEntry(tuple(map(int, values["shape"])), DTYPES[values["dtype"]])
+            start, stop = values["data_offsets"]
+            if start < 0 or stop - start != num_bytes(entry):
+                raise ValueError(f"{stop - start} bytes where the shape needs {num_bytes(entry)}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: its header's entry for {name} makes no sense: {error!r}") from error
+        self._offsets[name] = self._data_start + start
+        return entry
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped; copied only if the file does not align it."""
+        entry = self.entries[name]
+        if not num_bytes(entry):
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        offset = self._offsets[name]
+        mapping = self._map()
+        if offset % entry.dtype.itemsize:
+            raw = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes(entry), offset=offset)
+            return raw.clone().view(entry.dtype).view(entry.shape)
+        flat = torch.frombuffer(mapping, dtype=entry.dtype, count=math.prod(entry.shape), offset=offset)
+        return flat.view(entry.shape)
+
+    def _map(self) -> mmap.mmap:
+        mapping = self._mapping() if self._mapping is not None else None
+        if mapping is None:
+            try:
+                with self.path.open("rb") as file:
+                    if _identity(os.fstat(file.fileno())) != self._identity:
+                        raise CheckpointError(f"{self.path} changed while it was being read; load the model again")
+                    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
+            self._mapping = weakref.ref(mapping)
+        return mapping
+
+
+def num_bytes(entry: TensorEntry) -> int:
+    """Size of a tensor's data."""
+    return math.prod(entry.shape) * entry.dtype.itemsize
+
+
+def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Lay tensors out in a file, in the order given.
+
+    Args:
+        entries: name -> shape and dtype.
+        metadata: text kept in the header.
+
+    Returns:
+        The file's first bytes, padded to 8, and the offset in the file of each tensor's data.
+    """
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    starts: dict[str, int] = {}
+    for name, entry in entries.items():
+        starts[name] = position
+        position += num_bytes(entry)
+        fields[name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [starts[name], position],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data_start = LENGTH_BYTES + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: data_start + start for name, start in starts.items()}
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's data as the file holds them, row by row."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a new file, one tensor at a time.
+
+    Args:
+        path: the file.
+        tensors: name -> tensor, in the order they shall lie.
+        metadata: text kept in the header.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    entries = {name: TensorEntry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    try:
+        with path.open("wb") as file:
+            file.write(build_header(entries, metadata)[0])
+            for tensor in tensors.values():
+                file.write(raw_bytes(tensor))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(LENGTH_BYTES)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == LENGTH_BYTES else 0
+            text = file.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not length or len(text) != length:
+        raise CheckpointError(
+            f"{path} is cut short or no safetensors file: {path.stat().st_size} bytes do not hold its header; "
+            "fetch it again (a file of some hundred bytes is often a git-lfs pointer)"
+        )
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object")
+    return header, LENGTH_BYTES + length

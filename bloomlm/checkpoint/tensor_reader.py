@@ -1,0 +1,46 @@
+"""What every file format offers: named tensors, read one at a time, whole or in part.
+
+A format (huggingface.py, ...) turns its own names, layouts and files into this; reader.py builds models from it and
+knows no format.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a checkpoint says of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    """In the published orientation: a linear's weight is (out, in)."""
+    dtype: torch.dtype
+    """As stored."""
+
+
+class TensorReader(Protocol):
+    """The tensors of a checkpoint under their published names ("transformer.h.0.input_layernorm.weight")."""
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every parameter of the checkpoint; reading this reads no tensor."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU; where the format allows it is a private mapping of the file, not a copy."""
+        ...
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows start to stop of dimension dim; where the format allows nothing else is read."""
+        ...
+
+
+def name_some(names: Iterable[str], limit: int = 5) -> str:
+    """The first names of a list, in order, and how many more there are, for a message."""
+    ordered = list(names)
+    more = f", and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

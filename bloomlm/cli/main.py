@@ -1,0 +1,124 @@
+"""The `bloomlm` command: finds the verb, imports only that verb's file, and turns errors into one clear line."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+import bloomlm
+from bloomlm.errors import BloomlmError
+
+# verb -> (its module, the line that `bloomlm --help` shows). The module holds `command`.
+VERBS = {
+    "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
+    "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
+}
+
+_EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """A group that imports a verb's module only when that verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the table."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module and return its command."""
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(VERBS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; an unknown one is an error that names the nearest."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "`bloomlm --help` lists the verbs."
+            raise click.UsageError(f"unknown verb {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs from the table, without importing any."""
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, summary) for verb, (_, summary) in VERBS.items()])
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"bloomlm {bloomlm.__version__}")
+        ctx.exit()
+
+
+group = _Verbs(
+    "bloomlm",
+    help="Fine-tune and run the BLOOM and BLOOMZ language models.",
+    epilog="`bloomlm VERB --help` explains the flags of a verb.",
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version and exit.",
+        )
+    ],
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 110},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `bloomlm` and exit: 0 done, 2 the user can correct it, 130 interrupted.
+
+    Args:
+        arguments: the words after `bloomlm`; None reads them from the process.
+    """
+    _exit_with(group, list(sys.argv[1:] if arguments is None else arguments), "bloomlm")
+
+
+def run_verb(verb: str) -> NoReturn:
+    """Run one verb with the process's own arguments; what PaddleNLP's script names call."""
+    command = importlib.import_module(VERBS[verb][0]).command
+    _exit_with(command, sys.argv[1:], sys.argv[0])
+
+
+def _exit_with(command: click.Command, arguments: list[str], program: str) -> NoReturn:
+    wants_traceback = os.environ.get("BLOOMLM_DEBUG") == "1"
+    try:
+        status = command.main(args=arguments, prog_name=program, standalone_mode=False)
+    except click.ClickException as error:
+        _report(_click_message(error))
+        sys.exit(_EXIT_USER_ERROR)
+    except BloomlmError as error:
+        if wants_traceback:
+            raise
+        _report(str(error))
+        sys.exit(_EXIT_USER_ERROR)
+    except (click.Abort, KeyboardInterrupt):
+        if wants_traceback:
+            raise
+        _report("interrupted")
+        sys.exit(_EXIT_INTERRUPTED)
+    # click returns the status of ctx.exit() (--help, --version) and otherwise what the command returned.
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _click_message(error: click.ClickException) -> str:
+    message = error.format_message()
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{message}\n       `{error.ctx.command_path} --help` lists the flags."
+    return message
+
+
+def _report(message: str) -> None:
+    click.echo(f"error: {message}", err=True)

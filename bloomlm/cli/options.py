@@ -1,0 +1,292 @@
+"""Turns a config dataclass into the flags of a command.
+
+Each field becomes one flag of the same name. What the flag says about itself lies in the field's metadata:
+
+    help        one line, with the unit; the default is added here
+    section     the heading under which --help lists it
+    aliases     other spellings, e.g. ("prefix",)
+    repeatable  True: given once for each text of the tuple, which may hold commas
+
+A boolean is given as `--x`, `--x True` or `--x False`; dashes and underscores are the same; `--config run.yaml`
+takes the same names, and a flag on the command line wins over the file. Knows nothing of what the fields mean.
+"""
+
+import difflib
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import click
+import yaml
+
+from bloomlm.errors import ConfigError
+
+_CONFIG_FLAG = "config"
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+C = TypeVar("C", bound=_Dataclass)
+
+
+class NameList(click.ParamType):
+    """Names separated by commas; a run file may also give a list."""
+
+    name = "a,b,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the names without surrounding blanks."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One field of a config dataclass as the command line sees it."""
+
+    name: str
+    type: click.ParamType
+    is_optional: bool
+    default: Any
+    help: str
+    section: str
+    aliases: tuple[str, ...]
+    is_repeatable: bool
+
+    @property
+    def is_required(self) -> bool:
+        """Whether the user must give it."""
+        return self.default is MISSING
+
+    @property
+    def is_boolean(self) -> bool:
+        """Whether it may stand without a value."""
+        return self.type is click.BOOL
+
+    def described(self) -> str:
+        """The help line, ending in the default."""
+        if self.is_required:
+            return f"{self.help}  [required]"
+        if self.default in (None, "", ()):
+            return self.help
+        text = ",".join(self.default) if isinstance(self.default, tuple) else str(self.default)
+        return f"{self.help}  [default: {text}]"
+
+    def parse(self, value: Any, where: str) -> Any:
+        """Convert a run file's value, held to the same rules as the command line's.
+
+        Args:
+            value: a scalar or a list, as YAML reads it.
+            where: the file, for the message.
+        Raises:
+            ConfigError: the value is not of the flag's type.
+        """
+        if value is None:
+            if self.is_optional:
+                return None
+            raise ConfigError(f"{where}: {self.name} is empty; expected {_expected(self.type)}, or leave it out")
+        if self.is_repeatable:
+            return tuple(str(item) for item in value) if isinstance(value, (list, tuple)) else (str(value),)
+        if isinstance(value, (list, tuple)) and isinstance(self.type, NameList):
+            return tuple(str(item) for item in value)
+        if not isinstance(value, (str, int, float)):
+            raise ConfigError(f"{where}: {self.name} is {value!r}; expected {_expected(self.type)}")
+        try:
+            return self.type.convert(str(value), None, None)
+        except click.BadParameter as error:
+            raise ConfigError(
+                f"{where}: {self.name} is {value!r}; expected {_expected(self.type)}"
+            ) from error
+
+
+def config_command(name: str, config_class: type[C], run: Callable[[C], None], *, help: str) -> click.Command:
+    """Build the command whose flags are the fields of `config_class`.
+
+    Args:
+        name: the verb.
+        config_class: a dataclass with keyword arguments.
+        run: receives the finished config.
+        help: what the verb does; the first line is its summary.
+    """
+    flags = config_flags(config_class)
+
+    def callback(**values: Any) -> None:
+        config_file = values.pop(_CONFIG_FLAG)
+        given = {key: value for key, value in values.items() if value is not None}
+        run(build_config(config_class, given, config_file))
+
+    return _SectionedCommand(
+        name,
+        callback=callback,
+        params=[_config_file_option(), *(_option(flag) for flag in flags)],
+        help=help,
+        sections={flag.name: flag.section for flag in flags},
+        context_settings={
+            "token_normalize_func": lambda token: token.replace("-", "_"),
+            "help_option_names": ["--help", "-h"],
+            "max_content_width": 110,
+        },
+    )
+
+
+def config_flags(config_class: type[_Dataclass]) -> tuple[Flag, ...]:
+    """Read the flags from a dataclass, in the order of its fields."""
+    hints = get_type_hints(config_class)
+    return tuple(_flag(item, hints[item.name]) for item in fields(config_class))
+
+
+def build_config(config_class: type[C], given: Mapping[str, Any], config_file: Path | None) -> C:
+    """Join the run file and the flags given on the command line; the flags win.
+
+    Raises:
+        ConfigError: the file cannot be read, has a key or a value that does not fit, or a required flag is missing.
+    """
+    flags = config_flags(config_class)
+    values = {**(read_run_file(config_file, flags) if config_file else {}), **given}
+    missing = [flag for flag in flags if flag.is_required and flag.name not in values]
+    if missing:
+        lines = "; ".join(f"--{flag.name} ({flag.help})" for flag in missing)
+        raise ConfigError(f"missing {lines}")
+    return config_class(**values)
+
+
+def read_run_file(path: Path, flags: tuple[Flag, ...]) -> dict[str, Any]:
+    """Read `--config`: a YAML mapping from flag names to values.
+
+    Raises:
+        ConfigError: as for `build_config`.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read --config {path}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected lines of `name: value`, found a {type(content).__name__}")
+    known = {spelling: flag for flag in flags for spelling in (flag.name, *flag.aliases)}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        flag = known.get(str(key).lstrip("-").replace("-", "_"))
+        if flag is None:
+            raise ConfigError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+        if flag.name in values:
+            raise ConfigError(f"{path}: {flag.name} is given twice; keep one of its spellings")
+        values[flag.name] = flag.parse(value, str(path))
+    return values
+
+
+class _SectionedCommand(click.Command):
+    """A command whose --help groups the flags under the sections of their fields."""
+
+    def __init__(self, name: str, *, sections: Mapping[str, str], **attributes: Any) -> None:
+        super().__init__(name, **attributes)
+        self._sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one definition list per section."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                section = self._sections.get(param.name or "", "general")
+                rows.setdefault(section, []).append(record)
+        for section, records in rows.items():
+            with formatter.section(section.capitalize()):
+                formatter.write_dl(records, col_max=34)
+
+
+def _config_file_option() -> click.Option:
+    return click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="read flags from a YAML file of `name: value` lines; flags given here win over it",
+    )
+
+
+def _option(flag: Flag) -> click.Option:
+    # Every default stays None here: what the user did not give must not hide what the run file says.
+    spellings = [flag.name, *(f"--{spelling}" for spelling in (flag.name, *flag.aliases))]
+    if flag.is_boolean:
+        return click.Option(
+            spellings,
+            type=click.BOOL,
+            is_flag=False,
+            flag_value="True",
+            default=None,
+            metavar="[True|False]",
+            help=flag.described(),
+        )
+    if flag.is_repeatable:
+        return click.Option(
+            spellings,
+            type=flag.type,
+            multiple=True,
+            callback=lambda ctx, param, value: value or None,
+            help=flag.described(),
+        )
+    return click.Option(spellings, type=flag.type, default=None, help=flag.described())
+
+
+def _flag(item: Field[Any], hint: Any) -> Flag:
+    hint, is_optional = _without_none(hint)
+    default = item.default
+    if default is MISSING and item.default_factory is not MISSING:
+        default = item.default_factory()
+    return Flag(
+        name=item.name,
+        type=click.STRING if item.metadata.get("repeatable") else _parameter_type(hint, item.name),
+        is_optional=is_optional,
+        default=default,
+        help=item.metadata.get("help", ""),
+        section=item.metadata.get("section", "general"),
+        aliases=tuple(item.metadata.get("aliases", ())),
+        is_repeatable=bool(item.metadata.get("repeatable", False)),
+    )
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        assert len(members) == 1, f"a flag has one type, found {hint}"
+        return members[0], True
+    return hint, False
+
+
+def _parameter_type(hint: Any, name: str) -> click.ParamType:
+    simple: dict[Any, click.ParamType] = {
+        bool: click.BOOL,
+        int: click.INT,
+        float: click.FLOAT,
+        str: click.STRING,
+        Path: click.Path(path_type=Path),
+    }
+    if hint in simple:
+        return simple[hint]
+    if get_origin(hint) is Literal:
+        return click.Choice([str(value) for value in get_args(hint)], case_sensitive=False)
+    assert get_origin(hint) is tuple, f"no flag can be made of {name}: {hint}"
+    return NameList()
+
+
+def _expected(param_type: click.ParamType) -> str:
+    if isinstance(param_type, click.Choice):
+        return "one of " + ", ".join(param_type.choices)
+    names = {
+        click.BOOL: "True or False",
+        click.INT: "a whole number",
+        click.FLOAT: "a number",
+        click.STRING: "a text",
+    }
+    return names.get(param_type, "a path" if isinstance(param_type, click.Path) else "names separated by commas")
+
+
+def _nearest(key: str, known: Mapping[str, Flag]) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; `--help` lists the names"

@@ -1,0 +1,162 @@
+"""Batches of packed examples, in an order that depends on (seed, epoch) alone.
+
+An example of n tokens fills n - 1 positions: its tokens but the last, each with the token after it as its label.
+Nothing is predicted from the closing </s>, so the model need not see it.
+
+    tokens   src0 src1 tgt0 tgt1         of the example   src0 src1 tgt0 tgt1 </s>
+    labels   -100 tgt0 tgt1 </s>
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bloomlm.data.examples import Example
+from bloomlm.errors import ConfigError, TrainingError
+
+# N packed tokens of a batch.
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Examples one after another, without pads."""
+
+    tokens: torch.Tensor
+    """Token ids [N], int64."""
+
+    labels: torch.Tensor
+    """[N], int64: the token that each position must predict, or IGNORE_INDEX."""
+
+    lengths: tuple[int, ...]
+    """Positions of each example; they add up to N."""
+
+    num_supervised_tokens: int
+    """Positions that have a label."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on a device."""
+        return Batch(
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            lengths=self.lengths,
+            num_supervised_tokens=self.num_supervised_tokens,
+        )
+
+
+class Examples(Protocol):
+    """What a loader reads from: an ExampleSet, or a list of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pack examples into one batch, in their order.
+
+    Args:
+        examples: each of at least two tokens.
+    """
+    lengths = tuple(len(example.tokens) - 1 for example in examples)
+    assert min(lengths) > 0
+    tokens = np.empty(sum(lengths), dtype=np.int64)
+    labels = np.full(sum(lengths), IGNORE_INDEX, dtype=np.int64)
+    start, num_supervised_tokens = 0, 0
+    for example, length in zip(examples, lengths, strict=True):
+        first = max(example.num_source_tokens - 1, 0)  # the last source token predicts the first of the target
+        tokens[start : start + length] = example.tokens[:-1]
+        labels[start + first : start + length] = example.tokens[first + 1 :]
+        start += length
+        num_supervised_tokens += length - first
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        lengths=lengths,
+        num_supervised_tokens=num_supervised_tokens,
+    )
+
+
+class BatchLoader:
+    """Goes through examples epoch by epoch; iterating goes on where the last iteration stopped.
+
+    `for batch in loader` gives the rest of the current epoch. A loader that got another one's state_dict gives
+    exactly the batches that the other would have given next.
+
+    Args:
+        examples: what to learn, at least one.
+        batch_size: examples in a batch; the last batch of an epoch may hold fewer.
+        shuffle: a new order each epoch, else the order of the examples.
+        seed: of the shuffle.
+
+    Raises:
+        ConfigError: batch_size or the number of examples is below 1, or seed is negative.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+        if batch_size < 1 or len(examples) < 1 or seed < 0:
+            raise ConfigError(
+                f"batch size {batch_size}, {len(examples)} examples, seed {seed}: expected at least 1, at least 1, "
+                "and a seed that is not negative"
+            )
+        self._examples = examples
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return -(-len(self._examples) // self._batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """Number, from 0, of the epoch that the next batch belongs to."""
+        return self._epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches that are left of the current epoch."""
+        order = self._order(self._epoch)
+        epoch = self._epoch
+        while self._epoch == epoch:
+            chosen = order[self._position : self._position + self._batch_size]
+            batch = collate([self._examples[int(index)] for index in chosen])
+            # The state moves on before the batch is handed out: saved while it is in use, it points behind it.
+            self._position += len(chosen)
+            if self._position >= len(order):
+                self._epoch, self._position = epoch + 1, 0
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: epoch, position (examples of it handed out), and what must not change."""
+        return {"epoch": self._epoch, "position": self._position, **self._fixed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where another loader stood. The batch size may differ: the position counts examples.
+
+        Raises:
+            TrainingError: the other loader had other examples, another seed or another shuffle.
+        """
+        for name, mine in self._fixed().items():
+            if state[name] != mine:
+                raise TrainingError(
+                    f"the saved run had {name} {state[name]}, this one has {mine}, so it cannot go on where that "
+                    "stopped. Use the same data and seed, or start in a new output_dir"
+                )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+    def _fixed(self) -> dict[str, Any]:
+        return {"num_examples": len(self._examples), "seed": self._seed, "shuffle": self._shuffle}
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(len(self._examples))
+        # Sorting raw 64-bit draws, and not Generator.permutation, which numpy may change from version to version.
+        generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+        return np.argsort(generator.random_raw(len(self._examples)), kind="stable")

@@ -1,0 +1,207 @@
+"""What the fields of a row mean: which text is given, which text is learned.
+
+| fields                         | source, given                                     | target, learned |
+|--------------------------------|---------------------------------------------------|-----------------|
+| src, tgt                       | src                                               | tgt             |
+| instruction, (input), output   | instruction, a line end, input (if it has text)   | output          |
+| prompt, completion             | prompt                                            | completion      |
+| (title), source, target        | the question-generation prompt, or source alone   | target          |
+| content, summary               | content                                           | summary         |
+
+A prompt template replaces the second column.
+"""
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bloomlm.data.files import Row
+from bloomlm.errors import ConfigError, DataError
+
+# PaddleNLP's DuReader prompt: answer and context are given, the question is asked for.
+QUESTION_GENERATION_PROMPT = "答案：{title}，上下文：{source}在已知答案的前提下，问题："
+
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPair:
+    """What one row teaches: after `source`, say `target`."""
+
+    source: str
+    target: str
+
+
+class PromptTemplate:
+    r"""A text with named fields, such as "{instruction}\n{input}\nAnswer:".
+
+    Args:
+        text: {name} stands for the field of that name; {{ and }} for braces; a backslash followed by n, t or
+            another backslash (what a shell hands over as two characters) for a line end, a tab, a backslash.
+
+    Raises:
+        ConfigError: braces that do not match, something else than a name between them, no field at all.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        unescaped = re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
+        try:
+            self._parts = list(string.Formatter().parse(unescaped))
+        except ValueError as error:
+            raise ConfigError(
+                f"prompt_template {text!r}: {error}. Write a field as {{name}}, and {{{{ or }}}} for a brace itself"
+            ) from error
+        for _, name, format_spec, conversion in self._parts:
+            if name is not None and (format_spec or conversion or not name or set(name) & set(".[]")):
+                raise ConfigError(
+                    f"prompt_template {text!r}: between braces stands the plain name of a field of the rows, "
+                    f"such as {{instruction}}, not {name!r} or a format of it"
+                )
+        self.fields = tuple(dict.fromkeys(name for _, name, _, _ in self._parts if name))
+        if not self.fields:
+            raise ConfigError(
+                f"prompt_template {text!r}: it names no field, so every prompt would be the same. "
+                "Name at least one, such as {instruction}"
+            )
+
+    def fill(self, row: Row) -> str:
+        """The prompt of one row.
+
+        Raises:
+            DataError: the row lacks a field that the template names, or the field is not text.
+        """
+        values = {name: self._value(row, name) for name in self.fields}
+        return "".join(literal + (values[name] if name else "") for literal, name, _, _ in self._parts)
+
+    def _value(self, row: Row, name: str) -> str:
+        if name == "input" and "instruction" in row.fields:
+            return _optional_text(row, name)
+        if name not in row.fields:
+            raise DataError(
+                f"{row.where}: prompt_template names the field {name!r}, which this row lacks; "
+                f"it has {_names(row.fields)}"
+            )
+        return _text(row, name)
+
+
+def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
+    """The source and the target of one row.
+
+    Args:
+        row: fields as in the table at the top of this file; with a template, any fields and one known target.
+        template: makes the source.
+
+    Raises:
+        DataError: the fields fit no format or two, a field is not text, source or target is empty.
+    """
+    if template is None:
+        fitting = [form for form in _FORMATS if form.fits(row.fields) and form.target in row.fields]
+        form = _only(fitting, row, expected=f"one of {', '.join(map(str, _FORMATS))}")
+    else:
+        fitting = [form for form in _FORMATS if form.target in row.fields]
+        targets = ", ".join(form.target for form in _FORMATS)
+        form = _only(fitting, row, expected=f"beside the fields of prompt_template one of {targets}")
+    source = form.compose(row) if template is None else template.fill(row)
+    return TextPair(
+        source=_filled(source, row, "source"), target=_filled(_text(row, form.target), row, f"target {form.target!r}")
+    )
+
+
+def read_source(row: Row, template: PromptTemplate | None = None) -> str:
+    """The source of one row, whether or not the row has a target: what prediction starts from.
+
+    Args:
+        row: fields as in the table at the top of this file, the target not needed; with a template, any fields.
+        template: makes the source.
+
+    Raises:
+        DataError: the fields fit no format or two, a field is not text, the source is empty.
+    """
+    if template is not None:
+        return _filled(template.fill(row), row, "source")
+    fitting = [form for form in _FORMATS if form.fits(row.fields)]
+    with_target = [form for form in fitting if form.target in row.fields]
+    expected = f"the source of one of {', '.join(map(str, _FORMATS))}"
+    return _filled(_only(with_target or fitting, row, expected=expected).compose(row), row, "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RowFormat:
+    required: str
+    optional: str | None = None
+    target: str
+    compose: Callable[[Row], str]
+
+    def fits(self, fields: Mapping[str, object]) -> bool:
+        return self.required in fields
+
+    def __str__(self) -> str:
+        optional = f" (+ {self.optional})" if self.optional else ""
+        return f"{self.required}{optional} / {self.target}"
+
+
+def _compose_instruction(row: Row) -> str:
+    parts = (_text(row, "instruction"), _optional_text(row, "input"))
+    return "\n".join(part for part in parts if part.strip())
+
+
+def _compose_question(row: Row) -> str:
+    title, source = _optional_text(row, "title"), _text(row, "source")
+    return QUESTION_GENERATION_PROMPT.format(title=title, source=source) if title.strip() else source
+
+
+_FORMATS = (
+    _RowFormat(required="src", target="tgt", compose=lambda row: _text(row, "src")),
+    _RowFormat(required="instruction", optional="input", target="output", compose=_compose_instruction),
+    _RowFormat(required="prompt", target="completion", compose=lambda row: _text(row, "prompt")),
+    _RowFormat(required="source", optional="title", target="target", compose=_compose_question),
+    _RowFormat(required="content", target="summary", compose=lambda row: _text(row, "content")),
+)
+
+
+def _only(fitting: list[_RowFormat], row: Row, *, expected: str) -> _RowFormat:
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise DataError(
+            f"{row.where}: the fields {_names(row.fields)} fit {' and '.join(map(str, fitting))}; "
+            "keep those of one of them"
+        )
+    raise DataError(f"{row.where}: found the fields {_names(row.fields)}, expected {expected}")
+
+
+def _optional_text(row: Row, name: str) -> str:
+    return "" if row.fields.get(name) is None else _text(row, name)
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.fields[name]
+    if isinstance(value, list) and name in ("src", "tgt"):  # PaddleNLP writes one turn as a list of one
+        if len(value) != 1:
+            raise DataError(
+                f"{row.where}: {name!r} is a list of {len(value)}; an example here has one turn. "
+                "Write one text, or one row for each turn"
+            )
+        value = value[0]
+    if not isinstance(value, str):
+        found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise DataError(f"{row.where}: {name!r} is {found}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.where}: {name!r} holds half of a surrogate pair ({value[error.start]!a}), which is no character"
+        ) from error
+    return value
+
+
+def _filled(text: str, row: Row, what: str) -> str:
+    if not text.strip():
+        raise DataError(f"{row.where}: the {what} is empty; an example needs text to start from and text to learn")
+    return text
+
+
+def _names(fields: Mapping[str, object]) -> str:
+    return ", ".join(map(str, fields)) or "none"

@@ -1,0 +1,165 @@
+"""From --dataset_name_or_path, --train_file and --eval_file to the rows of each split.
+
+A data set is a directory with train, dev and test files, `builtin:NAME`, or a name on the Hugging Face hub.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bloomlm.data.files import FileRows, Row, RowSource
+from bloomlm.errors import ConfigError, DataError
+
+BUILTIN_PREFIX = "builtin:"
+
+_SUFFIXES = (".jsonl", ".json", ".csv")
+# What the dev split is called: PaddleNLP's files and the hub's data sets.
+_SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSplits:
+    """Where the rows of each split are; None for a split that the data set lacks."""
+
+    train: RowSource | None = None
+    dev: RowSource | None = None
+    test: RowSource | None = None
+
+
+def resolve_splits(
+    *,
+    dataset_name_or_path: str | None = None,
+    train_file: str | Path | None = None,
+    eval_file: str | Path | None = None,
+) -> DatasetSplits:
+    """Find the splits that three flags name together.
+
+    Args:
+        dataset_name_or_path: a data set, see open_dataset.
+        train_file: a file with the train split.
+        eval_file: a file with the dev split.
+
+    Raises:
+        ConfigError: a file and the data set both bring the same split, or the hub needs the `datasets` extra.
+        DataError: something named is not there.
+    """
+    splits = open_dataset(dataset_name_or_path) if dataset_name_or_path else DatasetSplits()
+    for flag, split, path in (("train_file", "train", train_file), ("eval_file", "dev", eval_file)):
+        if path is None:
+            continue
+        present: RowSource | None = getattr(splits, split)
+        if present is not None:
+            raise ConfigError(
+                f"--{flag} {path} and --dataset_name_or_path {dataset_name_or_path} ({present.name}) "
+                f"both bring the {split} split; give one of them"
+            )
+        splits = replace(splits, **{split: FileRows(path)})
+    return splits
+
+
+def open_dataset(name_or_path: str) -> DatasetSplits:
+    """Find the splits of a data set.
+
+    Args:
+        name_or_path: `builtin:NAME`; a directory with train, dev (or validation, valid) and test files ending in
+            .jsonl, .json or .csv, not all of them needed; or a hub name, `NAME` or `NAME:CONFIGURATION`.
+
+    Raises:
+        ConfigError: a hub name, and the `datasets` extra is not installed.
+        DataError: nothing of that name, or no split in it.
+    """
+    if name_or_path.startswith(BUILTIN_PREFIX):
+        return _open_builtin(name_or_path.removeprefix(BUILTIN_PREFIX))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if path.is_file():
+        raise DataError(
+            f"{path}: a file, where a data set of several splits was expected; give it as --train_file or --eval_file"
+        )
+    if not _HUB_NAME.fullmatch(name_or_path):
+        raise DataError(f"{path}: no such directory; expected one with train.jsonl, train.json or train.csv in it")
+    return _open_hub(name_or_path)
+
+
+def _open_builtin(name: str) -> DatasetSplits:
+    assets = Path(str(importlib.resources.files("bloomlm.assets")))
+    if not (assets / name / "train.jsonl").is_file():
+        known = sorted(path.parent.name for path in assets.glob("*/train.jsonl"))
+        raise DataError(f"builtin:{name}: no such data set; there is {', '.join(known) or 'none'}")
+    return _open_directory(assets / name)
+
+
+def _open_directory(directory: Path) -> DatasetSplits:
+    found: dict[str, RowSource] = {}
+    for split, names in _SPLIT_NAMES.items():
+        paths = [directory / (name + suffix) for name in names for suffix in _SUFFIXES]
+        present = [path for path in paths if path.is_file()]
+        if len(present) > 1:
+            listed = ", ".join(path.name for path in present)
+            raise DataError(f"{directory}: {listed} all bring the {split} split; keep one of them")
+        if present:
+            found[split] = FileRows(present[0])
+    if not found:
+        raise DataError(f"{directory}: no split in it; expected train.jsonl, dev.jsonl or test.jsonl (or .json, .csv)")
+    return DatasetSplits(**found)
+
+
+class HubRows:
+    """The rows of one split of a data set that the `datasets` library loaded."""
+
+    def __init__(self, dataset: Any, *, name: str) -> None:
+        self._dataset = dataset
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """Data set and split."""
+        return self._name
+
+    def rows(self) -> Iterator[Row]:
+        """Rows in the order of the data set, numbered from 1."""
+        for number, fields in enumerate(self._dataset, start=1):
+            yield Row(fields=fields, where=f"{self._name}, row {number}")
+
+    def fingerprint(self) -> str:
+        """Digest of all rows."""
+        digest = hashlib.sha256()
+        for fields in self._dataset:
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def _open_hub(name: str) -> DatasetSplits:
+    try:
+        import datasets  # an extra: heavy, and of no use to those who have files
+    except ImportError as error:
+        raise ConfigError(
+            f"{name}: no such directory here, and a data set of the hub needs pip install 'bloomlm[datasets]'"
+        ) from error
+    repository, _, configuration = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(repository, configuration or None)
+    except Exception as error:  # offline, unknown, gated, a configuration missing: the library tells which
+        raise DataError(
+            f"{name}: neither a directory here nor a data set that the hub gives ({error}). A configuration is "
+            "named after a colon, as in openai/gsm8k:main"
+        ) from error
+    return _hub_splits(loaded, name)
+
+
+def _hub_splits(loaded: Mapping[str, Any], name: str) -> DatasetSplits:
+    found: dict[str, RowSource] = {}
+    for split, names in _SPLIT_NAMES.items():
+        present = next((candidate for candidate in names if candidate in loaded), None)
+        if present is not None:
+            found[split] = HubRows(loaded[present], name=f"{name}, split {present}")
+    if not found:
+        raise DataError(f"{name}: has the splits {', '.join(loaded)}; expected train, validation or test")
+    return DatasetSplits(**found)

@@ -1,0 +1,284 @@
+"""BLOOM's byte-level tokenizer, run by the `tokenizers` library from tokenizer.json alone.
+
+A text is encoded as it stands: nothing is put before or after it, and there is no chat template. A special token
+spelled out in the text ("</s>") becomes that token, as in transformers. This module knows nothing of the model:
+what ids it can embed is the caller's business.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from bloomlm.errors import CheckpointError
+
+# B prompts of a batch, T tokens of the longest.
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+
+# What BLOOM calls its special tokens; used where neither JSON file beside tokenizer.json names another.
+DEFAULT_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+# Written into tokenizer_config.json where the file we read had no such key.
+_CONFIG_DEFAULTS = {
+    "tokenizer_class": "BloomTokenizerFast",
+    "padding_side": "left",
+    "add_prefix_space": False,
+    "clean_up_tokenization_spaces": False,
+}
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        tokenizer_json: the bytes of a tokenizer.json.
+        config: what tokenizer_config.json holds ({} if there is none).
+        special_tokens: the text of each special token, by the keys of DEFAULT_SPECIAL_TOKENS.
+        name: what error messages call it.
+
+    Raises:
+        CheckpointError: the JSON is not a tokenizer, or a special token has no id in it.
+    """
+
+    def __init__(
+        self, tokenizer_json: bytes, *, config: Mapping[str, Any], special_tokens: Mapping[str, str], name: str
+    ) -> None:
+        try:
+            self._backend = Backend.from_str(tokenizer_json.decode("utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(
+                f"{name}: {TOKENIZER_FILE} cannot be read as a tokenizer ({error}); expected the file that the "
+                "`tokenizers` library writes. Fetch it again, or save it with a version no newer than the installed one"
+            ) from error
+        # Both may be baked into the file; here the caller decides what is cut and what is padded.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._json = tokenizer_json
+        self._config = dict(config)
+        self._special_tokens = dict(special_tokens)
+        self.name = name
+        ids = {key: self._special_id(key, token) for key, token in special_tokens.items()}
+        self.unk_token_id = ids["unk_token"]
+        self.bos_token_id = ids["bos_token"]
+        self.eos_token_id = ids["eos_token"]
+        self.pad_token_id = ids["pad_token"]
+        self._check_added_tokens()
+        # A token of the vocabulary may be special by its name in the JSON files only.
+        self._backend.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in special_tokens.values()]
+        )
+        self._special_ids = frozenset(
+            token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Tokenizer":
+        """Read a tokenizer from the directory of a checkpoint.
+
+        Args:
+            directory: holds tokenizer.json and, as far as they exist, tokenizer_config.json and
+                special_tokens_map.json, which name the special tokens.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or a special token has no id.
+        """
+        directory = Path(directory)
+        path = directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(_missing_message(directory))
+        config = _read_json_object(directory / TOKENIZER_CONFIG_FILE)
+        special_tokens = _named_special_tokens(config, _read_json_object(directory / SPECIAL_TOKENS_FILE))
+        return cls(path.read_bytes(), config=config, special_tokens=special_tokens, name=str(directory))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids in use; the model's embedding may be padded to more."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides what a text becomes."""
+        digest = hashlib.sha256(self._json)
+        digest.update(json.dumps(self._special_tokens, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, no special tokens added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores (TOKENIZERS_PARALLELISM=false forbids that)."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids, spaces as they were; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids; those the vocabulary does not know give no text.
+            skip_special_tokens: leave out <unk>, <s>, </s>, <pad> and other tokens marked special.
+        """
+        return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one token stands for, often part of a character only.
+
+        Source: the byte alphabet of GPT-2's byte-level BPE, which BLOOM uses.
+        """
+        token = self._backend.id_to_token(int(token_id))
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # an added token is kept as text, outside the byte alphabet
+            return token.encode("utf-8")
+
+    def is_special(self, token_id: int) -> bool:
+        """True for <unk>, <s>, </s>, <pad> and other tokens marked special."""
+        return int(token_id) in self._special_ids
+
+    def pad_left(self, sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Prompts of unequal length as one array, padded on the left so that all end together.
+
+        Args:
+            sequences: B lists of ids.
+
+        Returns:
+            ids [B, T] and attention mask [B, T] (1 where a token is, 0 where a pad is).
+        """
+        longest = max(map(len, sequences), default=0)
+        ids = np.full((len(sequences), longest), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            start = longest - len(sequence)
+            ids[row, start:] = sequence
+            mask[row, start:] = 1
+        return ids, mask
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json (byte for byte as read), tokenizer_config.json and special_tokens_map.json.
+
+        Args:
+            directory: exists; a caller that needs all or nothing hands in a directory it renames afterwards.
+        """
+        directory = Path(directory)
+        config = _CONFIG_DEFAULTS | self._config | self._special_tokens
+        (directory / TOKENIZER_FILE).write_bytes(self._json)
+        for file_name, content in (
+            (TOKENIZER_CONFIG_FILE, config),
+            (SPECIAL_TOKENS_FILE, self._special_tokens),
+        ):
+            text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+            (directory / file_name).write_text(text, encoding="utf-8")
+
+    def has_byte_decoder(self) -> bool:
+        """True if decoding means joining the bytes of the tokens, as with every published BLOOM."""
+        decoder = json.loads(self._json).get("decoder") or {}
+        steps = decoder.get("decoders", [decoder])
+        return [step.get("type") for step in steps] == ["ByteLevel"]
+
+    def _special_id(self, key: str, token: str) -> int:
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise CheckpointError(
+                f"{self.name}: {key} is {token!r}, which {TOKENIZER_FILE} has no id for "
+                f"({self.vocab_size} tokens). Name one that it has in {TOKENIZER_CONFIG_FILE}, key {key!r}"
+            )
+        return token_id
+
+    def _check_added_tokens(self) -> None:
+        for token_id, entry in self._config.get("added_tokens_decoder", {}).items():
+            found = self._backend.id_to_token(int(token_id))
+            if found != entry["content"]:
+                raise CheckpointError(
+                    f"{self.name}: {TOKENIZER_CONFIG_FILE} gives id {token_id} to {entry['content']!r}, but in "
+                    f"{TOKENIZER_FILE} that id is {found!r}. Save both files together again"
+                )
+
+
+class StreamDecoder:
+    """Decodes token by token and never shows half a character.
+
+    The pieces that push and finish return, joined, equal Tokenizer.decode of all the ids.
+
+    Args:
+        tokenizer: whose ids will come.
+        skip_special_tokens: as in Tokenizer.decode.
+
+    Raises:
+        CheckpointError: the tokenizer is not byte-level, so text cannot be had token by token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        if not tokenizer.has_byte_decoder():
+            raise CheckpointError(
+                f"{tokenizer.name}: {TOKENIZER_FILE} has another decoder than ByteLevel, which BLOOM uses; "
+                "its text cannot be streamed. Decode the whole sequence instead"
+            )
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Take one id; give the text that is now certain, maybe none."""
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """End the text: U+FFFD if it stops inside a character, else nothing. Ready for the next text."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character to byte: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _named_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+    # transformers reads the map only where the config lacks added_tokens_decoder, and then the map wins.
+    sources = (config, special_map) if "added_tokens_decoder" in config else (special_map, config)
+    named = {}
+    for key, default in DEFAULT_SPECIAL_TOKENS.items():
+        value = next((source[key] for source in sources if source.get(key)), default)
+        named[key] = str(value["content"] if isinstance(value, dict) else value)
+    return named
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}). Fetch or save it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _missing_message(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory}: no such directory; expected one that holds {TOKENIZER_FILE}"
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return (
+            f"{directory}: looked for {TOKENIZER_FILE}, found vocab.json and merges.txt (PaddleNLP's form), which "
+            f"do not say how a text is cut into words. Put the {TOKENIZER_FILE} of the same BLOOM beside them"
+        )
+    found = ", ".join(sorted(path.name for path in directory.iterdir())[:12]) or "nothing"
+    return f"{directory}: looked for {TOKENIZER_FILE}, found {found}. Save the tokenizer into this directory"

@@ -1,0 +1,152 @@
+"""Pure functions from logits to logits and to ids. Nothing here knows a model, a file or a text.
+
+Each changes what may come next in every sequence at once, the definitions being those of transformers' logits
+processors, to which the tests compare values. A sequence's history is left-padded; pads never count as tokens.
+
+Shapes: B sequences, V vocabulary, S tokens of history (pads included).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bloomlm.generation.config import Sampling
+
+
+def choose(logits: Tensor, strategy: Sampling | None, uniforms: Tensor | None) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: [B, V] of the next token.
+        strategy: how to sample; None takes the largest logit, of equals the first.
+        uniforms: [B] random numbers in [0, 1), needed to sample.
+
+    Returns:
+        [B] int64.
+    """
+    if strategy is None or uniforms is None:
+        return logits.argmax(dim=-1)
+    if strategy.temperature != 1.0:
+        logits = apply_temperature(logits, strategy.temperature)
+    if strategy.top_k:
+        logits = keep_top_k(logits, strategy.top_k)
+    if strategy.top_p < 1.0:
+        logits = keep_top_p(logits, strategy.top_p)
+    return sample(logits, uniforms)
+
+
+def apply_repetition_penalty(logits: Tensor, history: Tensor, num_pads: Tensor, penalty: float) -> Tensor:
+    """Make the tokens that occurred less likely: positive logits are divided by the penalty, negative multiplied.
+
+    Args:
+        logits: [B, V].
+        history: [B, S] prompt and generated tokens, pads on the left.
+        num_pads: [B] pads of each row.
+        penalty: above 1.0 discourages, below encourages.
+
+    Returns:
+        [B, V].
+
+    Source: CTRL, https://arxiv.org/abs/1909.05858, section 4.1.
+    """
+    # A pad becomes the row's last token, which is real; a token written twice gets the same value twice.
+    is_pad = torch.arange(history.shape[1], device=history.device) < num_pads[:, None]
+    seen = torch.where(is_pad, history[:, -1:], history)
+    scores = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def ban_repeated_ngrams(logits: Tensor, history: Tensor, num_pads: Tensor, ngram_size: int) -> Tensor:
+    """Ban each token that would complete a run of ngram_size tokens which the row contains already.
+
+    Args:
+        logits: [B, V].
+        history: [B, S] prompt and generated tokens, pads on the left.
+        num_pads: [B] pads of each row.
+        ngram_size: length of the runs that may occur once only.
+
+    Returns:
+        [B, V], minus infinity at banned tokens.
+    """
+    num_tokens = history.shape[1]
+    if num_tokens < ngram_size:
+        return logits
+    ngrams = history.unfold(1, ngram_size, 1)  # [B, S - n + 1, n]
+    suffix = history[:, num_tokens - ngram_size + 1 :]
+    starts = torch.arange(ngrams.shape[1], device=history.device)
+    completes = (ngrams[..., :-1] == suffix[:, None]).all(dim=-1) & (starts >= num_pads[:, None])
+    banned = torch.zeros_like(logits, dtype=torch.int8)
+    banned.scatter_reduce_(1, ngrams[..., -1], completes.to(torch.int8), reduce="amax")
+    return logits.masked_fill(banned.bool(), -torch.inf)
+
+
+def ban_token(logits: Tensor, token_id: int) -> Tensor:
+    """[B, V] -> [B, V] with minus infinity at one id (`</s>` while a sequence is too short)."""
+    logits = logits.clone()
+    logits[:, token_id] = -torch.inf
+    return logits
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """[B, V] -> [B, V] / temperature."""
+    return logits / temperature
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """[B, V] -> [B, V] with minus infinity below each row's k-th largest value (ties with it stay)."""
+    smallest_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Keep each row's fewest most likely tokens whose probabilities add up to top_p or more, at least one.
+
+    Args:
+        logits: [B, V].
+        top_p: above 0, at most 1.0.
+
+    Returns:
+        [B, V], minus infinity at the others.
+
+    Source: nucleus sampling, https://arxiv.org/abs/1904.09751.
+    """
+    ascending, order = logits.sort(dim=-1)
+    below_or_here = ascending.softmax(dim=-1).cumsum(dim=-1)
+    removed = below_or_here <= 1.0 - top_p
+    removed[:, -1] = False
+    return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+
+
+def uniform_numbers(seed: int, sequence_indices: Sequence[int], count: int) -> Tensor:
+    """The random numbers that sequences draw with: row i depends on (seed, sequence_indices[i]) alone.
+
+    Args:
+        seed: of the run.
+        sequence_indices: B numbers that tell the run's sequences apart, whatever batch they are in.
+        count: numbers of each sequence; a smaller count gives the beginning of a larger one.
+
+    Returns:
+        [B, count] float64 in [0, 1).
+    """
+    rows = [np.random.default_rng((seed, index)).random(count) for index in sequence_indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one id from each row's softmax by inverting its cumulative distribution.
+
+    Args:
+        logits: [B, V], minus infinity where an id cannot be drawn.
+        uniforms: [B] in [0, 1), float64.
+
+    Returns:
+        [B] int64.
+    """
+    # In float64: in float32 the rounding of 250,880 additions outweighs the probability of a rare token.
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    # Scaled by the actual total, and "right", so that an id of probability 0 is never drawn.
+    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return ids.clamp_(max=logits.shape[-1] - 1)

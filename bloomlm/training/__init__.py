@@ -1,0 +1,1 @@
+"""Fine-tuning: one step and one loop for full, LoRA and prefix tuning."""

@@ -1,0 +1,217 @@
+"""The head and the cross entropy in one: logits exist for a few rows at a time and only where there is a label.
+
+The gradients are made in the forward pass, while a chunk's logits are at hand, so nothing is computed twice: with
+logits z, softmax p, label y and smoothing s, d loss / d z = p - (1 - s) onehot(y) - s / V, which replaces z in place;
+then d loss / d hidden = dz @ W and d loss / d W = dz.T @ hidden. A frozen head costs no weight gradient.
+
+Numerics: softmax, loss and the weight's gradient are fp32 (fp64 for fp64 inputs); under autocast and for half-precision
+inputs only the matrix products are in half. torch.nn.functional.cross_entropy on whole logits is the oracle.
+
+Shapes: M rows, C rows of a chunk, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bloomlm.data.loader import IGNORE_INDEX
+
+MAX_CHUNK_BYTES = 256 * 2**20
+"""Default size of a chunk's fp32 logits."""
+FP16_HEADROOM = 256.0
+"""fp16 only: logit gradients are multiplied by this, hidden states divided. Probabilities down to 2e-7 stay normal
+numbers and their products stay far from 65504, whatever the loss scale is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScore:
+    """Sums over the rows that have a label."""
+
+    loss: Tensor
+    """Cross entropy, scalar fp32."""
+    num_correct: Tensor
+    """Rows whose likeliest token is the label, scalar int64."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    """scale times the SUM over labelled rows of the cross entropy of hidden @ weight.T.
+
+    Args:
+        hidden: [M, D].
+        weight: [V, D]; without requires_grad no gradient is computed for it.
+        labels: [M] int64, IGNORE_INDEX where a row has none; such rows cost nothing.
+        scale: factor of the loss, 1 / tokens of the step times the loss scale; costs nothing here, a pass over the
+            weight's gradient when applied outside.
+        label_smoothing: as in torch.nn.functional.cross_entropy.
+        max_chunk_bytes: size that a chunk's logits may take.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
+    """
+    hidden, labels = _labelled(hidden, labels)
+    if len(labels) == 0:
+        return hidden.sum() * 0.0  # part of the graph, as every loss
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled()
+    )
+    return loss
+
+
+def score_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, max_chunk_bytes: int = MAX_CHUNK_BYTES
+) -> TokenScore:
+    """Cross entropy and hits for an evaluation; no gradients.
+
+    Args:
+        hidden: [M, D].
+        weight: [V, D].
+        labels: [M] int64, IGNORE_INDEX where a row has none.
+        max_chunk_bytes: size that a chunk's logits may take.
+    """
+    with torch.no_grad():
+        hidden, labels = _labelled(hidden, labels)
+        head = _Head(hidden, weight, max_chunk_bytes)
+        loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        for rows in head.chunks():
+            z, target = head.logits(rows), labels[rows, None]
+            row_max, likeliest = z.max(dim=1, keepdim=True)
+            num_correct += (likeliest == target).sum()
+            label_z = z.gather(1, target) - row_max
+            loss += (_exp_and_sum(z, row_max).log() - label_z).sum()
+    return TokenScore(loss=loss, num_correct=num_correct)
+
+
+def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if len(rows) == len(labels):
+        return hidden, labels
+    return hidden.index_select(0, rows), labels[rows]
+
+
+def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
+    """Replace z [C, V] by exp(z - row_max); [C, 1] sums."""
+    return z.sub_(row_max).exp_().sum(dim=1, keepdim=True)
+
+
+class _Head:
+    """The head's matrix products over chunks of rows, in the format of weights or autocast; results in full precision.
+
+    z is the chunk's buffer [C, V]: first logits, then their gradient times a row factor.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, max_chunk_bytes: int) -> None:
+        device_type = hidden.device.type
+        matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        if torch.is_autocast_enabled(device_type):
+            matmul_dtype = torch.get_autocast_dtype(device_type)
+        self.hidden, self.weight = hidden.to(matmul_dtype), weight.to(matmul_dtype)
+        self.dtype = torch.promote_types(matmul_dtype, torch.float32)
+        self.is_half = matmul_dtype != self.dtype
+        self.headroom = FP16_HEADROOM if matmul_dtype is torch.float16 else 1.0
+        num_rows, vocab_size = len(hidden), len(weight)
+        most_rows = max(1, max_chunk_bytes // (vocab_size * self.dtype.itemsize))
+        num_chunks = -(-num_rows // most_rows)
+        self.chunk_rows = -(-num_rows // max(1, num_chunks))
+        self.z = torch.empty(self.chunk_rows, vocab_size, dtype=self.dtype, device=hidden.device)
+        self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
+
+    def chunks(self) -> list[slice]:
+        """Rows of each chunk; chunks are as equal as can be."""
+        num_rows, size = len(self.hidden), max(1, self.chunk_rows)
+        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+    def logits(self, rows: slice) -> Tensor:
+        """[C, V], valid until the next call."""
+        hidden = self.hidden[rows]
+        z = self.z[: len(hidden)]
+        torch.mm(hidden, self.weight.t(), out=self.half_z[: len(hidden)])
+        return z.copy_(self.half_z[: len(hidden)]) if self.is_half else z
+
+    def add_gradients(
+        self, rows: slice, row_factor: Tensor, scale: float, grad_hidden: Tensor, grad_weight: Tensor | None
+    ) -> None:
+        """Gradients of a chunk, whose z * row_factor [C, 1] is d loss / d logits, times scale.
+
+        Its rows of grad_hidden [M, D] are set; to grad_weight [V, D] its part is added.
+        """
+        hidden = self.hidden[rows]
+        z = self.z[: len(hidden)]
+        first = rows.start == 0
+        if not self.is_half:
+            # the row factor goes to the small side of each product
+            torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
+            if grad_weight is not None:
+                grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
+            return
+        half_z = torch.mul(z, row_factor * self.headroom, out=self.half_z[: len(hidden)])
+        grad_hidden[rows] = (half_z @ self.weight).float().mul_(scale / self.headroom)
+        if grad_weight is not None:
+            part = half_z.t() @ (hidden / self.headroom)
+            if first:
+                grad_weight.zero_()
+            grad_weight.add_(part, alpha=scale)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        label_smoothing: float,
+        max_chunk_bytes: int,
+        with_gradients: bool,
+    ) -> Tensor:
+        head = _Head(hidden, weight, max_chunk_bytes)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        grad_hidden = grad_weight = None
+        if with_gradients and any(ctx.needs_input_grad[:2]):
+            grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
+            grad_weight = weight.new_empty(weight.shape, dtype=head.dtype) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
+        smoothing_per_token = label_smoothing / len(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in head.chunks():
+                z, target = head.logits(rows), labels[rows, None]
+                row_max = z.amax(dim=1, keepdim=True)
+                shifted_target = (1.0 - label_smoothing) * (z.gather(1, target) - row_max)
+                if label_smoothing:
+                    shifted_target += label_smoothing * (z.mean(dim=1, keepdim=True) - row_max)
+                row_sum = _exp_and_sum(z, row_max)
+                loss += (row_sum.log() - shifted_target).sum()
+                if grad_hidden is None:
+                    continue
+                if label_smoothing:
+                    z.sub_(row_sum * smoothing_per_token)
+                z.scatter_add_(1, target, row_sum * (label_smoothing - 1.0))
+                head.add_gradients(rows, row_sum.reciprocal(), scale, grad_hidden, grad_weight)
+        ctx.gradients = grad_hidden, grad_weight
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Handed over, not saved: gone from here, the embedding's gradient can be added into the weight's in place.
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, (None, None)
+        if grad_hidden is None:
+            raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
+        # scale is in the gradients already, so that a factor of 1 spares a pass over [V, D]
+        if grad_output.device.type != "cpu" or float(grad_output) != 1.0:
+            grad_hidden.mul_(grad_output)
+            if grad_weight is not None:
+                grad_weight.mul_(grad_output)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        grad_hidden = grad_hidden.to(hidden_dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_dtype), *[None] * 5

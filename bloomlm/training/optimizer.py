@@ -1,0 +1,172 @@
+"""AdamW as BLOOM is fine-tuned with it, and learning-rate schedules as pure functions of the step."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bloomlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """Everything of AdamW but its learning rate."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices; biases and norms have none."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    epsilon: float = 1e-8
+    """Added to the denominator."""
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay acts on the parameter of this name: not on biases nor on any layer norm."""
+    module_name, _, kind = name.rpartition(".")
+    return kind != "bias" and not module_name.endswith(("layernorm", "ln_f"))
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
+    """Fused AdamW with its state in place, so that a saved state can be read straight into it.
+
+    Args:
+        parameters: name -> what learns, in fp32 (LearnedParameters.optimized).
+        config: decay, betas, epsilon; the learning rate is set at each step.
+    """
+    decayed = [p for name, p in parameters.items() if is_decayed(name)]
+    others = [p for name, p in parameters.items() if not is_decayed(name)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+    for parameter in parameters.values():
+        # what AdamW itself would make at its first step
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name ("optimizer/NAME/exp_avg"), sharing its memory."""
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Make the next update use this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def linear_decay(progress: float, lr_decay_ratio: float) -> float:
+    """Straight line from 1 at progress 0 to lr_decay_ratio at 1."""
+    return 1.0 - (1.0 - lr_decay_ratio) * progress
+
+
+def cosine_decay(progress: float, lr_decay_ratio: float) -> float:
+    """Half a cosine from 1 at progress 0 to lr_decay_ratio at 1."""
+    return lr_decay_ratio + (1.0 - lr_decay_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def no_decay(progress: float, lr_decay_ratio: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "linear": linear_decay,
+    "cosine": cosine_decay,
+    "constant": no_decay,
+    "constant_with_warmup": no_decay,
+}
+"""lr_scheduler_type -> factor of the learning rate at a progress from 0 to 1 after the warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate of each step: a straight rise over warmup_steps, then a decay to the run's end.
+
+    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w, so the very first update of a
+    warm-up has 0, and learning_rate * decay((k - w) / (T - w)) after it.
+    """
+
+    learning_rate: float
+    """The peak."""
+    max_steps: int
+    """Steps of the run (T)."""
+    warmup_steps: float = 0.0
+    """Length of the rise (w); a ratio of the run need not be whole."""
+    lr_decay_ratio: float = 0.1
+    """Where the decay ends, as a part of the peak."""
+    decay: Callable[[float, float], float] = linear_decay
+    """One of SCHEDULES."""
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of the update number step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / max(1.0, self.warmup_steps)
+        decay_steps = self.max_steps - self.warmup_steps
+        progress = (step - self.warmup_steps) / decay_steps if decay_steps > 0 else 1.0
+        return self.learning_rate * self.decay(min(1.0, progress), self.lr_decay_ratio)
+
+
+def build_schedule(
+    *,
+    learning_rate: float,
+    max_steps: int,
+    lr_scheduler_type: str = "linear",
+    warmup_steps: int = 0,
+    warmup_ratio: float = 0.0,
+    lr_decay_ratio: float = 0.1,
+) -> Schedule:
+    """The schedule that the flags ask for.
+
+    Args:
+        learning_rate: the peak.
+        max_steps: steps of the whole run.
+        lr_scheduler_type: a name in SCHEDULES.
+        warmup_steps: length of the warm-up; wins over warmup_ratio when above 0.
+        warmup_ratio: the same as a part of max_steps.
+        lr_decay_ratio: where linear and cosine end, as a part of the peak.
+
+    Raises:
+        ConfigError: an unknown type, or a number out of its range.
+    """
+    if lr_scheduler_type not in SCHEDULES:
+        expected = ", ".join(SCHEDULES)
+        raise ConfigError(f"lr_scheduler_type is {lr_scheduler_type!r}; expected one of {expected}")
+    if not 0.0 <= warmup_ratio <= 1.0 or warmup_steps < 0:
+        raise ConfigError(
+            f"warmup_ratio is {warmup_ratio} and warmup_steps {warmup_steps}; expected 0 to 1 and at least 0"
+        )
+    if not 0.0 <= lr_decay_ratio <= 1.0:
+        raise ConfigError(f"lr_decay_ratio is {lr_decay_ratio}; expected 0 to 1")
+    warmup = float(warmup_steps) if warmup_steps > 0 else warmup_ratio * max_steps
+    if lr_scheduler_type == "constant" and warmup > 0:
+        raise ConfigError(
+            "lr_scheduler_type constant has no warm-up; use constant_with_warmup, or drop warmup_steps and warmup_ratio"
+        )
+    return Schedule(
+        learning_rate=learning_rate,
+        max_steps=max_steps,
+        warmup_steps=warmup,
+        lr_decay_ratio=lr_decay_ratio,
+        decay=SCHEDULES[lr_scheduler_type],
+    )

@@ -1,0 +1,366 @@
+"""One training step, the same for full, LoRA and prefix tuning: they differ only in what requires a gradient.
+
+A step is an update of the weights from gradient_accumulation_steps microbatches. All of them are fetched before the
+first one runs, so that each is weighted by its supervised tokens: accumulating gives the update of the large batch.
+An epoch's last step takes the microbatches that are left. Every step seeds dropout from (seed, step), so a run that
+goes on from a checkpoint needs no random state of the past.
+
+This module knows nothing of files: Trainer.state and Trainer.load_state give and take everything as values.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bloomlm.data.loader import Batch
+from bloomlm.errors import TrainingError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.documents import Documents
+from bloomlm.training.loss import linear_cross_entropy
+from bloomlm.training.optimizer import (
+    AdamWConfig,
+    Schedule,
+    build_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from bloomlm.training.precision import LearnedParameters, LossScale, Precision
+
+logger = logging.getLogger(__name__)
+
+MAX_NON_FINITE_STEPS = 10
+"""So many NaN or infinite losses in a row end the run."""
+
+
+class Batches(Protocol):
+    """What a run learns from: bloomlm.data.loader.BatchLoader."""
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch; a batch counts as used in state_dict as soon as it is handed out."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What makes an update out of gradients."""
+
+    gradient_accumulation_steps: int = 1
+    """Microbatches of a step."""
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped to; 0 or less: never."""
+    label_smoothing: float = 0.0
+    """Part of the probability spread over the whole vocabulary, in training only."""
+    seed: int = 42
+    """Of dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """Mean over the step's supervised tokens."""
+    learning_rate: float
+    """Of this update."""
+    grad_norm: float
+    """Global norm before clipping, without the loss scale."""
+    num_tokens: int
+    """Tokens that went through the model."""
+    num_supervised_tokens: int
+    """Those of them that had a label."""
+    skipped: str | None
+    """Why the weights were left as they were; None: they were updated."""
+    step_seconds: float
+    """Wall time."""
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """Sums over steps; saved in checkpoints."""
+
+    loss: float = 0.0
+    """Sum over the supervised tokens of the steps that updated the weights."""
+    loss_tokens: int = 0
+    """How many those are."""
+    tokens: int = 0
+    """Tokens through the model."""
+    supervised_tokens: int = 0
+    """Those with a label."""
+    skipped_steps: int = 0
+    """Steps that left the weights as they were."""
+
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        self.tokens += result.num_tokens
+        self.supervised_tokens += result.num_supervised_tokens
+        if result.skipped is None:
+            self.loss += result.loss * result.num_supervised_tokens
+            self.loss_tokens += result.num_supervised_tokens
+        else:
+            self.skipped_steps += 1
+
+    @property
+    def mean_loss(self) -> float:
+        """Per supervised token; NaN without any."""
+        return self.loss / self.loss_tokens if self.loss_tokens else math.nan
+
+
+class Trainer:
+    """A run between two steps: model, optimizer, data position.
+
+    Args:
+        model: with its adapter applied: exactly the parameters that require a gradient learn. In
+            precision.weights_dtype, on its device.
+        batches: gives the microbatches.
+        optimizer: AdamW's numbers.
+        schedule: learning rate of each step.
+        precision: number formats.
+        config: what makes an update out of gradients.
+
+    Raises:
+        TrainingError: nothing in the model learns.
+    """
+
+    def __init__(
+        self,
+        model: BloomForCausalLM,
+        batches: Batches,
+        *,
+        optimizer: AdamWConfig,
+        schedule: Schedule,
+        precision: Precision,
+        config: StepConfig,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.schedule = schedule
+        self.precision = precision
+        self.config = config
+        self.step = 0
+        """Steps done."""
+        self.totals = Totals()
+        """Since the run began, before an interruption too."""
+        self.window = Totals()
+        """Since the last log."""
+        self.device = next(model.parameters()).device
+        self.learned = LearnedParameters(model.named_parameters())
+        if not self.learned.optimized:
+            raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
+        # The head gives the tied weight a dense gradient [V, D]; the embedding then adds its few rows to it, instead of
+        # a second one that is nearly all zeros.
+        model.transformer.word_embeddings.sparse = True
+        self.optimizer = build_optimizer(self.learned.optimized, optimizer)
+        self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
+        self.non_finite_steps = 0
+        """NaN or infinite losses in a row."""
+        self._epoch: Iterator[Batch] = iter(())
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.step / steps_per_epoch(len(self.batches), self.config.gradient_accumulation_steps)
+
+    def run_step(self) -> StepResult:
+        """One update of the weights.
+
+        Raises:
+            TrainingError: the tenth NaN or infinite loss in a row, or a step without any supervised token.
+        """
+        start = time.perf_counter()
+        microbatches = self._next_microbatches()
+        num_supervised_tokens = sum(batch.num_supervised_tokens for batch in microbatches)
+        if num_supervised_tokens == 0:
+            raise TrainingError(f"step {self.step + 1}: its examples have no token to learn; check the targets")
+        torch.manual_seed(step_seed(self.config.seed, self.step))
+        learning_rate = self.schedule(self.step)
+        loss, grad_norm = self._accumulate_gradients(microbatches, num_supervised_tokens)
+        self.step += 1
+        skipped = _reason_to_skip(loss, grad_norm)
+        if skipped is None:
+            self._update(learning_rate, grad_norm)
+        self._note(skipped, loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = StepResult(
+            step=self.step,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            num_tokens=sum(len(batch.tokens) for batch in microbatches),
+            num_supervised_tokens=num_supervised_tokens,
+            skipped=skipped,
+            step_seconds=time.perf_counter() - start,
+        )
+        self.totals.add(result)
+        self.window.add(result)
+        return result
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a later process needs that the weight files of a checkpoint do not hold.
+
+        Returns:
+            Tensors by name, sharing the run's memory, and values for JSON.
+        """
+        tensors = optimizer_tensors(self.optimizer, self.learned.optimized)
+        tensors["random_state"] = torch.get_rng_state()
+        if self._saves_learned:
+            tensors |= {f"learned/{name}": p.detach() for name, p in self.learned.optimized.items()}
+        values = {
+            "step": self.step,
+            "seed": self.config.seed,
+            "data": self.batches.state_dict(),
+            "totals": vars(self.totals).copy(),
+            "window": vars(self.window).copy(),
+            "non_finite_steps": self.non_finite_steps,
+            "loss_scale": None if self.loss_scale is None else vars(self.loss_scale).copy(),
+        }
+        return tensors, values
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on where a saved run stood.
+
+        Args:
+            tensors: the tensors of this trainer's own state(), after what was saved has been read into them.
+            values: as saved.
+
+        Raises:
+            TrainingError: the saved run had another seed, or other data.
+        """
+        if values["seed"] != self.config.seed:
+            raise TrainingError(
+                f"the saved run had seed {values['seed']}, this one has {self.config.seed}, so it cannot go on where "
+                "that stopped. Use the same seed, or start in a new output_dir"
+            )
+        self.batches.load_state_dict(values["data"])
+        self._epoch = iter(())
+        self.step = values["step"]
+        self.totals, self.window = Totals(**values["totals"]), Totals(**values["window"])
+        self.non_finite_steps = values["non_finite_steps"]
+        if self.loss_scale is not None and values["loss_scale"] is not None:
+            vars(self.loss_scale).update(values["loss_scale"])
+        torch.set_rng_state(tensors["random_state"])
+        self.learned.copy_to_model()
+
+    @property
+    def _saves_learned(self) -> bool:
+        """Full tuning in fp32 finds its weights in the checkpoint's own files; all else is kept here, exactly."""
+        return bool(self.learned.masters) or len(self.learned.optimized) < len(list(self.model.parameters()))
+
+    def _next_microbatches(self) -> list[Batch]:
+        microbatches: list[Batch] = []
+        while not microbatches:
+            for batch in self._epoch:
+                microbatches.append(batch)
+                if len(microbatches) == self.config.gradient_accumulation_steps:
+                    return microbatches
+            if not microbatches:
+                self._epoch = iter(self.batches)
+        return microbatches
+
+    def _accumulate_gradients(self, microbatches: list[Batch], num_supervised_tokens: int) -> tuple[float, float]:
+        """Leave the gradients of the step's loss, times the loss scale; give loss and gradient norm without it."""
+        self.model.train()
+        loss_scale = self._loss_scale_value
+        total = torch.zeros((), device=self.device)
+        for batch in microbatches:
+            loss = batch_loss(
+                self.model,
+                batch.to(self.device),
+                self.precision,
+                scale=loss_scale / num_supervised_tokens,
+                label_smoothing=self.config.label_smoothing,
+            )
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.get_total_norm(self.learned.gradients())
+        loss_and_norm: tuple[float, float] = tuple((torch.stack([total, norm.to(total)]) / loss_scale).tolist())
+        return loss_and_norm
+
+    def _update(self, learning_rate: float, grad_norm: float) -> None:
+        factor = 1.0 / self._loss_scale_value
+        if self.config.max_grad_norm > 0 and grad_norm > self.config.max_grad_norm:
+            factor *= self.config.max_grad_norm / grad_norm
+        if factor != 1.0:
+            for gradient in self.learned.gradients():
+                gradient.mul_(factor)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.learned.copy_to_model()
+
+    def _note(self, skipped: str | None, loss: float) -> None:
+        """Move the loss scale, and name and count what is not finite."""
+        # finite loss and infinite gradients: the loss scale was too large, as it is bound to be now and then
+        overflow = self.loss_scale is not None and not self.loss_scale.at_minimum and math.isfinite(loss)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=skipped is not None)
+        if skipped is None:
+            self.non_finite_steps = 0
+            return
+        consequence = "" if self.loss_scale is None else f"; the loss scale is {self.loss_scale.value:g} now"
+        logger.warning("step %d: %s, so the weights were not updated%s", self.step, skipped, consequence)
+        if not overflow:
+            self.non_finite_steps += 1
+        if self.non_finite_steps >= MAX_NON_FINITE_STEPS:
+            raise TrainingError(
+                f"step {self.step}: {skipped}, the {self.non_finite_steps}th time in a row. Lower learning_rate, "
+                "check the data, or use bf16 or fp32 instead of fp16"
+            )
+
+    @property
+    def _loss_scale_value(self) -> float:
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
+
+
+def batch_loss(
+    model: BloomForCausalLM, batch: Batch, precision: Precision, *, scale: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """scale times the sum of a batch's losses.
+
+    Args:
+        model: in training mode.
+        batch: on the model's device.
+        precision: number formats.
+        scale: known before the forward pass, so that gradients made there carry it.
+        label_smoothing: part of the probability spread over the whole vocabulary.
+    """
+    with precision.autocast(batch.tokens.device.type):
+        hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
+        weight = model.transformer.word_embeddings.weight
+        return linear_cross_entropy(hidden, weight, batch.labels, scale=scale, label_smoothing=label_smoothing)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of the randomness of update number step, counted from 0."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def steps_per_epoch(batches_per_epoch: int, gradient_accumulation_steps: int) -> int:
+    """Steps of an epoch; the last one may hold fewer microbatches."""
+    return -(-batches_per_epoch // gradient_accumulation_steps)
+
+
+def _reason_to_skip(loss: float, grad_norm: float) -> str | None:
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the gradient norm is {grad_norm}"
+    return None

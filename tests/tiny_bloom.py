@@ -1,0 +1,38 @@
+"""A tiny random model with a tokenizer beside it, on disk: what users of bloomlm.load have."""
+
+from pathlib import Path
+
+import torch
+
+from bloomlm.adapters.apply import Adapter, apply_adapter, trainable_state_dict
+from bloomlm.checkpoint.atomic import atomic_directory
+from bloomlm.checkpoint.peft import save_adapter
+from bloomlm.checkpoint.reader import load_model
+from bloomlm.checkpoint.writer import write_model
+from bloomlm.model.config import BloomConfig
+from tests.bloom_tokenizer import make_tokenizer
+from tests.tiny_checkpoint import random_model
+
+
+def write_bloom(directory: Path, eos_scale: float = 1.0) -> Path:
+    """Write one; eos_scale above 1 makes it end now and then."""
+    tokenizer = make_tokenizer()
+    model = random_model(BloomConfig(vocab_size=tokenizer.vocab_size + 6, hidden_size=32, n_layer=2, n_head=4))
+    with torch.no_grad():
+        model.transformer.word_embeddings.weight[2] *= eos_scale
+    directory.mkdir(parents=True, exist_ok=True)
+    write_model(directory, model.config, model.named_parameters())
+    tokenizer.save(directory)
+    return directory
+
+
+def write_adapter(directory: Path, base: Path, adapter: Adapter) -> Path:
+    """Write a random adapter of that base model."""
+    model = load_model(base)
+    generator = torch.Generator().manual_seed(5)
+    apply_adapter(model, adapter, generator)
+    for tensor in trainable_state_dict(model).values():
+        tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    with atomic_directory(directory) as temporary:
+        save_adapter(model, temporary, str(base))
+    return directory

@@ -1,0 +1,155 @@
+"""SIGKILL at any moment, start again: the weights are those of the run that was left alone, bit for bit.
+
+The test starts this file as a program, which imports torch once and forks a process for every attempt.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.checkpoint.reader import load_model
+from bloomlm.checkpoint.training_state import (
+    checkpoint_directory,
+    load_training_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_values,
+    save_training_state,
+)
+from bloomlm.checkpoint.writer import atomic_directory, write_model
+from bloomlm.data.loader import BatchLoader
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+from bloomlm.training.loop import LoopConfig, StepLog, train
+from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.precision import Precision
+from bloomlm.training.step import StepConfig, StepResult, Trainer
+from tests.unit.test_loop import V, some_examples
+
+ADAPTERS: dict[str, Adapter] = {"full": FullTuning(), "lora": LoraConfig(r=2, lora_dropout=0.2)}
+MAX_STEPS = 40
+NUM_KILLS = 12
+
+
+def build_model(adapter_name: str, checkpoint: Path | None) -> BloomForCausalLM:
+    adapter = ADAPTERS[adapter_name]
+    if checkpoint is not None and isinstance(adapter, FullTuning):
+        model = load_model(str(checkpoint))
+    else:
+        config = BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.1)
+        model = BloomForCausalLM(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+    apply_adapter(model, adapter, torch.Generator().manual_seed(1))
+    return model
+
+
+class Saver:
+    """Callbacks of a run that keeps two checkpoints."""
+
+    def __init__(self, trainer: Trainer, output_dir: Path) -> None:
+        self.trainer = trainer
+        self.output_dir = output_dir
+
+    def on_step(self, result: StepResult) -> None: ...
+
+    def on_log(self, log: StepLog) -> None: ...
+
+    def on_evaluate(self, step: int) -> None: ...
+
+    def on_save(self, step: int) -> None:
+        with checkpoint_directory(self.output_dir, step) as directory:
+            if all(p.requires_grad for p in self.trainer.model.parameters()):
+                write_model(directory, self.trainer.model.config, self.trainer.model.named_parameters())
+            save_training_state(directory, *self.trainer.state())
+        prune_checkpoints(self.output_dir, 2)
+
+
+def attempt(adapter_name: str, output_dir: Path) -> None:
+    """Start, or go on from the newest checkpoint, and write the learned weights at the end."""
+    checkpoint = newest_checkpoint(output_dir)
+    trainer = Trainer(
+        build_model(adapter_name, checkpoint),
+        BatchLoader(some_examples(), 3, shuffle=True, seed=4),
+        optimizer=AdamWConfig(weight_decay=0.1),
+        schedule=Schedule(learning_rate=0.02, max_steps=MAX_STEPS, warmup_steps=3),
+        precision=Precision(),
+        config=StepConfig(gradient_accumulation_steps=2),
+    )
+    if checkpoint is not None:
+        tensors, _ = trainer.state()
+        trainer.load_state(tensors, load_training_state(checkpoint, tensors))
+    train(trainer, LoopConfig(max_steps=MAX_STEPS, save_steps=3), Saver(trainer, output_dir))
+    with atomic_directory(output_dir / "final") as directory:
+        torch.save(dict(trainer.model.named_parameters()), directory / "weights.pt")
+
+
+def fork_attempt(adapter_name: str, output_dir: Path) -> int:
+    process_id = os.fork()
+    if process_id == 0:
+        status = 1
+        try:
+            attempt(adapter_name, output_dir)
+            status = 0
+        finally:
+            os._exit(status)
+    return process_id
+
+
+def main(adapter_name: str, directory: Path) -> None:
+    """Run once undisturbed, then once killed again and again; print the steps that each attempt began from."""
+    torch.set_num_threads(1)
+    attempt(adapter_name, directory / "warm")  # whatever is imported at the first step is imported before the forks
+    start = time.monotonic()
+    _, status = os.waitpid(fork_attempt(adapter_name, directory / "whole"), 0)
+    if status != 0:
+        sys.exit("the undisturbed run failed")
+    whole_seconds = time.monotonic() - start
+    print(f"{whole_seconds:.2f} seconds", file=sys.stderr)
+    moments = random.Random(11)
+    for _ in range(NUM_KILLS):
+        checkpoint = newest_checkpoint(directory / "killed")
+        print(0 if checkpoint is None else read_values(checkpoint)["step"], flush=True)
+        process_id = fork_attempt(adapter_name, directory / "killed")
+        time.sleep(moments.uniform(0.02, 0.22) * whole_seconds)
+        os.kill(process_id, signal.SIGKILL)
+        os.waitpid(process_id, 0)
+    _, status = os.waitpid(fork_attempt(adapter_name, directory / "killed"), 0)
+    if status != 0:
+        sys.exit("the last run failed")
+
+
+@pytest.mark.parametrize("adapter_name", ["full", "lora"])
+def test_killed_and_started_again_gives_the_same_weights(adapter_name: str, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.unit.test_kill_resume", adapter_name, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    began_from = [int(line) for line in process.stdout.split()]
+    assert len(set(began_from)) >= 3, began_from  # it was killed, and went on, at several places
+    whole, killed = (torch.load(tmp_path / run / "final" / "weights.pt") for run in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    for name, expected in whole.items():
+        assert torch.equal(killed[name], expected), name
+    fresh = dict(build_model(adapter_name, None).named_parameters())
+    assert any(not torch.equal(fresh[name], weight) for name, weight in whole.items())
+    left = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert left == ["checkpoint-39", "checkpoint-40", "final"]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

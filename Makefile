@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check bench clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m bloomlm.cli.main demo
+	$(BIN)/bloomlm demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

@@ -1,0 +1,1 @@
+"""What comes with the package: the model builtin:tiny and the data set builtin:dates."""

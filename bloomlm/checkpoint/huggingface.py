@@ -126,7 +126,7 @@ def find_safetensors(directory: Path) -> bool:
 
 def open_safetensors(directory: Path, config: BloomConfig) -> HuggingFaceReader:
     """Open model.safetensors, or the shards that its index names."""
-    return HuggingFaceReader([SafetensorsFile(path) for path in _files(directory, "model.safetensors")])
+    return HuggingFaceReader([SafetensorsFile(path) for path in checkpoint_files(directory, "model.safetensors")])
 
 
 def find_torch(directory: Path) -> bool:
@@ -136,10 +136,10 @@ def find_torch(directory: Path) -> bool:
 
 def open_torch(directory: Path, config: BloomConfig) -> HuggingFaceReader:
     """Open pytorch_model.bin, or the shards that its index names."""
-    return HuggingFaceReader([TorchFile(path) for path in _files(directory, "pytorch_model.bin")])
+    return HuggingFaceReader([TorchFile(path) for path in checkpoint_files(directory, "pytorch_model.bin")])
 
 
-def _files(directory: Path, single_name: str) -> list[Path]:
+def checkpoint_files(directory: Path, single_name: str) -> list[Path]:
     """The single file where it lies, as transformers prefers it, or else the shards of the index."""
     if (directory / single_name).is_file():
         return [directory / single_name]

@@ -1,0 +1,1 @@
+"""The `bloomlm` command: one file per verb, imported when the verb is used."""

@@ -14,6 +14,7 @@ from bloomlm.errors import BloomlmError
 
 # verb -> (its module, the line that `bloomlm --help` shows). The module holds `command`.
 VERBS = {
+    "demo": ("bloomlm.cli.demo", "the whole job on the built-in model and data, in a few minutes on a CPU"),
     "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
     "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
 }

@@ -16,12 +16,17 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 import yaml
 
 from bloomlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # generic from click 8.4 on only
 
 _CONFIG_FLAG = "config"
 
@@ -33,7 +38,7 @@ class _Dataclass(Protocol):
 C = TypeVar("C", bound=_Dataclass)
 
 
-class NameList(click.ParamType):
+class NameList(_ParamType):
     """Names separated by commas; a run file may also give a list."""
 
     name = "a,b,..."
@@ -50,7 +55,7 @@ class Flag:
     """One field of a config dataclass as the command line sees it."""
 
     name: str
-    type: click.ParamType
+    type: _ParamType
     is_optional: bool
     default: Any
     help: str
@@ -99,9 +104,7 @@ class Flag:
         try:
             return self.type.convert(str(value), None, None)
         except click.BadParameter as error:
-            raise ConfigError(
-                f"{where}: {self.name} is {value!r}; expected {_expected(self.type)}"
-            ) from error
+            raise ConfigError(f"{where}: {self.name} is {value!r}; expected {_expected(self.type)}") from error
 
 
 def config_command(name: str, config_class: type[C], run: Callable[[C], None], *, help: str) -> click.Command:
@@ -231,7 +234,8 @@ def _option(flag: Flag) -> click.Option:
             callback=lambda ctx, param, value: value or None,
             help=flag.described(),
         )
-    return click.Option(spellings, type=flag.type, default=None, help=flag.described())
+    metavar = f"[{'|'.join(flag.type.choices)}]" if isinstance(flag.type, click.Choice) else None
+    return click.Option(spellings, type=flag.type, default=None, metavar=metavar, help=flag.described())
 
 
 def _flag(item: Field[Any], hint: Any) -> Flag:
@@ -259,8 +263,8 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _parameter_type(hint: Any, name: str) -> click.ParamType:
-    simple: dict[Any, click.ParamType] = {
+def _parameter_type(hint: Any, name: str) -> _ParamType:
+    simple: dict[Any, _ParamType] = {
         bool: click.BOOL,
         int: click.INT,
         float: click.FLOAT,
@@ -275,7 +279,7 @@ def _parameter_type(hint: Any, name: str) -> click.ParamType:
     return NameList()
 
 
-def _expected(param_type: click.ParamType) -> str:
+def _expected(param_type: _ParamType) -> str:
     if isinstance(param_type, click.Choice):
         return "one of " + ", ".join(param_type.choices)
     names = {

@@ -71,7 +71,7 @@ class TrainingConfig:
     lora_alpha: float | None = _flag("adapters", None, "LoRA: the update counts lora_alpha / r times  [default: 2r]")
     lora_dropout: float = _flag("adapters", 0.0, "LoRA: probability that an input of the update is left out")
     target_modules: tuple[str, ...] = _flag("adapters", ("query_key_value",),
-        "LoRA: layers that learn, any of query_key_value,dense,dense_h_to_4h,dense_4h_to_h")
+        "LoRA: layers that learn, some of query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
     merge_weights: bool = _flag("adapters", False,
         "LoRA: also write the model with the adapter added in, to output_dir/merged")
     prefix_tuning: bool = _flag("adapters", False, "train virtual tokens instead of the model", aliases=("prefix",))
@@ -81,7 +81,7 @@ class TrainingConfig:
     do_eval: bool | None = _flag("evaluation", None, "evaluate  [default: True if --eval_file is given]")
     evaluation_strategy: Literal["no", "steps", "epoch"] = _flag("evaluation", "no",
         "when to evaluate during training; with --do_eval no means steps")
-    eval_steps: int | None = _flag("evaluation", None, "steps from one evaluation to the next  [default: logging_steps]")
+    eval_steps: int | None = _flag("evaluation", None, "steps between evaluations  [default: logging_steps]")
     per_device_eval_batch_size: int = _flag("evaluation", 8, "examples computed at once in evaluation")
     do_generation: bool = _flag("evaluation", False,
         "also generate from the prompts alone: exact match, ROUGE, BLEU (needs bloomlm[metrics])")
@@ -111,7 +111,7 @@ class TrainingConfig:
     greater_is_better: bool | None = _flag("checkpoints", None, "direction of that metric  [default: as its name says]")
     max_shard_size: str = _flag("checkpoints", "5GB", "largest weight file; a larger model is written in several")
 
-    tensor_parallel_degree: int = _flag("parallelism", -1, "processes a layer is split over; this build has one: 1 or -1")
+    tensor_parallel_degree: int = _flag("parallelism", -1, "processes a layer is split over; 1 or -1 here, one process")
     pipeline_parallel_degree: int = _flag("parallelism", -1, "processes the blocks are spread over; 1 or -1 here")
     sharding_parallel_degree: int = _flag("parallelism", -1, "processes the optimizer is spread over; 1 or -1 here")
     sharding: str = _flag("parallelism", "", "stage1, stage2 or stage3 of it; empty here")

@@ -18,7 +18,9 @@ ROWS = [
     {"errors", "assets"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+FILES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name not in ("__init__.py", "__main__.py")
+)
 
 
 def imported_parts(path: Path) -> set[str]:

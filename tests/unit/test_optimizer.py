@@ -37,7 +37,10 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 
 def test_updates_are_those_of_adamw() -> None:
     """Two updates against the formula of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101."""
-    parameters = {"h.dense.weight": nn.Parameter(torch.tensor([2.0])), "h.dense.bias": nn.Parameter(torch.tensor([2.0]))}
+    parameters = {
+        "h.dense.weight": nn.Parameter(torch.tensor([2.0])),
+        "h.dense.bias": nn.Parameter(torch.tensor([2.0])),
+    }
     optimizer = build_optimizer(parameters, AdamWConfig(weight_decay=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3))
     expected = {"h.dense.weight": 2.0, "h.dense.bias": 2.0}
     mean = square = 0.0
@@ -53,7 +56,9 @@ def test_updates_are_those_of_adamw() -> None:
     for name, parameter in parameters.items():
         assert parameter.item() == pytest.approx(expected[name], rel=1e-6)
     tensors = optimizer_tensors(optimizer, parameters)
-    assert set(tensors) == {f"optimizer/{name}/{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(tensors) == {
+        f"optimizer/{name}/{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")
+    }
     assert tensors["optimizer/h.dense.bias/exp_avg"].item() == pytest.approx(mean)
     assert tensors["optimizer/h.dense.bias/step"].item() == 2
     assert optimizer.defaults["fused"] is True

@@ -25,8 +25,11 @@ try:
 except CheckpointError as error:
     print(json.dumps({"error": str(error)}))
     sys.exit()
-from bloomlm.checkpoint.reader import load_model  # brings in torch
 files = sorted(p.name for p in directory.iterdir())
+if "adapter_config.json" in files:
+    print(json.dumps({"files": files}))
+    sys.exit()
+from bloomlm.checkpoint.reader import load_model  # brings in torch
 total = sum(p.double().sum().item() for p in load_model(*sys.argv[1:2]).parameters())
 print(json.dumps({"files": files, "total": total}))
 """
@@ -81,6 +84,17 @@ def test_hub_repository_with_only_bin_weights(hub_root: Path, tmp_path: Path) ->
     assert "pytorch_model.bin" in online["files"]
     assert online["total"] == total_of(tmp_path / "twin")
     assert run_load(cache, "org/tiny", endpoint=hub.url, offline=True) == online
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_hub_adapter(tmp_path: Path, weights: str) -> None:
+    repository = tmp_path / "hub" / "org" / "adapter"
+    repository.mkdir(parents=True)
+    for file in ("adapter_config.json", weights, "README.md", "training_args.pt"):
+        (repository / file).write_text("{}")
+    with serve_hub(tmp_path / "hub") as hub:
+        found = run_load(tmp_path / "cache", "org/adapter", endpoint=hub.url)
+    assert found == {"files": ["adapter_config.json", weights]}
 
 
 def test_hub_refusals_say_what_to_do(hub_root: Path, tmp_path: Path) -> None:

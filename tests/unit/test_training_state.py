@@ -155,7 +155,7 @@ def files_at_most(num_bytes: int) -> Iterator[None]:
 def test_a_full_disk_leaves_the_last_good_checkpoint(num_bytes: int, tmp_path: Path) -> None:
     """The room ends in the caller's file (100 bytes) or in the tensors (8 kB)."""
     save(tmp_path, 1)
-    with files_at_most(num_bytes), pytest.raises(CheckpointError, match="checkpoint-2.*File too large"):
+    with files_at_most(num_bytes), pytest.raises(CheckpointError, match=r"checkpoint-2.*File too large"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-1"]
     into = {name: torch.zeros_like(t) for name, t in some_tensors().items()}

@@ -1,0 +1,34 @@
+"""`bloomlm finetune`: train a BLOOM on examples, fully or with an adapter."""
+
+from bloomlm.cli.options import config_command
+from bloomlm.training.config import TrainingConfig
+
+
+def run(config: TrainingConfig) -> None:
+    """Fine-tune; after SIGTERM exit as the signal would have, with everything saved.
+
+    Raises:
+        BloomlmError: flags, files or data that cannot be used, or a run that cannot go on.
+    """
+    # imports torch, which --help and a misspelt flag need not wait for
+    from bloomlm.training.finetune import finetune
+    from bloomlm.training.loop import SIGTERM_EXIT_CODE
+
+    if finetune(config).interrupted:
+        raise SystemExit(SIGTERM_EXIT_CODE)
+
+
+command = config_command(
+    "finetune",
+    TrainingConfig,
+    run,
+    help="""Train a BLOOM on your examples: fully, with LoRA or with prefix tuning.
+
+    Everything the run makes is in --output_dir. Started again with the same flags, a run that was stopped goes on from
+    its newest checkpoint. A first try, in a minute or two on a CPU:
+
+    \b
+    bloomlm finetune --model_name_or_path builtin:tiny --dataset_name_or_path builtin:dates \\
+        --lora --r 8 --learning_rate 1e-3 --num_train_epochs 1 --logging_steps 10 --output_dir runs/dates
+    """,
+)

@@ -1,0 +1,110 @@
+"""checkpoint-N of a run: what it learned, its tokenizer, its log and everything needed to go on."""
+
+from pathlib import Path
+
+import torch
+
+from bloomlm.adapters.apply import adapter_config
+from bloomlm.checkpoint.peft import save_adapter
+from bloomlm.checkpoint.reader import open_reader, read_config
+from bloomlm.checkpoint.training_state import (
+    checkpoint_directory,
+    checkpoint_path,
+    load_training_state,
+    prune_checkpoints,
+    save_training_state,
+)
+from bloomlm.checkpoint.writer import write_model
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.training.history import History
+from bloomlm.training.step import Trainer
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints.
+
+    Args:
+        trainer: the run.
+        tokenizer: written beside the weights.
+        history: written too; names the best checkpoint.
+        output_dir: where they go.
+        base_model: what an adapter belongs to.
+        max_shard_size_bytes: of a weight file.
+        save_total_limit: checkpoints to keep; None: all.
+        keeps_best: whether the best one stays beyond the limit.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        history: History,
+        *,
+        output_dir: Path,
+        base_model: str,
+        max_shard_size_bytes: int,
+        save_total_limit: int | None,
+        keeps_best: bool,
+    ) -> None:
+        self._trainer = trainer
+        self._tokenizer = tokenizer
+        self._history = history
+        self._output_dir = output_dir
+        self._base_model = base_model
+        self._max_shard_size_bytes = max_shard_size_bytes
+        self._save_total_limit = save_total_limit
+        self._keeps_best = keeps_best
+
+    def save(self, step: int) -> None:
+        """Write checkpoint-STEP, then remove those beyond the limit.
+
+        Raises:
+            CheckpointError: it cannot be written; older ones are untouched.
+        """
+        with checkpoint_directory(self._output_dir, step) as directory:
+            self.write_learned(directory)
+            save_training_state(directory, *self._trainer.state())
+            self._history.write(directory)
+        if self._save_total_limit is not None:
+            best = self._history.best_model_checkpoint if self._keeps_best else None
+            prune_checkpoints(
+                self._output_dir, self._save_total_limit, None if best is None else self._output_dir / best
+            )
+
+    def write_learned(self, directory: Path) -> None:
+        """Write the whole model, or its adapter, and the tokenizer into a directory."""
+        model = self._trainer.model
+        if adapter_config(model) is None:
+            write_model(
+                directory, model.config, model.named_parameters(), max_shard_size_bytes=self._max_shard_size_bytes
+            )
+        else:
+            save_adapter(model, directory, self._base_model)
+        self._tokenizer.save(directory)
+
+    def restore(self, step: int) -> None:
+        """Go back to a checkpoint of this run."""
+        restore(self._trainer, checkpoint_path(self._output_dir, step))
+
+
+def restore(trainer: Trainer, checkpoint: Path) -> None:
+    """Bring a trainer to where a checkpoint was written.
+
+    Args:
+        trainer: of the same model, adapter, precision, data and seed.
+        checkpoint: complete.
+
+    Raises:
+        CheckpointError, TrainingError: it does not fit.
+    """
+    if adapter_config(trainer.model) is None:
+        _read_weights(trainer, checkpoint)
+    tensors, _ = trainer.state()
+    trainer.load_state(tensors, load_training_state(checkpoint, tensors))
+
+
+def _read_weights(trainer: Trainer, checkpoint: Path) -> None:
+    reader = open_reader(checkpoint, read_config(checkpoint))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            parameter.copy_(reader.read(name))

@@ -1,0 +1,191 @@
+"""The directory of a run: whether it may be used, where to go on from, run.yaml, and the final model in it.
+
+output_dir/
+    run.yaml               the resolved flags; --config takes them back
+    metrics.jsonl, runs/   the log, from the first step on
+    checkpoint-N/          weights or adapter, tokenizer, training state
+    ...                    at the end: the model or adapter itself, results, picture
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bloomlm.checkpoint.atomic import atomic_directory, atomic_write, sync
+from bloomlm.checkpoint.training_state import (
+    checkpoint_path,
+    checkpoint_step,
+    complete_checkpoints,
+    find_damage,
+    newest_checkpoint,
+)
+from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.yaml"
+MERGED_DIRECTORY = "merged"
+
+# What is there before the first checkpoint: a run killed that early simply starts again.
+_EARLY_NAMES = re.compile(r"run\.yaml|metrics\.jsonl|runs|\..*|.*\.log")
+# Everything a run writes, which --overwrite_output_dir may remove.
+_OWN_NAMES = re.compile(
+    r"run\.yaml|metrics\.jsonl|runs|merged|loss\.png|infer_result\.json|trainer_state\.json"
+    r"|(train|eval|all)_results\.json|checkpoint-\d+|prefix_projection\.safetensors"
+    r"|adapter_(config\.json|model\.safetensors)|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
+)
+_WEIGHT_NAMES = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
+    r"|prefix_projection\.safetensors"
+)
+# Flags that may change between two starts of one run without changing what it computes.
+_FREE_FLAGS = {
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "report_to", "logging_steps"),
+    *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "evaluation_strategy", "merge_weights"),
+    *("generate_num", "max_shard_size", "per_device_eval_batch_size", "do_eval", "eval_file"),
+}
+
+
+def prepare(config: TrainingConfig) -> Path | None:
+    """Make sure that the run may use its output_dir.
+
+    Args:
+        config: resolved.
+
+    Returns:
+        The checkpoint to go on from; None to start at the beginning.
+
+    Raises:
+        ConfigError: it holds other things, or the checkpoint asked for is none.
+        CheckpointError: that checkpoint is damaged, or the directory cannot be written.
+    """
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} is a file; expected a directory, or a name for a new one")
+    if config.overwrite_output_dir:
+        _remove_own(output_dir)
+    if not config.do_train:
+        return None
+    if config.resume_from_checkpoint is not None:
+        return _chosen_checkpoint(Path(config.resume_from_checkpoint), output_dir)
+    checkpoint = newest_checkpoint(output_dir)
+    if checkpoint is None:
+        _refuse_foreign(output_dir)
+    return checkpoint
+
+
+def write_run_file(config: TrainingConfig) -> None:
+    """Write the flags to run.yaml, under the headings that --help has.
+
+    Args:
+        config: resolved.
+    """
+    lines = ["# The flags of this run. The same run again: bloomlm finetune --config run.yaml --output_dir OTHER"]
+    section = None
+    for item in fields(config):
+        if item.metadata["section"] != section:
+            section = item.metadata["section"]
+            lines += ["", f"# {section}"]
+        lines.append(yaml.safe_dump({item.name: _plain(getattr(config, item.name))}, allow_unicode=True).rstrip())
+    atomic_write(Path(config.output_dir) / RUN_FILE, "\n".join(lines) + "\n")
+
+
+def changed_flags(config: TrainingConfig) -> str | None:
+    """In which flags a run that goes on differs from how it began, in words; None: in none that matters."""
+    path = Path(config.output_dir) / RUN_FILE
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    now = {name: _plain(value) for name, value in asdict(config).items() if name not in _FREE_FLAGS}
+    changes = [
+        f"--{name} was {before[name]}, is {value}"
+        for name, value in now.items()
+        if isinstance(before, dict) and name in before and before[name] != value
+    ]
+    return "; ".join(changes) or None
+
+
+def install(output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Put the final model's files into output_dir, beside what is there, each whole.
+
+    They are written aside first, so a full disk leaves an older model there as it was.
+
+    Args:
+        output_dir: of the run.
+        write: fills a directory with the files.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    aside = output_dir / ".final"
+    with atomic_directory(aside) as directory:
+        write(directory)
+    try:
+        new = {path.name for path in aside.iterdir()}
+        # configuration last: once it is there, so are the weights
+        for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".json"):
+            path.replace(output_dir / path.name)
+        for path in output_dir.iterdir():
+            if _WEIGHT_NAMES.fullmatch(path.name) and path.name not in new:
+                path.unlink()  # of another kind or number of files, from an earlier run
+        aside.rmdir()
+        sync(output_dir)
+    except OSError as error:
+        raise CheckpointError(f"the final model cannot be put into {output_dir}: {error}") from error
+
+
+def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
+    if not chosen.is_dir():
+        raise ConfigError(f"--resume_from_checkpoint {chosen}: no such directory; expected a checkpoint-N of a run")
+    step = checkpoint_step(chosen)
+    damage = find_damage(chosen)
+    if damage is not None:
+        raise CheckpointError(f"--resume_from_checkpoint {chosen} is damaged: {damage}")
+    later = [path for path in complete_checkpoints(output_dir) if checkpoint_step(path) > step]
+    if not later:
+        return chosen
+    if checkpoint_path(output_dir, step).resolve() != chosen.resolve():
+        # the branch that this very run began from a checkpoint elsewhere
+        logger.warning("going on from %s, which this run wrote after --resume_from_checkpoint %s", later[-1], chosen)
+        return later[-1]
+    for path in later:
+        logger.warning("%s is removed, because the run goes back to %s", path, chosen)
+        shutil.rmtree(path)
+    return chosen
+
+
+def _refuse_foreign(output_dir: Path) -> None:
+    if not output_dir.is_dir():
+        return
+    found = sorted(path.name for path in output_dir.iterdir() if not _EARLY_NAMES.fullmatch(path.name))
+    if found:
+        listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        raise ConfigError(
+            f"--output_dir {output_dir} holds {listed}, but no checkpoint to go on from. Name another directory, or "
+            "give --overwrite_output_dir to remove what an earlier run left there"
+        )
+
+
+def _remove_own(output_dir: Path) -> None:
+    if not output_dir.is_dir():
+        return
+    for path in output_dir.iterdir():
+        if not _OWN_NAMES.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,207 @@
+"""The flags of fine-tuning: PaddleNLP's command lines parse, and what flags mean together."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bloomlm.cli.options import build_config, config_command
+from bloomlm.errors import ConfigError
+from bloomlm.generation.config import BeamSearch, Greedy, Sampling
+from bloomlm.training.checks import DEFAULT_DATASET, Machine, resolve
+from bloomlm.training.config import TrainingConfig
+from bloomlm.training.evaluate import generation_config
+from bloomlm.training.output_dir import changed_flags, write_run_file
+
+CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True)
+GPU = dataclasses.replace(CPU, has_cuda=True)
+BARE = Machine(has_cuda=False, has_tensorboard=False, has_matplotlib=False, has_metrics=False)
+
+# The flags that PaddleNLP's page gives for one card; the adapter's own come after them.
+PADDLENLP_FLAGS = """--model_name_or_path bigscience/bloom-560m --num_train_epochs 2 --learning_rate 3e-4
+    --warmup_ratio 0.06 --weight_decay 0.1 --label_smoothing 0.1 --save_steps 1000 --logging_steps 1 --eval_steps 1000
+    --output_dir ./checkpoints/bloom-560m --src_length 500 --tgt_length 100 --min_tgt_length 0
+    --per_device_eval_batch_size 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --max_grad_norm 1.0
+    --scale_loss 32768 --lr_scheduler_type linear --do_train --do_eval --fp16 --fp16_opt_level O2 --recompute"""
+
+
+def config(**options: Any) -> TrainingConfig:
+    return TrainingConfig(**{"output_dir": "out", "train_file": "train.jsonl", **options})
+
+
+def resolved(machine: Machine = CPU, **options: Any) -> TrainingConfig:
+    return resolve(config(**options), machine)[0]
+
+
+def notices(machine: Machine = CPU, **options: Any) -> str:
+    return "\n".join(resolve(config(**options), machine)[1])
+
+
+def parse(line: str) -> TrainingConfig:
+    seen: list[TrainingConfig] = []
+    config_command("finetune", TrainingConfig, seen.append, help="x").main(shlex.split(line), standalone_mode=False)
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        ("--lora True --r 8", {"lora": True, "r": 8, "prefix_tuning": False}),
+        ("--prefix True --num_prefix_tokens 64", {"prefix_tuning": True, "num_prefix_tokens": 64, "lora": False}),
+    ],
+)
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[str, Any], machine: Machine) -> None:
+    found, notes = resolve(parse(f"{PADDLENLP_FLAGS} {adapter}"), machine)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert (found.fp16, found.fp16_opt_level, found.scale_loss, found.recompute) == (True, "O2", 32768.0, True)
+    assert (found.learning_rate, found.warmup_ratio, found.label_smoothing) == (3e-4, 0.06, 0.1)
+    assert (found.do_train, found.do_eval, found.evaluation_strategy, found.eval_steps) == (True, True, "steps", 1000)
+    assert found.dataset_name_or_path == DEFAULT_DATASET and any(DEFAULT_DATASET in note for note in notes)
+    assert found.device == ("gpu" if machine.has_cuda else "cpu")
+    assert any("fp16 on a CPU" in note for note in notes) is not machine.has_cuda
+    assert len(notes) == (1 if machine.has_cuda else 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tensor_parallel_degree": 4}, "tensor_parallel_degree 4: this build runs on one process"),
+        ({"pipeline_parallel_degree": 2}, "one process"),
+        ({"sharding_parallel_degree": 0}, "one process"),
+        ({"sharding": "stage2"}, "runs on one"),
+        ({"fp16": True, "bf16": True}, "choose one"),
+        ({"lora": True, "prefix_tuning": True}, "one adapter"),
+        ({"prefix_tuning": True, "merge_weights": True}, "virtual tokens are no weights"),
+        ({"device": "gpu"}, "--device cpu"),
+        ({"do_train": False}, "nothing to do"),
+        ({"do_eval": True, "do_train": False, "lora": True}, "fresh adapter"),
+        ({"train_file": None, "eval_file": "e.jsonl"}, "examples to learn"),
+        ({"train_file": None, "do_generation": True}, "no data named"),
+        ({"dataset_name_or_path": "builtin:dates"}, "both bring"),
+        ({"evaluation_strategy": "epoch", "do_eval": False}, "contradict"),
+        ({"do_generation": True, "do_eval": False}, "contradicts"),
+        ({"load_best_model_at_end": True}, "add --do_eval"),
+        ({"load_best_model_at_end": True, "evaluation_strategy": "epoch"}, "give both the same"),
+        ({"load_best_model_at_end": True, "do_eval": True, "eval_steps": 30, "save_steps": 50}, "no multiple"),
+        ({"do_eval": True, "metric_for_best_model": "rouge1"}, "it needs --do_generation|this run has"),
+        ({"do_eval": True, "metric_for_best_model": "eval_bleu4"}, "it needs --do_generation"),
+        ({"do_generation": True, "select_topk": False}, "give --top_p"),
+        ({"do_generation": True, "num_beams": 4, "top_p": 0.9}, "one kind of decoding"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "out/checkpoint-3"}, "choose one"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected from 0 to below 1"),
+        ({"logging_steps": 0}, "logging_steps is 0; expected at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs is 0.0"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
+        ({"tgt_length": 10, "min_tgt_length": 11}, "min_tgt_length 11 is above"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon"),
+    ],
+)
+def test_what_cannot_act_is_refused_with_the_reason(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        resolved(**options)
+
+
+def test_missing_extras_are_named_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"bloomlm\[metrics\]"):
+        resolved(BARE, do_generation=True)
+    with pytest.raises(ConfigError, match=r"bloomlm\[tensorboard\]"):
+        resolved(BARE, report_to="tensorboard")
+    assert resolved(BARE).report_to == "none"
+    assert r"bloomlm[plots]" in notices(BARE) and "bloomlm[tensorboard]" in notices(BARE)
+    assert resolved().report_to == "tensorboard"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"r": 8}, "--r: not used without --lora"),
+        ({"num_prefix_tokens": 3, "lora": True}, "--num_prefix_tokens: not used without --prefix_tuning"),
+        ({"merge_weights": True}, "--merge_weights is not used"),
+        ({"scale_loss": 1.0}, "--scale_loss 1 is not used"),
+        ({"fp16_opt_level": "O2"}, "--fp16_opt_level O2 is not used"),
+        ({"task_name": "dureader_qg"}, "--task_name dureader_qg is not used"),
+        ({"dataloader_num_workers": 2}, "--dataloader_num_workers is not used"),
+        ({"warmup_steps": 2, "warmup_ratio": 0.1}, "--warmup_ratio is not used"),
+        ({"lr_scheduler_type": "constant", "lr_decay_ratio": 0.5}, "--lr_decay_ratio is not used"),
+        ({"num_beams": 5}, "--num_beams: not used without --do_generation"),
+        ({"do_generation": True, "length_penalty": 0.7}, "--length_penalty is not used"),
+        ({"do_generation": True, "select_topk": False, "top_p": 0.9, "top_k": 3}, "--top_k 3 is not used"),
+        ({"eval_steps": 3}, "--eval_steps is not used"),
+        ({"eval_file": "e.jsonl", "do_eval": False}, "--eval_file e.jsonl is not used"),
+        ({"do_eval": True, "evaluation_strategy": "epoch", "eval_steps": 3}, "--eval_steps is not used"),
+    ],
+)
+def test_what_does_nothing_is_said(options: dict[str, Any], words: str) -> None:
+    assert words in notices(**options)
+
+
+def test_a_plain_run_needs_no_notice() -> None:
+    assert resolve(config(lora=True, r=8, eval_file="e.jsonl"), CPU)[1] == ()
+
+
+def test_what_depends_on_other_flags_is_filled_in() -> None:
+    assert (resolved().do_train, resolved().do_eval) == (True, False)
+    found = resolved(eval_file="e.jsonl", logging_steps=7)
+    assert (found.do_eval, found.evaluation_strategy, found.eval_steps) == (True, "steps", 7)
+    assert (found.metric_for_best_model, found.greater_is_better) == ("eval_loss", False)
+    found = resolved(do_generation=True, metric_for_best_model="rougeL")
+    assert (found.metric_for_best_model, found.greater_is_better) == ("eval_rougeL", True)
+    assert resolved(do_eval=True, metric_for_best_model="ppl").greater_is_better is False
+    assert resolved(do_eval=True, metric_for_best_model="eval_loss", greater_is_better=True).greater_is_better is True
+    found = resolved(do_eval=True, train_file=None, eval_file="e.jsonl")
+    assert (found.do_train, found.evaluation_strategy) == (False, "no")
+    assert resolved(GPU).device == "gpu" and resolved(GPU, device="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Greedy()),
+        ({"num_beams": 1, "top_k": 0, "top_p": 0.0}, Greedy()),
+        ({"top_k": 1}, Greedy()),
+        ({"top_k": 4}, Sampling(top_k=4, top_p=1.0, seed=42)),
+        ({"top_k": 4, "top_p": 0.9}, Sampling(top_k=4, top_p=0.9, seed=42)),
+        ({"top_k": 4, "top_p": 0.9, "select_topk": False}, Sampling(top_k=0, top_p=0.9, seed=42)),
+        ({"num_beams": 5}, BeamSearch(num_beams=5, length_penalty=1.0)),
+        ({"num_beams": 5, "length_penalty": 0.7}, BeamSearch(num_beams=5, length_penalty=0.7)),
+    ],
+)
+def test_decoding_is_greedy_unless_asked_otherwise(options: dict[str, Any], expected: object) -> None:
+    found = generation_config(resolved(do_generation=True, tgt_length=9, min_tgt_length=2, **options))
+    assert found.strategy == expected
+    assert (found.max_new_tokens, found.min_new_tokens, found.no_repeat_ngram_size) == (9, 2, 0)
+    assert generation_config(resolved(do_generation=True, no_repeat_ngram_size=3)).no_repeat_ngram_size == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_generation": True, "top_k": 3, "lora": True, "target_modules": ("dense", "query_key_value")},
+        {"eval_file": "e.jsonl", "load_best_model_at_end": True, "prompt_template": "{src}\n: #'\"", "bf16": True},
+        {"train_file": None, "eval_file": "e.jsonl", "do_eval": True, "learning_rate": 1e-06},
+    ],
+)
+def test_run_file_gives_the_same_run(options: dict[str, Any], tmp_path: Path) -> None:
+    first = resolved(output_dir=str(tmp_path / "out"), **options)
+    write_run_file(first)
+    run_file = tmp_path / "out" / "run.yaml"
+    again = build_config(TrainingConfig, {}, run_file)
+    assert again == first
+    assert resolve(again, CPU)[0] == first
+    assert changed_flags(again) is None
+    changed = dataclasses.replace(again, learning_rate=0.5, disable_tqdm=True)
+    assert changed_flags(changed) == f"--learning_rate was {first.learning_rate}, is 0.5"
+    assert list(yaml.safe_load(run_file.read_text())) == [item.name for item in dataclasses.fields(TrainingConfig)]
+
+
+def test_every_flag_teaches() -> None:
+    for item in dataclasses.fields(TrainingConfig):
+        assert 10 < len(item.metadata["help"]) < 125, item.name
+        assert item.metadata["help"].isascii() and item.metadata["section"]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
+from bloomlm.model.linear import Linear
 
 T = TypeVar("T", int, float)
 
@@ -77,7 +78,7 @@ def _match(pattern_values: Mapping[str, T], module_name: str, default: T) -> T:
     return default
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer whose weight and bias keep their names, with lora_A [R, in] and lora_B [out, R] beside them."""
 
     lora_A: nn.Parameter
@@ -118,7 +119,7 @@ class LoRALinear(nn.Linear):
         """[N, in] -> [N, out]."""
         update = F.dropout(x, self.config.lora_dropout, self.training)
         low_rank = F.linear(update.to(self.lora_A.dtype), self.lora_A)
-        base = F.linear(x, self.weight, self.bias)
+        base = super().forward(x)
         if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
             return base + (F.linear(low_rank, self.lora_B) * self.scaling).to(base.dtype)
         # one kernel multiplies, scales and adds in place: nothing needs base's old value again
@@ -131,7 +132,7 @@ class LoRALinear(nn.Linear):
     def merge(self) -> nn.Linear:
         """The inverse of from_linear: a plain layer with the update added in fp32 and rounded once."""
         with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features)
+            linear = Linear(self.in_features, self.out_features)
         with torch.no_grad():
             self.weight.copy_(self.weight.float() + self.delta())
         linear.weight, linear.bias = self.weight, self.bias

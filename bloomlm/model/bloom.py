@@ -17,6 +17,7 @@ from bloomlm.model.attention import attend, virtual_with_columns, with_columns
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+from bloomlm.model.linear import Linear, linear
 
 
 class SelfAttention(nn.Module):
@@ -26,8 +27,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -57,8 +58,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: BloomConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_size)
-        self.dense_4h_to_h = nn.Linear(config.ffn_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.ffn_size)
+        self.dense_4h_to_h = Linear(config.ffn_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
@@ -181,7 +182,7 @@ class BloomForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""
-        return F.linear(hidden, self.transformer.word_embeddings.weight)
+        return linear(hidden, self.transformer.word_embeddings.weight)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, kv_cache: KVCache | None = None

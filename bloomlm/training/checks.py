@@ -131,7 +131,7 @@ def _resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig
         wants_eval = bool(config.eval_file) or config.evaluation_strategy != "no" or config.do_generation
     wants_train = config.do_train
     if wants_train is None:
-        wants_train = not config.do_eval
+        wants_train = bool(config.train_file) or not config.do_eval
     if not (wants_train or wants_eval):
         raise ConfigError("nothing to do: give --do_train, --do_eval or both")
     if config.eval_file and not wants_eval and config.generate_num == 0:

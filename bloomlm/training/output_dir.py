@@ -72,7 +72,7 @@ def prepare(config: TrainingConfig) -> Path | None:
         raise ConfigError(f"--output_dir {output_dir} is a file; expected a directory, or a name for a new one")
     if config.overwrite_output_dir:
         _remove_own(output_dir)
-    if not config.do_train:
+    if config.overwrite_output_dir or not config.do_train:
         return None
     if config.resume_from_checkpoint is not None:
         return _chosen_checkpoint(Path(config.resume_from_checkpoint), output_dir)

@@ -1,0 +1,363 @@
+"""Fine-tuning from flags to files, on a tiny random model."""
+
+import json
+import os
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bloomlm
+from bloomlm.checkpoint.safetensors_file import SafetensorsFile
+from bloomlm.cli.finetune import command
+from bloomlm.data.examples import load_examples
+from bloomlm.data.loader import collate
+from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.training.config import TrainingConfig
+from bloomlm.training.finetune import FinetuneResult, finetune
+from bloomlm.training.loop import evaluate_loss
+from bloomlm.training.metrics import score_generations
+from bloomlm.training.precision import Precision
+from bloomlm.training.report import Reporter
+from tests.tiny_bloom import write_bloom
+from tests.unit.test_training_config import PADDLENLP_FLAGS
+
+WORDS = ("the cat sat on the mat", "a b c", "dates and times", "hello world", "one two three", "12 34")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and two files of examples."""
+    directory = tmp_path_factory.mktemp("material")
+    write_bloom(directory / "model", eos_scale=1.5)
+    rows = [
+        {"src": f"{first} {number}", "tgt": second} for number in range(3) for first, second in zip(WORDS, WORDS[1:])
+    ]
+    for name, chosen in (("train", rows), ("dev", rows[4:7])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOOMLM_CACHE", str(tmp_path / "cache"))
+
+
+def flags(material: Path, output_dir: Path, **options: Any) -> TrainingConfig:
+    values: dict[str, Any] = {
+        "model_name_or_path": str(material / "model"),
+        "train_file": str(material / "train.jsonl"),
+        "eval_file": str(material / "dev.jsonl"),
+        "output_dir": str(output_dir),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "tgt_length": 8,
+        "report_to": "none",
+        "device": "cpu",
+    }
+    return TrainingConfig(**{**values, **options})
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    file = SafetensorsFile(path)
+    return {name: file.read(name).clone() for name in file.entries}
+
+
+def assert_same_file(found: Path, expected: Path) -> None:
+    ours, theirs = tensors(found), tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def reproducible(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries without what the clock and the machine decide."""
+    timed = ("seconds", "per_second", "runtime", "memory_bytes")
+    return [{name: value for name, value in entry.items() if not name.endswith(timed)} for entry in log]
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "full": ({"learning_rate": 0.003}, "model.safetensors", None),
+    "lora": (
+        {"lora": True, "r": 3, "target_modules": ("query_key_value", "dense")},
+        "adapter_model.safetensors",
+        "lora",
+    ),
+    "prefix": (
+        {"prefix_tuning": True, "num_prefix_tokens": 3, "prefix_projection": True},
+        "adapter_model.safetensors",
+        "prefix",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_is_written_is_what_was_evaluated(kind: str, material: Path, tmp_path: Path) -> None:
+    options, weights_file, path_flag = ADAPTERS[kind]
+    out = tmp_path / "out"
+    result = finetune(flags(material, out, **options))
+    assert (result.step, result.interrupted, result.merged_path) == (6, False, None)
+    assert result.train_metrics is not None and result.eval_metrics is not None
+    log = metrics(out)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4, 6]
+    for name in ("eval_loss", "eval_ppl", "eval_accuracy"):
+        assert result.eval_metrics[name] == evaluations[-1][name]
+    # the written files, read as a user reads them, give the very loss that was reported
+    base = out if path_flag is None else material / "model"
+    loaded = bloomlm.load(base, **({f"{path_flag}_path": out} if path_flag else {}))
+    examples = load_examples(material / "dev.jsonl", loaded.tokenizer, src_length=512, tgt_length=8)
+    again = evaluate_loss(loaded.model, [collate(list(examples))], Precision())
+    assert again.loss == pytest.approx(result.eval_metrics["eval_loss"], rel=1e-5)
+    assert again.token_accuracy == result.eval_metrics["eval_accuracy"]
+    assert_same_file(out / weights_file, out / "checkpoint-6" / weights_file)
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["log_history"] == log and state["global_step"] == 6 and state["max_steps"] == 6
+    best = min(evaluations, key=lambda entry: entry["eval_loss"])
+    assert state["best_metric"] == best["eval_loss"]
+    assert state["best_model_checkpoint"] == f"checkpoint-{best['step']}"
+    everything = json.loads((out / "all_results.json").read_text())
+    assert everything == {**result.train_metrics, **result.eval_metrics}
+    supervised = sum(entry["supervised_tokens"] for entry in log if "loss" in entry)
+    weighted = sum(entry["loss"] * entry["supervised_tokens"] for entry in log if "loss" in entry)
+    assert everything["train_loss"] == pytest.approx(weighted / supervised)
+    assert (out / "loss.png").is_file() and (out / "tokenizer.json").is_file()
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("crash_at", [1, 5])
+def test_a_crashed_run_goes_on_to_the_same_end(
+    kind: str, crash_at: int, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, weights_file, _ = ADAPTERS[kind]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finetune(flags(material, whole, **options))
+    logged = Reporter.on_log
+
+    def crash(self: Reporter, log: Any) -> None:
+        logged(self, log)
+        if log.step == crash_at:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "on_log", crash)
+        with pytest.raises(Crash):
+            finetune(flags(material, broken, **options))
+    assert metrics(broken)[-1]["step"] == crash_at
+    result = finetune(flags(material, broken, **options))
+    assert result.step == 6
+    assert_same_file(broken / weights_file, whole / weights_file)
+    assert reproducible(metrics(broken)) == reproducible(metrics(whole))
+    done_again = finetune(flags(material, broken, **options))  # nothing is left to do
+    assert done_again.eval_metrics == result.eval_metrics
+    assert_same_file(broken / weights_file, whole / weights_file)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finetune(flags(material, whole, lora=True))
+    stepped = Reporter.on_step
+
+    def stop(self: Reporter, result: Any) -> None:
+        stepped(self, result)
+        if result.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    line = f"--model_name_or_path {material}/model --train_file {material}/train.jsonl --eval_file {material}/dev.jsonl"
+    line += " --max_steps 6 --per_device_train_batch_size 4 --learning_rate 0.01 --logging_steps 1 --eval_steps 2"
+    line += f" --save_steps 2 --tgt_length 8 --report_to none --lora --device cpu --output_dir {stopped}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "on_step", stop)
+        with pytest.raises(SystemExit) as caught:
+            command.main(shlex.split(line), standalone_mode=False)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert (stopped / "checkpoint-3").is_dir() and not (stopped / "adapter_model.safetensors").exists()
+    command.main(shlex.split(line), standalone_mode=False)
+    assert_same_file(stopped / "adapter_model.safetensors", whole / "adapter_model.safetensors")
+    assert reproducible(metrics(stopped)) == reproducible(metrics(whole))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_best_checkpoint_is_the_result(kind: str, material: Path, tmp_path: Path) -> None:
+    options, weights_file, _ = ADAPTERS[kind]
+    out = tmp_path / "out"
+    # the loss falls, so with the direction turned round the first evaluation is the best
+    options = {**options, "greater_is_better": True, "save_total_limit": 1}
+    result = finetune(flags(material, out, load_best_model_at_end=True, **options))
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in metrics(out) if "eval_loss" in entry}
+    best = max(evaluations, key=evaluations.__getitem__)
+    assert best != 6, "the last step is the best; the test shows nothing"
+    assert result.best_checkpoint == out / f"checkpoint-{best}"
+    assert result.eval_metrics is not None and result.eval_metrics["eval_loss"] == evaluations[best]
+    assert_same_file(out / weights_file, result.best_checkpoint / weights_file)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{best}", "checkpoint-6"]
+
+
+def test_answers_come_from_the_prompts_alone(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"do_generation": True, "generate_num": 2, "metric_for_best_model": "rouge1"}
+    result = finetune(flags(material, out, lora=True, per_device_eval_batch_size=2, **options))
+    loaded = bloomlm.load(material / "model", lora_path=out)
+    rows = [json.loads(line) for line in (material / "dev.jsonl").read_text().splitlines()]
+    completions = loaded.generate([row["src"] for row in rows], max_new_tokens=8)
+    answers = [completion.completion for completion in completions]
+    expected = score_generations(answers, [row["tgt"] for row in rows])
+    assert result.eval_metrics is not None
+    for name, value in expected.numbers().items():
+        assert result.eval_metrics[f"eval_{name}"] == pytest.approx(value), name
+    assert result.eval_metrics["eval_bleu4_signature"] == expected.bleu4_signature
+    assert result.best_checkpoint is not None
+    written = [json.loads(line) for line in (out / "infer_result.json").read_text().splitlines()]
+    assert written == [
+        {"instruction": row["src"], "answer": row["tgt"], "output": answer}
+        for row, answer in zip(rows[:2], answers[:2], strict=True)
+    ]
+
+
+def test_the_merged_model_speaks_like_model_and_adapter(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = finetune(flags(material, out, lora=True, merge_weights=True))
+    assert result.merged_path == out / "merged"
+    merged, adapted = bloomlm.load(result.merged_path), bloomlm.load(material / "model", lora_path=out)
+    ids = torch.tensor([merged.tokenizer.encode("the cat sat")])
+    base = bloomlm.load(material / "model").model(ids)
+    torch.testing.assert_close(merged.model(ids), adapted.model(ids), rtol=1e-5, atol=1e-5)
+    assert (merged.model(ids) - base).abs().max() > 1e-3
+
+
+def test_the_run_file_repeats_the_run(material: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options: dict[str, Any] = {"lora": True, "lora_dropout": 0.2, "label_smoothing": 0.1, "warmup_ratio": 0.5}
+    finetune(flags(material, first, lr_scheduler_type="cosine", **options))
+    command.main(["--config", str(first / "run.yaml"), "--output-dir", str(second)], standalone_mode=False)
+    assert_same_file(second / "adapter_model.safetensors", first / "adapter_model.safetensors")
+    assert reproducible(metrics(second)) == reproducible(metrics(first))
+
+
+@pytest.mark.parametrize("adapter", ["--lora True --r 8", "--prefix True --num_prefix_tokens 64", ""])
+def test_paddlenlp_command_lines_train_on_a_cpu(adapter: str, material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = f"{PADDLENLP_FLAGS} {adapter} --model_name_or_path {material}/model --train_file {material}/train.jsonl"
+    command.main(shlex.split(f"{line} --device cpu --output_dir {out}"), standalone_mode=False)
+    log = [entry for entry in metrics(out) if "loss" in entry]
+    assert len(log) == 2 and log[-1]["epoch"] == 2.0  # 14 of the 15 examples, 4 batches of 4 a step, 2 epochs
+    assert log[-1]["loss"] < log[0]["loss"] + 0.5 and log[-1]["loss_scale"] is not None
+    weights = tensors(out / ("adapter_model.safetensors" if adapter else "model.safetensors"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    evaluation = json.loads((out / "eval_results.json").read_text())
+    assert evaluation["eval_loss"] > 0
+
+
+def test_evaluation_alone(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = finetune(flags(material, out, do_eval=True, do_train=False))
+    loaded = bloomlm.load(material / "model")
+    examples = load_examples(material / "dev.jsonl", loaded.tokenizer, src_length=512, tgt_length=8)
+    expected = evaluate_loss(loaded.model, [collate(list(examples))], Precision())
+    assert result.train_metrics is None and result.eval_metrics is not None
+    assert result.eval_metrics["eval_loss"] == pytest.approx(expected.loss, rel=1e-6)
+    written = {path.name for path in out.iterdir()}
+    assert written == {"run.yaml", "metrics.jsonl", "eval_results.json", "all_results.json"}
+
+
+def test_last_examples_are_held_out_where_there_are_no_others(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = finetune(flags(material, tmp_path / "out", eval_file=None, do_eval=True, do_train=True, max_steps=-1))
+    assert "the last 1 of the training file are kept from training" in capfd.readouterr().err
+    assert result.train_metrics is not None and result.eval_metrics is not None
+    assert result.step == 3 * 4  # 14 examples in batches of 4, three epochs
+
+
+def test_epochs_decide_when_to_evaluate_and_save(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"evaluation_strategy": "epoch", "save_strategy": "epoch", "eval_steps": None}
+    finetune(flags(material, out, max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2, **options))
+    # 15 examples, 4 batches, 2 steps an epoch
+    assert [entry["step"] for entry in metrics(out) if "eval_loss" in entry] == [2, 3]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert metrics(out)[-1]["epoch"] == 1.5
+
+
+def test_other_peoples_files_are_left_alone(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    (out / "train.log").write_text("a log beside the run is no reason to refuse")
+    with pytest.raises(ConfigError, match=r"holds thesis\.txt, but no checkpoint"):
+        finetune(flags(material, out, lora=True))
+    assert {path.name for path in out.iterdir()} == {"thesis.txt", "train.log"}
+    finetune(flags(material, out, lora=True, overwrite_output_dir=True, save_strategy="no"))
+    assert (out / "thesis.txt").read_text() == "mine" and not list(out.glob("checkpoint-*"))
+    with pytest.raises(ConfigError, match="but no checkpoint"):
+        finetune(flags(material, out, lora=True))
+    finetune(flags(material, out, overwrite_output_dir=True, max_steps=2))
+    names = {path.name for path in out.iterdir()}
+    assert "model.safetensors" in names and "adapter_model.safetensors" not in names and "thesis.txt" in names
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        finetune(flags(material, tmp_path / "file"))
+
+
+def test_going_back_to_a_checkpoint(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finetune(flags(material, out, lora=True))
+    result = finetune(flags(material, out, lora=True, max_steps=5, resume_from_checkpoint=str(out / "checkpoint-2")))
+    assert result.step == 5
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert [entry["step"] for entry in metrics(out) if "loss" in entry] == [1, 2, 3, 4, 5]
+    elsewhere = tmp_path / "elsewhere"
+    chosen = str(out / "checkpoint-4")
+    finetune(flags(material, elsewhere, lora=True, max_steps=5, resume_from_checkpoint=chosen))
+    assert_same_file(elsewhere / "adapter_model.safetensors", out / "adapter_model.safetensors")
+    finetune(flags(material, elsewhere, lora=True, max_steps=7, resume_from_checkpoint=chosen))
+    assert (elsewhere / "checkpoint-7").is_dir()
+    for bad, message in (("model", "no checkpoint"), ("absent", "no such directory")):
+        with pytest.raises(ConfigError, match=message):
+            finetune(flags(material, elsewhere, resume_from_checkpoint=str(material / bad)))
+    (out / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        finetune(flags(material, elsewhere, lora=True, resume_from_checkpoint=chosen))
+
+
+def test_changed_flags_are_told_when_going_on(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    finetune(flags(material, out, lora=True, max_steps=2))
+    finetune(flags(material, out, lora=True, max_steps=4, learning_rate=0.5))
+    error = capfd.readouterr().err
+    assert (
+        "going on from" in error and "--learning_rate was 0.01, is 0.5" in error and "--max_steps was 2, is 4" in error
+    )
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        finetune(flags(material, out, lora=True, r=7, max_steps=6))
+
+
+def test_python_api_runs_the_same(material: Path, tmp_path: Path) -> None:
+    config = flags(material, tmp_path / "api", lora=True)
+    result = bloomlm.finetune(**vars(config))
+    assert isinstance(result, FinetuneResult)
+    finetune(flags(material, tmp_path / "direct", lora=True))
+    name = "adapter_model.safetensors"
+    assert_same_file(tmp_path / "api" / name, tmp_path / "direct" / name)

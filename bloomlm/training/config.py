@@ -36,7 +36,7 @@ class TrainingConfig:
     dataloader_num_workers: int = _flag("data", 0, "accepted for PaddleNLP's sake; tokenising uses all cores anyway")
     task_name: str | None = _flag("data", None, "accepted for PaddleNLP's sake, which ignored it")
 
-    do_train: bool | None = _flag("training", None, "train  [default: True, but not with --do_eval without --train_file]")
+    do_train: bool | None = _flag("training", None, "train  [default: True, unless only --do_eval is asked for]")
     num_train_epochs: float = _flag("training", 3.0, "passes through the examples; a fraction ends within one")
     max_steps: int = _flag("training", -1, "steps of the run; above 0 it wins over num_train_epochs")
     per_device_train_batch_size: int = _flag("training", 8, "examples computed at once in training")

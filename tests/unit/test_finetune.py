@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from bloomlm.cli.finetune import command
 from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import collate
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.training.build import build_trainer, load_to_train
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
 from bloomlm.training.loop import evaluate_loss
 from bloomlm.training.metrics import score_generations
-from bloomlm.training.precision import Precision
+from bloomlm.training.optimizer import build_schedule
+from bloomlm.training.precision import Precision, precision_from_flags
 from bloomlm.training.report import Reporter
+from bloomlm.training.step import StepConfig
 from tests.tiny_bloom import write_bloom
 from tests.unit.test_training_config import PADDLENLP_FLAGS
 
@@ -34,9 +38,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and two files of examples."""
     directory = tmp_path_factory.mktemp("material")
     write_bloom(directory / "model", eos_scale=1.5)
-    rows = [
-        {"src": f"{first} {number}", "tgt": second} for number in range(3) for first, second in zip(WORDS, WORDS[1:])
-    ]
+    pairs = list(pairwise(WORDS)) * 3
+    rows = [{"src": f"{source} {number}", "tgt": target} for number, (source, target) in enumerate(pairs)]
     for name, chosen in (("train", rows), ("dev", rows[4:7])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     return directory
@@ -234,6 +237,65 @@ def test_answers_come_from_the_prompts_alone(material: Path, tmp_path: Path) -> 
     ]
 
 
+def test_drawn_answers_do_not_depend_on_the_batch_size(material: Path, tmp_path: Path) -> None:
+    answers = []
+    for batch_size in (1, 3):
+        out = tmp_path / str(batch_size)
+        options = {"generate_num": 3, "top_k": 50, "per_device_eval_batch_size": batch_size, "max_steps": 1}
+        finetune(flags(material, out, lora=True, **options))
+        written = [json.loads(line) for line in (out / "infer_result.json").read_text().splitlines()]
+        answers.append([row["output"] for row in written])
+    assert answers[0] == answers[1] and len(set(answers[0])) == 3
+
+
+def test_no_weight_file_of_an_earlier_end_stays(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finetune(flags(material, out, max_steps=2))
+    finetune(flags(material, out, max_steps=3, max_shard_size="20KB"))
+    names = {path.name for path in out.iterdir()}
+    assert "model.safetensors.index.json" in names and "model.safetensors" not in names
+    whole = dict(bloomlm.load(out).model.named_parameters())
+    for name, tensor in bloomlm.load(out / "checkpoint-3").model.named_parameters():
+        assert torch.equal(whole[name], tensor), name
+
+
+def test_every_number_reaches_the_trainer(material: Path, tmp_path: Path) -> None:
+    config = flags(
+        material,
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=1.5,
+        gradient_accumulation_steps=2,
+        weight_decay=0.3,
+        adam_beta1=0.8,
+        adam_beta2=0.7,
+        adam_epsilon=0.6,
+        max_grad_norm=0.5,
+        label_smoothing=0.4,
+        seed=7,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        lr_decay_ratio=0.05,
+        recompute=True,
+    )
+    precision = precision_from_flags(fp16=False, bf16=True, fp16_opt_level="O2", scale_loss=2.0)
+    model = load_to_train(config, material / "model", precision, None)
+    examples = list(
+        load_examples(material / "train.jsonl", bloomlm.load(material / "model").tokenizer, src_length=9, tgt_length=9)
+    )
+    trainer, max_steps = build_trainer(config, model, examples, precision)
+    assert max_steps == 3 and model.transformer.recompute is True
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert trainer.config == StepConfig(gradient_accumulation_steps=2, max_grad_norm=0.5, label_smoothing=0.4, seed=7)
+    assert trainer.schedule == build_schedule(
+        learning_rate=0.01, max_steps=3, lr_scheduler_type="cosine", warmup_steps=2, lr_decay_ratio=0.05
+    )
+    decayed, others = trainer.optimizer.param_groups
+    assert (decayed["betas"], decayed["eps"], decayed["weight_decay"]) == ((0.8, 0.7), 0.6, 0.3)
+    assert others["weight_decay"] == 0.0
+    assert trainer.batches.state_dict()["seed"] == 7 and len(trainer.batches) == 4
+
+
 def test_the_merged_model_speaks_like_model_and_adapter(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = finetune(flags(material, out, lora=True, merge_weights=True))
@@ -287,6 +349,10 @@ def test_last_examples_are_held_out_where_there_are_no_others(
     assert "the last 1 of the training file are kept from training" in capfd.readouterr().err
     assert result.train_metrics is not None and result.eval_metrics is not None
     assert result.step == 3 * 4  # 14 examples in batches of 4, three epochs
+    tokenizer = bloomlm.load(material / "model").tokenizer
+    examples = load_examples(material / "train.jsonl", tokenizer, src_length=512, tgt_length=8)
+    learned = sum(len(examples[index].tokens) - examples[index].num_source_tokens for index in range(14))
+    assert sum(entry.get("supervised_tokens", 0) for entry in metrics(tmp_path / "out")) == 3 * learned
 
 
 def test_epochs_decide_when_to_evaluate_and_save(material: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ VERBS = {
     "demo": ("bloomlm.cli.demo", "the whole job on the built-in model and data, in a few minutes on a CPU"),
     "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
     "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
+    "merge": ("bloomlm.cli.merge", "write one plain model: LoRA into its base, shards into one, another precision"),
 }
 
 _EXIT_USER_ERROR = 2

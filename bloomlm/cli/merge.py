@@ -1,0 +1,73 @@
+"""`bloomlm merge`: many files into one, another precision, an adapter into its base."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from bloomlm.api import DTYPES, load
+from bloomlm.checkpoint.merge import merge_to_directory
+from bloomlm.checkpoint.writer import parse_size
+from bloomlm.cli.options import config_command
+from bloomlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What to merge, and into what."""
+
+    model_name_or_path: str = field(
+        metadata={"section": "merge", "help": "the base: builtin:tiny, a directory, or a hub name"}
+    )
+    output_path: str = field(
+        metadata={"section": "merge", "help": "directory to write; an older model in it is replaced"}
+    )
+    lora_path: str | None = field(
+        default=None,
+        metadata={"section": "merge", "help": "LoRA adapter to add into the weights, in fp32, rounded once"},
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
+        default=None, metadata={"section": "merge", "help": "precision to write  [default: the base's]"}
+    )
+    max_shard_size: str = field(
+        default="5GB",
+        metadata={"section": "merge", "help": "largest weight file; a larger model is written in several"},
+    )
+
+
+def merge(config: MergeConfig) -> None:
+    """Write one plain Hugging Face directory.
+
+    Raises:
+        ConfigError: the output is the input, or a size that is none.
+        CheckpointError: files cannot be read or written; AdapterError: those of the adapter.
+    """
+    output = Path(config.output_path)
+    if output.resolve() == Path(config.model_name_or_path).resolve():
+        raise ConfigError(f"--output_path {output} is the model itself; name another directory")
+    max_shard_size_bytes = parse_size(config.max_shard_size)
+    loaded = load(config.model_name_or_path, lora_path=config.lora_path)
+    merge_to_directory(
+        loaded.model,
+        output,
+        tokenizer=loaded.tokenizer,
+        dtype=None if config.dtype is None else DTYPES[config.dtype],
+        max_shard_size_bytes=max_shard_size_bytes,
+    )
+    size_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    adapter = f" with {config.lora_path} added in" if config.lora_path else ""
+    console = Console(highlight=False, markup=False)
+    console.print(f"{config.model_name_or_path}{adapter} is in {output} ({size_bytes / 1e6:,.1f} MB)", soft_wrap=True)
+    console.print(f"next: bloomlm predict --model_name_or_path {output} --prompt ...", soft_wrap=True)
+
+
+command = config_command(
+    "merge",
+    MergeConfig,
+    merge,
+    help="""Write a model as one plain directory: shards into one file, another precision, LoRA into its base.
+
+    The weights go from file to file one tensor at a time. A prefix adapter cannot be merged.
+    """,
+)

@@ -161,8 +161,8 @@ def _resolve_device(config: TrainingConfig, machine: Machine, notices: list[str]
     if config.fp16 and config.bf16:
         raise ConfigError("--fp16 and --bf16 were both asked for; choose one (bf16 where the GPU has it)")
     on_cpu = device == "cpu" or (device == "auto" and not machine.has_cuda)
-    if on_cpu and config.fp16:
-        notices.append("--fp16 on a CPU gives the results of a GPU, but slower than float32; --bf16 may be faster")
+    if on_cpu and (config.fp16 or config.bf16):
+        notices.append(f"--{'fp16' if config.fp16 else 'bf16'} on a CPU works, but is mostly slower than float32 there")
     if not config.fp16:
         if config.scale_loss != _default("scale_loss"):
             notices.append(f"--scale_loss {config.scale_loss:g} is not used: only --fp16 scales the loss")

@@ -27,7 +27,14 @@ from bloomlm.training.examples_of_run import RunExamples, load_run_examples
 from bloomlm.training.history import History
 from bloomlm.training.loop import LoopConfig, StepLog, TrainResult, train
 from bloomlm.training.precision import Precision, precision_from_flags
-from bloomlm.training.report import Reporter, train_metrics, write_generations, write_picture, write_results
+from bloomlm.training.report import (
+    Reporter,
+    read_train_results,
+    train_metrics,
+    write_generations,
+    write_picture,
+    write_results,
+)
 from bloomlm.training.step import StepResult, Trainer, steps_per_epoch
 from bloomlm.training.summary import FinetuneResult, print_summary
 
@@ -56,8 +63,8 @@ def finetune(config: TrainingConfig) -> FinetuneResult:
         notices = (*notices, f"going on from {checkpoint}" + (f"; since it began: {changes}" if changes else ""))
     for notice in notices:
         console.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
-    output.write_run_file(config)
     run = _assemble(config, checkpoint, console, max_shard_size_bytes)
+    output.write_run_file(config)  # once it is known that the run can begin, or go on
     try:
         result = run.train() if config.do_train else None
         if result is not None and result.interrupted:
@@ -227,6 +234,8 @@ class _Run:
             assert self.examples.train is not None
             num_examples = round((self.history.epoch - self.begin_epoch) * len(self.examples.train))
             metrics = train_metrics(result, self.history.epoch, num_examples)
+            if result.num_steps == 0:  # all was done before: what was measured then stands
+                metrics = read_train_results(self.output_dir) or metrics
         best = self.history.best_model_checkpoint
         return FinetuneResult(
             output_dir=self.output_dir,

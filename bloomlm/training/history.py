@@ -91,9 +91,16 @@ class MetricsFile:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one line, at once to be seen by who follows the file."""
-        self._file.write(json.dumps(plain(entry)) + "\n")
-        self._file.flush()
+        """Append one line, at once to be seen by who follows the file.
+
+        Raises:
+            CheckpointError: the disk is full, or the like.
+        """
+        try:
+            self._file.write(json.dumps(plain(entry)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(f"{self._file.name} cannot be written: {error}; checkpoints are untouched") from error
 
     def close(self) -> None:
         """Close the file."""

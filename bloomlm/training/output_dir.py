@@ -72,6 +72,10 @@ def prepare(config: TrainingConfig) -> Path | None:
         raise ConfigError(f"--output_dir {output_dir} is a file; expected a directory, or a name for a new one")
     if config.overwrite_output_dir:
         _remove_own(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--output_dir {output_dir} cannot be made: {error}") from error
     if config.overwrite_output_dir or not config.do_train:
         return None
     if config.resume_from_checkpoint is not None:

@@ -133,6 +133,15 @@ def write_results(output_dir: Path, train: Mapping[str, Any] | None, evaluation:
     write_json(output_dir / "all_results.json", {**(train or {}), **(evaluation or {})})
 
 
+def read_train_results(output_dir: Path) -> dict[str, Any] | None:
+    """The content of train_results.json; None where there is none that can be read."""
+    try:
+        values = json.loads((output_dir / "train_results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
 def write_picture(history: History, output_dir: Path, title: str) -> Path | None:
     """Draw loss.png; None where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:

@@ -107,12 +107,14 @@ def _train_rows(config: TrainingConfig, outcome: FinetuneResult) -> dict[str, st
     if metrics is None:
         return {}
     smoothing = ", with label smoothing" if config.label_smoothing else ""
-    return {
+    rows = {
         "steps": f"{outcome.step:,} ({metrics['epoch']:.2f} epochs)",
         "loss in training": f"{metrics['train_loss']:.4f} (mean of the run{smoothing})",
-        "time in steps": f"{duration(metrics['train_runtime'])} ({metrics['train_tokens_per_second']:,.0f} tokens/s)",
-        "peak memory": size(metrics["peak_memory_bytes"]),
     }
+    if metrics["train_runtime"] > 0:
+        speed = f"{metrics['train_tokens_per_second']:,.0f} tokens/s"
+        rows["time in steps"] = f"{duration(metrics['train_runtime'])} ({speed})"
+    return {**rows, "peak memory": size(metrics["peak_memory_bytes"])}
 
 
 def _eval_rows(metrics: Mapping[str, Any] | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import collate
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.training.build import build_trainer, load_to_train
+from bloomlm.training.checkpoints import CheckpointWriter
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
 from bloomlm.training.loop import evaluate_loss
@@ -170,7 +171,7 @@ def test_a_crashed_run_goes_on_to_the_same_end(
     assert_same_file(broken / weights_file, whole / weights_file)
     assert reproducible(metrics(broken)) == reproducible(metrics(whole))
     done_again = finetune(flags(material, broken, **options))  # nothing is left to do
-    assert done_again.eval_metrics == result.eval_metrics
+    assert (done_again.train_metrics, done_again.eval_metrics) == (result.train_metrics, result.eval_metrics)
     assert_same_file(broken / weights_file, whole / weights_file)
 
 
@@ -383,6 +384,32 @@ def test_other_peoples_files_are_left_alone(material: Path, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         finetune(flags(material, tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        finetune(flags(material, tmp_path / "file" / "below"))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def full_disk(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    saved = CheckpointWriter.write_learned
+    monkeypatch.setattr(
+        CheckpointWriter,
+        "write_learned",
+        lambda self, directory: saved(self, directory) if "checkpoint-4" not in directory.name else full_disk(),
+    )
+    with pytest.raises(CheckpointError, match="No space left"):
+        finetune(flags(material, out, lora=True))
+    assert [path.name for path in out.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
+    monkeypatch.undo()
+    monkeypatch.setenv("BLOOMLM_CACHE", str(tmp_path / "cache"))
+    for directory in (out, whole):
+        finetune(flags(material, directory, lora=True))
+    assert_same_file(out / "adapter_model.safetensors", whole / "adapter_model.safetensors")
 
 
 def test_going_back_to_a_checkpoint(material: Path, tmp_path: Path) -> None:
@@ -416,8 +443,10 @@ def test_changed_flags_are_told_when_going_on(
     assert (
         "going on from" in error and "--learning_rate was 0.01, is 0.5" in error and "--max_steps was 2, is 4" in error
     )
+    before = (out / "run.yaml").read_text()
     with pytest.raises(CheckpointError, match="does not fit this run"):
         finetune(flags(material, out, lora=True, r=7, max_steps=6))
+    assert (out / "run.yaml").read_text() == before
 
 
 def test_python_api_runs_the_same(material: Path, tmp_path: Path) -> None:

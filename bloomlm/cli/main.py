@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the words after `bloomlm`; None reads them from the process.
     """
-    _exit_with(group, list(sys.argv[1:] if arguments is None else arguments), "bloomlm")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _exit_with(group, words or ["--help"], "bloomlm")
 
 
 def run_verb(verb: str) -> NoReturn:

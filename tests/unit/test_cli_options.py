@@ -172,3 +172,12 @@ def test_every_verb_has_its_file_and_help_needs_no_torch() -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert arguments[0] == "--version" or "finetune" in done.stdout
+
+
+def test_bloomlm_without_a_verb_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr()
+    assert "finetune" in shown.out
+    assert shown.err == ""

@@ -20,7 +20,8 @@ import torch
 from bloomlm.adapters.apply import adapter_config
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.peft import load_adapter
+from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.paddle_prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
@@ -165,8 +166,11 @@ def load(
     prefix_path: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    prefix_layout: PrefixLayout | str | None = None,
+    trained_tensor_parallel_degree: int | None = None,
+    paddle_tokenization: bool = False,
 ) -> LoadedModel:
-    """Load a model, its tokenizer and, where given, an adapter in PEFT's files.
+    """Load a model, its tokenizer and, where given, an adapter, in the files of transformers and PEFT or of PaddleNLP.
 
     Args:
         name_or_path: `builtin:tiny`, a directory, or a hub name such as `bigscience/bloom-560m`.
@@ -174,6 +178,9 @@ def load(
         prefix_path: the same of a prefix adapter; not together with lora_path.
         dtype: precision of the weights, or its name ("float32", "float16", "bfloat16"); None: as on disk.
         device: where they go.
+        prefix_layout: of a prefix adapter in PaddleNLP's files ("old" or "new"), where they do not tell it.
+        trained_tensor_parallel_degree: ranks that trained an adapter in PaddleNLP's files, where they do not tell it.
+        paddle_tokenization: with a vocab.json and merges.txt, cut texts into words as PaddleNLP did, not as BLOOM.
 
     Raises:
         CheckpointError: files are missing, damaged or do not fit together; AdapterError: those of the adapter.
@@ -186,11 +193,16 @@ def load(
             raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
         dtype = DTYPES[dtype]
     directory = resolve_source(str(name_or_path)).directory
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = Tokenizer.from_directory(directory, paddle_tokenization=paddle_tokenization)
     model = load_model(directory, dtype=dtype, device=device)
     for path, kind in ((lora_path, LoraConfig), (prefix_path, PrefixConfig)):
         if path is not None:
-            load_adapter(model, resolve_source(str(path)).directory)
+            load_adapter(
+                model,
+                resolve_source(str(path)).directory,
+                prefix_layout=None if prefix_layout is None else PrefixLayout(prefix_layout),
+                trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+            )
             _check_kind(model, path, kind)
     return LoadedModel(model.eval(), tokenizer)
 

@@ -45,10 +45,22 @@ class PredictConfig:
         metadata=_about("model", "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m")
     )
     lora_path: str | None = field(
-        default=None, metadata=_about("model", "directory or hub name of a LoRA adapter (PEFT files)")
+        default=None, metadata=_about("model", "directory or hub name of a LoRA adapter (PEFT's or PaddleNLP's files)")
     )
     prefix_path: str | None = field(
-        default=None, metadata=_about("model", "directory or hub name of a prefix adapter (PEFT files)")
+        default=None,
+        metadata=_about("model", "directory or hub name of a prefix adapter (PEFT's or PaddleNLP's files)"),
+    )
+    prefix_layout: Literal["old", "new"] | None = field(
+        default=None, metadata=_about("model", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
+    )
+    trained_tensor_parallel_degree: int | None = field(
+        default=None,
+        metadata=_about("model", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
+    )
+    paddle_tokenization: bool = field(
+        default=False,
+        metadata=_about("model", "with vocab.json and merges.txt: cut words as PaddleNLP did, not as BLOOM"),
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = field(
         default=None, metadata=_about("model", "precision of the weights; by default that of the files")
@@ -178,6 +190,9 @@ def predict(config: PredictConfig) -> None:
         config.model_name_or_path,
         lora_path=config.lora_path,
         prefix_path=config.prefix_path,
+        prefix_layout=config.prefix_layout,
+        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
+        paddle_tokenization=config.paddle_tokenization,
         dtype=config.dtype,
         device=_device(config.device),
     )
@@ -269,7 +284,8 @@ def _identity(config: PredictConfig, generation: GenerationConfig, prompts: Prom
         if directory is not None:
             stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
             files.append([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
-    return json.dumps([files, config.dtype, config.src_length, asdict(generation), prompts.texts])
+    reading = (config.prefix_layout, config.trained_tensor_parallel_degree, config.paddle_tokenization)
+    return json.dumps([files, reading, config.dtype, config.src_length, asdict(generation), prompts.texts])
 
 
 def _device(name: str | None) -> torch.device:

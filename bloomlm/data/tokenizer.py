@@ -17,6 +17,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from bloomlm.data.paddle_tokenizer import build_tokenizer_json, find_paddle_tokenizer
 from bloomlm.errors import CheckpointError
 
 # B prompts of a batch, T tokens of the longest.
@@ -82,23 +83,38 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> "Tokenizer":
+    def from_directory(cls, directory: str | Path, *, paddle_tokenization: bool = False) -> "Tokenizer":
         """Read a tokenizer from the directory of a checkpoint.
 
         Args:
             directory: holds tokenizer.json and, as far as they exist, tokenizer_config.json and
-                special_tokens_map.json, which name the special tokens.
+                special_tokens_map.json, which name the special tokens; or vocab.json and merges.txt, PaddleNLP's form.
+            paddle_tokenization: with PaddleNLP's form, cut texts into words as it did, not as BLOOM was trained.
 
         Raises:
             CheckpointError: a file is missing or damaged, or a special token has no id.
         """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        if not path.is_file():
+        is_paddle = not path.is_file() and find_paddle_tokenizer(directory)
+        if not (path.is_file() or is_paddle):
             raise CheckpointError(_missing_message(directory))
+        if paddle_tokenization and not is_paddle:
+            raise CheckpointError(
+                f"{directory} holds {TOKENIZER_FILE}, which says how texts are cut; leave out paddle_tokenization"
+            )
         config = _read_json_object(directory / TOKENIZER_CONFIG_FILE)
         special_tokens = _named_special_tokens(config, _read_json_object(directory / SPECIAL_TOKENS_FILE))
-        return cls(path.read_bytes(), config=config, special_tokens=special_tokens, name=str(directory))
+        if is_paddle:
+            content = build_tokenizer_json(
+                directory,
+                special_tokens,
+                paddle_tokenization=paddle_tokenization,
+                add_prefix_space=bool(config.get("add_prefix_space", False)),
+            )
+        else:
+            content = path.read_bytes()
+        return cls(content, config=config, special_tokens=special_tokens, name=str(directory))
 
     @property
     def vocab_size(self) -> int:
@@ -275,10 +291,5 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 def _missing_message(directory: Path) -> str:
     if not directory.is_dir():
         return f"{directory}: no such directory; expected one that holds {TOKENIZER_FILE}"
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        return (
-            f"{directory}: looked for {TOKENIZER_FILE}, found vocab.json and merges.txt (PaddleNLP's form), which "
-            f"do not say how a text is cut into words. Put the {TOKENIZER_FILE} of the same BLOOM beside them"
-        )
     found = ", ".join(sorted(path.name for path in directory.iterdir())[:12]) or "nothing"
     return f"{directory}: looked for {TOKENIZER_FILE}, found {found}. Save the tokenizer into this directory"

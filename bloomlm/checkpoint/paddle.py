@@ -1,0 +1,190 @@
+"""Models in every form that PaddleNLP's BLOOM wrote, as a TensorReader; no Paddle needed.
+
+The forms, in the order in which they win where a directory holds several: model_state.pdparams or its shards with an
+index; model.safetensors in PaddleNLP's layout or its shards; the shards of tensor-parallel ranks, today's
+(model_state.tp00.pdparams) and those of before April 2023 (splits_mp_00_sharding_00/model_state_mp_00.pdparams);
+auto_dist0.pdparams; an exported program's .pdiparams.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bloomlm.checkpoint.huggingface import checkpoint_files, find_safetensors, find_torch
+from bloomlm.checkpoint.paddle_array import LazyTensor
+from bloomlm.checkpoint.paddle_names import published_tensors
+from bloomlm.checkpoint.paddle_program import read_program_weights
+from bloomlm.checkpoint.paddle_ranks import RankTensors, check_ranks_complete, join_ranks
+from bloomlm.checkpoint.paddle_safetensors import is_paddle_safetensors, open_paddle_safetensors
+from bloomlm.checkpoint.paddle_state import read_paddle_state
+from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
+
+STATE_FILE = "model_state.pdparams"
+SAFETENSORS_FILE = "model.safetensors"
+TENSOR_PARALLEL_FILE = re.compile(r"model_state\.tp(\d+)\.pdparams")
+SPLIT_FILE = re.compile(r"splits_mp_(\d+)_sharding_(\d+)/model_state_mp_(\d+)\.pdparams")
+AUTO_DIST_FILE = re.compile(r"auto_dist(\d+)\.pdparams")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One of the forms of a checkpoint, as found in a directory."""
+
+    name: str
+    files: Mapping[int, list[Path]]
+    """Tensor-parallel rank -> its files; whole models are rank 0's."""
+    is_cut: bool = False
+    """Whether each rank holds a part."""
+
+
+class PaddleReader:
+    """The parameters of a PaddleNLP checkpoint under their published names, in the published orientation."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        """Take tensors that are not read yet.
+
+        Args:
+            tensors: published name -> tensor.
+        """
+        self._tensors = tensors
+        self.entries: Mapping[str, TensorEntry] = {
+            name: TensorEntry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, copied from its files; a linear's weight is a transposed view of the copy."""
+        return self._tensors[name].read()
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows start to stop of dimension dim of a parameter; other bytes stay unread."""
+        return self._tensors[name].read_slice(dim, start, stop)
+
+
+def find_paddle(directory: Path) -> bool:
+    """Whether a directory holds a model in one of PaddleNLP's forms, and none in Hugging Face's, which would win."""
+    forms = _find_forms(directory)
+    if not forms:
+        return False
+    safetensors = find_safetensors(directory) and not any(form.name == SAFETENSORS_FILE for form in forms)
+    if safetensors or find_torch(directory):
+        warnings.warn(
+            f"{directory} holds the model in Hugging Face's files too; those are read, and {forms[0].name} is not",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def open_paddle(directory: Path, config: BloomConfig) -> PaddleReader:
+    """Open a checkpoint; no tensor is read.
+
+    Args:
+        directory: the checkpoint.
+        config: its configuration.
+
+    Raises:
+        CheckpointError: there is none, files are missing or damaged, or the ranks do not fit together.
+    """
+    forms = _find_forms(directory)
+    if not forms:
+        raise CheckpointError(
+            f"{directory} holds no model in any of PaddleNLP's forms; expected {STATE_FILE} or shards"
+        )
+    form = forms[0]
+    if len(forms) > 1:
+        warnings.warn(
+            f"{directory} holds the model in {len(forms)} forms; {form.name} is read, and "
+            f"{name_some(other.name for other in forms[1:])} is not",
+            stacklevel=2,
+        )
+    if not form.is_cut:
+        return PaddleReader(_open_rank(form.files[0], str(directory)).tensors)
+    degree = config.extra.get("tensor_parallel_degree")
+    degree = degree if isinstance(degree, int) and degree > 1 else None
+    check_ranks_complete(sorted(form.files), str(directory), degree)
+    ranks = [_open_rank(form.files[tp_rank], str(form.files[tp_rank][0])) for tp_rank in sorted(form.files)]
+    return PaddleReader(join_ranks(ranks, config, str(directory)))
+
+
+def exported_config(directory: Path) -> BloomConfig:
+    """The configuration of an exported program, beside which PaddleNLP wrote no config.json.
+
+    Args:
+        directory: holds a .pdiparams file and its .info.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: its size is none of the published ones, whose number of heads is known.
+    """
+    tensors = open_paddle(directory, PUBLISHED_SIZES["560m"]).entries
+    embedding = tensors.get("transformer.word_embeddings.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{directory}: the exported program holds no word embedding; is it a BLOOM's?")
+    vocab_size, hidden_size = embedding.shape
+    n_layer = sum(name.endswith(".input_layernorm.weight") for name in tensors)
+    for published in PUBLISHED_SIZES.values():
+        if (published.hidden_size, published.n_layer) == (hidden_size, n_layer):
+            return BloomConfig(vocab_size=vocab_size, hidden_size=hidden_size, n_layer=n_layer, n_head=published.n_head)
+    raise ConfigError(
+        f"{directory} has no config.json, and its export (hidden_size {hidden_size}, n_layer {n_layer}) is of no "
+        "published size, so that the number of heads is unknown; copy the config.json of the exported model there"
+    )
+
+
+def _find_forms(directory: Path) -> list[_Form]:
+    """Every form that is there, the one to be read first."""
+    forms = []
+    if _has_checkpoint(directory, STATE_FILE):
+        forms.append(_Form(STATE_FILE, {0: checkpoint_files(directory, STATE_FILE)}))
+    if _has_checkpoint(directory, SAFETENSORS_FILE):
+        files = checkpoint_files(directory, SAFETENSORS_FILE)
+        if is_paddle_safetensors(files[0]):
+            forms.append(_Form(SAFETENSORS_FILE, {0: files}))
+    for pattern, glob in (
+        (TENSOR_PARALLEL_FILE, "model_state.tp*.pdparams"),
+        (SPLIT_FILE, "splits_mp_*/model_state_mp_*.pdparams"),
+        (AUTO_DIST_FILE, "auto_dist*.pdparams"),
+    ):
+        if files_by_rank := _rank_files(directory, pattern, glob):
+            forms.append(_Form(glob, files_by_rank, is_cut=True))
+    if programs := sorted(directory.glob("*.pdiparams")):
+        if len(programs) > 1:
+            raise CheckpointError(f"{directory} holds {len(programs)} exported programs; keep one of them there")
+        forms.append(_Form(programs[0].name, {0: programs}))
+    return forms
+
+
+def _has_checkpoint(directory: Path, name: str) -> bool:
+    return (directory / name).is_file() or (directory / f"{name}.index.json").is_file()
+
+
+def _rank_files(directory: Path, pattern: re.Pattern[str], glob: str) -> dict[int, list[Path]]:
+    """Rank -> its file; of several sharding groups, which hold the same weights, the first."""
+    files: dict[int, list[Path]] = {}
+    for path in sorted(directory.glob(glob)):
+        if match := pattern.fullmatch(str(path.relative_to(directory))):
+            files.setdefault(int(match[1]), [path])
+    return files
+
+
+_OPENERS: Mapping[str, Callable[[Path], Mapping[str, LazyTensor]]] = {
+    ".pdparams": lambda path: read_paddle_state(path).tensors,
+    ".safetensors": open_paddle_safetensors,
+    ".pdiparams": read_program_weights,
+}
+
+
+def _open_rank(files: list[Path], source: str) -> RankTensors:
+    tensors: dict[str, LazyTensor] = {}
+    for path in files:
+        opened = _OPENERS[path.suffix](path)
+        if twice := sorted(tensors.keys() & opened.keys()):
+            raise CheckpointError(f"{source}: {name_some(twice)} is in two of its files; expected each tensor once")
+        tensors |= opened
+    return RankTensors(source, published_tensors(tensors, source))

@@ -1,0 +1,135 @@
+"""What PaddleNLP's LoRA and prefix adapters have in common: a JSON configuration and a state dict, whole or by rank."""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bloomlm.checkpoint.paddle_ranks import check_ranks_complete
+from bloomlm.checkpoint.paddle_state import PaddleState, read_paddle_state
+from bloomlm.errors import AdapterError, CheckpointError
+
+LORA_CONFIG_FILE = "lora_config.json"
+PREFIX_CONFIG_FILE = "prefix_config.json"
+LORA_STEM = "lora_model_state"
+PREFIX_STEM = "prefix_model_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """An adapter as it lies in its directory."""
+
+    directory: Path
+    """Where it lies."""
+    values: dict[str, Any]
+    """Its JSON configuration."""
+    states: list[PaddleState]
+    """One for each tensor-parallel rank, or the whole."""
+    trained_tp_degree: int | None
+    """Tensor-parallel ranks that trained it; None: its files do not tell."""
+
+
+def read_adapter_files(
+    directory: Path, config_file: str, stem: str, trained_tensor_parallel_degree: int | None
+) -> AdapterFiles:
+    """Open an adapter; no tensor is read.
+
+    How many ranks trained it shows in its files as long as they are the ranks' own (.tp00, .tp01, ...), and where they
+    name their variables, which one process writes and merging loses.
+
+    Args:
+        directory: the adapter.
+        config_file: name of its JSON configuration.
+        stem: name of its state dict, without the ending.
+        trained_tensor_parallel_degree: what the user says; None: nothing.
+
+    Raises:
+        AdapterError: it is not there, damaged, or its files contradict what the user says.
+    """
+    values = read_adapter_config(directory / config_file)
+    whole = directory / f"{stem}.pdparams"
+    shards = _shards(directory, stem)
+    degree = values.get("tensor_parallel_degree")
+    degree = degree if isinstance(degree, int) and degree > 1 else None
+    try:
+        if whole.is_file():
+            if shards:
+                warnings.warn(
+                    f"{directory} holds {whole.name} and ranks' shards; the shards are not read", stacklevel=2
+                )
+            states = [read_paddle_state(whole)]
+            told = degree or (1 if states[0].variable_names else None)
+            trained = trained_tensor_parallel_degree or told
+        elif shards:
+            check_ranks_complete(sorted(shards), str(directory), degree)
+            states = [read_paddle_state(shards[tp_rank]) for tp_rank in sorted(shards)]
+            trained = len(states)
+        else:
+            raise AdapterError(f"{directory} has {config_file} but neither {whole.name} nor {stem}.tp00.pdparams")
+    except CheckpointError as error:
+        raise error if isinstance(error, AdapterError) else AdapterError(str(error)) from error
+    if trained_tensor_parallel_degree is not None and trained_tensor_parallel_degree != trained:
+        raise AdapterError(
+            f"{directory} holds the shards of {trained} tensor-parallel ranks; it was asked for with "
+            f"trained_tensor_parallel_degree {trained_tensor_parallel_degree}"
+        )
+    return AdapterFiles(directory=directory, values=values, states=states, trained_tp_degree=trained)
+
+
+def require_trained_degree(files: AdapterFiles, why: str) -> int:
+    """The number of ranks that trained an adapter.
+
+    Args:
+        files: the adapter.
+        why: what depends on it.
+
+    Raises:
+        AdapterError: its files do not tell and the user did not.
+    """
+    if files.trained_tp_degree is None:
+        raise AdapterError(
+            f"{files.directory}: this adapter was merged from tensor-parallel ranks (its state dict names no "
+            f"variables, as only merged ones do), and its files do not say how many; {why}. Give "
+            "--trained_tensor_parallel_degree N; 1 if one device trained it"
+        )
+    return files.trained_tp_degree
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read lora_config.json or prefix_config.json.
+
+    Args:
+        path: the file.
+
+    Raises:
+        AdapterError: it is missing or no JSON object.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} has no {path.name}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path} holds {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def whole_number(values: dict[str, Any], key: str, place: Path) -> int:
+    """A number of at least 1 from a configuration.
+
+    Raises:
+        AdapterError: it is missing or something else.
+    """
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdapterError(f"{place}: its configuration says {key} {value!r}; expected a whole number of at least 1")
+    return value
+
+
+def _shards(directory: Path, stem: str) -> dict[int, Path]:
+    pattern = re.compile(rf"{stem}\.tp(\d+)\.pdparams")
+    matches = [(pattern.fullmatch(path.name), path) for path in directory.glob(f"{stem}.tp*.pdparams")]
+    return {int(match[1]): path for match, path in matches if match}

@@ -1,0 +1,281 @@
+"""PaddleNLP's LoRA adapters of all three eras, each as the plain LoRA that computes the same.
+
+| era | its configuration has | what is added to the weight [in, out] of a layer |
+|---|---|---|
+| A, to 2023-06-13 | enable_lora_list, no head_dim | A_j @ B_j in the j-th third of each rank's columns |
+| M, to 2023-06-27 | enable_lora_list and head_dim | A_j @ B_j in the j-th third of each head's columns |
+| B and later | enable_lora_list null | A @ B |
+
+The thirds of era A are not BLOOM's queries, keys and values, whose columns go head by head; but that is what was
+trained, so that is what is read. k enabled slots make a plain LoRA of rank k * r whose lora_B is zero outside the
+blocks: y += scaling * x (A_1 ... A_k) blocks(B_1 ... B_k), with the adapter's own scaling lora_alpha / r.
+
+Shapes: R lora rank of the plain LoRA, r that of the adapter.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.checkpoint.paddle_adapter_files import (
+    LORA_CONFIG_FILE,
+    LORA_STEM,
+    AdapterFiles,
+    read_adapter_files,
+    require_trained_degree,
+    whole_number,
+)
+from bloomlm.checkpoint.paddle_array import LazyTensor
+from bloomlm.checkpoint.paddle_names import Cut, model_cuts, published_name, published_tensors
+from bloomlm.checkpoint.paddle_ranks import RankTensors, join_pieces
+from bloomlm.checkpoint.tensor_reader import name_some
+from bloomlm.errors import AdapterError, CheckpointError
+from bloomlm.model.config import BloomConfig
+
+PARTS = (".lora_A", ".lora_B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Where the slots of one module's lora_B lie."""
+
+    slots: tuple[bool, ...]
+    """Which of the equal parts of the outputs are trained; (True,) for a plain LoRA."""
+    groups: int
+    """Equal pieces of the outputs within which the parts are counted: ranks (era A), heads (era M) or 1."""
+
+    @property
+    def num_enabled(self) -> int:
+        """Trained parts (k)."""
+        return sum(self.slots)
+
+    def place(self, lora_b: Tensor) -> Tensor:
+        """The stored lora_B [r, out * k / parts] as a plain one [out, k * r], zero outside the blocks."""
+        lora_rank, k, parts = lora_b.shape[0], self.num_enabled, len(self.slots)
+        stored = lora_b.unflatten(1, (self.groups, k, -1))
+        width = stored.shape[-1]
+        plain = lora_b.new_zeros(self.groups, parts, width, k, lora_rank)
+        for slot, part in enumerate(index for index, enabled in enumerate(self.slots) if enabled):
+            plain[:, part, :, slot] = stored[:, :, slot].permute(1, 2, 0)
+        return plain.view(self.groups * parts * width, k * lora_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddleLora:
+    """An adapter's files, understood but unread."""
+
+    config: LoraConfig
+    """Of the plain LoRA; every module of its target_modules gets an update, which may be zero."""
+    blocks: Mapping[str, Blocks]
+    """Published module name -> its blocks."""
+    cuts: Mapping[str, Cut]
+    """Parameter name -> shape as stored and cut among ranks: lora_A [in, k * r], lora_B [r, out * k / parts]; a
+    parameter of the model that the adapter replaces (a trained bias) as published."""
+    stored: Mapping[str, LazyTensor]
+    """Parameter name -> tensor in the shape of its cut, joined from the ranks."""
+
+    @property
+    def replaced_names(self) -> list[str]:
+        """Parameters of the model itself that the adapter brings along, such as trained biases."""
+        return [name for name in self.stored if not name.endswith(PARTS)]
+
+    def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
+        """Tensors of the adapter's parameters, such as Adam's moments, put together as the weights are.
+
+        Args:
+            ranks: of each rank, tensors under PaddleNLP's names and as stored.
+
+        Raises:
+            CheckpointError: they do not fit the adapter's parameters.
+        """
+        return _join([_renamed(rank) for rank in ranks], self.cuts)
+
+    def plain(self, stored: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
+        """Parameter name -> tensor of the plain LoRA: lora_A [R, in], lora_B [out, R], replaced parameters.
+
+        Args:
+            stored: self.stored, or anything of the same names and shapes, such as Adam's moments.
+        """
+        plain: dict[str, Tensor] = {}
+        for name, tensor in stored.items():
+            if name.endswith(".lora_A"):
+                plain[name] = tensor.read().t().contiguous()
+            elif name.endswith(".lora_B"):
+                plain[name] = self.blocks[name.removesuffix(".lora_B")].place(tensor.read())
+            else:
+                plain[name] = tensor.read()
+        return plain
+
+    def trained_entries(self) -> dict[str, Tensor]:
+        """Parameter name of each lora_B -> boolean [out, R]: the entries in its blocks, which its era trained."""
+        return {
+            f"{module}.lora_B": blocks.place(torch.ones(self.stored[f"{module}.lora_B"].shape)) > 0
+            for module, blocks in self.blocks.items()
+        }
+
+
+def read_paddle_lora(
+    directory: Path, model_config: BloomConfig, *, trained_tensor_parallel_degree: int | None = None
+) -> PaddleLora:
+    """Read a LoRA adapter; its tensors are read by .plain(adapter.stored).
+
+    Args:
+        directory: holds lora_config.json and lora_model_state.pdparams or its .tp00, .tp01, ... shards.
+        model_config: of the base model.
+        trained_tensor_parallel_degree: ranks that trained it; only era A's meaning depends on it, and only merged files
+            do not tell.
+
+    Raises:
+        AdapterError: the files are missing or damaged, do not fit the model, or leave the degree open.
+    """
+    files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM, trained_tensor_parallel_degree)
+    refuse_unknown_variants(files.values, directory)
+    lora_rank = whole_number(files.values, "r", directory)
+    cuts = model_cuts(model_config)
+    blocks: dict[str, Blocks] = {}
+    for module in _modules(files):
+        name = published_name(module)
+        if f"{name}.bias" not in cuts or "norm" in name:
+            raise AdapterError(f"{directory}: {module} has an update, and the model has no such linear layer")
+        blocks[name] = _blocks(files, _slots(files.values, module, directory), cuts[f"{name}.weight"].shape[0])
+    try:
+        ranks = [_renamed(RankTensors(state.path.name, state.tensors)) for state in files.states]
+        own_cuts = _own_cuts(list(ranks[0].tensors), blocks, lora_rank, cuts)
+        stored = _join(ranks, own_cuts)
+    except CheckpointError as error:
+        raise AdapterError(f"{directory}: {error}; is it an adapter of another base model?") from error
+    return PaddleLora(config=_plain_config(files, blocks, lora_rank), blocks=blocks, cuts=own_cuts, stored=stored)
+
+
+def refuse_unknown_variants(values: Mapping[str, Any], directory: Path) -> None:
+    """Later releases of PaddleNLP have variants of LoRA that compute something else.
+
+    Raises:
+        AdapterError: it is one of them.
+    """
+    for key in ("rslora", "pissa", "lora_use_mixer", "use_mora", "lorapro", "do_qat"):
+        if values.get(key):
+            raise AdapterError(
+                f"{directory}: its configuration says {key} {values[key]!r}, which bloomlm does not read"
+            )
+
+
+def _modules(files: AdapterFiles) -> list[str]:
+    """Names of the modules with an update, as stored, in order."""
+    parts = {part: [n.removesuffix(part) for n in files.states[0].tensors if n.endswith(part)] for part in PARTS}
+    if set(parts[".lora_A"]) != set(parts[".lora_B"]) or not parts[".lora_A"]:
+        odd = sorted(set(parts[".lora_A"]) ^ set(parts[".lora_B"]))
+        raise AdapterError(
+            f"{files.directory}: expected lora_A and lora_B of the same modules; found {len(parts['.lora_A'])} and "
+            f"{len(parts['.lora_B'])} ({name_some(odd) or 'no tensor of a LoRA'})"
+        )
+    return parts[".lora_A"]
+
+
+def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[bool, ...]:
+    """The enable_lora_list entry of a module: one for each pattern of target_modules, the last that matches counts."""
+    enable_lists = values.get("enable_lora_list")
+    if enable_lists is None:
+        return (True,)
+    targets = values.get("target_modules")
+    targets = [targets] if isinstance(targets, str) else targets
+    if isinstance(enable_lists, list) and enable_lists and all(isinstance(flag, bool) for flag in enable_lists):
+        enable_lists = [enable_lists]
+    if not isinstance(targets, list) or not isinstance(enable_lists, list) or len(targets) != len(enable_lists):
+        raise AdapterError(
+            f"{directory}: enable_lora_list {enable_lists!r} does not go with target_modules {targets!r}; "
+            "expected one entry for each"
+        )
+    matching = [e for target, e in zip(targets, enable_lists, strict=True) if re.fullmatch(target, module)]
+    if not matching:
+        raise AdapterError(
+            f"{directory}: {module} matches none of target_modules {targets!r}, so its slots are unknown"
+        )
+    match matching[-1]:
+        case None:
+            return (True,)
+        case [*flags] if any(flags) and all(isinstance(flag, bool) for flag in flags):
+            return tuple(flags)
+    raise AdapterError(
+        f"{directory}: enable_lora_list has {matching[-1]!r} for {module}; expected true and false values"
+    )
+
+
+def _blocks(files: AdapterFiles, slots: tuple[bool, ...], outputs: int) -> Blocks:
+    """How a module's lora_B is laid out, which its era decides."""
+    if len(slots) == 1:
+        return Blocks(slots=slots, groups=1)
+    if "head_dim" not in files.values:
+        why = "before June 2023 PaddleNLP applied each rank's columns of lora_B within that rank's part of the weight"
+        groups = require_trained_degree(files, why)
+    else:
+        groups, rest = divmod(outputs, len(slots) * whole_number(files.values, "head_dim", files.directory))
+        if rest:
+            raise AdapterError(
+                f"{files.directory}: head_dim {files.values['head_dim']} does not divide {outputs} outputs"
+            )
+    if outputs % (groups * len(slots)):
+        raise AdapterError(f"{files.directory}: {outputs} outputs cannot be cut into {groups} x {len(slots)} parts")
+    return Blocks(slots=slots, groups=groups)
+
+
+def _renamed(rank: RankTensors) -> RankTensors:
+    """Under published names; what is no lora_A or lora_B also in the published orientation."""
+    updates = {published_name(name): tensor for name, tensor in rank.tensors.items() if name.endswith(PARTS)}
+    others = {name: tensor for name, tensor in rank.tensors.items() if not name.endswith(PARTS)}
+    return RankTensors(rank.place, updates | published_tensors(others, rank.place))
+
+
+def _own_cuts(
+    names: list[str], blocks: Mapping[str, Blocks], lora_rank: int, cuts: Mapping[str, Cut]
+) -> dict[str, Cut]:
+    """Shapes that the model's layers call for.
+
+    A layer that is cut by outputs has its lora_B cut, one that is cut by inputs its lora_A; the other one is whole.
+    """
+    own: dict[str, Cut] = {}
+    for module, block in blocks.items():
+        weight = cuts[f"{module}.weight"]
+        outputs, inputs = weight.shape
+        k = block.num_enabled
+        own[f"{module}.lora_A"] = Cut((inputs, k * lora_rank), 0 if weight.dim == 1 else None)
+        width = outputs // len(block.slots) * k
+        own[f"{module}.lora_B"] = Cut((lora_rank, width), 1 if weight.dim == 0 else None)
+    for name in names:
+        if name not in own:
+            if name not in cuts:
+                raise CheckpointError(f"{name} belongs neither to a LoRA nor to the model")
+            own[name] = cuts[name]
+    return own
+
+
+def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:
+    for rank in ranks:
+        if odd := sorted(set(cuts) ^ set(rank.tensors)):
+            raise CheckpointError(f"{rank.place} lacks {name_some(odd)}, or has it and should not")
+    return {name: join_pieces(name, cut, ranks) for name, cut in cuts.items()}
+
+
+def _plain_config(files: AdapterFiles, blocks: Mapping[str, Blocks], lora_rank: int) -> LoraConfig:
+    """The plain LoRA's configuration: k times the rank and k times lora_alpha leave the scaling as it was."""
+    alpha = files.values.get("lora_alpha")
+    dropout = files.values.get("lora_dropout", 0.0)
+    if not isinstance(alpha, (int, float)) or not isinstance(dropout, (int, float)):
+        raise AdapterError(f"{files.directory}: lora_alpha is {alpha!r} and lora_dropout {dropout!r}; expected numbers")
+    numbers = [block.num_enabled for block in blocks.values()]
+    usual = max(set(numbers), key=numbers.count)
+    others = {module: block.num_enabled for module, block in blocks.items() if block.num_enabled != usual}
+    return LoraConfig(
+        r=usual * lora_rank,
+        lora_alpha=usual * alpha,
+        lora_dropout=float(dropout),
+        target_modules=tuple(dict.fromkeys(module.rpartition(".")[2] for module in blocks)),
+        rank_pattern={module: k * lora_rank for module, k in others.items()},
+        alpha_pattern={module: k * alpha for module, k in others.items()},
+    )

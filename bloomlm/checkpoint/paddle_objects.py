@@ -1,0 +1,148 @@
+"""Stand-ins for the six Python objects that Paddle's pickles name, and what their calls and states mean.
+
+Source: numpy's ndarray.__reduce__ and dtype.__reduce__; the pickler's form of bytes in protocol 2 and 3; paddle.save.
+"""
+
+import math
+from enum import Enum
+from typing import Any, Final
+
+import torch
+
+from bloomlm.checkpoint.paddle_array import EncodedArray, StoredArray, StoredFile
+
+MAX_DIMENSIONS = 32  # numpy's own limit when these files were written
+MAX_TUPLE_ITEMS = 16  # Paddle makes pairs; a file could ask for a million copies of a million items
+
+
+class Global(Enum):
+    """A global that a pickle may name."""
+
+    RECONSTRUCT = "numpy.core.multiarray._reconstruct"
+    NDARRAY = "numpy.ndarray"
+    DTYPE = "numpy.dtype"
+    ORDERED_DICT = "collections.OrderedDict"
+    TUPLE = "builtins.tuple"
+    ENCODE = "_codecs.encode"
+
+
+GLOBALS: Final = {
+    ("numpy.core.multiarray", "_reconstruct"): Global.RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): Global.RECONSTRUCT,
+    ("numpy", "ndarray"): Global.NDARRAY,
+    ("numpy", "dtype"): Global.DTYPE,
+    ("collections", "OrderedDict"): Global.ORDERED_DICT,
+    ("builtins", "tuple"): Global.TUPLE,
+    ("__builtin__", "tuple"): Global.TUPLE,
+    ("_codecs", "encode"): Global.ENCODE,
+}
+
+# Paddle keeps bfloat16 in numpy's uint16 and has no uint16 tensors of its own.
+DTYPES: Final = {
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "u2": torch.bfloat16,
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "b1": torch.bool,
+}
+
+
+class Span:
+    """Where bytes lie in the file."""
+
+    def __init__(self, offset: int, length: int) -> None:
+        self.offset, self.length = offset, length
+
+
+class Text(str):
+    """A short text that remembers where it stood, for it may turn out to spell an array's bytes."""
+
+    span: Span
+
+
+class EncodedSpan(Span):
+    """Bytes spelled as text: each a Latin-1 character in UTF-8."""
+
+
+class DType:
+    """numpy.dtype: a code such as "f4", then its byte order."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.is_built = False
+
+
+class NdArray:
+    """numpy.ndarray: nothing until its state comes."""
+
+    def __init__(self) -> None:
+        self.array: StoredArray | EncodedArray | None = None
+
+
+def call(function: object, arguments: object) -> Any:
+    """What calling a stand-in gives.
+
+    Raises:
+        ValueError: it is none, or is not called the way Paddle's files call it.
+    """
+    if not isinstance(arguments, tuple):
+        raise ValueError("a call's arguments are no tuple")
+    match function, arguments:
+        case Global.RECONSTRUCT, (Global.NDARRAY, tuple(), Span() | Text()):
+            return NdArray()
+        case Global.DTYPE, (str(code), bool() | int(), bool() | int()):
+            if code not in DTYPES:
+                raise ValueError(f"an array of numpy type {str(code)!r}; expected one of {', '.join(DTYPES)}")
+            return DType(code)
+        case Global.ORDERED_DICT, ():
+            return {}
+        case Global.TUPLE, (list() | tuple() as items,) if len(items) <= MAX_TUPLE_ITEMS:
+            return tuple(items)
+        case Global.ENCODE, (Span() | Text() as text, "latin1" | "latin-1"):
+            span = text.span if isinstance(text, Text) else text
+            return EncodedSpan(span.offset, span.length)
+    name = function.value if isinstance(function, Global) else f"a {type(function).__name__}"
+    raise ValueError(f"{name} is called in a way that numpy and Paddle do not call it")
+
+
+def set_state(target: object, state: object, stored: StoredFile) -> None:
+    """Give a numpy stand-in the state that follows it in the pickle.
+
+    Raises:
+        ValueError: the state makes no sense, or bytes and shape do not agree.
+    """
+    match target, state:
+        case DType(), (int(), str(order), None, None, None, int(), int(), int()):
+            if order not in ("<", "|", "="):
+                raise ValueError(f"an array with byte order {str(order)!r}; expected little endian, '<'")
+            target.is_built = True
+        case NdArray(array=None), (
+            int(),
+            tuple(shape),
+            DType(is_built=True) as dtype,
+            bool() | int() as order,
+            Span() as span,
+        ):
+            target.array = _place(shape, DTYPES[dtype.code], bool(order), span, stored)
+        case _:
+            raise ValueError(f"a state that does not fit a {type(target).__name__}")
+
+
+def _place(
+    shape: tuple[Any, ...], dtype: torch.dtype, fortran_order: bool, span: Span, stored: StoredFile
+) -> StoredArray | EncodedArray:
+    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+        raise ValueError(f"an array of shape {list(shape[: MAX_DIMENSIONS + 1])}")
+    needed = math.prod(shape) * dtype.itemsize
+    # a Latin-1 character takes one byte of UTF-8 or two
+    longest = 2 * needed if isinstance(span, EncodedSpan) else needed
+    if not needed <= span.length <= longest:
+        raise ValueError(f"an array of shape {list(shape)} ({dtype}) needs {needed} bytes and has {span.length}")
+    if isinstance(span, EncodedSpan):
+        return EncodedArray(stored, span.offset, span.length, shape, dtype, fortran_order)
+    return StoredArray(stored, span.offset, shape, dtype, fortran_order)

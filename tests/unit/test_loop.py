@@ -192,6 +192,17 @@ def test_clipping(max_grad_norm: float, monkeypatch: pytest.MonkeyPatch) -> None
     assert_equal_weights(seen, {name: g * factor for name, g in expected.items()}, 2e-6)
 
 
+def test_the_loss_scale_is_taken_out_of_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    _, expected = oracle_gradients(model, some_examples()[:4])
+    trainer = some_trainer(model, precision=FP16_O1, max_grad_norm=0.5)
+    seen = recorded_gradients(trainer, monkeypatch)
+    result = trainer.run_step()
+    exact_norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    assert result.grad_norm == pytest.approx(exact_norm, rel=0.01) and exact_norm > 0.5
+    assert_equal_weights(seen, {name: g * 0.5 / exact_norm for name, g in expected.items()}, 3e-3)
+
+
 def test_only_the_adapter_moves() -> None:
     for adapter in (LoraConfig(r=2), PrefixConfig(num_prefix_tokens=2)):
         model = tiny_model(adapter)
@@ -342,6 +353,7 @@ def test_going_on_is_bit_identical(adapter: Adapter, precision: Precision) -> No
             saved = {name: t.clone() for name, t in tensors.items()}
             saved_weights = weights(whole.model)
     resumed = fresh(9)
+    resumed.run_step()  # leaves nothing behind, not even an epoch begun
     with torch.no_grad():  # what a checkpoint's weight files restore: frozen weights, and fp32 fully tuned ones
         for name, parameter in resumed.model.named_parameters():
             if f"learned/{name}" not in saved:
@@ -374,11 +386,13 @@ class Recorder:
         self.logs: list[StepLog] = []
         self.results: list[StepResult] = []
         self.kill_at: int | None = None
+        self.kills = 1
 
     def on_step(self, result: StepResult) -> None:
         self.results.append(result)
         if result.step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(self.kills):
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def on_log(self, log: StepLog) -> None:
         self.calls.append(f"log {log.step}")
@@ -420,12 +434,19 @@ def test_sigterm_saves_and_ends(save_steps: int | None, expected: list[str]) -> 
     try:
         recorder = Recorder()
         recorder.kill_at = 3
-        result = train(some_trainer(tiny_model()), LoopConfig(max_steps=8, save_steps=save_steps), recorder)
+        trainer = some_trainer(tiny_model())
+        result = train(trainer, LoopConfig(max_steps=8, save_steps=save_steps), recorder)
         assert recorder.calls == expected
         assert result.interrupted and result.step == 3
         assert received == []
+        recorder.kills = 2
+        recorder.kill_at = 5
+        train(trainer, LoopConfig(max_steps=8), recorder)
+        assert received == [signal.SIGTERM]  # a second one is not for the loop
+        recorder.kill_at = None
+        assert not train(trainer, LoopConfig(max_steps=8), recorder).interrupted
         os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]  # the handler outside is back
+        assert received == [signal.SIGTERM] * 2  # the handler outside is back
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -94,7 +94,7 @@ def test_without_grad_mode_no_gradient_is_computed(monkeypatch: pytest.MonkeyPat
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             loss = linear_cross_entropy(hidden, weight, labels)
-        torch.testing.assert_close(float(loss), float(oracle(hidden, weight, labels, 0.0)))
+        torch.testing.assert_close(loss, oracle(hidden, weight, labels, 0.0).detach())
 
 
 def test_no_label_at_all_is_zero_and_differentiable() -> None:
@@ -144,7 +144,7 @@ def test_fp16_gradients_neither_overflow_nor_vanish() -> None:
     # d loss / d W[0] = mean over rows of (1 / V - 1) * hidden, elsewhere 1 / V * hidden
     torch.testing.assert_close(weight.grad[0].float(), torch.tensor([-200.0, -0.01]), rtol=2e-3, atol=0)
     expected = torch.tensor(200.0 / vocab_size)
-    torch.testing.assert_close(weight.grad[1, 0].float(), expected, rtol=2e-3, atol=6e-8)
+    torch.testing.assert_close(weight.grad[1, 0].float(), expected, rtol=1e-3, atol=0)
 
 
 def test_chunks_are_equal_in_size() -> None:

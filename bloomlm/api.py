@@ -21,7 +21,7 @@ from bloomlm.adapters.apply import adapter_config
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.adapter import load_adapter
-from bloomlm.checkpoint.paddle_prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bloomlm.checkpoint.paddle_adapter import find_paddle_adapter, install_paddle_adapter, read_paddle_adapter
-from bloomlm.checkpoint.paddle_prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, install_paddle_adapter, read_paddle_adapter
+from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.peft import CONFIG_FILE
 from bloomlm.checkpoint.peft import load_adapter as load_peft_adapter
 from bloomlm.errors import AdapterError

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bloomlm.checkpoint import huggingface, paddle
+from bloomlm.checkpoint import huggingface
+from bloomlm.checkpoint.paddle import model as paddle_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, name_some
 from bloomlm.errors import CheckpointError, ConfigError
@@ -23,7 +24,7 @@ __all__ = ["TensorEntry", "TensorReader", "load_model", "open_reader", "read_con
 
 # (is it there?, open it), asked in this order.
 FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, BloomConfig], TensorReader]], ...] = (
-    (paddle.find_paddle, paddle.open_paddle),  # first: PaddleNLP wrote a model.safetensors of its own
+    (paddle_model.find_paddle, paddle_model.open_paddle),  # first: PaddleNLP wrote a model.safetensors of its own
     (huggingface.find_safetensors, huggingface.open_safetensors),
     (huggingface.find_torch, huggingface.open_torch),
 )
@@ -42,7 +43,7 @@ def read_config(directory: Path) -> BloomConfig:
     path = directory / "config.json"
     if not path.is_file():
         if next(directory.glob("*.pdiparams"), None) is not None:
-            return paddle.exported_config(directory)
+            return paddle_model.exported_config(directory)
         hint = ""
         if (directory / "adapter_config.json").is_file():
             hint = "; it holds an adapter: name its base model, and give this as --lora_path or --prefix_path"

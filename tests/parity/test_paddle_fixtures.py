@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.paddle import find_paddle, open_paddle
-from bloomlm.checkpoint.paddle_adapter import install_paddle_adapter, read_paddle_adapter, resume_paddle_adapter
-from bloomlm.checkpoint.paddle_pickle import load_paddle_pickle
-from bloomlm.checkpoint.paddle_prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.adapter import install_paddle_adapter, read_paddle_adapter, resume_paddle_adapter
+from bloomlm.checkpoint.paddle.model import find_paddle, open_paddle
+from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.checkpoint.reader import read_config, read_into_model
 from bloomlm.data.paddle_tokenizer import build_tokenizer_json
 from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer

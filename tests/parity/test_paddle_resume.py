@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.adapters.apply import FullTuning, apply_adapter
-from bloomlm.checkpoint.paddle_adapter import read_paddle_adapter, resume_paddle_adapter
-from bloomlm.checkpoint.paddle_optimizer import PaddleTrainingState, read_paddle_training_state
+from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter, resume_paddle_adapter
+from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import FIXTURES, needs_fixtures
 from tests.parity.test_paddle_fixtures import BASE, PAD, load_base

@@ -11,13 +11,13 @@ from torch import nn
 from bloomlm.adapters.apply import adapter_config, merge_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.paddle_adapter import (
+from bloomlm.checkpoint.paddle.adapter import (
     find_paddle_adapter,
     install_paddle_adapter,
     read_paddle_adapter,
     resume_paddle_adapter,
 )
-from bloomlm.checkpoint.paddle_prefix import PaddlePrefix, PrefixLayout
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
 from bloomlm.checkpoint.peft import load_adapter, save_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from bloomlm.checkpoint.paddle import exported_config, find_paddle, open_paddle
-from bloomlm.checkpoint.paddle_names import model_cuts
-from bloomlm.checkpoint.paddle_safetensors import open_paddle_safetensors
+from bloomlm.checkpoint.paddle.model import exported_config, find_paddle, open_paddle
+from bloomlm.checkpoint.paddle.names import model_cuts
+from bloomlm.checkpoint.paddle.safetensors import open_paddle_safetensors
 from bloomlm.checkpoint.reader import check_entries
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError

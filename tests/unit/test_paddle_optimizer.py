@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.paddle_adapter import read_paddle_adapter, resume_paddle_adapter
-from bloomlm.checkpoint.paddle_optimizer import PaddleTrainingState, read_paddle_training_state
+from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter, resume_paddle_adapter
+from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import (

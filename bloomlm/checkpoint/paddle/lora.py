@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.adapters.lora import LoraConfig
-from bloomlm.checkpoint.paddle_adapter_files import (
+from bloomlm.checkpoint.paddle.adapter_files import (
     LORA_CONFIG_FILE,
     LORA_STEM,
     AdapterFiles,
@@ -31,9 +31,9 @@ from bloomlm.checkpoint.paddle_adapter_files import (
     require_trained_degree,
     whole_number,
 )
-from bloomlm.checkpoint.paddle_array import LazyTensor
-from bloomlm.checkpoint.paddle_names import Cut, model_cuts, published_name, published_tensors
-from bloomlm.checkpoint.paddle_ranks import RankTensors, join_pieces
+from bloomlm.checkpoint.paddle.array import LazyTensor
+from bloomlm.checkpoint.paddle.names import Cut, model_cuts, published_name, published_tensors
+from bloomlm.checkpoint.paddle.ranks import RankTensors, join_pieces
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import AdapterError, CheckpointError
 from bloomlm.model.config import BloomConfig

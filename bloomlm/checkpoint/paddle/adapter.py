@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.adapters.apply import apply_adapter
-from bloomlm.checkpoint.paddle_adapter_files import LORA_CONFIG_FILE, PREFIX_CONFIG_FILE
-from bloomlm.checkpoint.paddle_lora import PaddleLora, read_paddle_lora
-from bloomlm.checkpoint.paddle_prefix import PaddlePrefix, PrefixLayout, read_paddle_prefix
+from bloomlm.checkpoint.paddle.adapter_files import LORA_CONFIG_FILE, PREFIX_CONFIG_FILE
+from bloomlm.checkpoint.paddle.lora import PaddleLora, read_paddle_lora
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout, read_paddle_prefix
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bloomlm.checkpoint.paddle_array import LazyTensor, StoredArray, StoredFile
-from bloomlm.checkpoint.paddle_pickle import load_paddle_pickle
+from bloomlm.checkpoint.paddle.array import LazyTensor, StoredArray, StoredFile
+from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.errors import CheckpointError
 
 # VarType.Type of framework.proto

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint import paddle_pickle
-from bloomlm.checkpoint.paddle_array import StoredArray
-from bloomlm.checkpoint.paddle_pickle import load_paddle_pickle
-from bloomlm.checkpoint.paddle_state import read_paddle_state, split_tensors
+from bloomlm.checkpoint.paddle import unpickler
+from bloomlm.checkpoint.paddle.array import StoredArray
+from bloomlm.checkpoint.paddle.state import read_paddle_state, split_tensors
+from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.errors import CheckpointError
 from tests.paddle_files import write
 
@@ -260,7 +260,7 @@ def test_an_array_without_a_state_is_refused(tmp_path: Path) -> None:
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="more than 1000 opcodes"):
-        patch.setattr(paddle_pickle, "MAX_OPCODES", 1000)
+        patch.setattr(unpickler, "MAX_OPCODES", 1000)
         load_bytes(tmp_path, b"\x80\x02" + b"]" * 1001 + b".")
     with pytest.raises(CheckpointError, match="nested deeper"):
         load_bytes(tmp_path, b"\x80\x02" + b"N" + b"\x85" * 100_000 + b".")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
-from bloomlm.checkpoint.paddle_adapter_files import (
+from bloomlm.checkpoint.paddle.adapter_files import (
     PREFIX_CONFIG_FILE,
     PREFIX_STEM,
     AdapterFiles,
@@ -29,9 +29,9 @@ from bloomlm.checkpoint.paddle_adapter_files import (
     require_trained_degree,
     whole_number,
 )
-from bloomlm.checkpoint.paddle_array import LazyTensor, Transposed
-from bloomlm.checkpoint.paddle_names import Cut
-from bloomlm.checkpoint.paddle_ranks import RankTensors, join_pieces
+from bloomlm.checkpoint.paddle.array import LazyTensor, Transposed
+from bloomlm.checkpoint.paddle.names import Cut
+from bloomlm.checkpoint.paddle.ranks import RankTensors, join_pieces
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import AdapterError, CheckpointError
 from bloomlm.model.config import BloomConfig

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bloomlm.checkpoint.paddle_array import LazyTensor, Transposed
+from bloomlm.checkpoint.paddle.array import LazyTensor, Transposed
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import CheckpointError
 from bloomlm.model.config import BloomConfig

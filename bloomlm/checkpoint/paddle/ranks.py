@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bloomlm.checkpoint.paddle_array import Joined, LazyTensor, Replicated
-from bloomlm.checkpoint.paddle_names import EMBEDDING, Cut, model_cuts
+from bloomlm.checkpoint.paddle.array import Joined, LazyTensor, Replicated
+from bloomlm.checkpoint.paddle.names import EMBEDDING, Cut, model_cuts
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import CheckpointError
 from bloomlm.model.config import BloomConfig

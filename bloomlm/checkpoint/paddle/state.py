@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bloomlm.checkpoint.paddle_array import EncodedArray, Joined, LazyTensor, Reshaped, StoredArray
-from bloomlm.checkpoint.paddle_pickle import load_paddle_pickle
+from bloomlm.checkpoint.paddle.array import EncodedArray, Joined, LazyTensor, Reshaped, StoredArray
+from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.errors import CheckpointError
 
 VARIABLE_NAMES = "StructuredToParameterName@@"

@@ -15,12 +15,12 @@ from pathlib import Path
 from torch import Tensor
 
 from bloomlm.checkpoint.huggingface import checkpoint_files, find_safetensors, find_torch
-from bloomlm.checkpoint.paddle_array import LazyTensor
-from bloomlm.checkpoint.paddle_names import published_tensors
-from bloomlm.checkpoint.paddle_program import read_program_weights
-from bloomlm.checkpoint.paddle_ranks import RankTensors, check_ranks_complete, join_ranks
-from bloomlm.checkpoint.paddle_safetensors import is_paddle_safetensors, open_paddle_safetensors
-from bloomlm.checkpoint.paddle_state import read_paddle_state
+from bloomlm.checkpoint.paddle.array import LazyTensor
+from bloomlm.checkpoint.paddle.names import published_tensors
+from bloomlm.checkpoint.paddle.program import read_program_weights
+from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks
+from bloomlm.checkpoint.paddle.safetensors import is_paddle_safetensors, open_paddle_safetensors
+from bloomlm.checkpoint.paddle.state import read_paddle_state
 from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from bloomlm.checkpoint.paddle_adapter import find_paddle_adapter, read_paddle_adapter
-from bloomlm.checkpoint.paddle_adapter_files import LORA_STEM, PREFIX_STEM
-from bloomlm.checkpoint.paddle_array import Held, LazyTensor
-from bloomlm.checkpoint.paddle_lora import PaddleLora
-from bloomlm.checkpoint.paddle_names import VARIABLE, published_tensors, structured_by_variable
-from bloomlm.checkpoint.paddle_prefix import PaddlePrefix, PrefixLayout
-from bloomlm.checkpoint.paddle_ranks import RankTensors, check_ranks_complete, join_ranks
-from bloomlm.checkpoint.paddle_state import PaddleState, read_paddle_state, split_tensors
+from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, read_paddle_adapter
+from bloomlm.checkpoint.paddle.adapter_files import LORA_STEM, PREFIX_STEM
+from bloomlm.checkpoint.paddle.array import Held, LazyTensor
+from bloomlm.checkpoint.paddle.lora import PaddleLora
+from bloomlm.checkpoint.paddle.names import VARIABLE, published_tensors, structured_by_variable
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
+from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks
+from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state, split_tensors
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import CheckpointError
 from bloomlm.model.config import BloomConfig

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bloomlm.checkpoint.paddle_ranks import check_ranks_complete
-from bloomlm.checkpoint.paddle_state import PaddleState, read_paddle_state
+from bloomlm.checkpoint.paddle.ranks import check_ranks_complete
+from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state
 from bloomlm.errors import AdapterError, CheckpointError
 
 LORA_CONFIG_FILE = "lora_config.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bloomlm.checkpoint.paddle_array import LazyTensor, StoredArray, StoredFile
-from bloomlm.checkpoint.paddle_names import PADDLE_PREFIX
+from bloomlm.checkpoint.paddle.array import LazyTensor, StoredArray, StoredFile
+from bloomlm.checkpoint.paddle.names import PADDLE_PREFIX
 from bloomlm.checkpoint.safetensors_file import DTYPES, LENGTH_BYTES, MAX_HEADER_BYTES
 from bloomlm.errors import CheckpointError
 

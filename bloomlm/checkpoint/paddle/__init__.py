@@ -1,0 +1,1 @@
+"""Files that PaddleNLP wrote or reads: models, adapters, training state; no Paddle is needed."""

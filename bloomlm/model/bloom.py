@@ -182,7 +182,7 @@ class BloomForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""
-        return linear(hidden, self.transformer.word_embeddings.weight).contiguous()
+        return linear(hidden, self.transformer.word_embeddings.weight)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, kv_cache: KVCache | None = None

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from bloomlm.data.loader import IGNORE_INDEX
+from bloomlm.model.linear import product, uses_onednn
 
 MAX_CHUNK_BYTES = 256 * 2**20
 """Default size of a chunk's fp32 logits."""
 FP16_HEADROOM = 256.0
 """fp16 only: logit gradients are multiplied by this, hidden states divided. Probabilities down to 2e-7 stay normal
 numbers and their products stay far from 65504, whatever the loss scale is."""
+
+
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +109,7 @@ def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
 
 
 class _Head:
-    """The head's matrix products over chunks of rows, in the format of weights or autocast; results in full precision.
-
-    z is the chunk's buffer [C, V]: first logits, then their gradient times a row factor.
-    """
+    """The head's matrix products over chunks of rows, in weights' or autocast's format; results in full precision."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, max_chunk_bytes: int) -> None:
         device_type = hidden.device.type
@@ -123,7 +124,10 @@ class _Head:
         most_rows = max(1, max_chunk_bytes // (vocab_size * self.dtype.itemsize))
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
-        self.z = torch.empty(self.chunk_rows, vocab_size, dtype=self.dtype, device=hidden.device)
+        self.uses_onednn = uses_onednn(self.hidden, self.weight)
+        # oneDNN makes its results anew; the others write into these
+        rows = 0 if self.uses_onednn else self.chunk_rows
+        self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
         self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
 
     def chunks(self) -> list[slice]:
@@ -134,20 +138,30 @@ class _Head:
     def logits(self, rows: slice) -> Tensor:
         """[C, V], valid until the next call."""
         hidden = self.hidden[rows]
+        if self.uses_onednn:
+            return product(hidden, self.weight)
         z = self.z[: len(hidden)]
         torch.mm(hidden, self.weight.t(), out=self.half_z[: len(hidden)])
         return z.copy_(self.half_z[: len(hidden)]) if self.is_half else z
 
     def add_gradients(
-        self, rows: slice, row_factor: Tensor, scale: float, grad_hidden: Tensor, grad_weight: Tensor | None
+        self, rows: slice, z: Tensor, row_factor: Tensor, scale: float, grad_hidden: Tensor, grad_weight: Tensor | None
     ) -> None:
-        """Gradients of a chunk, whose z * row_factor [C, 1] is d loss / d logits, times scale.
+        """Gradients of a chunk, whose z [C, V] times row_factor [C, 1] is d loss / d logits, times scale.
 
         Its rows of grad_hidden [M, D] are set; to grad_weight [V, D] its part is added.
         """
         hidden = self.hidden[rows]
-        z = self.z[: len(hidden)]
         first = rows.start == 0
+        if self.uses_onednn:
+            grad_hidden[rows] = product(z, self.weight.t()).mul_(row_factor * scale)
+            if grad_weight is not None:
+                columns = (hidden * (row_factor * scale)).t()
+                # in blocks that stay in the processor's cache until they are added
+                for part, z_part in zip(grad_weight.split(_BLOCK), z.split(_BLOCK, dim=1), strict=True):
+                    update = product(z_part.t(), columns)
+                    part.copy_(update) if first else part.add_(update)
+            return
         if not self.is_half:
             # the row factor goes to the small side of each product
             torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
@@ -197,7 +211,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if label_smoothing:
                     z.sub_(row_sum * smoothing_per_token)
                 z.scatter_add_(1, target, row_sum * (label_smoothing - 1.0))
-                head.add_gradients(rows, row_sum.reciprocal(), scale, grad_hidden, grad_weight)
+                head.add_gradients(rows, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight)
+                del z  # before the next chunk's is made
         ctx.gradients = grad_hidden, grad_weight
         return loss * scale
 

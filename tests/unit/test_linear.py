@@ -1,27 +1,64 @@
-"""The few-rows product against the plain one."""
+"""The matrix products of bloomlm.model.linear against float64, and when they apply."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bloomlm.model.linear import FEW_ROWS, linear
+from bloomlm.model.linear import Linear, linear, uses_onednn
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 4, 8, 48, 49])
-def test_every_number_of_rows_equals_the_plain_product(num_rows: int, has_bias: bool) -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(num_rows, 32), torch.randn(80, 32)
-    bias = torch.randn(80) if has_bias else None
-    with torch.no_grad():
-        result = linear(x, weight, bias)
-    torch.testing.assert_close(result, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
-    is_column_by_column = result.stride() == (1, num_rows)
-    assert is_column_by_column == (num_rows in FEW_ROWS)
+@pytest.mark.parametrize("shape", [(1, 32), (8, 32), (2, 3, 32), (0, 32)])
+def test_values_and_gradients_equal_those_of_float64(shape: tuple[int, ...], has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    weight = torch.randn(80, 32, generator=generator, requires_grad=True)
+    bias = torch.randn(80, generator=generator, requires_grad=True) if has_bias else None
+    inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    out = linear(x, weight, bias)
+    outside = torch.randn(out.shape, generator=generator)
+    gradients = torch.autograd.grad(out, inputs, outside)
+
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = F.linear(*exact_inputs)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, outside.double())
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(linear(x, weight, bias), out.detach())
 
 
-def test_training_and_half_precision_take_the_plain_product() -> None:
-    x, weight = torch.randn(8, 32), torch.randn(80, 32, requires_grad=True)
-    assert linear(x, weight).stride() == (80, 1)
-    with torch.no_grad():
-        assert linear(x.bfloat16(), weight.bfloat16()).stride() == (80, 1)
+def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input_alive() -> None:
+    layer = Linear(32, 80).requires_grad_(False)
+    x = torch.randn(8, 32, requires_grad=True)
+    out = layer(x)
+    if uses_onednn(x, layer.weight):
+        assert [saved is None for saved in out.grad_fn.saved_tensors] == [True, False]
+    out.sum().backward()
+    assert layer.weight.grad is None
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(8, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_what_onednn_does_not_serve_takes_the_plain_product() -> None:
+    x, weight = torch.randn(8, 32), torch.randn(80, 32)
+    if not uses_onednn(x, weight):
+        pytest.skip("oneDNN is not used on this platform")
+    assert not uses_onednn(x.bfloat16(), weight.bfloat16())
+    assert not uses_onednn(x.double(), weight.double())
+    assert not uses_onednn(x[:0], weight)
+    assert not uses_onednn(x.to("meta"), weight.to("meta"))
+    with torch.autocast("cpu"):
+        assert not uses_onednn(x, weight)
+        assert linear(x, weight).dtype is torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not uses_onednn(x, weight)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_an_exported_program_has_no_operator_of_ours() -> None:
+    program = torch.export.export(Linear(32, 80), (torch.randn(8, 32),))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == ["aten.linear.default"]

@@ -152,7 +152,7 @@ def test_chunks_are_equal_in_size() -> None:
 
     head = _Head(torch.zeros(10, 2), torch.zeros(V, 2), 8 * V * 4)
     assert [(s.start, s.stop) for s in head.chunks()] == [(0, 5), (5, 10)]
-    assert head.z.shape == (5, V)
+    assert all(head.logits(rows).shape == (5, V) for rows in head.chunks())
 
 
 def test_score_tokens() -> None:

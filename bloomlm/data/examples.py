@@ -104,6 +104,11 @@ class ExampleSet:
         return map(self.__getitem__, range(len(self)))
 
     @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example, </s> included."""
+        return np.diff(self._token_offsets).astype(np.int64)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all examples, </s> included."""
         return len(self._tokens)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from bloomlm.data.examples import Example
+from bloomlm.data.packing import TokenBudget, TokenPlan
 from bloomlm.errors import ConfigError, TrainingError
 
 # N packed tokens of a batch.
@@ -56,6 +57,11 @@ class Examples(Protocol):
 
     def __getitem__(self, index: int, /) -> Example: ...
 
+    @property
+    def lengths(self) -> Sequence[int] | npt.NDArray[np.int64]:
+        """Tokens of each; only a loader with a TokenBudget asks."""
+        ...
+
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Pack examples into one batch, in their order.
@@ -90,7 +96,7 @@ class BatchLoader:
 
     Args:
         examples: what to learn, at least one.
-        batch_size: examples in a batch; the last batch of an epoch may hold fewer.
+        batch_size: examples in a batch (the last batch of an epoch may hold fewer), or a budget of tokens.
         shuffle: a new order each epoch, else the order of the examples.
         seed: of the shuffle.
 
@@ -98,14 +104,19 @@ class BatchLoader:
         ConfigError: batch_size or the number of examples is below 1, or seed is negative.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
-        if batch_size < 1 or len(examples) < 1 or seed < 0:
+    def __init__(self, examples: Examples, batch_size: int | TokenBudget, *, shuffle: bool, seed: int = 0) -> None:
+        budget = batch_size.max_tokens if isinstance(batch_size, TokenBudget) else batch_size
+        if budget < 1 or len(examples) < 1 or seed < 0:
             raise ConfigError(
                 f"batch size {batch_size}, {len(examples)} examples, seed {seed}: expected at least 1, at least 1, "
                 "and a seed that is not negative"
             )
         self._examples = examples
         self._batch_size = batch_size
+        self._plan: TokenPlan | None = None
+        if isinstance(batch_size, TokenBudget):
+            # a batch has one position less than an example has tokens
+            self._plan = TokenPlan(np.asarray(examples.lengths) - 1, batch_size.max_tokens)
         self._shuffle = shuffle
         self._seed = seed
         self._epoch = 0
@@ -113,6 +124,9 @@ class BatchLoader:
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
+        if self._plan is not None:
+            return len(self._plan)
+        assert isinstance(self._batch_size, int)
         return -(-len(self._examples) // self._batch_size)
 
     @property
@@ -122,10 +136,10 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are left of the current epoch."""
-        order = self._order(self._epoch)
         epoch = self._epoch
+        order, ends = self._epoch_plan(epoch)
         while self._epoch == epoch:
-            chosen = order[self._position : self._position + self._batch_size]
+            chosen = order[self._position : self._end_of_batch(ends)]
             batch = collate([self._examples[int(index)] for index in chosen])
             # The state moves on before the batch is handed out: saved while it is in use, it points behind it.
             self._position += len(chosen)
@@ -144,19 +158,32 @@ class BatchLoader:
             TrainingError: the other loader had other examples, another seed or another shuffle.
         """
         for name, mine in self._fixed().items():
-            if state[name] != mine:
+            if state.get(name) != mine:
                 raise TrainingError(
-                    f"the saved run had {name} {state[name]}, this one has {mine}, so it cannot go on where that "
+                    f"the saved run had {name} {state.get(name)}, this one has {mine}, so it cannot go on where that "
                     "stopped. Use the same data and seed, or start in a new output_dir"
                 )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
 
     def _fixed(self) -> dict[str, Any]:
-        return {"num_examples": len(self._examples), "seed": self._seed, "shuffle": self._shuffle}
+        max_tokens = self._batch_size.max_tokens if isinstance(self._batch_size, TokenBudget) else None
+        fixed = {"num_examples": len(self._examples), "seed": self._seed, "shuffle": self._shuffle}
+        return {**fixed, "max_tokens": max_tokens}
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        if not self._shuffle:
-            return np.arange(len(self._examples))
+    def _end_of_batch(self, ends: npt.NDArray[np.int64]) -> int:
+        if isinstance(self._batch_size, TokenBudget):
+            return int(ends[np.searchsorted(ends, self._position, side="right")])
+        return self._position + self._batch_size
+
+    def _epoch_plan(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The examples of an epoch in their order, and where each batch of a TokenPlan ends."""
         # Sorting raw 64-bit draws, and not Generator.permutation, which numpy may change from version to version.
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-        return np.argsort(generator.random_raw(len(self._examples)), kind="stable")
+
+        def shuffled(count: int) -> npt.NDArray[np.int64]:
+            return np.argsort(generator.random_raw(count), kind="stable") if self._shuffle else np.arange(count)
+
+        order = shuffled(len(self._examples))
+        if self._plan is None:
+            return order, np.arange(0)
+        return self._plan.deal(order, shuffled(len(self._plan)))

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from bloomlm.data.examples import Example, ExampleSet, load_examples
 from bloomlm.data.files import RowSource
 from bloomlm.data.loader import Examples
@@ -27,6 +30,11 @@ class ExampleSlice:
     def __getitem__(self, index: int, /) -> Example:
         assert 0 <= index < len(self)
         return self.examples[self.start + index]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each."""
+        return self.examples.lengths[self.start : self.stop]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import torch
 
 from bloomlm.data.examples import Example, load_examples
 from bloomlm.data.loader import IGNORE_INDEX, Batch, BatchLoader, collate
+from bloomlm.data.packing import TokenBudget
 from bloomlm.errors import ConfigError, TrainingError
 from tests.bloom_tokenizer import make_tokenizer
 
@@ -109,6 +110,62 @@ def test_resumes_after_any_batch(stop):
     rest = [batch for batch, _ in zip(batches(second), range(12 - stop), strict=False)]
     assert order(seen) + order(rest) == expected
     assert second.epoch == 12 // 4
+
+
+class OfLengths(list):
+    """Example i has the given number of tokens, all of them i."""
+
+    def __init__(self, lengths):
+        super().__init__(example(*[number] * length, source=1) for number, length in enumerate(lengths))
+        self.lengths = np.array(lengths)
+
+
+def batches_of(loader):
+    return [sorted(set(batch.tokens.tolist())) for batch in loader]
+
+
+def test_token_budget_holds_and_loses_nothing():
+    lengths = np.random.default_rng(0).integers(2, 400, 500).tolist()
+    loader = BatchLoader(OfLengths(lengths), TokenBudget(1024), shuffle=True, seed=1)
+    epochs = [batches_of(loader) for _ in range(3)]
+    for batches in epochs:
+        assert sorted(number for batch in batches for number in batch) == list(range(500))
+        positions = [sum(lengths[number] - 1 for number in batch) for batch in batches]
+        assert max(positions) <= 1024
+        assert np.mean(positions) > 0.95 * 1024
+        assert len(batches) == len(loader)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert {tuple(batch) for batch in epochs[0]}.isdisjoint(tuple(batch) for batch in epochs[1])
+    again = BatchLoader(OfLengths(lengths), TokenBudget(1024), shuffle=True, seed=1)
+    assert batches_of(again) == epochs[0]
+
+
+def test_token_budget_by_hand():
+    # positions 39, 16, 17, 15, 100: classes 48, 16, 32, 16, 112; the last is longer than a batch
+    loader = BatchLoader(OfLengths([40, 17, 18, 16, 101]), TokenBudget(64), shuffle=False)
+    assert batches_of(loader) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11, 23])
+def test_token_budget_resumes_after_any_batch(stop):
+    lengths = np.random.default_rng(0).integers(2, 60, 40).tolist()
+
+    def loader():
+        return BatchLoader(OfLengths(lengths), TokenBudget(100), shuffle=True, seed=3)
+
+    def endless(one):
+        while True:
+            yield from one
+
+    expected = [batch.tokens.tolist() for batch, _ in zip(endless(loader()), range(30), strict=False)]
+    first, second = loader(), loader()
+    for _, _ in zip(endless(first), range(stop), strict=False):
+        state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
+    rest = [batch.tokens.tolist() for batch, _ in zip(endless(second), range(30 - stop), strict=False)]
+    assert rest == expected[stop:]
+    with pytest.raises(TrainingError, match="max_tokens 100, this one has 200"):
+        BatchLoader(OfLengths(lengths), TokenBudget(200), shuffle=True, seed=3).load_state_dict(state)
 
 
 def test_state_after_the_last_batch_is_the_next_epoch():

@@ -1,0 +1,164 @@
+"""What a run's arithmetic, padding and memory come to: the numbers behind utilisation and the memory table.
+
+The count is of the arithmetic that training needs, matrix products only: what recompute does a second time, and what a
+frozen weight does not need, are not in it. Source of the counting: the PaLM paper, https://arxiv.org/abs/2204.02311,
+appendix B, here for supervised positions, documents of different lengths and frozen weights.
+
+Shapes: N packed tokens, M supervised ones, T tokens of a document, P virtual tokens, D hidden, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bloomlm.adapters.apply import adapter_config
+from bloomlm.adapters.lora import LoRALinear
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.data.loader import Batch
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.linear import linear
+from bloomlm.training.step import Batches, Trainer
+
+
+class StepFlops:
+    """Floating-point operations of forward and backward passes of a model as it is set up to learn."""
+
+    def __init__(self, model: BloomForCausalLM) -> None:
+        config, adapter = model.config, adapter_config(model)
+        self._num_virtual = adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
+        embedding = model.transformer.word_embeddings.weight
+        self._per_token = 0
+        # the gradient of a layer's input is needed where something in front of it learns
+        needs_input_gradient = embedding.requires_grad
+        for block in model.transformer.h:
+            for module in block.modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                passes = 1 + needs_input_gradient + module.weight.requires_grad
+                self._per_token += 2 * module.weight.numel() * passes
+                if isinstance(module, LoRALinear):
+                    low_rank = module.lora_A.numel() * (2 + needs_input_gradient) + module.lora_B.numel() * 3
+                    self._per_token += 2 * low_rank
+                learns = any(parameter.requires_grad for parameter in module.parameters())
+                needs_input_gradient = needs_input_gradient or learns or self._num_virtual > 0
+        # queries with keys and weights with values, each once forward and twice backward
+        self._per_pair = 12 * config.hidden_size * config.n_layer
+        self._per_supervised = 2 * config.vocab_size * config.hidden_size * (2 + embedding.requires_grad)
+
+    def of(self, lengths: Sequence[int], num_supervised_tokens: int) -> int:
+        """Operations of a batch.
+
+        Args:
+            lengths: tokens of each document (T).
+            num_supervised_tokens: positions that have a label (M).
+        """
+        pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
+        return self._per_token * sum(lengths) + self._per_pair * pairs + self._per_supervised * num_supervised_tokens
+
+
+class BatchMeter:
+    """Batches that are counted as they are handed out; nothing else about them changes."""
+
+    def __init__(self, batches: Batches, flops: StepFlops) -> None:
+        self._batches = batches
+        self._flops = flops
+        self.num_flops = 0
+        """Of all batches so far."""
+        self.num_tokens = 0
+        self.num_padded_tokens = 0
+        """What the same batches would have come to, padded to the longest example of each."""
+        self.fetch_seconds = 0.0
+        """Time that steps waited for their batches."""
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch."""
+        batches = iter(self._batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.fetch_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            self.num_flops += self._flops.of(batch.lengths, batch.num_supervised_tokens)
+            self.num_tokens += sum(batch.lengths)
+            self.num_padded_tokens += max(batch.lengths) * len(batch.lengths)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position in the data."""
+        self._batches.load_state_dict(state)
+
+    def metrics(self, train_seconds: float, peak_flops_per_second: float) -> dict[str, float]:
+        """For train_results.json.
+
+        Args:
+            train_seconds: time in steps.
+            peak_flops_per_second: of this machine.
+        """
+        speed = self.num_flops / train_seconds if train_seconds > 0 else 0.0
+        avoided = 1.0 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
+        return {
+            "model_flops_per_second": round(speed),
+            "peak_flops_per_second": round(peak_flops_per_second),
+            "model_flops_utilisation": round(speed / peak_flops_per_second, 4),
+            "padding_avoided": round(avoided, 4),
+            "data_seconds": round(self.fetch_seconds, 4),
+        }
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
+    """Operations per second of a large square matrix product, the best of some.
+
+    Args:
+        device: to measure.
+        dtype: of the product.
+        size: rows and columns.
+        repeats: products timed; one more goes before them.
+    """
+    x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    with torch.no_grad():
+        for number in range(repeats + 1):
+            _finish(device)
+            start = time.perf_counter()
+            linear(x, weight)
+            _finish(device)
+            if number:
+                best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer, and what is left of the peak: activations, buffers, the program.
+
+    Args:
+        trainer: of the run.
+        peak_memory_bytes: as the loop measured it.
+    """
+    learned = trainer.learned.optimized.values()
+    sizes = {
+        "weights": sum(p.nbytes for p in trainer.model.parameters()),
+        "gradients": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
+        "optimizer": sum(_state_bytes(trainer.optimizer.state[p]) for p in learned)
+        + sum(master.nbytes for _, master in trainer.learned.masters),
+    }
+    return {**sizes, "activations and the rest": max(0, peak_memory_bytes - sum(sizes.values()))}
+
+
+def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:
+    return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

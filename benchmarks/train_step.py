@@ -2,10 +2,12 @@
 
     python benchmarks/train_step.py --tuning full
     python benchmarks/train_step.py --tuning lora
+    python benchmarks/train_step.py --tuning prefix
 
 Every step takes one batch of 2 examples (100-500 source and 20-100 target tokens, drawn once), fp32, the same fused
 AdamW, labels on the target only. Prints tokens per second (real tokens; pads do not count), peak memory, the losses of
-both sides and the ratios.
+both sides, the ratios, and what part of the machine's peak each side reaches: the arithmetic that training needs (not
+what is computed beside it) by time, against large products by the faster of torch's libraries in the same process.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from common import alternate, machine, median, peak_memory_bytes, random_model
 
 LEARNING_RATE = 1e-4
 LORA_RANK = 8
+NUM_PREFIX_TOKENS = 16
 
 
 def draw_batches(num_batches: int, batch_size: int) -> list[list[tuple[np.ndarray, int]]]:
@@ -34,20 +37,30 @@ def draw_batches(num_batches: int, batch_size: int) -> list[list[tuple[np.ndarra
 
 
 def bloomlm_steps(args: argparse.Namespace, batches: list):
-    """Yield the loss of each step, one optimizer update each."""
+    """Yield each step's loss and the operations that it needs, one optimizer update each."""
     import torch
 
     from bloomlm.adapters.apply import FullTuning, apply_adapter
     from bloomlm.adapters.lora import LoraConfig
+    from bloomlm.adapters.prefix import PrefixConfig
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.data.loader import IGNORE_INDEX
     from bloomlm.model.documents import Documents
     from bloomlm.training.loss import linear_cross_entropy
+    from bloomlm.training.meter import StepFlops
 
     model = load_model(str(random_model(args.size)))
-    adapter = FullTuning() if args.tuning == "full" else LoraConfig(r=LORA_RANK)
-    apply_adapter(model, adapter, torch.Generator().manual_seed(0))
+    adapters = {
+        "full": FullTuning(),
+        "lora": LoraConfig(r=LORA_RANK),
+        "prefix": PrefixConfig(num_prefix_tokens=NUM_PREFIX_TOKENS),
+    }
+    apply_adapter(model, adapters[args.tuning], torch.Generator().manual_seed(0))
+    if args.tuning == "prefix":
+        with torch.no_grad():
+            model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
     model.train()
+    flops = StepFlops(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
     )
@@ -66,7 +79,15 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        yield loss.item()
+        yield loss.item(), flops.of([len(example) for example, _ in batch], len(learned))
+
+
+def prefix_values(config):
+    """Where both sides' prefixes start, in PEFT's layout."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NUM_PREFIX_TOKENS, 2 * config.n_layer * config.hidden_size, generator=generator)
 
 
 def transformers_steps(args: argparse.Namespace, batches: list):
@@ -80,6 +101,13 @@ def transformers_steps(args: argparse.Namespace, batches: list):
 
         lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["query_key_value"])
         model = get_peft_model(model, lora)
+    if args.tuning == "prefix":
+        from peft import PrefixTuningConfig, get_peft_model
+
+        config = model.config
+        model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_PREFIX_TOKENS))
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(prefix_values(config))
     model.train()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
@@ -97,32 +125,48 @@ def transformers_steps(args: argparse.Namespace, batches: list):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        yield loss.item()
+        yield loss.item(), 0
 
 
 def run(args: argparse.Namespace) -> dict:
     """One side: the first batch warms up, every batch counts its tokens once."""
     steps = {"bloomlm": bloomlm_steps, "transformers": transformers_steps}[args.side]
     batches = draw_batches(args.steps + 1, args.batch_size)
-    seconds, losses = [], []
+    peak = peak_flops()
     iterator = steps(args, batches)
-    losses.append(next(iterator))
+    losses, seconds, flops = [next(iterator)[0]], [], []
     for _ in range(args.steps):
         start = time.perf_counter()
-        losses.append(next(iterator))
+        loss, needed = next(iterator)
         seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+        flops.append(needed)
     tokens = [sum(len(example) for example, _ in batch) for batch in batches[1:]]
     return {
         "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
         "peak_memory_gb": peak_memory_bytes() / 1e9,
+        "tflop_a_token": statistics.median(n / t for n, t in zip(flops, tokens, strict=True)) / 1e12,
+        "peak_gflops": peak / 1e9,
         "losses": losses,
     }
+
+
+def peak_flops() -> float:
+    """Of large fp32 products, by the faster of torch's libraries."""
+    import torch
+
+    from bloomlm.training.meter import measure_peak_flops
+
+    found = [measure_peak_flops(torch.device("cpu"), torch.float32)]
+    with torch.backends.mkldnn.flags(enabled=False):
+        found.append(measure_peak_flops(torch.device("cpu"), torch.float32))
+    return max(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=("bloomlm", "transformers"))
-    parser.add_argument("--tuning", choices=("full", "lora"), default="full")
+    parser.add_argument("--tuning", choices=("full", "lora", "prefix"), default="full")
     parser.add_argument("--size", default="560m")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=2)
@@ -136,11 +180,13 @@ def main() -> None:
     arguments += ["--batch_size", str(args.batch_size)]
     results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)
     print(f"{args.tuning} fine-tuning, bloom-{args.size} shape, fp32, 2 threads; {machine()}")
-    print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}  losses")
+    print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'of peak':>10}  losses")
+    needed = median(results["bloomlm"], "tflop_a_token") * 1e3
     for side, rounds in results.items():
         losses = " ".join(f"{loss:.5f}" for loss in rounds[0]["losses"])
         speed, memory = median(rounds, "tokens_per_second"), median(rounds, "peak_memory_gb")
-        print(f"{side:14}{speed:10.1f}{memory:10.2f}  {losses}")
+        utilisation = speed * needed / median(rounds, "peak_gflops")
+        print(f"{side:14}{speed:10.1f}{memory:10.2f}{utilisation:10.0%}  {losses}")
     for key, name in (("tokens_per_second", "speed"), ("peak_memory_gb", "memory")):
         print(f"{name} ratio: {median(results['bloomlm'], key) / median(results['transformers'], key):.2f}")
 

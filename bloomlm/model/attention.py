@@ -7,6 +7,8 @@ Shapes: B batch, T new tokens, S cached tokens, N packed tokens, H heads, K head
 E = K + C, P virtual tokens.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,11 @@ from torch import Tensor
 from bloomlm.model.alibi import key_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+
+SHORT_TOKENS = 128
+"""Documents of so many tokens or fewer are computed together."""
+MOST_PADDED = 1.5
+"""Scores of a padded group by those of its documents alone, at most."""
 
 
 def attend(
@@ -67,12 +74,40 @@ def _attend_documents(
 ) -> Tensor:
     lengths = documents.lengths
     if len(set(lengths)) == 1:
-        batches = [fused.unflatten(0, (len(lengths), lengths[0]))]
-    else:
-        # split's backward is one concatenation; slicing would fill a whole zero tensor for each document
-        batches = [part.unsqueeze(0) for part in fused.split(lengths)]
-    out = [_causal(batch, scale, virtual, dropout).flatten(0, 1) for batch in batches]
-    return out[0] if len(out) == 1 else torch.cat(out)
+        return _causal(fused.unflatten(0, (len(lengths), lengths[0])), scale, virtual, dropout).flatten(0, 1)
+    # split's backward is one concatenation; slicing would fill a whole zero tensor for each document
+    pieces = fused.split(lengths)
+    outs: list[Tensor] = [fused] * len(lengths)
+    for group in _groups(lengths):
+        longest = lengths[group[0]]
+        pads = fused.new_zeros(longest, *fused.shape[1:])
+        batch = torch.cat([part for i in group for part in (pieces[i], pads[lengths[i] :])])
+        out = _causal(batch.unflatten(0, (len(group), longest)), scale, virtual, dropout).flatten(0, 1)
+        parts = out.split([size for i in group for size in (lengths[i], longest - lengths[i])])
+        for i, part in zip(group, parts[::2], strict=True):
+            outs[i] = part
+    return torch.cat(outs)
+
+
+@lru_cache(maxsize=64)
+def _groups(lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Documents that go through the kernel together, the longest of each group first.
+
+    A call of the kernel costs more than the arithmetic of a short document, so short ones of about the same length
+    are padded at their ends, where the causal kernel lets no real token look. Long ones go alone.
+    """
+    groups: list[list[int]] = []
+    exact = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        padded = (len(groups[-1]) + 1) * longest**2 if groups else 0
+        if 0 < longest <= SHORT_TOKENS and padded <= MOST_PADDED * (exact + lengths[i] ** 2):
+            groups[-1].append(i)
+            exact += lengths[i] ** 2
+        else:
+            groups.append([i])
+            exact = lengths[i] ** 2
+    return tuple(map(tuple, groups))
 
 
 def _causal(batch: Tensor, scale: float, virtual: tuple[Tensor, Tensor] | None, dropout: float) -> Tensor:

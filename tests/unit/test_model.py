@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
+from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.model.alibi import head_slopes, key_columns, query_columns
+from bloomlm.model.attention import _groups
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
 
@@ -82,3 +86,33 @@ def test_double_precision_gradients_equal_finite_differences() -> None:
     documents = Documents.packed((2, 3))
     columns = model.transformer._columns(hidden.device, documents, None)
     assert torch.autograd.gradcheck(lambda x: model.transformer.h[0](x, columns, documents), hidden)
+
+
+def test_short_documents_are_computed_together_and_long_ones_alone() -> None:
+    lengths = (30, 200, 28, 29, 5, 128, 3)
+    assert _groups(lengths) == ((1,), (5,), (0, 3, 2, 4), (6,))
+
+
+@pytest.mark.parametrize("num_virtual", [0, 3])
+def test_documents_of_a_pack_equal_single_documents(num_virtual: int) -> None:
+    lengths = (9, 130, 8, 8, 2)
+    model = tiny_model()
+    if num_virtual:
+        apply_adapter(model, PrefixConfig(num_prefix_tokens=num_virtual), torch.Generator().manual_seed(1))
+    tokens = torch.arange(sum(lengths)) % model.config.vocab_size
+    outside = torch.randn(sum(lengths), model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+
+    def run(pieces: list[tuple[Tensor, Documents, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        outs = []
+        for piece, documents, gradient in pieces:
+            out = model.transformer(piece, documents)
+            out.backward(gradient)
+            outs.append(out.detach())
+        return torch.cat(outs), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    packed, packed_gradients = run([(tokens, Documents.packed(lengths), outside)])
+    singles = zip(tokens.split(lengths), lengths, outside.split(lengths), strict=True)
+    single, single_gradients = run([(piece, Documents.packed([n]), gradient) for piece, n, gradient in singles])
+    torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_gradients, single_gradients, rtol=1e-4, atol=1e-4)

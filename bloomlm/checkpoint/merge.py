@@ -2,23 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bloomlm.adapters.lora import LoRALinear
-from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, atomic_directory, write_model
-from bloomlm.errors import AdapterError, CheckpointError
+from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_directory
+from bloomlm.checkpoint.together import one_directory
+from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
+from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
-
-
-class WritesItself(Protocol):
-    """A tokenizer, which belongs into the same directory."""
-
-    def save(self, directory: Path) -> None:
-        """Write its files into an existing directory."""
-        ...
+from bloomlm.model.quantized import row_blocks
+from bloomlm.parallel.gather import without_shards
+from bloomlm.parallel.mesh import ALONE, Mesh
 
 
 def merge_to_directory(
@@ -28,6 +24,8 @@ def merge_to_directory(
     tokenizer: WritesItself | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size_bytes: int = DEFAULT_SHARD_SIZE_BYTES,
+    report: Report = no_report,
+    mesh: Mesh = ALONE,
 ) -> None:
     """Write a model with its LoRA added into the weights; the model itself does not change.
 
@@ -39,25 +37,34 @@ def merge_to_directory(
         tokenizer: written beside the weights.
         dtype: precision to write; None: the model's. Updates are added in fp32 and rounded once.
         max_shard_size_bytes: as write_model's.
+        report: told the number of bytes whenever some more are written.
+        mesh: the ranks among which the model is divided, all of which must come here.
 
     Raises:
-        AdapterError: the model has a prefix, which cannot be merged.
+        AdapterError: the model has a prefix, which cannot be merged, or int8 weights, which it would spoil.
         CheckpointError: the directory holds something else, or cannot be written.
     """
     if model.transformer.prefix is not None:
         raise AdapterError("a prefix adapter cannot be merged: its virtual tokens are no weights; save it as it is")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} holds files, and no model that could be replaced; name another directory")
-    with atomic_directory(directory) as temporary:
+    if model.transformer.is_quantized:
+        raise AdapterError(
+            "the model's weights were rounded to int8 when it was loaded; load it without that, and the adapter into it"
+        )
+    with one_directory(output_directory(directory, merged_bytes(model, dtype), tokenizer), mesh) as temporary:
         write_model(
             temporary,
             model.config,
             merged_parameters(model, dtype),
             dtype=dtype,
             max_shard_size_bytes=max_shard_size_bytes,
+            report=report,
+            mesh=mesh,
         )
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+
+
+def merged_bytes(model: BloomForCausalLM, dtype: torch.dtype | None = None) -> int:
+    """Size of what merge_to_directory writes of a model's parameters."""
+    return model.config.num_parameters * (dtype or model.transformer.dtype).itemsize
 
 
 def merged_parameters(model: BloomForCausalLM, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -74,6 +81,17 @@ def merged_parameters(model: BloomForCausalLM, dtype: torch.dtype | None = None)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in updates:
-                yield name, (parameter.float() + updates[name].delta()).to(dtype or parameter.dtype)
+                weight, layer = without_shards(parameter), updates[name]
+                lora_a, lora_b = without_shards(layer.lora_A), without_shards(layer.lora_B)
+                yield name, _merged(weight, lora_a, lora_b, layer.scaling, dtype or parameter.dtype)
             elif not name.endswith((".lora_A", ".lora_B")):
                 yield name, parameter
+
+
+def _merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Some rows at a time in fp32, each rounded once."""
+    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    lora_a = lora_a.float()
+    for rows in row_blocks(weight):
+        merged[rows] = weight[rows].float() + scaling * (lora_b[rows].float() @ lora_a)
+    return merged

@@ -17,15 +17,26 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write
-from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes
+from bloomlm.checkpoint.output import Report, no_report
+from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.parallel.gather import whole_tensor
+from bloomlm.parallel.mesh import ALONE, Mesh
 
 __all__ = ["atomic_directory", "atomic_write", "parse_size", "write_model"]
 
 DEFAULT_SHARD_SIZE_BYTES = 5 * 10**9
+# Keys of config.json that say how other files lay, or what they held besides the parameters of BloomForCausalLM.
+OTHER_FILES_KEYS = (
+    "architectures",
+    "paddlenlp_version",
+    "tensor_parallel_degree",
+    "tensor_parallel_output",
+    "tensor_parallel_rank",
+)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -52,6 +63,8 @@ def write_model(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size_bytes: int = DEFAULT_SHARD_SIZE_BYTES,
+    report: Report = no_report,
+    mesh: Mesh = ALONE,
 ) -> None:
     """Write a model into an existing directory; use atomic_directory around it.
 
@@ -61,6 +74,9 @@ def write_model(
         tensors: every parameter once, under its published name, in any order.
         dtype: precision to write; None: that of the first tensor, and all must have it.
         max_shard_size_bytes: a file holds at most this much data, or a single larger tensor.
+        report: told the number of bytes whenever some more are written.
+        mesh: the ranks among which the tensors are divided. All of them bring their parts, in the same order; each file
+            is written by one of them, which gathers one tensor at a time.
 
     Raises:
         CheckpointError: tensors are missing, unknown, misshapen or of mixed precision, or cannot be written.
@@ -71,19 +87,62 @@ def write_model(
         raise CheckpointError("there are no tensors to write; expected all parameters of the model")
     target = dtype or first[1].dtype
     shards = plan_shards(_parameter_entries(config, target), max_shard_size_bytes)
-    config = dataclasses.replace(config, dtype=str(target).removeprefix("torch."))
     try:
-        _write_json(directory / "config.json", config.to_dict())
-        _write_json(directory / "generation_config.json", _generation_config(config))
+        if mesh.is_main:
+            write_json(directory / "config.json", _config_file(config, target))
+            write_json(directory / "generation_config.json", generation_config(config))
         with ExitStack() as stack:
-            writer = _ShardWriter(directory, shards, stack, convert=dtype is not None)
-            for name, tensor in chain([first], stream):
-                writer.write(name, tensor)
-            writer.check_complete()
-        if len(shards) > 1:
-            _write_json(directory / "model.safetensors.index.json", _index(shards))
+            # an iterator lets go of what it gave; a tuple would hold the first tensor, often the largest, to the end
+            remaining = chain(iter((first,)), stream)
+            del first
+            if mesh.is_alone:
+                writer = _ShardWriter(directory, shards, stack, convert=dtype is not None, report=report)
+                for name, tensor in remaining:
+                    writer.write(name, tensor)
+                    del tensor  # before the next one is made
+                writer.check_complete()
+            else:
+                _gather_and_write(directory, shards, stack, remaining, mesh, convert=dtype is not None, report=report)
+        if len(shards) > 1 and mesh.is_main:
+            write_json(directory / "model.safetensors.index.json", _index(shards))
     except OSError as error:
         raise CheckpointError(f"the model cannot be written to {directory}: {error}") from error
+
+
+def _gather_and_write(
+    directory: Path,
+    shards: Mapping[str, Mapping[str, TensorEntry]],
+    stack: ExitStack,
+    tensors: Iterable[tuple[str, Tensor]],
+    mesh: Mesh,
+    *,
+    convert: bool,
+    report: Report,
+) -> None:
+    # ranks of the first copy of the model take turns with the files
+    writers = mesh.ranks_of_first_copy
+    rank_of_file = {file_name: writers[number % len(writers)] for number, file_name in enumerate(shards)}
+    rank_of = {name: rank_of_file[file_name] for file_name, entries in shards.items() for name in entries}
+    own = {file_name: entries for file_name, entries in shards.items() if rank_of_file[file_name] == mesh.rank}
+    problem: Exception | None = None
+    writer: _ShardWriter | None = None
+    try:
+        writer = _ShardWriter(directory, own, stack, convert=convert, report=report)
+    except OSError as error:
+        problem = error
+    for name, tensor in tensors:
+        whole = whole_tensor(name, tensor, mesh, rank_of.get(name, 0))
+        del tensor
+        # after an error this rank still gathers with the others, who would wait for it
+        if whole is not None and writer is not None and problem is None:
+            try:
+                writer.write(name, whole)
+            except (OSError, CheckpointError) as error:
+                problem = error
+    if problem is not None:
+        raise problem
+    assert writer is not None
+    writer.check_complete()
 
 
 def plan_shards(entries: Mapping[str, TensorEntry], max_shard_size_bytes: int) -> dict[str, dict[str, TensorEntry]]:
@@ -109,13 +168,30 @@ def plan_shards(entries: Mapping[str, TensorEntry], max_shard_size_bytes: int) -
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def generation_config(config: BloomConfig) -> dict[str, Any]:
+    """The contents of generation_config.json: the special tokens."""
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"_from_model_config": True, **{name: value for name, value in tokens.items() if value is not None}}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object, keys sorted."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 class _ShardWriter:
     """All files of a model, open, each with its header written and a place for every tensor."""
 
     def __init__(
-        self, directory: Path, shards: Mapping[str, Mapping[str, TensorEntry]], stack: ExitStack, *, convert: bool
+        self,
+        directory: Path,
+        shards: Mapping[str, Mapping[str, TensorEntry]],
+        stack: ExitStack,
+        *,
+        convert: bool,
+        report: Report,
     ) -> None:
-        self._convert = convert
+        self._convert, self._report = convert, report
         self._places: dict[str, tuple[BinaryIO, int, TensorEntry]] = {}
         self._written: set[str] = set()
         for file_name, entries in shards.items():
@@ -138,7 +214,8 @@ class _ShardWriter:
                 "name the dtype to write all in"
             )
         file.seek(offset)
-        file.write(raw_bytes(tensor.to(entry.dtype)))
+        for block in row_blocks(tensor, entry.dtype):
+            self._report(file.write(raw_bytes(block)))
         self._written.add(name)
 
     def check_complete(self) -> None:
@@ -153,16 +230,12 @@ def _parameter_entries(config: BloomConfig, dtype: torch.dtype) -> dict[str, Ten
     return {name: TensorEntry(tuple(p.shape), dtype) for name, p in model.named_parameters()}
 
 
+def _config_file(config: BloomConfig, dtype: torch.dtype) -> dict[str, Any]:
+    extra = {key: value for key, value in config.extra.items() if key not in OTHER_FILES_KEYS}
+    return dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."), extra=extra).to_dict()
+
+
 def _index(shards: Mapping[str, Mapping[str, TensorEntry]]) -> dict[str, Any]:
     sizes = [num_bytes(entry) for entries in shards.values() for entry in entries.values()]
     weight_map = {name: file_name for file_name, entries in shards.items() for name in entries}
     return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _generation_config(config: BloomConfig) -> dict[str, Any]:
-    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {"_from_model_config": True, **{name: value for name, value in tokens.items() if value is not None}}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

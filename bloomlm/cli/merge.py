@@ -7,10 +7,13 @@ from typing import Literal
 from rich.console import Console
 
 from bloomlm.api import DTYPES, load
-from bloomlm.checkpoint.merge import merge_to_directory
+from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.writer import parse_size
+from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
+from bloomlm.parallel.launch import joined_ranks, world_size
+from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,24 @@ class MergeConfig:
     lora_path: str | None = field(
         default=None,
         metadata={"section": "merge", "help": "LoRA adapter to add into the weights, in fp32, rounded once"},
+    )
+    prefix_layout: Literal["old", "new"] | None = field(
+        default=None,
+        metadata={"section": "merge", "help": "of a prefix in PaddleNLP's files, which can be read but not merged"},
+    )
+    trained_tensor_parallel_degree: int | None = field(
+        default=None,
+        metadata={
+            "section": "merge",
+            "help": "ranks that trained a LoRA in PaddleNLP's files, where they do not tell",
+        },
+    )
+    paddle_tokenization: bool = field(
+        default=False,
+        metadata={
+            "section": "merge",
+            "help": "with vocab.json and merges.txt: tokenizer.json shall cut words as PaddleNLP did, not as BLOOM",
+        },
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = field(
         default=None, metadata={"section": "merge", "help": "precision to write  [default: the base's]"}
@@ -46,18 +67,33 @@ def merge(config: MergeConfig) -> None:
     output = Path(config.output_path)
     if output.resolve() == Path(config.model_name_or_path).resolve():
         raise ConfigError(f"--output_path {output} is the model itself; name another directory")
-    max_shard_size_bytes = parse_size(config.max_shard_size)
-    loaded = load(config.model_name_or_path, lora_path=config.lora_path)
-    merge_to_directory(
-        loaded.model,
-        output,
-        tokenizer=loaded.tokenizer,
-        dtype=None if config.dtype is None else DTYPES[config.dtype],
-        max_shard_size_bytes=max_shard_size_bytes,
+    with joined_ranks(degrees_from_flags(world_size(), tensor_parallel_degree=world_size()), "cpu") as mesh:
+        _merge(config, output, parse_size(config.max_shard_size), mesh)
+
+
+def _merge(config: MergeConfig, output: Path, max_shard_size_bytes: int, mesh: Mesh) -> None:
+    loaded = load(
+        config.model_name_or_path,
+        lora_path=config.lora_path,
+        prefix_layout=config.prefix_layout,
+        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
+        paddle_tokenization=config.paddle_tokenization,
+        mesh=mesh,
     )
+    dtype = None if config.dtype is None else DTYPES[config.dtype]
+    with BytesDisplay(Console(stderr=True, quiet=not mesh.is_main)) as display:
+        merge_to_directory(
+            loaded.model,
+            output,
+            tokenizer=loaded.tokenizer,
+            dtype=dtype,
+            max_shard_size_bytes=max_shard_size_bytes,
+            report=display.phase("writing", merged_bytes(loaded.model, dtype)),
+            mesh=mesh,
+        )
     size_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     adapter = f" with {config.lora_path} added in" if config.lora_path else ""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, quiet=not mesh.is_main)
     console.print(f"{config.model_name_or_path}{adapter} is in {output} ({size_bytes / 1e6:,.1f} MB)", soft_wrap=True)
     console.print(f"next: bloomlm predict --model_name_or_path {output} --prompt ...", soft_wrap=True)
 
@@ -68,6 +104,7 @@ command = config_command(
     merge,
     help="""Write a model as one plain directory: shards into one file, another precision, LoRA into its base.
 
-    The weights go from file to file one tensor at a time. A prefix adapter cannot be merged.
+    The weights go from file to file one tensor at a time. A prefix adapter cannot be merged. Under torchrun every
+    process reads, adds up and writes a part.
     """,
 )

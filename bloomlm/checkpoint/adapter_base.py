@@ -1,0 +1,80 @@
+"""The shape of an adapter's base model, as far as the adapter's own files tell it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bloomlm.checkpoint.paddle.adapter_files import (
+    LORA_CONFIG_FILE,
+    LORA_STEM,
+    PREFIX_CONFIG_FILE,
+    read_adapter_config,
+    read_adapter_files,
+    whole_number,
+)
+from bloomlm.checkpoint.peft import CONFIG_FILE, open_peft_weights, read_peft_config
+from bloomlm.errors import AdapterError, ConfigError
+from bloomlm.model.config import BloomConfig
+
+# Name of a lora_A, in PEFT's files or PaddleNLP's -> block, kind of layer.
+LORA_A = re.compile(
+    r"(?:^|\.)h\.(\d+)\.(?:self_attention|mlp)"
+    r"\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.lora_A(?:\.weight)?$"
+)
+CUT_BY_INPUTS = ("dense", "dense_4h_to_h")
+MAX_BLOCKS = 1000  # BLOOM has 70 at most; a damaged name shall not ask for millions
+
+
+def adapter_base_config(directory: Path) -> BloomConfig:
+    """A configuration with the sizes that matter to an adapter; others, such as the number of heads of a LoRA, are 1.
+
+    A LoRA's blocks are counted by the last one that has an update.
+
+    Args:
+        directory: the adapter, in PEFT's files or PaddleNLP's.
+
+    Raises:
+        AdapterError: files are missing or damaged, or do not tell.
+    """
+    if (directory / CONFIG_FILE).is_file():
+        values = read_peft_config(directory)
+        if "num_virtual_tokens" in values:
+            return _config(directory, values, "num_layers", "token_dim", "num_attention_heads")
+        entries = open_peft_weights(directory).entries
+        return _lora_config(directory, {name: entry.shape[-1] for name, entry in entries.items() if entry.shape}, 1)
+    if (directory / PREFIX_CONFIG_FILE).is_file():
+        values = read_adapter_config(directory / PREFIX_CONFIG_FILE)
+        return _config(directory, values, "num_hidden_layers", "hidden_size", "num_attention_heads")
+    files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM, None)
+    tensors = files.states[0].tensors
+    inputs = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.shape}
+    return _lora_config(directory, inputs, len(files.states))
+
+
+def _config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden_size: str, n_head: str) -> BloomConfig:
+    try:
+        return BloomConfig(
+            vocab_size=1,
+            n_layer=whole_number(dict(values), n_layer, directory),
+            hidden_size=whole_number(dict(values), hidden_size, directory),
+            n_head=whole_number(dict(values), n_head, directory),
+        )
+    except ConfigError as error:
+        raise AdapterError(f"{directory}: {error}") from error
+
+
+def _lora_config(directory: Path, inputs: Mapping[str, int], num_ranks: int) -> BloomConfig:
+    """From the width of each lora_A's inputs, of which a rank holds a part where the layer is cut by inputs."""
+    n_layer = hidden_size = 0
+    vocab_size = 1
+    for name, width in inputs.items():
+        if match := LORA_A.search(name):
+            n_layer = max(n_layer, int(match[1]) + 1)
+            whole = width * num_ranks if match[2] in CUT_BY_INPUTS else width
+            hidden_size = whole // 4 if match[2] == "dense_4h_to_h" else whole
+        elif name.endswith("word_embeddings.weight"):  # trained too
+            vocab_size = width * num_ranks
+    if not 0 < n_layer <= MAX_BLOCKS or not hidden_size:
+        raise AdapterError(f"{directory} holds no LoRA of BLOOM's linear layers; is it another model's?")
+    return BloomConfig(vocab_size=vocab_size, n_layer=n_layer, hidden_size=hidden_size, n_head=1)

@@ -1,0 +1,219 @@
+"""Convert a model from any form that bloomlm reads to Hugging Face's or PaddleNLP's files, one tensor at a time."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bloomlm.checkpoint.atomic import sync
+from bloomlm.checkpoint.huggingface import EMBEDDING
+from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_directory
+from bloomlm.checkpoint.paddle.writer import check_degree, paddle_bytes, write_paddle_model
+from bloomlm.checkpoint.reader import check_entries, open_reader, read_config
+from bloomlm.checkpoint.safetensors_file import row_blocks
+from bloomlm.checkpoint.tensor_reader import TensorReader, name_some
+from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
+from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+
+
+class FileForm(Enum):
+    """Whose files to write."""
+
+    HUGGING_FACE = "hf"
+    PADDLE = "paddle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConversion:
+    """A model and what shall become of it; creating one reads no tensor."""
+
+    config: BloomConfig
+    """The model's."""
+    reader: TensorReader
+    """Its tensors."""
+    form: FileForm
+    """Files to write."""
+    dtype: torch.dtype
+    """Precision to write."""
+    tensor_parallel_degree: int = 1
+    """Ranks to cut the model for, PaddleNLP's files only."""
+    max_shard_size_bytes: int | None = None
+    """Of one file; None: 5 GB in Hugging Face's form, any size in PaddleNLP's."""
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the tensors to write, over all files."""
+        return paddle_bytes(self.config, self.dtype, self.tensor_parallel_degree)
+
+    @property
+    def verified_bytes(self) -> int:
+        """Size of the tensors of the whole model, each counted once."""
+        return paddle_bytes(self.config, self.dtype, 1)
+
+
+def open_model_conversion(
+    directory: Path,
+    form: FileForm,
+    *,
+    dtype: torch.dtype | None = None,
+    tensor_parallel_degree: int = 1,
+    max_shard_size_bytes: int | None = None,
+) -> ModelConversion:
+    """Look at a model and refuse what cannot be done with it, before anything is read or written.
+
+    Args:
+        directory: the model, in any form.
+        form: files to write.
+        dtype: precision to write; None: the one the model is stored in.
+        tensor_parallel_degree: ranks to cut it for, PaddleNLP's files only.
+        max_shard_size_bytes: of one file; None: the form's usual.
+
+    Raises:
+        CheckpointError: there is no model, or it is incomplete; or of mixed precision, and no dtype is given.
+        ConfigError: it cannot be divided among so many ranks, or the form knows no ranks.
+    """
+    config = read_config(directory)
+    check_ranks(form, tensor_parallel_degree)
+    check_degree(config, tensor_parallel_degree)
+    reader = open_reader(directory, config)
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in BloomForCausalLM(config).named_parameters()}
+    try:
+        check_entries(expected, reader.entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    stored = reader.entries[EMBEDDING].dtype
+    if dtype is None and (others := [name for name, entry in reader.entries.items() if entry.dtype != stored]):
+        raise CheckpointError(
+            f"{directory} is of mixed precision: {EMBEDDING} is {stored}, and {name_some(others)} "
+            f"{'is' if len(others) == 1 else 'are'} not; name the precision to write (--dtype)"
+        )
+    return ModelConversion(
+        config=config,
+        reader=reader,
+        form=form,
+        dtype=dtype or stored,
+        tensor_parallel_degree=tensor_parallel_degree,
+        max_shard_size_bytes=max_shard_size_bytes,
+    )
+
+
+def check_ranks(form: FileForm, tensor_parallel_degree: int) -> None:
+    """Refuse ranks where the form knows none.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if form is FileForm.HUGGING_FACE and tensor_parallel_degree != 1:
+        raise ConfigError(
+            f"tensor_parallel_degree is {tensor_parallel_degree}, and Hugging Face's files are never cut for ranks; "
+            "leave it out, or write PaddleNLP's files (--to paddle)"
+        )
+
+
+def convert_model(
+    conversion: ModelConversion,
+    directory: Path,
+    *,
+    tokenizer: WritesItself | None = None,
+    verify: bool = False,
+    report: Report = no_report,
+    report_verified: Report = no_report,
+) -> None:
+    """Write a model's files, all of them or none.
+
+    Memory: the largest tensor once, where it cannot be mapped, and some blocks of it.
+
+    Args:
+        conversion: what open_model_conversion gave.
+        directory: where to; replaced as a whole if it holds a model already.
+        tokenizer: written beside the weights.
+        verify: read the written files back from the disk, before they take their place, and compare checksums.
+        report: told the number of bytes whenever some more are written, written_bytes in all.
+        report_verified: the same of bytes that were read back, verified_bytes in all.
+
+    Raises:
+        CheckpointError: the directory holds something else or cannot be written, a tensor cannot be read, or what was
+            written reads back differently.
+    """
+    checksums: dict[str, int] | None = {} if verify else None
+    with output_directory(directory, conversion.written_bytes, tokenizer) as temporary:
+        _write(conversion, temporary, _stream(conversion, checksums), report)
+        if checksums is not None:
+            _verify(temporary, conversion, checksums, report_verified)
+
+
+def checksum(tensor: Tensor, dtype: torch.dtype, report: Report = no_report) -> int:
+    """CRC-32 of a tensor's numbers in a precision, row by row; the layout in memory does not matter."""
+    crc = 0
+    for block in row_blocks(tensor, dtype):
+        crc = zlib.crc32(block.view(torch.uint8).numpy().data, crc)
+        report(block.nbytes)
+    return crc
+
+
+def leave_page_cache(path: Path) -> None:
+    """Bring a file to the disk and forget it, where the system can, so that it is read back from there."""
+    sync(path)
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _write(conversion: ModelConversion, directory: Path, tensors: Iterator[tuple[str, Tensor]], report: Report) -> None:
+    if conversion.form is FileForm.PADDLE:
+        write_paddle_model(
+            directory,
+            conversion.config,
+            tensors,
+            dtype=conversion.dtype,
+            tensor_parallel_degree=conversion.tensor_parallel_degree,
+            max_shard_size_bytes=conversion.max_shard_size_bytes,
+            report=report,
+        )
+        return
+    write_model(
+        directory,
+        conversion.config,
+        tensors,
+        dtype=conversion.dtype,
+        max_shard_size_bytes=conversion.max_shard_size_bytes or DEFAULT_SHARD_SIZE_BYTES,
+        report=report,
+    )
+
+
+def _stream(conversion: ModelConversion, checksums: dict[str, int] | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in the order of the model; none is held while the next one is read."""
+    with torch.device("meta"):
+        names = [name for name, _ in BloomForCausalLM(conversion.config).named_parameters()]
+    for name in names:
+        tensor = conversion.reader.read(name)
+        if checksums is not None:
+            checksums[name] = checksum(tensor, conversion.dtype)
+        yield name, tensor
+        del tensor
+
+
+def _verify(directory: Path, conversion: ModelConversion, checksums: dict[str, int], report: Report) -> None:
+    for path in directory.iterdir():
+        leave_page_cache(path)
+    reader = open_reader(directory, read_config(directory))
+    if odd := sorted(set(checksums) ^ set(reader.entries)):
+        raise CheckpointError(f"{directory} was written, and reads back without or with too many: {name_some(odd)}")
+    for name, expected in checksums.items():
+        entry = reader.entries[name]
+        if entry.dtype != conversion.dtype or checksum(reader.read(name), conversion.dtype, report) != expected:
+            raise CheckpointError(
+                f"{name} was written, and reads back with another checksum; nothing was put in place. Is the disk "
+                "or the memory of this machine damaged?"
+            )

@@ -1,0 +1,160 @@
+"""Convert an adapter from PEFT's files or any of PaddleNLP's to PEFT's or to those of PaddleNLP 2.6.
+
+Whatever it was, it first becomes the plain LoRA or prefix that computes the same; see paddle/lora.py and
+paddle/prefix.py. The base model is not needed: what of its shape matters stands in the adapter.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.checkpoint.adapter import read_adapter
+from bloomlm.checkpoint.adapter_base import adapter_base_config
+from bloomlm.checkpoint.convert import FileForm, check_ranks, leave_page_cache
+from bloomlm.checkpoint.output import WritesItself, output_directory
+from bloomlm.checkpoint.paddle.adapter_writer import write_paddle_adapter
+from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.peft import PlainAdapter, hold_adapter, save_adapter
+from bloomlm.checkpoint.reader import read_config
+from bloomlm.checkpoint.safetensors_file import row_blocks
+from bloomlm.checkpoint.source import resolve_source
+from bloomlm.errors import CheckpointError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConversion:
+    """An adapter and what shall become of it."""
+
+    adapter: PlainAdapter
+    """In the precision to write."""
+    model_config: BloomConfig
+    """Of its base model, or as much of it as the adapter's files tell."""
+    form: FileForm
+    """Files to write."""
+    tensor_parallel_degree: int = 1
+    """Ranks to cut it for, PaddleNLP's files only."""
+    base_model_name_or_path: str | None = None
+    """Its base model, which PEFT's files name."""
+
+
+def open_adapter_conversion(
+    directory: Path,
+    form: FileForm,
+    *,
+    dtype: torch.dtype | None = None,
+    tensor_parallel_degree: int = 1,
+    base_model_name_or_path: str | None = None,
+    prefix_layout: PrefixLayout | None = None,
+    trained_tensor_parallel_degree: int | None = None,
+) -> AdapterConversion:
+    """Read an adapter.
+
+    Args:
+        directory: the adapter, in PEFT's files or in any that PaddleNLP wrote.
+        form: files to write.
+        dtype: precision to write; None: the one that each tensor is stored in.
+        tensor_parallel_degree: ranks to cut it for, PaddleNLP's files only.
+        base_model_name_or_path: its base model; None: its shape is taken from the adapter's own tensors.
+        prefix_layout, trained_tensor_parallel_degree: as for load_adapter.
+
+    Raises:
+        AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
+        ConfigError: the form knows no ranks.
+    """
+    check_ranks(form, tensor_parallel_degree)
+    if base_model_name_or_path is None:
+        model_config = adapter_base_config(directory)
+    else:
+        model_config = read_config(resolve_source(base_model_name_or_path).directory)
+    adapter = read_adapter(
+        _empty_model(model_config),
+        directory,
+        prefix_layout=prefix_layout,
+        trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+    )
+    if dtype is not None:
+        tensors = {name: _converted(tensor, dtype) for name, tensor in adapter.tensors.items()}
+        adapter = dataclasses.replace(adapter, tensors=tensors)
+    return AdapterConversion(
+        adapter=adapter,
+        model_config=model_config,
+        form=form,
+        tensor_parallel_degree=tensor_parallel_degree,
+        base_model_name_or_path=base_model_name_or_path,
+    )
+
+
+def convert_adapter(
+    conversion: AdapterConversion, directory: Path, *, tokenizer: WritesItself | None = None, verify: bool = False
+) -> None:
+    """Write an adapter's files, all of them or none.
+
+    Args:
+        conversion: what open_adapter_conversion gave.
+        directory: where to; replaced as a whole if it holds an adapter already.
+        tokenizer: written beside them.
+        verify: read the written files back from the disk, before they take their place, and compare every bit.
+
+    Raises:
+        AdapterError: the form had no such adapter.
+        ConfigError: it cannot be divided among so many ranks.
+        CheckpointError: the directory holds something else or cannot be written, or what was written reads back
+            differently.
+    """
+    size_bytes = sum(tensor.nbytes for tensor in conversion.adapter.tensors.values())
+    with output_directory(directory, size_bytes, tokenizer) as temporary:
+        if conversion.form is FileForm.PADDLE:
+            write_paddle_adapter(
+                temporary,
+                conversion.adapter,
+                conversion.model_config,
+                tensor_parallel_degree=conversion.tensor_parallel_degree,
+            )
+        else:
+            model = _empty_model(conversion.model_config)
+            hold_adapter(model, conversion.adapter)
+            save_adapter(model, temporary, conversion.base_model_name_or_path)
+        if verify:
+            _verify(conversion, temporary)
+
+
+def _verify(conversion: AdapterConversion, directory: Path) -> None:
+    for path in directory.iterdir():
+        leave_page_cache(path)
+    written, is_lora = conversion.adapter, isinstance(conversion.adapter.config, LoraConfig)
+    layout = PrefixLayout.NEW if conversion.form is FileForm.PADDLE and not is_lora else None
+    found = read_adapter(_empty_model(conversion.model_config), directory, prefix_layout=layout)
+    for name, tensor in written.tensors.items():
+        is_scaled = math.isclose(_scaling(found, name), _scaling(written, name))
+        if not _equal_bits(found.tensors[name], tensor) or not is_scaled:
+            raise CheckpointError(
+                f"{name} was written, and reads back differently; nothing was put in place. Is the disk or the memory "
+                "of this machine damaged?"
+            )
+
+
+def _scaling(adapter: PlainAdapter, name: str) -> float:
+    """Of the module whose tensor it is; a prefix has none."""
+    return adapter.config.scaling_of(name.rpartition(".")[0]) if isinstance(adapter.config, LoraConfig) else 1.0
+
+
+def _equal_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else torch.cat(list(row_blocks(tensor, dtype)))
+
+
+def _empty_model(config: BloomConfig) -> BloomForCausalLM:
+    with torch.device("meta"):
+        return BloomForCausalLM(config)

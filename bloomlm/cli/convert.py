@@ -1,0 +1,238 @@
+"""`bloomlm convert`: a model or an adapter in other files, the same numbers."""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.api import DTYPES
+from bloomlm.checkpoint.adapter import find_adapter
+from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
+from bloomlm.checkpoint.convert_adapter import convert_adapter, open_adapter_conversion
+from bloomlm.checkpoint.output import WritesItself
+from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.reader import find_model
+from bloomlm.checkpoint.source import resolve_source
+from bloomlm.checkpoint.writer import parse_size
+from bloomlm.cli.bytes_display import BytesDisplay
+from bloomlm.cli.options import config_command
+from bloomlm.data.paddle_tokenizer import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_paddle_tokenizer
+from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from bloomlm.errors import ConfigError
+from bloomlm.training.progress import size
+
+PADDLE_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
+
+
+def _about(section: str, help: str) -> dict[str, Any]:
+    return {"section": section, "help": help}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to convert, and into what."""
+
+    input: str = field(metadata=_about("files", "the model or adapter: a directory, builtin:tiny, or a hub name"))
+    output: str = field(metadata=_about("files", "directory to write; an older model or adapter in it is replaced"))
+    to: Literal["hf", "paddle"] = field(
+        default="hf", metadata=_about("files", "hf: transformers' and PEFT's files; paddle: PaddleNLP 2.6's")
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
+        default=None, metadata=_about("files", "precision to write  [default: the stored one, so that no bit changes]")
+    )
+    max_shard_size: str | None = field(
+        default=None,
+        metadata=_about("files", "largest weight file of a model  [default: 5GB with hf, one file with paddle]"),
+    )
+    tensor_parallel_degree: int = field(
+        default=1, metadata=_about("files", "with paddle: ranks to cut the weights for, a file each")
+    )
+    verify: bool = field(
+        default=False, metadata=_about("files", "read what was written back from the disk and compare it")
+    )
+    base_model_name_or_path: str | None = field(
+        default=None,
+        metadata=_about(
+            "adapters", "the base model, to check against and to name in PEFT's files; its weights are not read"
+        ),
+    )
+    prefix_layout: Literal["old", "new"] | None = field(
+        default=None, metadata=_about("adapters", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
+    )
+    trained_tensor_parallel_degree: int | None = field(
+        default=None,
+        metadata=_about("adapters", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
+    )
+    paddle_tokenization: bool = field(
+        default=False,
+        metadata=_about(
+            "tokenizer", "with vocab.json and merges.txt: tokenizer.json shall cut words as PaddleNLP did, not as BLOOM"
+        ),
+    )
+
+
+def convert(config: ConvertConfig) -> None:
+    """Run `bloomlm convert`.
+
+    Raises:
+        ConfigError: flags that do not go together, or with what is to be converted.
+        CheckpointError: files cannot be read or written; AdapterError: those of an adapter.
+    """
+    directory, output = resolve_source(config.input).directory, Path(config.output)
+    _check_apart(directory, output)
+    is_adapter, is_model = find_adapter(directory), find_model(directory)
+    if is_adapter and is_model:
+        raise ConfigError(f"{config.input} holds a model and an adapter; move one of them into another directory")
+    tokenizer = _find_tokenizer(directory, config)
+    messages = Console(stderr=True, highlight=False, markup=False)
+    started = time.perf_counter()
+    if is_adapter:
+        what, flag = _convert_adapter(config, directory, output, tokenizer)
+    else:
+        what, flag = _convert_model(config, directory, output, tokenizer, messages)
+        if tokenizer is None:
+            messages.print(f"{config.input} holds no tokenizer, so {output} has none; copy one there", soft_wrap=True)
+    _print_report(config, what, flag, time.perf_counter() - started)
+
+
+def _convert_model(
+    config: ConvertConfig, directory: Path, output: Path, tokenizer: WritesItself | None, messages: Console
+) -> tuple[str, str]:
+    """What it is, and the flag that takes it."""
+    for name in ("base_model_name_or_path", "prefix_layout", "trained_tensor_parallel_degree"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"--{name} is for adapters, and {config.input} is a model; leave it out")
+    conversion = open_model_conversion(
+        directory,
+        FileForm(config.to),
+        dtype=_dtype(config),
+        tensor_parallel_degree=config.tensor_parallel_degree,
+        max_shard_size_bytes=None if config.max_shard_size is None else parse_size(config.max_shard_size),
+    )
+    with BytesDisplay(messages) as display:
+        convert_model(
+            conversion,
+            output,
+            tokenizer=tokenizer,
+            verify=config.verify,
+            report=display.phase("writing", conversion.written_bytes),
+            report_verified=display.phase("verifying", conversion.verified_bytes),
+        )
+    dtype = str(conversion.dtype).removeprefix("torch.")
+    return f"model of {conversion.config.num_parameters:,} parameters, {dtype}", "model_name_or_path"
+
+
+def _convert_adapter(
+    config: ConvertConfig, directory: Path, output: Path, tokenizer: WritesItself | None
+) -> tuple[str, str]:
+    """What it is, and the flag that takes it."""
+    if config.max_shard_size is not None:
+        raise ConfigError(f"--max_shard_size is for models, and {config.input} is an adapter; leave it out")
+    conversion = open_adapter_conversion(
+        directory,
+        FileForm(config.to),
+        dtype=_dtype(config),
+        tensor_parallel_degree=config.tensor_parallel_degree,
+        base_model_name_or_path=config.base_model_name_or_path,
+        prefix_layout=None if config.prefix_layout is None else PrefixLayout(config.prefix_layout),
+        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
+    )
+    convert_adapter(conversion, output, tokenizer=tokenizer, verify=config.verify)
+    adapter = conversion.adapter.config
+    if isinstance(adapter, LoraConfig):
+        return f"LoRA of rank {adapter.r} on {', '.join(adapter.target_modules)}", "lora_path"
+    projection = " and their projection" if adapter.prefix_projection else ""
+    return f"prefix of {adapter.num_prefix_tokens} tokens{projection}", "prefix_path"
+
+
+def _check_apart(directory: Path, output: Path) -> None:
+    one, other = directory.resolve(), output.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ConfigError(f"--output {output} and the input, {directory}, lie in one another; name another directory")
+
+
+def _dtype(config: ConvertConfig) -> torch.dtype | None:
+    return None if config.dtype is None else DTYPES[config.dtype]
+
+
+class _PaddleTokenizer:
+    """A tokenizer that writes PaddleNLP's files too."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def save(self, directory: Path) -> None:
+        """Write them."""
+        self._tokenizer.save_paddle(directory)
+
+
+class _PaddleTokenizerFiles:
+    """PaddleNLP's own files, taken along as they are."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+
+    def save(self, directory: Path) -> None:
+        """Copy them."""
+        for name in PADDLE_TOKENIZER_FILES:
+            if (self._source / name).is_file():
+                shutil.copyfile(self._source / name, directory / name)
+
+
+def _find_tokenizer(directory: Path, config: ConvertConfig) -> WritesItself | None:
+    """What the directory has, to be written in the form asked for; None without any."""
+    is_paddle = find_paddle_tokenizer(directory) and not (directory / TOKENIZER_FILE).is_file()
+    if config.paddle_tokenization and not (is_paddle and config.to == "hf"):
+        raise ConfigError(
+            f"--paddle_tokenization makes a tokenizer.json of vocab.json and merges.txt, with --to {config.to} of "
+            f"{config.input} there is none to make; leave it out"
+        )
+    if is_paddle and config.to == "paddle":
+        return _PaddleTokenizerFiles(directory)
+    if not (is_paddle or (directory / TOKENIZER_FILE).is_file()):
+        return None
+    tokenizer = Tokenizer.from_directory(directory, paddle_tokenization=config.paddle_tokenization)
+    return _PaddleTokenizer(tokenizer) if config.to == "paddle" else tokenizer
+
+
+def _print_report(config: ConvertConfig, what: str, flag: str, seconds: float) -> None:
+    sizes = [path.stat().st_size for path in Path(config.output).iterdir()]
+    verified = ", read back and found equal" if config.verify else ""
+    lines = [
+        f"{config.input} is in {config.output}: {what}",
+        f"{len(sizes)} files, {size(sum(sizes))} in {seconds:.1f} s ({size(sum(sizes) / seconds)}/s){verified}",
+    ]
+    if flag == "model_name_or_path":
+        lines.append(f"next: bloomlm predict --model_name_or_path {config.output} --prompt ...")
+    else:
+        layout = " --prefix_layout new" if flag == "prefix_path" and config.to == "paddle" else ""
+        lines.append(f"next: bloomlm predict --model_name_or_path BASE --{flag} {config.output}{layout} --prompt ...")
+    console = Console(highlight=False, markup=False)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+command = config_command(
+    "convert",
+    ConvertConfig,
+    convert,
+    help="""Write a model or an adapter in other files: PaddleNLP's to Hugging Face's and PEFT's, or back.
+
+    The input is anything that bloomlm reads: safetensors or .bin, PaddleNLP's .pdparams whole, in shards or by
+    tensor-parallel ranks, auto_dist files, an exported .pdiparams; PEFT's adapters, and PaddleNLP's of every year. No
+    Paddle is needed, and no base model for an adapter.
+
+    \b
+    bloomlm convert --input checkpoints/paddle --output checkpoints/hf
+    bloomlm convert --input bigscience/bloom-560m --output paddle --to paddle --tensor_parallel_degree 2
+    bloomlm convert --input lora_from_2023 --output lora --verify
+
+    Without --dtype every number keeps its bits. One tensor at a time is in memory. What is written appears only when
+    it is complete: after an interruption, start the same command again.
+    """,
+)

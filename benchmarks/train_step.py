@@ -60,6 +60,7 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         with torch.no_grad():
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
     model.train()
+    model.transformer.word_embeddings.sparse = True  # as in Trainer: the head gives the tied weight its dense gradient
     flops = StepFlops(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True

@@ -12,6 +12,7 @@ Texts become ids here; everything below works on ids.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import AdapterError, ConfigError, GenerationError
+from bloomlm.errors import AdapterError, ConfigError
+from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.decode import FinishReason, Generation, OnToken
+from bloomlm.generation.decode import DecodeText, Generation, OnToken
 from bloomlm.generation.decode import generate as generate_tokens
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
     from bloomlm.training.finetune import FinetuneResult
@@ -40,26 +43,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 """The precisions a model can be loaded in, by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One continuation of one prompt."""
-
-    prompt: str
-    """The whole prompt, as it was given."""
-    completion: str
-    """The generated text, without special tokens, cut before a stop text."""
-    finish_reason: FinishReason
-    """eos: the model ended it; stop: a stop text occurred; length: max_new_tokens were generated."""
-    tokens: list[int]
-    """The generated ids, with `</s>` or the stop text's tokens at the end where there are any."""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A model and the tokenizer it was trained with."""
 
     model: BloomForCausalLM
     tokenizer: Tokenizer
+    mesh: Mesh = ALONE
+    """The ranks among which the model is divided; all of them make every call, and all get its result."""
 
     def generate(
         self,
@@ -112,51 +103,38 @@ class LoadedModel:
         Raises:
             GenerationError: an empty prompt, or a batch or length below 1.
         """
-        if batch_size < 1:
-            raise GenerationError(f"batch_size is {batch_size}; it must be an integer from 1")
-        encoded = self._encode(prompts, src_length)
-        for start in range(num_done, len(prompts), batch_size):
-            first = start * config.num_return_sequences
-            results = generate_tokens(
-                self.model,
-                encoded[start : start + batch_size],
-                config,
-                on_token=_shifted(on_token, first),
-                decode_text=self.tokenizer.decode,
-                first_sequence=first,
-            )
-            for place, result in enumerate(results):
-                yield self._completion(prompts[start + place // config.num_return_sequences], result, config.stop)
-
-    def _encode(self, prompts: Sequence[str], src_length: int | None) -> list[list[int]]:
-        if src_length is not None and src_length < 1:
-            raise GenerationError(f"src_length is {src_length}; it must be an integer from 1")
-        encoded = self.tokenizer.encode_batch(prompts)
-        for number, tokens in enumerate(encoded, start=1):
-            if not tokens:
-                raise GenerationError(
-                    f"prompt {number} of {len(prompts)} is empty; a continuation needs at least one token. "
-                    "To write from nothing, give '<s>', BLOOM's first token"
-                )
-        longest = max(map(len, encoded), default=0)
-        if src_length is None or longest <= src_length:
-            return encoded
-        num_cut = sum(len(tokens) > src_length for tokens in encoded)
-        _LOG.warning(
-            "%d of %d prompts are longer than src_length %d tokens (the longest has %d); their ends were dropped, as "
-            "in training. A larger src_length keeps them whole",
-            num_cut,
-            len(encoded),
-            src_length,
-            longest,
+        return complete(
+            self._generate_tokens,
+            self.tokenizer,
+            prompts,
+            config,
+            batch_size=batch_size * self.mesh.degrees.dp,
+            src_length=src_length,
+            num_done=num_done,
+            on_token=on_token,
         )
-        return [tokens[:src_length] for tokens in encoded]
 
-    def _completion(self, prompt: str, result: Generation, stop: Sequence[str]) -> Completion:
-        text = self.tokenizer.decode(result.tokens)
-        if result.finish_reason == "stop":
-            text = text[: min(text.index(end) for end in stop if end in text)]
-        return Completion(prompt=prompt, completion=text, finish_reason=result.finish_reason, tokens=result.tokens)
+    def _generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        on_token: OnToken | None,
+        decode_text: DecodeText,
+        first_sequence: int,
+    ) -> list[Generation]:
+        """Continue prompts, each copy of the model its share of them."""
+        share = -(-len(prompts) // self.mesh.degrees.dp)
+        start = share * self.mesh.dp_rank
+        results = generate_tokens(
+            self.model,
+            prompts[start : start + share],
+            config,
+            on_token=on_token,
+            decode_text=decode_text,
+            first_sequence=first_sequence + start * config.num_return_sequences,
+        )
+        return list(chain.from_iterable(self.mesh.gather_copies(results)))
 
 
 def load(
@@ -169,6 +147,7 @@ def load(
     prefix_layout: PrefixLayout | str | None = None,
     trained_tensor_parallel_degree: int | None = None,
     paddle_tokenization: bool = False,
+    mesh: Mesh = ALONE,
 ) -> LoadedModel:
     """Load a model, its tokenizer and, where given, an adapter, in the files of transformers and PEFT or of PaddleNLP.
 
@@ -181,6 +160,7 @@ def load(
         prefix_layout: of a prefix adapter in PaddleNLP's files ("old" or "new"), where they do not tell it.
         trained_tensor_parallel_degree: ranks that trained an adapter in PaddleNLP's files, where they do not tell it.
         paddle_tokenization: with a vocab.json and merges.txt, cut texts into words as PaddleNLP did, not as BLOOM.
+        mesh: the ranks to divide the model among (see bloomlm.parallel), all of which must load it.
 
     Raises:
         CheckpointError: files are missing, damaged or do not fit together; AdapterError: those of the adapter.
@@ -188,13 +168,18 @@ def load(
     """
     if lora_path is not None and prefix_path is not None:
         raise ConfigError(f"lora_path {lora_path} and prefix_path {prefix_path}: a model takes one adapter; give one")
+    if lora_path is None and prefix_path is None:
+        given = {"prefix_layout": prefix_layout, "trained_tensor_parallel_degree": trained_tensor_parallel_degree}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{name} says how to read an adapter; give lora_path or prefix_path, or leave it out")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
         dtype = DTYPES[dtype]
     directory = resolve_source(str(name_or_path)).directory
     tokenizer = Tokenizer.from_directory(directory, paddle_tokenization=paddle_tokenization)
-    model = load_model(directory, dtype=dtype, device=device)
+    model = load_model(directory, dtype=dtype, device=device, mesh=mesh)
     for path, kind in ((lora_path, LoraConfig), (prefix_path, PrefixConfig)):
         if path is not None:
             load_adapter(
@@ -202,9 +187,10 @@ def load(
                 resolve_source(str(path)).directory,
                 prefix_layout=None if prefix_layout is None else PrefixLayout(prefix_layout),
                 trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+                mesh=mesh,
             )
             _check_kind(model, path, kind)
-    return LoadedModel(model.eval(), tokenizer)
+    return LoadedModel(model.eval(), tokenizer, mesh)
 
 
 def generate(model: LoadedModel | str | Path, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
@@ -253,7 +239,3 @@ def _check_kind(model: BloomForCausalLM, path: str | Path, expected: type[LoraCo
     if not isinstance(adapter_config(model), expected):
         wanted, other = ("LoRA", "prefix_path") if expected is LoraConfig else ("prefix", "lora_path")
         raise AdapterError(f"{path} holds no {wanted} adapter; give it as {other}")
-
-
-def _shifted(on_token: OnToken | None, first: int) -> OnToken | None:
-    return None if on_token is None else lambda index, token: on_token(first + index, token)

@@ -6,6 +6,7 @@
     |   +-- AdapterError   the same of a LoRA or a prefix adapter
     +-- DataError          a row of examples, with its file and line
     +-- GenerationError    prompts or decoding options that cannot be served
+    +-- ProgramError       an exported program that cannot be written, opened or run here
     +-- TrainingError      a run that cannot go on (ten losses in a row that are not finite, ...)
 
 Programming mistakes inside bloomlm stay `assert`s and ordinary exceptions.
@@ -34,6 +35,10 @@ class DataError(BloomlmError, ValueError):
 
 class GenerationError(BloomlmError, ValueError):
     """Prompts or decoding options that cannot be served."""
+
+
+class ProgramError(BloomlmError):
+    """An exported program cannot be written, opened or run here."""
 
 
 class TrainingError(BloomlmError, RuntimeError):

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from bloomlm.checkpoint.paddle.lora import PaddleLora
+from bloomlm.checkpoint.paddle.optimizer import PREFIX_MODULE
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
+from bloomlm.checkpoint.paddle.structure import structure_of
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from tests.tiny_checkpoint import random_model
@@ -96,6 +100,18 @@ def write_json(path: Path, content: Any) -> None:
 def random_arrays(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> State:
     generator = np.random.default_rng(seed)
     return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def resume_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:
+    """Put an adapter in as it learns on; it counts in the precision of the model."""
+    structure_of(adapter).install(model)
+    if isinstance(adapter, PaddleLora):
+        values = adapter.plain(adapter.stored)
+    else:
+        values = {PREFIX_MODULE + name: tensor.read() for name, tensor in adapter.stored.items()}
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).copy_(value)
 
 
 def logits(model: BloomForCausalLM, change: Callable[[BloomForCausalLM], None] | None = None) -> torch.Tensor:

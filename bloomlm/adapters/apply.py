@@ -19,30 +19,40 @@ class FullTuning:
 Adapter = FullTuning | LoraConfig | PrefixConfig
 
 
-def apply_adapter(model: BloomForCausalLM, adapter: Adapter, generator: torch.Generator | None = None) -> None:
+def apply_adapter(
+    model: BloomForCausalLM,
+    adapter: Adapter,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> None:
     """Install an adapter in place and let exactly its parameters learn.
 
     Args:
-        model: a model without an adapter.
+        model: a model without an adapter. If its weights are cut for ranks, the adapter's are whole all the same.
         adapter: what learns.
         generator: randomness for fresh adapter weights.
+        device: where those go; None: where the model is.
 
     Raises:
         AdapterError: the model has an adapter already.
     """
     if adapter_config(model) is not None:
         raise AdapterError("the model has an adapter already; merge it or load the base model again")
+    if model.transformer.is_quantized and not isinstance(adapter, LoraConfig):
+        raise AdapterError("a model in int8 learns through LoRA only; load it without int8")
     model.requires_grad_(isinstance(adapter, FullTuning))
     if isinstance(adapter, LoraConfig):
         for name, linear in _block_linears(model, adapter.target_modules):
             parent, _, attribute = name.rpartition(".")
-            layer = LoRALinear.from_linear(linear, adapter, name, generator)
+            layer = LoRALinear.from_linear(linear, adapter, name, generator, device)
             setattr(model.get_submodule(parent), attribute, layer)
+        for name in adapter.replaced_names:
+            model.get_parameter(name).requires_grad_(True)
     elif isinstance(adapter, PrefixConfig):
         embedding = model.transformer.word_embeddings.weight
         with torch.device("meta"):
             encoder = PrefixEncoder(adapter, model.config)
-        encoder.to_empty(device=embedding.device).to(embedding.dtype)
+        encoder.to_empty(device=device or embedding.device).to(embedding.dtype)
         encoder.init_weights(model.config.initializer_range, generator)
         model.transformer.prefix = encoder.train(model.training)
 

@@ -9,6 +9,7 @@ Shapes: N tokens, R lora rank.
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.errors import ConfigError
+from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.linear import Linear
 
 T = TypeVar("T", int, float)
@@ -42,6 +43,8 @@ class LoraConfig:
     """Module name or regular expression of its end -> another r."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Module name or regular expression of its end -> another lora_alpha."""
+    replaced_names: tuple[str, ...] = ()
+    """Parameters of the model itself that learn too and belong to the adapter: trained biases."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -83,12 +86,19 @@ class LoRALinear(Linear):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_B_learns: Tensor | None
+    """[out, R] boolean: entries of lora_B that learn, where the others stay zero; None: all of them."""
     config: LoraConfig
     scaling: float
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, config: LoraConfig, module_name: str, generator: torch.Generator | None = None
+        cls,
+        linear: nn.Linear,
+        config: LoraConfig,
+        module_name: str,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
     ) -> "LoRALinear":
         """Wrap a layer, sharing its weight and bias; the update starts at zero.
 
@@ -97,6 +107,7 @@ class LoRALinear(Linear):
             config: rank, scaling, dropout.
             module_name: full name in the model, for the patterns.
             generator: randomness for lora_A.
+            device: where lora_A and lora_B go; None: where the weight is.
         """
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features)
@@ -104,12 +115,16 @@ class LoRALinear(Linear):
         layer.weight.requires_grad_(False)
         layer.bias.requires_grad_(False)
         lora_rank = config.rank_of(module_name)
-        layer.lora_A = nn.Parameter(linear.weight.new_empty(lora_rank, linear.in_features))
-        layer.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, lora_rank))
+        device, dtype = device or linear.weight.device, linear.bias.dtype
+        layer.lora_A = nn.Parameter(torch.empty(lora_rank, linear.in_features, dtype=dtype, device=device))
+        layer.lora_B = nn.Parameter(torch.zeros(linear.out_features, lora_rank, dtype=dtype, device=device))
+        layer.register_buffer("lora_B_learns", None, persistent=False)
         # kaiming_uniform with a = sqrt(5), as PEFT draws it: uniform within 1 / sqrt(in)
         bound = 1 / math.sqrt(linear.in_features)
         with torch.no_grad():
             layer.lora_A.uniform_(-bound, bound, generator=generator)
+        if isinstance(linear, Linear):
+            layer.exchange, layer.weight_scale = linear.exchange, linear.weight_scale
         layer.config = config
         layer.scaling = config.scaling_of(module_name)
         layer.train(linear.training)
@@ -117,23 +132,33 @@ class LoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
-        update = F.dropout(x, self.config.lora_dropout, self.training)
-        low_rank = F.linear(update.to(self.lora_A.dtype), self.lora_A)
+        with self.exchange.input_randomness() if self.training and self.config.lora_dropout else nullcontext():
+            update = F.dropout(x, self.config.lora_dropout, self.training)
+        low_rank = self.exchange.between(F.linear(update.to(self.lora_A.dtype), self.lora_A))
         base = super().forward(x)
+        lora_b: Tensor = self.lora_B
+        if self.lora_B_learns is not None:
+            lora_b = torch.where(self.lora_B_learns, lora_b, 0.0)  # no gradient for the others
         if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
-            return base + (F.linear(low_rank, self.lora_B) * self.scaling).to(base.dtype)
+            return base + (F.linear(low_rank, lora_b) * self.scaling).to(base.dtype)
         # one kernel multiplies, scales and adds in place: nothing needs base's old value again
-        return base.addmm_(low_rank, self.lora_B.t(), alpha=self.scaling)
+        return base.addmm_(low_rank, lora_b.t(), alpha=self.scaling)
 
     def delta(self) -> Tensor:
         """[out, in] fp32: what the update adds to the weight."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
     def merge(self) -> nn.Linear:
-        """The inverse of from_linear: a plain layer with the update added in fp32 and rounded once."""
+        """The inverse of from_linear: a plain layer with the update added in fp32 and rounded once.
+
+        Raises:
+            AdapterError: the weight is int8, whose steps are larger than most updates.
+        """
+        if self.weight_scale is not None:
+            raise AdapterError("an int8 weight cannot take LoRA's update; load the model without int8 and merge there")
         with torch.device("meta"):
             linear = Linear(self.in_features, self.out_features)
         with torch.no_grad():
             self.weight.copy_(self.weight.float() + self.delta())
-        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight, linear.bias, linear.exchange = self.weight, self.bias, self.exchange
         return linear.train(self.training)

@@ -6,6 +6,7 @@ Source: Li and Liang, https://arxiv.org/abs/2101.00190; parameter names and the 
 Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, G width of the projection.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.exchange import WHOLE, Exchange
+from bloomlm.model.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +46,15 @@ class PrefixEncoder(nn.Module):
         self.head_shape = (model_config.n_layer, 2, model_config.n_head, model_config.head_dim)
         hidden_size = model_config.hidden_size
         flat_size = 2 * model_config.n_layer * hidden_size
+        self.heads = range(model_config.n_head)
+        """The heads whose keys and values are needed here."""
+        self.exchange: Exchange = WHOLE
+        """Of the virtual tokens, before the heads are chosen."""
         self.transform: nn.Sequential | None = None
         if config.prefix_projection:
             width = config.prefix_projection_hidden_size or hidden_size
             self.embedding = nn.Embedding(config.num_prefix_tokens, hidden_size)
-            self.transform = nn.Sequential(nn.Linear(hidden_size, width), nn.Tanh(), nn.Linear(width, flat_size))
+            self.transform = nn.Sequential(Linear(hidden_size, width), nn.Tanh(), Linear(width, flat_size))
         else:
             self.embedding = nn.Embedding(config.num_prefix_tokens, flat_size)
 
@@ -64,7 +71,19 @@ class PrefixEncoder(nn.Module):
         """[P, 2 * L * D]: what PEFT stores as prompt_embeddings."""
         return self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
 
+    def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
+        """What of a PrefixEncoder, no subclass of it, gives the same keys and values.
+
+        Args:
+            tensors: the whole parameters of this one, by name.
+
+        Returns:
+            Its configuration and its parameters.
+        """
+        return self.config, dict(tensors)
+
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """For each block the keys and values, [H, P, K] each."""
-        blocks = self.flat().unflatten(1, self.head_shape).permute(1, 2, 3, 0, 4)
+        """For each block the keys and values, [H, P, K] each, of the heads that are needed here."""
+        flat = self.exchange.enter(self.flat()).unflatten(1, self.head_shape)
+        blocks = flat[:, :, :, self.heads.start : self.heads.stop].permute(1, 2, 3, 0, 4)
         return [(block[0], block[1]) for block in blocks.unbind(0)]

@@ -1,13 +1,23 @@
 """An adapter from whatever files it lies in: PEFT's or PaddleNLP's."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, install_paddle_adapter, read_paddle_adapter
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, plain_adapter, read_paddle_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
-from bloomlm.checkpoint.peft import CONFIG_FILE
-from bloomlm.checkpoint.peft import load_adapter as load_peft_adapter
+from bloomlm.checkpoint.peft import CONFIG_FILE, PlainAdapter, install_adapter, read_peft_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.layout import tp_part
+from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.parallel.tensor_parallel import cut_adapter
+
+
+def find_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, in PEFT's files or in PaddleNLP's."""
+    return (directory / CONFIG_FILE).is_file() or find_paddle_adapter(directory)
 
 
 def load_adapter(
@@ -16,6 +26,7 @@ def load_adapter(
     *,
     prefix_layout: PrefixLayout | None = None,
     trained_tensor_parallel_degree: int | None = None,
+    mesh: Mesh = ALONE,
 ) -> None:
     """Install an adapter into its base model; where a directory holds both kinds of files, PEFT's are read.
 
@@ -24,22 +35,55 @@ def load_adapter(
         directory: the adapter.
         prefix_layout: PaddleNLP's prefix only: how its keys and values lie; None: as the files tell.
         trained_tensor_parallel_degree: PaddleNLP's adapters only: ranks that trained it; None: as the files tell.
+        mesh: the ranks among which the model is cut (not sharded), each of which reads the adapter and takes its part.
 
     Raises:
         AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
     """
-    if not (directory / CONFIG_FILE).is_file() and find_paddle_adapter(directory):
+    adapter = read_adapter(
+        model,
+        directory,
+        prefix_layout=prefix_layout,
+        trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+    )
+    if isinstance(adapter.config, LoraConfig) and mesh.degrees.tp > 1:
+        # parameters of the model itself, which is cut already
+        rank, degree = mesh.tp_rank, mesh.degrees.tp
+        own = {n: tp_part(n, rank, degree).of(adapter.tensors[n]) for n in adapter.config.replaced_names}
+        adapter = replace(adapter, tensors={**adapter.tensors, **own})
+    install_adapter(model, adapter)
+    cut_adapter(model, mesh)
+
+
+def read_adapter(
+    model: BloomForCausalLM,
+    directory: Path,
+    *,
+    prefix_layout: PrefixLayout | None = None,
+    trained_tensor_parallel_degree: int | None = None,
+) -> PlainAdapter:
+    """Read an adapter, as load_adapter does; a base model on the meta device will do.
+
+    Raises:
+        AdapterError: as load_adapter.
+    """
+    is_peft, is_paddle = (directory / CONFIG_FILE).is_file(), find_paddle_adapter(directory)
+    if is_peft and is_paddle:
+        warnings.warn(
+            f"{directory} holds an adapter in PEFT's files and one in PaddleNLP's; PEFT's is read, the other is not",
+            stacklevel=2,
+        )
+    if is_paddle and not is_peft:
         adapter = read_paddle_adapter(
             directory,
             model.config,
             prefix_layout=prefix_layout,
             trained_tensor_parallel_degree=trained_tensor_parallel_degree,
         )
-        install_paddle_adapter(model, adapter)
-        return
+        return plain_adapter(adapter, model.config)
     if prefix_layout is not None or trained_tensor_parallel_degree is not None:
         raise AdapterError(
-            f"{directory} holds no adapter in PaddleNLP's files; leave out prefix_layout and "
+            f"{directory} is not read as an adapter in PaddleNLP's files; leave out prefix_layout and "
             "trained_tensor_parallel_degree, which say how to read those"
         )
-    load_peft_adapter(model, directory)
+    return read_peft_adapter(model, directory)

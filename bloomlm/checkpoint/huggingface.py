@@ -18,6 +18,7 @@ from bloomlm.checkpoint.safetensors_file import SafetensorsFile
 from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
 from bloomlm.errors import CheckpointError
 from bloomlm.model.config import BloomConfig
+from bloomlm.parallel.gather import Bounds
 
 MODEL_PREFIX = "transformer."
 EMBEDDING = "transformer.word_embeddings.weight"
@@ -100,6 +101,13 @@ class HuggingFaceReader:
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Rows start to stop of dimension dim of a parameter."""
         return self.read(name).narrow(dim, start, stop - start)
+
+    def read_box(self, name: str, bounds: Bounds) -> Tensor:
+        """The part of a parameter within bounds of every dimension; of safetensors no other byte is read."""
+        file, stored_name = self._places[name]
+        if isinstance(file, SafetensorsFile):
+            return file.read_box(stored_name, bounds)
+        return file.read(stored_name)[tuple(slice(*pair) for pair in bounds)]
 
     def _check_head(self, file: TensorFile, stored_name: str) -> None:
         """Drop a head that repeats the embedding; refuse one that does not."""

@@ -41,6 +41,7 @@ LORA_KEYS = {
     "use_rslora",
 }
 PREFIX_KEYS = {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
+BIASES = ("none", "all", "lora_only")
 # Ways to draw the first weights that leave the base model's weights alone; the others (pissa, olora, ...) do not.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -48,7 +49,7 @@ PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 def lora_config_from_peft(
     values: Mapping[str, Any], module_names: Sequence[str], linear_names: Sequence[str]
 ) -> LoraConfig:
-    """Read a LoRA adapter's configuration.
+    """Read a LoRA adapter's configuration; which biases it brings along stands in its weights.
 
     Args:
         values: the contents of adapter_config.json.
@@ -59,8 +60,8 @@ def lora_config_from_peft(
         AdapterError: a key asks for what bloomlm does not do; it is named.
     """
     _refuse_others(values, LORA_KEYS)
-    if values.get("bias", "none") != "none":
-        raise AdapterError(f"bias is {values['bias']!r}: trained biases are not read; expected 'none'")
+    if values.get("bias", "none") not in BIASES:
+        raise AdapterError(f"bias is {values['bias']!r}; expected one of {', '.join(BIASES)}")
     if values.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
         raise AdapterError(
             f"init_lora_weights is {values['init_lora_weights']!r}, which changes the base model too; convert the "
@@ -83,7 +84,16 @@ def lora_config_from_peft(
 
 
 def lora_config_to_peft(config: LoraConfig) -> dict[str, Any]:
-    """The contents of adapter_config.json for a LoRA adapter."""
+    """The contents of adapter_config.json for a LoRA adapter.
+
+    Raises:
+        AdapterError: it brings along other parameters than biases.
+    """
+    if others := [name for name in config.replaced_names if not name.endswith(".bias")]:
+        raise AdapterError(
+            f"PEFT's files cannot hold {name_some(others)}, which this adapter trained beside its updates; merge it "
+            "into its base model instead"
+        )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -95,7 +105,7 @@ def lora_config_to_peft(config: LoraConfig) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
-        "bias": "none",
+        "bias": "all" if config.replaced_names else "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,

@@ -17,8 +17,14 @@ from bloomlm.checkpoint.paddle import model as paddle_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, name_some
 from bloomlm.errors import CheckpointError, ConfigError
-from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.linear import Linear
+from bloomlm.model.quantized import quantize_rows
+from bloomlm.parallel.gather import holding, own_bounds, whole_shape
+from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.parallel.parallelize import cut_model, divide_adapter
+from bloomlm.parallel.tensor_parallel import is_adapter
 
 __all__ = ["TensorEntry", "TensorReader", "load_model", "open_reader", "read_config", "read_into_model"]
 
@@ -28,6 +34,7 @@ FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, BloomConfig], Tenso
     (huggingface.find_safetensors, huggingface.open_safetensors),
     (huggingface.find_torch, huggingface.open_torch),
 )
+ADAPTER_CONFIG_FILES = ("adapter_config.json", "lora_config.json", "prefix_config.json")
 
 
 def read_config(directory: Path) -> BloomConfig:
@@ -45,8 +52,10 @@ def read_config(directory: Path) -> BloomConfig:
         if next(directory.glob("*.pdiparams"), None) is not None:
             return paddle_model.exported_config(directory)
         hint = ""
-        if (directory / "adapter_config.json").is_file():
+        if any((directory / name).is_file() for name in ADAPTER_CONFIG_FILES):
             hint = "; it holds an adapter: name its base model, and give this as --lora_path or --prefix_path"
+        elif find_model(directory):
+            hint = "; it holds weights: put the config.json of their model beside them"
         raise CheckpointError(f"{directory} has no config.json, so it is no model{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -55,6 +64,11 @@ def read_config(directory: Path) -> BloomConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; expected a JSON object")
     return BloomConfig.from_dict(values)
+
+
+def find_model(directory: Path) -> bool:
+    """Whether a directory holds a model's weights, in whatever format."""
+    return any(is_there(directory) for is_there, _ in FORMATS)
 
 
 def open_reader(directory: Path, config: BloomConfig) -> TensorReader:
@@ -84,6 +98,10 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     memory_map: bool = True,
+    int8: bool = False,
+    mesh: Mesh = ALONE,
+    install_adapter: Callable[[BloomForCausalLM], None] | None = None,
+    reshard_after_forward: bool = True,
 ) -> BloomForCausalLM:
     """Load a model, in eval mode.
 
@@ -96,6 +114,12 @@ def load_model(
             first used. Changing them never changes the file, and bloomlm's own writers replace files instead of
             overwriting them; but another program that cuts the file short takes the memory away. Long training runs
             pass False and own their memory.
+        int8: quantise the weights of the linear layers and the embedding as they are read (see model/quantized.py);
+            biases, norms and what is computed have dtype. Such a model learns through LoRA only.
+        mesh: the ranks to divide the model among (parallel/parallelize.py); each reads its own parts and nothing else.
+        install_adapter: called, if there is more than one rank, with the model cut and on the meta device, to put an
+            adapter with real weights into it before it is divided further.
+        reshard_after_forward: as in shard_model.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged, or does not fit its config.json.
@@ -106,8 +130,16 @@ def load_model(
     reader = open_reader(directory, config)
     with torch.device("meta"):
         model = BloomForCausalLM(config)
+    if int8 and not mesh.is_alone:
+        raise ConfigError("int8 weights are for one process; leave the quantisation out, or the other processes")
+    if not mesh.is_alone:
+        dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
+        cut_model(model.to(dtype), mesh)
+        if install_adapter is not None:
+            install_adapter(model)
+        divide_adapter(model, mesh, reshard_after_forward=reshard_after_forward)
     try:
-        return read_into_model(model, reader, dtype=dtype, device=device, memory_map=memory_map)
+        return read_into_model(model, reader, dtype=dtype, device=device, memory_map=memory_map, int8=int8, mesh=mesh)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from error
 
@@ -119,25 +151,35 @@ def read_into_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     memory_map: bool = True,
+    int8: bool = False,
+    mesh: Mesh = ALONE,
 ) -> BloomForCausalLM:
     """Give a model on the meta device the tensors of a checkpoint.
 
     Args:
         model: created under torch.device("meta"); changed in place and returned in eval mode.
         reader: the checkpoint.
-        dtype, device, memory_map: as in load_model.
+        dtype, device, memory_map, int8: as in load_model.
+        mesh: the ranks among which it is divided already; an adapter in it keeps its weights.
 
     Raises:
         CheckpointError: tensors are missing, unknown, misshapen or no floating-point numbers.
     """
-    expected = dict(model.named_parameters())
-    check_entries({name: tuple(p.shape) for name, p in expected.items()}, reader.entries)
+    expected = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
+    check_entries({name: whole_shape(name, p, mesh) for name, p in expected.items()}, reader.entries)
     dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
     device = torch.device(device)
+    if not mesh.is_alone:
+        read_own_parts(expected, reader, model, mesh, dtype, device)
+        expected = {}
     for name in expected:
-        tensor = _own(reader.read(name), dtype, device, memory_map)
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, nn.Parameter(tensor))
+        module = model.get_submodule(parent)
+        if int8 and attribute == "weight" and isinstance(module, (Linear, WordEmbedding)):
+            tensor, module.weight_scale = quantize_rows(reader.read(name), name, device)
+        else:
+            tensor = _own(reader.read(name), dtype, device, memory_map)
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
     model.config = model.transformer.config = dataclasses.replace(model.config, dtype=str(dtype).removeprefix("torch."))
     return model.eval()
 
@@ -169,6 +211,32 @@ def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
         )
     if problems:
         raise CheckpointError("the weights are not those of its configuration: " + "; ".join(problems))
+
+
+def read_own_parts(
+    parameters: Mapping[str, Tensor],
+    reader: TensorReader,
+    model: BloomForCausalLM,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give a divided model this rank's parts of parameters, one after another; bytes of others' parts stay unread.
+
+    Args:
+        parameters: name -> what stands in the model now, perhaps on the meta device.
+        reader: the checkpoint.
+        model: changed in place.
+        mesh: the ranks.
+        dtype, device: of the new parameters.
+    """
+    parts = {}
+    for name, parameter in parameters.items():
+        box = reader.read_box(name, own_bounds(name, parameter, mesh))
+        parts[name] = holding(parameter, torch.empty(box.shape, dtype=dtype, device=device).copy_(box))
+    # assigned by PyTorch, because FSDP keeps parameters in more than one place
+    problems = model.load_state_dict(parts, strict=False, assign=True)
+    assert not problems.unexpected_keys
 
 
 def _own(tensor: Tensor, dtype: torch.dtype, device: torch.device, memory_map: bool) -> Tensor:

@@ -8,13 +8,14 @@ Source: the format, https://github.com/huggingface/safetensors#format: 8 bytes o
 the header, JSON of name -> dtype, shape, data_offsets; the tensors' bytes without gaps.
 """
 
+import itertools
 import json
 import math
 import mmap
 import os
 import struct
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from bloomlm.checkpoint.tensor_reader import TensorEntry
 from bloomlm.errors import CheckpointError
+from bloomlm.parallel.gather import Bounds
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,6 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
+BLOCK_BYTES = 16 * 2**20
 
 
 class SafetensorsFile:
@@ -97,6 +100,40 @@ class SafetensorsFile:
         flat = torch.frombuffer(mapping, dtype=entry.dtype, count=math.prod(entry.shape), offset=offset)
         return flat.view(entry.shape)
 
+    def read_box(self, name: str, bounds: Bounds) -> Tensor:
+        """The part of one tensor within bounds, copied: where it is no run of bytes, row by row, and no byte between.
+
+        Args:
+            name: of the tensor.
+            bounds: first row and the one after the last, of each dimension.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        entry = self.entries[name]
+        shape = [stop - start for start, stop in bounds]
+        raw = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        if raw.numel():
+            self._read_runs(memoryview(raw.numpy().data), self._offsets[name], entry, bounds)
+        return raw.view(entry.dtype).view(shape)
+
+    def _read_runs(self, buffer: memoryview, offset: int, entry: TensorEntry, bounds: Bounds) -> None:
+        strides = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(len(bounds))]
+        # from the last dimension that is cut on, what is wanted lies in one piece
+        last = max((d for d, (start, stop) in enumerate(bounds) if stop - start < entry.shape[d]), default=0)
+        run_bytes = (bounds[last][1] - bounds[last][0]) * strides[last]
+        first = offset + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+        rows = itertools.product(*(range(stop - start) for start, stop in bounds[:last]))
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _identity(os.fstat(file.fileno())) != self._identity:
+                    raise CheckpointError(f"{self.path} changed while it was being read; load the model again")
+                for number, index in enumerate(rows):
+                    position = first + sum(i * stride for i, stride in zip(index, strides, strict=False))
+                    _fill(file.fileno(), buffer[number * run_bytes : (number + 1) * run_bytes], position)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+
     def _map(self) -> mmap.mmap:
         mapping = self._mapping() if self._mapping is not None else None
         if mapping is None:
@@ -124,7 +161,7 @@ def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
         metadata: text kept in the header.
 
     Returns:
-        The file's first bytes, padded to 8, and the offset in the file of each tensor's data.
+        The file's first bytes, padded to 64, and the offset in the file of each tensor's data.
     """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
@@ -138,7 +175,8 @@ def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
             "data_offsets": [starts[name], position],
         }
     text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # data from a whole cache line on: vector loads of a mapped file then touch one line each
+    text += b" " * (-(LENGTH_BYTES + len(text)) % 64)
     data_start = LENGTH_BYTES + len(text)
     return struct.pack("<Q", len(text)) + text, {name: data_start + start for name, start in starts.items()}
 
@@ -146,6 +184,32 @@ def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's data as the file holds them, row by row."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def row_blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor's rows in blocks of some megabytes, contiguous and in the precision to write: no copy of all of it.
+
+    Args:
+        tensor: of one dimension or more, of any strides, or mapped; a transposed one is turned block by block.
+        dtype: precision of the blocks.
+
+    Raises:
+        CheckpointError: a number is too large for float16.
+    """
+    if not tensor.numel():
+        return
+    row_bytes = tensor.numel() // tensor.shape[0] * max(tensor.dtype.itemsize, dtype.itemsize)
+    for rows in tensor.detach().split(max(1, BLOCK_BYTES // row_bytes)):
+        if rows.dim() == 2 and rows.stride(1) != 1:
+            # as rows of the transposed matrix first: both copies then run along memory
+            rows = rows.t().contiguous().t()
+        block = rows.contiguous().to(dtype)
+        if dtype is torch.float16 and rows.dtype is not dtype and not torch.equal(block.isinf(), rows.isinf()):
+            raise CheckpointError(
+                f"a number of {float(rows.abs().max()):.4g} is too large for float16, whose largest is 65504; write "
+                "bfloat16 or float32 instead"
+            )
+        yield block
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -167,6 +231,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
                 file.write(raw_bytes(tensor))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _fill(descriptor: int, buffer: memoryview, position: int) -> None:
+    while len(buffer):
+        count = os.preadv(descriptor, [buffer], position)
+        if not count:
+            raise OSError(f"it ended at byte {position}")
+        buffer, position = buffer[count:], position + count
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bloomlm.parallel.gather import Bounds
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -36,6 +38,10 @@ class TensorReader(Protocol):
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Rows start to stop of dimension dim; where the format allows nothing else is read."""
+        ...
+
+    def read_box(self, name: str, bounds: Bounds) -> Tensor:
+        """The part of a tensor within bounds of every dimension; the same."""
         ...
 
 

@@ -30,7 +30,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bloomlm.checkpoint.atomic import TEMPORARY_SUFFIX, atomic_directory
+from bloomlm.checkpoint.paddle.optimizer import find_paddle_checkpoint
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.parallel.mesh import ALONE, Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +83,16 @@ def checkpoint_directory(output_dir: Path, step: int) -> Iterator[Path]:
         raise CheckpointError(f"{final} cannot be written: {error}; older checkpoints are untouched") from error
 
 
-def save_training_state(directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def save_training_state(
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], mesh: Mesh = ALONE
+) -> None:
     """Write a run's state into a directory of checkpoint_directory.
 
     Args:
         directory: where to.
         tensors: by name.
         values: what JSON can hold.
+        mesh: the ranks, each of which writes its own parts.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -95,7 +100,8 @@ def save_training_state(directory: Path, tensors: Mapping[str, Tensor], values: 
     try:
         with _single_process():
             save(dict(tensors), checkpoint_id=directory / TENSORS_DIRECTORY)
-        (directory / VALUES_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if mesh.is_main:
+            (directory / VALUES_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"the training state cannot be written to {directory}: {_cause(error)}") from error
 
@@ -140,12 +146,14 @@ def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The undamaged checkpoint-N directories, oldest first; damaged ones are named in a warning."""
+    """The undamaged checkpoint-N directories of ours, oldest first; damaged ones are named in a warning."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     complete = []
     for checkpoint in sorted(found, key=checkpoint_step):
+        if find_paddle_checkpoint(checkpoint):
+            continue
         damage = find_damage(checkpoint)
         if damage is None:
             complete.append(checkpoint)

@@ -99,12 +99,24 @@ class BatchLoader:
         batch_size: examples in a batch (the last batch of an epoch may hold fewer), or a budget of tokens.
         shuffle: a new order each epoch, else the order of the examples.
         seed: of the shuffle.
+        dp_degree: data-parallel ranks, which take turns: of so many batches in a row each gets one, and where an epoch
+            ends with fewer, the last ranks get one token without a label. Position and length count for all of them.
+        dp_rank: which of them this is.
 
     Raises:
         ConfigError: batch_size or the number of examples is below 1, or seed is negative.
     """
 
-    def __init__(self, examples: Examples, batch_size: int | TokenBudget, *, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int | TokenBudget,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        dp_degree: int = 1,
+        dp_rank: int = 0,
+    ) -> None:
         budget = batch_size.max_tokens if isinstance(batch_size, TokenBudget) else batch_size
         if budget < 1 or len(examples) < 1 or seed < 0:
             raise ConfigError(
@@ -119,15 +131,16 @@ class BatchLoader:
             self._plan = TokenPlan(np.asarray(examples.lengths) - 1, batch_size.max_tokens)
         self._shuffle = shuffle
         self._seed = seed
+        self._dp_degree, self._dp_rank = dp_degree, dp_rank
         self._epoch = 0
         self._position = 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch, for each rank."""
         if self._plan is not None:
-            return len(self._plan)
+            return -(-len(self._plan) // self._dp_degree)
         assert isinstance(self._batch_size, int)
-        return -(-len(self._examples) // self._batch_size)
+        return -(-len(self._examples) // (self._batch_size * self._dp_degree))
 
     @property
     def epoch(self) -> int:
@@ -139,10 +152,14 @@ class BatchLoader:
         epoch = self._epoch
         order, ends = self._epoch_plan(epoch)
         while self._epoch == epoch:
-            chosen = order[self._position : self._end_of_batch(ends)]
-            batch = collate([self._examples[int(index)] for index in chosen])
+            position, chosen = self._position, order[:0]
+            for dp_rank in range(self._dp_degree):
+                stop = min(self._end_of_batch(position, ends), len(order))
+                chosen = order[position:stop] if dp_rank == self._dp_rank else chosen
+                position = stop
+            batch = collate([self._examples[int(index)] for index in chosen]) if len(chosen) else self._idle_batch()
             # The state moves on before the batch is handed out: saved while it is in use, it points behind it.
-            self._position += len(chosen)
+            self._position = position
             if self._position >= len(order):
                 self._epoch, self._position = epoch + 1, 0
             yield batch
@@ -170,10 +187,17 @@ class BatchLoader:
         fixed = {"num_examples": len(self._examples), "seed": self._seed, "shuffle": self._shuffle}
         return {**fixed, "max_tokens": max_tokens}
 
-    def _end_of_batch(self, ends: npt.NDArray[np.int64]) -> int:
+    def _end_of_batch(self, position: int, ends: npt.NDArray[np.int64]) -> int:
+        """Where the batch that starts at a position ends."""
         if isinstance(self._batch_size, TokenBudget):
-            return int(ends[np.searchsorted(ends, self._position, side="right")])
-        return self._position + self._batch_size
+            later = np.searchsorted(ends, position, side="right")
+            return int(ends[later]) if later < len(ends) else position
+        return position + self._batch_size
+
+    def _idle_batch(self) -> Batch:
+        """What a rank computes that has nothing to learn while the others do: they wait for it in every exchange."""
+        token = torch.from_numpy(self._examples[0].tokens[:1].astype(np.int64))
+        return Batch(tokens=token, labels=torch.tensor([IGNORE_INDEX]), lengths=(1,), num_supervised_tokens=0)
 
     def _epoch_plan(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The examples of an epoch in their order, and where each batch of a TokenPlan ends."""

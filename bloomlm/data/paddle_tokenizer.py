@@ -89,6 +89,36 @@ def build_tokenizer_json(
     return json.dumps(content, ensure_ascii=False).encode("utf-8")
 
 
+def write_paddle_tokenizer(directory: Path, tokenizer_json: bytes) -> None:
+    """Write the vocab.json, merges.txt and added_tokens.json that say the same as a tokenizer.json.
+
+    They cannot say how texts are cut into words, which PaddleNLP does in its own way.
+
+    Args:
+        directory: where to.
+        tokenizer_json: of a byte-level BPE tokenizer.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    content = json.loads(tokenizer_json)
+    model = content.get("model") or {}
+    if model.get("type") != "BPE":
+        raise CheckpointError(
+            f"a tokenizer of type {model.get('type')!r} has no form in PaddleNLP's files; expected BPE, as BLOOM's is"
+        )
+    vocabulary = model["vocab"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+    others = {token: token_id for token, token_id in added.items() if token not in vocabulary}
+    # PaddleNLP leaves out the first line and what follows the last line end, whatever they hold
+    merges = "\n".join([f"{HEADER}: 0.2", *pairs, ""])
+    (directory / VOCAB_FILE).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (directory / MERGES_FILE).write_text(merges, encoding="utf-8")
+    if others:
+        (directory / ADDED_TOKENS_FILE).write_text(json.dumps(others, ensure_ascii=False), encoding="utf-8")
+
+
 def read_merges(path: Path, *, paddle_tokenization: bool = False) -> Iterable[str]:
     """The merges of a merges.txt, best first, as "left right".
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from bloomlm.data.paddle_tokenizer import build_tokenizer_json, find_paddle_tokenizer
+from bloomlm.data.paddle_tokenizer import build_tokenizer_json, find_paddle_tokenizer, write_paddle_tokenizer
 from bloomlm.errors import CheckpointError
 
 # B prompts of a batch, T tokens of the longest.
@@ -25,6 +25,7 @@ from bloomlm.errors import CheckpointError
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+PADDLE_CLASS = "BloomTokenizer"
 
 # What BLOOM calls its special tokens; used where neither JSON file beside tokenizer.json names another.
 DEFAULT_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -187,8 +188,22 @@ class Tokenizer:
         Args:
             directory: exists; a caller that needs all or nothing hands in a directory it renames afterwards.
         """
-        directory = Path(directory)
-        config = _CONFIG_DEFAULTS | self._config | self._special_tokens
+        self._save(Path(directory), _CONFIG_DEFAULTS | self._config | self._special_tokens)
+
+    def save_paddle(self, directory: str | Path) -> None:
+        """Write what save does, and vocab.json and merges.txt, which are what PaddleNLP reads.
+
+        Args:
+            directory: as for save.
+
+        Raises:
+            CheckpointError: PaddleNLP has no such tokenizer.
+        """
+        config = _CONFIG_DEFAULTS | self._config | self._special_tokens | {"tokenizer_class": PADDLE_CLASS}
+        self._save(Path(directory), config)
+        write_paddle_tokenizer(Path(directory), self._json)
+
+    def _save(self, directory: Path, config: Mapping[str, Any]) -> None:
         (directory / TOKENIZER_FILE).write_bytes(self._json)
         for file_name, content in (
             (TOKENIZER_CONFIG_FILE, config),

@@ -1,7 +1,8 @@
 """The attention kernels behind one function: documents side by side, virtual tokens in front, or cached keys.
 
 ALiBi arrives inside the columns of queries and keys (see alibi.py), so the plain causal kernel of
-scaled_dot_product_attention does all the work and no [heads, T, S] tensor exists.
+scaled_dot_product_attention does all the work and no [heads, T, S] tensor exists. On GPUs that can, documents of
+different lengths go through one block-sparse kernel instead (see flex.py).
 
 Shapes: B batch, T new tokens, S cached tokens, N packed tokens, H heads, K head_dim, C position columns,
 E = K + C, P virtual tokens.
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bloomlm.model import flex
 from bloomlm.model.alibi import key_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
@@ -75,6 +77,8 @@ def _attend_documents(
     lengths = documents.lengths
     if len(set(lengths)) == 1:
         return _causal(fused.unflatten(0, (len(lengths), lengths[0])), scale, virtual, dropout).flatten(0, 1)
+    if fused.requires_grad and not dropout and flex.is_available(fused.device):  # worth compiling in training only
+        return flex.attend_documents(fused, lengths, scale, virtual)
     # split's backward is one concatenation; slicing would fill a whole zero tensor for each document
     pieces = fused.split(lengths)
     outs: list[Tensor] = [fused] * len(lengths)

@@ -7,6 +7,8 @@ which the tests compare logits and gradients.
 Shapes: B batch, T new tokens, N packed tokens, D hidden, H heads, K head_dim, F ffn, V vocabulary, P virtual tokens.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +20,13 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
 from bloomlm.model.linear import Linear, linear
+from bloomlm.model.quantized import dequantize_rows
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention over a fused query_key_value whose rows are (head, 3, head_dim)."""
+
+    attend = staticmethod(attend)
 
     def __init__(self, config: BloomConfig) -> None:
         super().__init__()
@@ -38,19 +43,22 @@ class SelfAttention(nn.Module):
         virtual: tuple[Tensor, Tensor] | None,
         layer: int,
         kv_cache: KVCache | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] -> [N, D]; columns [N, H, 3, C] carry the positions."""
+        """[N, D] -> [N, D], or [M, D] of the given rows; columns [N, H, 3, C] carry the positions."""
         fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
-        context = attend(
-            with_columns(fused, columns),
-            documents,
-            head_dim=self.head_dim,
-            virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
-            layer=layer,
-            kv_cache=kv_cache,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
-        return self.dense(context)
+        dropout = self.attention_dropout if self.training else 0.0
+        with self.dense.exchange.input_randomness() if dropout else nullcontext():
+            context = self.attend(
+                with_columns(fused, columns),
+                documents,
+                head_dim=self.head_dim,
+                virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
+                layer=layer,
+                kv_cache=kv_cache,
+                dropout=dropout,
+            )
+        return self.dense(context if rows is None else context[rows])
 
 
 class MLP(nn.Module):
@@ -86,16 +94,39 @@ class BloomBlock(nn.Module):
         virtual: tuple[Tensor, Tensor] | None = None,
         layer: int = 0,
         kv_cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] -> [N, D]."""
+        """[N, D] -> [N, D], or [M, D] of the given rows."""
         normed = self.input_layernorm(x)
-        attended = self.self_attention(normed, columns, documents, virtual, layer, kv_cache)
-        x = self._add(normed if self.post_layernorm_residual else x, attended)
+        attended = self.self_attention(normed, columns, documents, virtual, layer, kv_cache, rows)
+        residual = normed if self.post_layernorm_residual else x
+        x = self._add(residual if rows is None else residual[rows], attended)
         normed = self.post_attention_layernorm(x)
         return self._add(normed if self.post_layernorm_residual else x, self.mlp(normed))
 
     def _add(self, residual: Tensor, update: Tensor) -> Tensor:
         return residual + F.dropout(update, self.hidden_dropout, self.training)
+
+
+class WordEmbedding(nn.Embedding):
+    """The word embedding, which is the head too."""
+
+    weight_scale: Tensor | None
+    """[V] where the weight is int8 (see quantized.py); None where it is floating point."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.register_buffer("weight_scale", None, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N] ids -> [N, D]; fp32 where the weight is int8."""
+        if self.weight_scale is None:
+            return super().forward(tokens)
+        return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] hidden states -> [..., V] logits."""
+        return linear(hidden, self.weight, None, self.weight_scale)
 
 
 class BloomModel(nn.Module):
@@ -104,26 +135,42 @@ class BloomModel(nn.Module):
     def __init__(self, config: BloomConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = WordEmbedding(config.vocab_size, config.hidden_size)
         self.word_embeddings_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.h = nn.ModuleList(BloomBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.prefix: nn.Module | None = None
         """Where set: a module that returns, for each block, the keys and values ([H, P, K] each) of virtual tokens
         that stand before every document."""
+        self.heads = range(config.n_head)
+        """The heads that are computed here."""
         self.recompute = False
         """Compute each block's activations again in the backward pass instead of keeping them."""
 
-    def forward(self, tokens: Tensor, documents: Documents, kv_cache: KVCache | None = None) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format that is computed in without autocast; the weights', except for int8 ones."""
+        return self.ln_f.weight.dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights of the linear layers and the embedding are int8."""
+        return self.word_embeddings.weight_scale is not None
+
+    def forward(
+        self, tokens: Tensor, documents: Documents, kv_cache: KVCache | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Run the blocks over packed tokens.
 
         Args:
             tokens: [N] int64 ids.
             documents: how they lie; with a filled kv_cache every one of its rows takes the same number of them.
             kv_cache: where given, receives the new keys and values; its tokens come before the new ones.
+            rows: [M] int64, the tokens whose hidden states are wanted; None: all. The last block does no more than
+                these need.
 
         Returns:
-            [N, D] hidden states after the last layer norm.
+            [N, D] hidden states after the last layer norm, or [M, D].
         """
         cached = kv_cache is not None and kv_cache.length > 0
         virtual = self.prefix() if self.prefix is not None and not cached else [None] * len(self.h)
@@ -131,12 +178,13 @@ class BloomModel(nn.Module):
             num_virtual = 0 if virtual[0] is None else virtual[0][0].shape[1]
             kv_cache.check_room(num_virtual + documents.padded_shape[1])
         columns = self._columns(tokens.device, documents, kv_cache)
-        x = self.word_embeddings_layernorm(self.word_embeddings(tokens))
+        x = self.word_embeddings_layernorm(self.word_embeddings(tokens).to(self.dtype))
         for layer, block in enumerate(self.h):
+            block_rows = rows if layer == len(self.h) - 1 else None
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, columns, documents, virtual[layer], use_reentrant=False)
+                x = checkpoint(block, x, columns, documents, virtual[layer], rows=block_rows, use_reentrant=False)
             else:
-                x = block(x, columns, documents, virtual[layer], layer, kv_cache)
+                x = block(x, columns, documents, virtual[layer], layer, kv_cache, block_rows)
         if kv_cache is not None:
             _count_new_tokens(kv_cache, documents, num_virtual, tokens.device)
         return self.ln_f(x)
@@ -145,8 +193,10 @@ class BloomModel(nn.Module):
         positions = documents.positions(device)
         if kv_cache is not None and kv_cache.length:
             positions = positions + kv_cache.next_positions.repeat_interleave(documents.padded_shape[1])
-        slopes = torch.tensor(head_slopes(self.config.n_head), dtype=torch.float32, device=device)
-        return fused_columns(positions, slopes, self.config.head_dim)
+        slopes = [head_slopes(self.config.n_head)[head] for head in self.heads]
+        return fused_columns(
+            positions, torch.tensor(slopes, dtype=torch.float32, device=device), self.config.head_dim
+        )
 
 
 def _count_new_tokens(kv_cache: KVCache, documents: Documents, num_virtual: int, device: torch.device) -> None:
@@ -182,7 +232,7 @@ class BloomForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""
-        return linear(hidden, self.transformer.word_embeddings.weight)
+        return self.transformer.word_embeddings.logits(hidden)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, kv_cache: KVCache | None = None

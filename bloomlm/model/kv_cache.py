@@ -24,9 +24,10 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        n_head: int | None = None,
     ) -> None:
-        """Allocate the memory: 2 * L * B * max_length * (hidden_size + n_head * 8) elements."""
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.head_dim + COLUMNS)
+        """Allocate the memory: 2 * L * B * max_length * H * (head_dim + 8) elements, H being n_head or the model's."""
+        shape = (config.n_layer, batch_size, n_head or config.n_head, max_length, config.head_dim + COLUMNS)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0

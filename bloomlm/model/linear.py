@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bloomlm.model.exchange import WHOLE, Exchange
+from bloomlm.model.quantized import dequantize_rows, row_blocks
+
 _ONEDNN_LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
@@ -22,17 +25,20 @@ _ONEDNN_LINEAR = (
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """x W^T + b, differentiable.
 
     Args:
         x: [..., in].
         weight: [out, in].
         bias: [out].
+        scale: [out] where weight is int8 (see quantized.py); such a weight gets no gradient.
 
     Returns:
         [..., out].
     """
+    if scale is not None:
+        return _int8_linear(x, weight, scale, bias)
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     if x.dim() != 2:
@@ -89,9 +95,69 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b outside autograd, in x's format: [N, in], int8 [out, in] with scales [out] -> [N, out]."""
+    out = x.new_empty(len(x), len(weight))
+    for rows in row_blocks(weight):
+        part = dequantize_rows(weight[rows], scale[rows], x.dtype)
+        product_of_rows = linear(x, part, None if bias is None else bias[rows])
+        if len(part) == len(weight):
+            return product_of_rows
+        out[:, rows] = product_of_rows
+    return out
+
+
+def int8_input_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """G W outside autograd: [N, out], int8 [out, in] with scales [out] -> [N, in], added up in fp32 at least."""
+    total: Tensor | None = None
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    for rows in row_blocks(weight):
+        part = dequantize_rows(weight[rows], scale[rows], grad.dtype)
+        product_of_rows = linear(grad[:, rows], part.t()).to(dtype)
+        total = product_of_rows if total is None else total.add_(product_of_rows)
+    assert total is not None
+    return total
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dim() != 2:
+        return _int8_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], -1)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    out: Tensor = _Int8Linear.apply(x, weight, scale, None if bias is None else bias.to(x.dtype))
+    return out
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        # for the backward pass the int8 weight is kept, which is there anyway, and made floating point once more
+        ctx.save_for_backward(weight, scale)
+        return int8_product(x, weight, scale, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
+        return int8_input_gradient(grad, weight, scale).to(grad.dtype), None, None, grad_bias
+
+
 class Linear(nn.Linear):
-    """nn.Linear through `linear`."""
+    """nn.Linear through `linear`. Where its weight is cut, in_features and out_features stay those of the whole."""
+
+    exchange: Exchange = WHOLE
+    weight_scale: Tensor | None
+    """[out] where the weight is int8 (see quantized.py); None where it is floating point."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return linear(x, self.weight, self.bias)
+        exchange = self.exchange
+        if exchange.sums_inputs:
+            return exchange.leave(linear(exchange.enter(x), self.weight, None, self.weight_scale)) + self.bias
+        return exchange.leave(linear(exchange.enter(x), self.weight, self.bias, self.weight_scale))

@@ -8,9 +8,13 @@ import torch
 from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.paddle.structure import AdapterStructure
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.data.loader import BatchLoader, Examples
-from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.data.packing import TokenBudget
+from bloomlm.model.attention import attend
+from bloomlm.model.bloom import BloomBlock, BloomForCausalLM
+from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.optimizer import AdamWConfig, build_schedule
 from bloomlm.training.precision import Precision
@@ -32,7 +36,12 @@ def adapter_from_flags(config: TrainingConfig) -> Adapter:
 
 
 def load_to_train(
-    config: TrainingConfig, source: Path, precision: Precision, checkpoint: Path | None
+    config: TrainingConfig,
+    source: Path,
+    precision: Precision,
+    checkpoint: Path | None,
+    structure: AdapterStructure | None = None,
+    mesh: Mesh = ALONE,
 ) -> BloomForCausalLM:
     """The model with its adapter applied; a fully tuned one that goes on comes from its checkpoint.
 
@@ -41,22 +50,57 @@ def load_to_train(
         source: directory of the model to start from.
         precision: of the weights.
         checkpoint: to go on from; None: a fresh run.
+        structure: of an adapter that PaddleNLP began; None: as the flags say.
+        mesh: the ranks to divide the model among.
     """
     adapter = adapter_from_flags(config)
     device = torch.device("cuda" if config.device == "gpu" else "cpu")
+    generator = torch.Generator(device).manual_seed(config.seed)
+
+    def install(model: BloomForCausalLM) -> None:
+        if structure is not None:
+            structure.install(model, device)
+        else:
+            apply_adapter(model, adapter, generator, device)
+
     model = load_model(
         checkpoint if checkpoint is not None and isinstance(adapter, FullTuning) else source,
         dtype=precision.weights_dtype,
         device=device,
         memory_map=False,
+        int8=config.base_quantization == "int8",
+        mesh=mesh,
+        install_adapter=install,
+        reshard_after_forward=config.sharding == "stage3",
     )
-    apply_adapter(model, adapter, torch.Generator(device).manual_seed(config.seed))
+    if mesh.is_alone:
+        install(model)
     model.transformer.recompute = config.recompute
+    if config.torch_compile:
+        compile_blocks(model)
     return model
 
 
+def compile_blocks(model: BloomForCausalLM, backend: str = "inductor") -> None:
+    """Let torch.compile make kernels of what lies between the blocks' products.
+
+    Args:
+        model: with its adapter applied.
+        backend: of torch.compile.
+    """
+    for block in model.transformer.h:
+        assert isinstance(block, BloomBlock)
+        # attention stays outside: the documents' lengths would be built into it, and every batch compiled anew
+        block.self_attention.attend = torch.compiler.disable(attend)
+        block.compile(backend=backend)
+
+
 def build_trainer(
-    config: TrainingConfig, model: BloomForCausalLM, examples: Examples, precision: Precision
+    config: TrainingConfig,
+    model: BloomForCausalLM,
+    examples: Examples,
+    precision: Precision,
+    mesh: Mesh = ALONE,
 ) -> tuple[Trainer, int]:
     """The trainer at step 0, and how many steps the run has.
 
@@ -65,8 +109,18 @@ def build_trainer(
         model: with its adapter applied.
         examples: to learn.
         precision: number formats.
+        mesh: the ranks among which the model is divided.
     """
-    batches = BatchLoader(examples, config.per_device_train_batch_size, shuffle=True, seed=config.seed)
+    budget = config.max_tokens_per_batch
+    batch_size = config.per_device_train_batch_size if budget is None else TokenBudget(budget)
+    batches = BatchLoader(
+        examples,
+        batch_size,
+        shuffle=True,
+        seed=config.seed,
+        dp_degree=mesh.degrees.dp,
+        dp_rank=mesh.dp_rank,
+    )
     per_epoch = steps_per_epoch(len(batches), config.gradient_accumulation_steps)
     max_steps = config.max_steps if config.max_steps > 0 else max(1, math.ceil(config.num_train_epochs * per_epoch))
     trainer = Trainer(
@@ -93,5 +147,6 @@ def build_trainer(
             label_smoothing=config.label_smoothing,
             seed=config.seed,
         ),
+        mesh=mesh,
     )
     return trainer, max_steps

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from bloomlm.adapters.apply import adapter_config
-from bloomlm.checkpoint.peft import save_adapter
+from bloomlm.checkpoint.paddle.structure import AdapterStructure, write_structure
+from bloomlm.checkpoint.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.reader import open_reader, read_config
+from bloomlm.checkpoint.together import one_directory
 from bloomlm.checkpoint.training_state import (
     checkpoint_directory,
     checkpoint_path,
@@ -16,6 +19,7 @@ from bloomlm.checkpoint.training_state import (
 )
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.parallel.gather import own_bounds
 from bloomlm.training.history import History
 from bloomlm.training.step import Trainer
 
@@ -32,6 +36,7 @@ class CheckpointWriter:
         max_shard_size_bytes: of a weight file.
         save_total_limit: checkpoints to keep; None: all.
         keeps_best: whether the best one stays beyond the limit.
+        structure: of an adapter that PaddleNLP began, noted in checkpoints; None: the run's flags say it.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class CheckpointWriter:
         max_shard_size_bytes: int,
         save_total_limit: int | None,
         keeps_best: bool,
+        structure: AdapterStructure | None = None,
     ) -> None:
         self._trainer = trainer
         self._tokenizer = tokenizer
@@ -54,6 +60,7 @@ class CheckpointWriter:
         self._max_shard_size_bytes = max_shard_size_bytes
         self._save_total_limit = save_total_limit
         self._keeps_best = keeps_best
+        self._structure = structure
 
     def save(self, step: int) -> None:
         """Write checkpoint-STEP, then remove those beyond the limit.
@@ -61,26 +68,37 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it cannot be written; older ones are untouched.
         """
-        with checkpoint_directory(self._output_dir, step) as directory:
+        mesh = self._trainer.mesh
+        with one_directory(checkpoint_directory(self._output_dir, step), mesh) as directory:
             self.write_learned(directory)
-            save_training_state(directory, *self._trainer.state())
-            self._history.write(directory)
-        if self._save_total_limit is not None:
+            if self._structure is not None:
+                write_structure(self._structure, directory)
+            save_training_state(directory, *self._trainer.state(), mesh=mesh)
+            if mesh.is_main:
+                self._history.write(directory)
+        if self._save_total_limit is not None and mesh.is_main:
             best = self._history.best_model_checkpoint if self._keeps_best else None
             prune_checkpoints(
                 self._output_dir, self._save_total_limit, None if best is None else self._output_dir / best
             )
 
     def write_learned(self, directory: Path) -> None:
-        """Write the whole model, or its adapter, and the tokenizer into a directory."""
-        model = self._trainer.model
+        """Write the whole model, or its adapter, and the tokenizer into a directory; every rank must come here."""
+        model, mesh = self._trainer.model, self._trainer.mesh
         if adapter_config(model) is None:
             write_model(
-                directory, model.config, model.named_parameters(), max_shard_size_bytes=self._max_shard_size_bytes
+                directory,
+                model.config,
+                model.named_parameters(),
+                max_shard_size_bytes=self._max_shard_size_bytes,
+                mesh=mesh,
             )
         else:
-            save_adapter(model, directory, self._base_model)
-        self._tokenizer.save(directory)
+            whole = model if mesh.is_alone else gather_adapter(model, mesh)
+            if mesh.is_main:
+                save_adapter(whole, directory, self._base_model)
+        if mesh.is_main:
+            self._tokenizer.save(directory)
 
     def restore(self, step: int) -> None:
         """Go back to a checkpoint of this run."""
@@ -107,4 +125,5 @@ def _read_weights(trainer: Trainer, checkpoint: Path) -> None:
     reader = open_reader(checkpoint, read_config(checkpoint))
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
-            parameter.copy_(reader.read(name))
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own.copy_(reader.read_box(name, own_bounds(name, parameter, trainer.mesh)))

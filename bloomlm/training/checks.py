@@ -4,22 +4,20 @@ Pure: what the machine has is handed in. Resolving a resolved config changes not
 """
 
 import importlib.util
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from bloomlm.errors import ConfigError
-from bloomlm.training.config import TrainingConfig
+from bloomlm.parallel.launch import world_size
+from bloomlm.parallel.mesh import Degrees, degrees_from_flags
+from bloomlm.training.checks_evaluation import resolve_evaluation
+from bloomlm.training.config import TrainingConfig, default_of, note_unused
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
 """What PaddleNLP's script learned when no data was named; this is its name on the Hugging Face hub."""
 
-LOSS_METRICS = ("eval_loss", "eval_ppl")
-TOKEN_METRICS = (*LOSS_METRICS, "eval_accuracy")
-GENERATION_METRICS = ("eval_exact_match", "eval_rouge1", "eval_rouge2", "eval_rougeL", "eval_bleu4")
-
-# Flags that act only where another one is on: (that one, its name, what needs it).
+# Flags that act only where another one is on.
 _LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 _PREFIX_FLAGS = ("num_prefix_tokens", "prefix_projection")
-_DECODING_FLAGS = ("num_beams", "length_penalty", "top_k", "top_p", "select_topk", "no_repeat_ngram_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,8 @@ class Machine:
     has_tensorboard: bool
     has_matplotlib: bool
     has_metrics: bool
+    world_size: int = 1
+    """Processes of the job."""
 
     @classmethod
     def here(cls, *, has_cuda: bool) -> "Machine":
@@ -39,6 +39,7 @@ class Machine:
             has_tensorboard=_installed("tensorboard"),
             has_matplotlib=_installed("matplotlib"),
             has_metrics=_installed("sacrebleu") and _installed("rouge_score"),
+            world_size=world_size(),
         )
 
 
@@ -57,13 +58,11 @@ def resolve(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, t
     """
     notices: list[str] = []
     _check_numbers(config)
-    _check_parallelism(config)
+    config = _resolve_parallelism(config, machine, notices)
     config = _resolve_tasks(config, notices)
     config = _resolve_device(config, machine, notices)
     _check_adapters(config, notices)
-    config = _resolve_evaluation(config, notices)
-    _check_decoding(config, machine, notices)
-    config = _resolve_best_model(config)
+    config = resolve_evaluation(config, notices, has_metrics=machine.has_metrics)
     _note_idle(config, notices)
     return _resolve_reports(config, machine, notices), tuple(notices)
 
@@ -79,6 +78,8 @@ def _check_numbers(config: TrainingConfig) -> None:
         "save_steps": 1,
         "eval_steps": 1,
         "save_total_limit": 1,
+        "max_tokens_per_batch": 1,
+        "trained_tensor_parallel_degree": 1,
         "learning_rate": 0,
         "weight_decay": 0,
         "max_grad_norm": 0,
@@ -110,19 +111,50 @@ def _check_numbers(config: TrainingConfig) -> None:
         raise ConfigError(f"--min_tgt_length {config.min_tgt_length} is above --tgt_length {config.tgt_length}")
 
 
-def _check_parallelism(config: TrainingConfig) -> None:
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "sharding_parallel_degree"):
-        if getattr(config, name) not in (-1, 1):
-            raise ConfigError(
-                f"--{name} {getattr(config, name)}: this build runs on one process; leave the flag out. "
-                "To save memory use --lora, --recompute, a smaller --per_device_train_batch_size with more "
-                "--gradient_accumulation_steps, or --bf16"
-            )
-    if config.sharding:
+def _resolve_parallelism(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
+    if config.pipeline_parallel_degree not in (-1, 1):
         raise ConfigError(
-            f"--sharding {config.sharding} spreads the optimizer over processes, and this build runs on one; "
-            "leave the flag out"
+            f"--pipeline_parallel_degree {config.pipeline_parallel_degree}: bloomlm does not spread blocks over "
+            "processes; leave the flag out, and divide the model by --tensor_parallel_degree and --sharding stage3"
         )
+    alone = {"--base_quantization int8": config.base_quantization == "int8", "--torch_compile": config.torch_compile}
+    if machine.world_size > 1 and (given := [flag for flag, is_given in alone.items() if is_given]):
+        raise ConfigError(f"{', '.join(given)}: for one process only, and here are {machine.world_size}; leave it out")
+    degrees = degrees_of(config, machine.world_size)
+    if config.sharding and degrees.dp_shard == 1:
+        raise ConfigError(
+            f"--sharding {config.sharding} shares weights and optimizer out among data-parallel processes, and here "
+            f"is one ({machine.world_size} / tensor_parallel_degree {degrees.tp} / sharding_parallel_degree "
+            f"{config.sharding_parallel_degree}); leave it out, or start more with torchrun --nproc-per-node"
+        )
+    if config.sharding == "stage1":
+        notices.append("--sharding stage1 is computed as stage2: the same numbers, with the gradients shared out too")
+    if degrees.dp_shard > 1 and not config.sharding:
+        config = replace(config, sharding="stage3")
+    if degrees.dp > 1:
+        notices.append(
+            f"{degrees.dp} data-parallel processes: a step learns from as many times per_device_train_batch_size "
+            "examples"
+        )
+    return config
+
+
+def degrees_of(config: TrainingConfig, processes: int) -> Degrees:
+    """How the flags divide the processes of a job.
+
+    Args:
+        config: the flags.
+        processes: how many there are.
+
+    Raises:
+        ConfigError: they cannot be divided so.
+    """
+    return degrees_from_flags(
+        processes,
+        tensor_parallel_degree=config.tensor_parallel_degree,
+        sharding_parallel_degree=config.sharding_parallel_degree,
+        shards=bool(config.sharding),
+    )
 
 
 def _resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
@@ -163,8 +195,13 @@ def _resolve_device(config: TrainingConfig, machine: Machine, notices: list[str]
     on_cpu = device == "cpu" or (device == "auto" and not machine.has_cuda)
     if on_cpu and (config.fp16 or config.bf16):
         notices.append(f"--{'fp16' if config.fp16 else 'bf16'} on a CPU works, but is mostly slower than float32 there")
+    if config.torch_compile and on_cpu:
+        raise ConfigError(
+            "--torch_compile on a CPU makes training 1.7 to 2.3 times slower, because compiled products go to MKL and "
+            "not to oneDNN; leave it out"
+        )
     if not config.fp16:
-        if config.scale_loss != _default("scale_loss"):
+        if config.scale_loss != default_of("scale_loss"):
             notices.append(f"--scale_loss {config.scale_loss:g} is not used: only --fp16 scales the loss")
         if config.fp16_opt_level == "O2" and not config.bf16:
             notices.append("--fp16_opt_level O2 is not used: it says how --fp16 or --bf16 compute")
@@ -184,90 +221,33 @@ def _check_adapters(config: TrainingConfig, notices: list[str]) -> None:
             "--merge_weights adds an adapter into the weights, which a prefix cannot be: its virtual tokens are no "
             "weights. Leave it out; `bloomlm predict --prefix_path` uses the prefix as it is"
         )
+    if config.base_quantization == "int8" and not config.lora:
+        raise ConfigError(
+            "--base_quantization int8 rounds weights that do not learn, beside which --lora trains an adapter; add "
+            "--lora, or leave it out"
+        )
     if config.merge_weights and not config.lora:
         notices.append("--merge_weights is not used: without --lora the whole model is trained and written anyway")
-    _note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
-    _note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
-
-
-def _resolve_evaluation(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
-    strategy = config.evaluation_strategy
-    if not config.do_eval:
-        if strategy != "no":
-            raise ConfigError(f"--evaluation_strategy {strategy} and --do_eval False contradict each other")
-        if config.load_best_model_at_end:
-            raise ConfigError("--load_best_model_at_end needs evaluations to find the best: add --do_eval")
-        if config.eval_steps is not None:
-            notices.append("--eval_steps is not used: nothing is evaluated without --do_eval or --eval_file")
-        return config
-    if config.do_train and strategy == "no":
-        strategy = "steps"
-    eval_steps = config.eval_steps
-    if strategy == "steps" and eval_steps is None:
-        eval_steps = config.logging_steps
-    if strategy == "epoch" and eval_steps is not None:
-        notices.append("--eval_steps is not used: --evaluation_strategy epoch evaluates after each epoch")
-        eval_steps = None
-    return replace(config, evaluation_strategy=strategy, eval_steps=eval_steps)
-
-
-def _check_decoding(config: TrainingConfig, machine: Machine, notices: list[str]) -> None:
-    if config.do_generation and not config.do_eval:
-        raise ConfigError("--do_generation is part of the evaluation; it contradicts --do_eval False")
-    if config.do_generation and not machine.has_metrics:
-        raise ConfigError("--do_generation computes ROUGE and BLEU, which need: pip install 'bloomlm[metrics]'")
-    generates = config.do_generation or config.generate_num > 0
-    # PaddleNLP's command lines always give min_tgt_length; 0 is the default, so it never shows here.
-    _note_unused(config, notices, (*_DECODING_FLAGS, "min_tgt_length"), generates, "--do_generation or --generate_num")
-    searches_beams = (config.num_beams or 1) > 1
-    samples = (config.top_k or 0) > 1 or (config.top_p or 0.0) > 0
-    if not config.select_topk:
-        if not config.top_p:
-            raise ConfigError("--select_topk False draws by --top_p alone; give --top_p, for example 0.9")
-        if config.top_k:
-            notices.append(f"--top_k {config.top_k} is not used: --select_topk is False")
-    if searches_beams and samples:
-        raise ConfigError("--num_beams searches and --top_k or --top_p draw; give one kind of decoding")
-    if config.length_penalty is not None and not searches_beams and generates:
-        notices.append("--length_penalty is not used: it weighs the results of a beam search, --num_beams above 1")
-
-
-def _resolve_best_model(config: TrainingConfig) -> TrainingConfig:
-    if not config.do_eval:
-        return config
-    metric = config.metric_for_best_model or "eval_loss"
-    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-    known = (*TOKEN_METRICS, *GENERATION_METRICS) if config.do_generation else TOKEN_METRICS
-    if metric not in known:
-        hint = "; it needs --do_generation" if metric in GENERATION_METRICS else ""
+    if config.prefix_layout is not None and not config.prefix_tuning:
+        raise ConfigError("--prefix_layout says how to read a prefix that PaddleNLP began; add --prefix_tuning")
+    if config.trained_tensor_parallel_degree is not None and not (config.lora or config.prefix_tuning):
         raise ConfigError(
-            f"--metric_for_best_model {config.metric_for_best_model}{hint}; this run has {', '.join(known)}"
+            "--trained_tensor_parallel_degree says how to read an adapter that PaddleNLP began; add --lora or "
+            "--prefix_tuning. The ranks of a whole model are seen in its files"
         )
-    greater = config.greater_is_better
-    config = replace(
-        config,
-        metric_for_best_model=metric,
-        greater_is_better=metric not in LOSS_METRICS if greater is None else greater,
-    )
-    if config.load_best_model_at_end and config.do_train:
-        _check_best_is_saved(config)
-    return config
-
-
-def _check_best_is_saved(config: TrainingConfig) -> None:
-    if config.save_strategy != config.evaluation_strategy:
-        raise ConfigError(
-            f"--load_best_model_at_end needs a checkpoint of what was evaluated, but --save_strategy is "
-            f"{config.save_strategy} and --evaluation_strategy {config.evaluation_strategy}; give both the same"
-        )
-    if config.save_strategy == "steps" and config.save_steps % (config.eval_steps or 1):
-        raise ConfigError(
-            f"--load_best_model_at_end needs every checkpoint to be evaluated, but --save_steps {config.save_steps} "
-            f"is no multiple of --eval_steps {config.eval_steps}"
-        )
+    note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
+    note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
 
 
 def _note_idle(config: TrainingConfig, notices: list[str]) -> None:
+    if not config.packing:
+        raise ConfigError(
+            "--packing False would compute pads and change nothing else: losses and gradients of packed examples are "
+            "those of padded ones. Leave the flag out"
+        )
+    size = config.per_device_train_batch_size
+    if config.max_tokens_per_batch is not None and size != default_of("per_device_train_batch_size"):
+        notices.append(f"--per_device_train_batch_size {size} is not used: --max_tokens_per_batch counts tokens")
     if config.task_name is not None:
         notices.append(f"--task_name {config.task_name} is not used; --dataset_name_or_path or --train_file name data")
     if config.dataloader_num_workers > 0:
@@ -275,7 +255,7 @@ def _note_idle(config: TrainingConfig, notices: list[str]) -> None:
     if config.warmup_steps > 0 and config.warmup_ratio > 0:
         notices.append("--warmup_ratio is not used: --warmup_steps is given too, and wins")
     is_constant = config.lr_scheduler_type.startswith("constant")
-    if is_constant and config.lr_decay_ratio != _default("lr_decay_ratio"):
+    if is_constant and config.lr_decay_ratio != default_of("lr_decay_ratio"):
         notices.append(f"--lr_decay_ratio is not used: --lr_scheduler_type {config.lr_scheduler_type} does not decay")
     if config.lr_scheduler_type == "constant" and (config.warmup_steps > 0 or config.warmup_ratio > 0):
         raise ConfigError(
@@ -297,19 +277,6 @@ def _resolve_reports(config: TrainingConfig, machine: Machine, notices: list[str
     if config.do_train and not machine.has_tensorboard:
         notices.append("no TensorBoard files: they need pip install 'bloomlm[tensorboard]'")
     return replace(config, report_to="tensorboard" if machine.has_tensorboard else "none")
-
-
-def _note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
-    given = [f"--{name}" for name in names if getattr(config, name) != _default(name)]
-    if given and not acts:
-        notices.append(f"{', '.join(given)}: not used without {needed}")
-
-
-_DEFAULTS = {item.name: item.default for item in fields(TrainingConfig)}
-
-
-def _default(name: str) -> object:
-    return _DEFAULTS[name]
 
 
 def _installed(package: str) -> bool:

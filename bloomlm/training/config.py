@@ -3,7 +3,7 @@
 Plain values: what they do together is decided in checks.py, which fills in what depends on other flags.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +23,8 @@ class TrainingConfig:
     # fmt: off
     model_name_or_path: str = _flag("model", "bigscience/bloom-560m",
         "what to start from: builtin:tiny, a directory, or a hub name")
+    paddle_tokenization: bool = _flag("model", False,
+        "with vocab.json and merges.txt: cut words as PaddleNLP did, not as BLOOM")
 
     train_file: str | None = _flag("data", None,
         "examples to learn: .jsonl, .json or .csv with src/tgt, instruction/output, prompt/completion, ... in each row")
@@ -40,6 +42,9 @@ class TrainingConfig:
     num_train_epochs: float = _flag("training", 3.0, "passes through the examples; a fraction ends within one")
     max_steps: int = _flag("training", -1, "steps of the run; above 0 it wins over num_train_epochs")
     per_device_train_batch_size: int = _flag("training", 8, "examples computed at once in training")
+    max_tokens_per_batch: int | None = _flag("training", None,
+        "instead of a number of examples: as many as fit into so many tokens; an example longer than that goes alone")
+    packing: bool = _flag("training", True, "examples lie side by side without pads; always, as results are the same")
     gradient_accumulation_steps: int = _flag("training", 1,
         "batches that make up one step: the effect of so many times the batch size, for the memory of one")
     learning_rate: float = _flag("training", 5e-5, "the peak; try 1e-4 to 1e-3 with --lora, 1e-2 with --prefix")
@@ -65,6 +70,7 @@ class TrainingConfig:
     scale_loss: float = _flag("precision and memory", 32768.0, "with fp16: what the loss scale starts from")
     recompute: bool = _flag("precision and memory", False,
         "compute activations a second time instead of keeping them: about a third slower, far less memory")
+    torch_compile: bool = _flag("precision and memory", False, "on a GPU: let torch.compile join small operations")
 
     lora: bool = _flag("adapters", False, "train a LoRA adapter instead of the whole model")
     r: int = _flag("adapters", 4, "LoRA: rank of the update; more learns more and takes more room")
@@ -72,6 +78,8 @@ class TrainingConfig:
     lora_dropout: float = _flag("adapters", 0.0, "LoRA: probability that an input of the update is left out")
     target_modules: tuple[str, ...] = _flag("adapters", ("query_key_value",),
         "LoRA: layers that learn, some of query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
+    base_quantization: Literal["none", "int8"] = _flag("adapters", "none",
+        "LoRA: int8 keeps the weights that do not learn rounded to 8 bits, in a quarter of float32's memory")
     merge_weights: bool = _flag("adapters", False,
         "LoRA: also write the model with the adapter added in, to output_dir/merged")
     prefix_tuning: bool = _flag("adapters", False, "train virtual tokens instead of the model", aliases=("prefix",))
@@ -101,7 +109,11 @@ class TrainingConfig:
     output_dir: str = field(metadata={"section": "checkpoints", "help": "where everything the run makes is written"})
     overwrite_output_dir: bool = _flag("checkpoints", False, "start anew, removing what an earlier run left there")
     resume_from_checkpoint: str | None = _flag("checkpoints", None,
-        "a checkpoint-N directory to go on from  [default: the newest in output_dir, if there is one]")
+        "a checkpoint-N to go on from, PaddleNLP's too  [default: the newest in output_dir, if there is one]")
+    prefix_layout: Literal["old", "new"] | None = _flag("checkpoints", None,
+        "of a prefix in PaddleNLP's files: old to August 2023, new after it")
+    trained_tensor_parallel_degree: int | None = _flag("checkpoints", None,
+        "ranks that trained an adapter in PaddleNLP's files, where they do not tell")
     save_strategy: Literal["no", "steps", "epoch"] = _flag("checkpoints", "steps", "when to write checkpoint-N")
     save_steps: int = _flag("checkpoints", 500, "steps from one checkpoint to the next; the last step has one too")
     save_total_limit: int | None = _flag("checkpoints", None, "checkpoints to keep  [default: all]")
@@ -111,13 +123,42 @@ class TrainingConfig:
     greater_is_better: bool | None = _flag("checkpoints", None, "direction of that metric  [default: as its name says]")
     max_shard_size: str = _flag("checkpoints", "5GB", "largest weight file; a larger model is written in several")
 
-    tensor_parallel_degree: int = _flag("parallelism", -1, "processes a layer is split over; 1 or -1 here, one process")
-    pipeline_parallel_degree: int = _flag("parallelism", -1, "processes the blocks are spread over; 1 or -1 here")
-    sharding_parallel_degree: int = _flag("parallelism", -1, "processes the optimizer is spread over; 1 or -1 here")
-    sharding: str = _flag("parallelism", "", "stage1, stage2 or stage3 of it; empty here")
+    tensor_parallel_degree: int = _flag("parallelism", -1,
+        "processes that compute one copy of the model together, each a part of every layer  [default: 1]")
+    pipeline_parallel_degree: int = _flag("parallelism", -1,
+        "accepted for PaddleNLP's sake; 1 or -1: bloomlm does not spread blocks over processes")
+    sharding_parallel_degree: int = _flag("parallelism", -1,
+        "copies that share out what they hold among themselves  [default: all, with --sharding]")
+    sharding: Literal["", "stage1", "stage2", "stage3"] = _flag("parallelism", "",
+        "share out optimizer and gradients (stage2), and weights too (stage3)")
 
     logging_steps: int = _flag("reporting", 500, "steps from one line of metrics to the next")
     report_to: Literal["all", "tensorboard", "none"] = _flag("reporting", "all",
         "beside metrics.jsonl, which is always written; all: TensorBoard if it is installed")
+    profile: bool = _flag("reporting", False,
+        "write profile/ for steps 3 to 5: a Chrome trace and a table of the ten most costly operations")
     disable_tqdm: bool = _flag("reporting", False, "no progress bar, plain lines instead")
     # fmt: on
+
+
+_DEFAULTS = {item.name: item.default for item in fields(TrainingConfig)}
+
+
+def default_of(name: str) -> object:
+    """What a flag is where it is not given."""
+    return _DEFAULTS[name]
+
+
+def note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
+    """Note the flags that are given and do nothing.
+
+    Args:
+        config: as given.
+        notices: gets a line.
+        names: of flags that belong together.
+        acts: whether they do something.
+        needed: the flag without which they do not.
+    """
+    given = [f"--{name}" for name in names if getattr(config, name) != default_of(name)]
+    if given and not acts:
+        notices.append(f"{', '.join(given)}: not used without {needed}")

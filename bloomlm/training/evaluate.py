@@ -7,12 +7,14 @@ from typing import Any
 from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader, Examples
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.generation.answer_scores import score_generations
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.generation.decode import generate
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.data_parallel import reshard
+from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.loop import evaluate_loss
-from bloomlm.training.metrics import score_generations
 from bloomlm.training.precision import Precision
 
 
@@ -25,6 +27,7 @@ class Evaluator:
         examples: to evaluate on, at least one.
         config: batch size, lengths, decoding.
         precision: of the loss, as in training; answers are generated in the precision of the weights.
+        mesh: the ranks among which the model is divided, all of which must evaluate; each has the whole result.
     """
 
     def __init__(
@@ -34,19 +37,27 @@ class Evaluator:
         examples: Examples,
         config: TrainingConfig,
         precision: Precision,
+        mesh: Mesh = ALONE,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._examples = examples
         self._config = config
         self._precision = precision
+        self._mesh = mesh
 
     def run(self) -> dict[str, Any]:
         """The metrics of the whole set; names begin with eval_."""
         start = time.perf_counter()
         # One pass without shuffling; a loader is for one pass here.
-        batches = BatchLoader(self._examples, self._config.per_device_eval_batch_size, shuffle=False)
-        result = evaluate_loss(self._model, batches, self._precision)
+        batches = BatchLoader(
+            self._examples,
+            self._config.per_device_eval_batch_size,
+            shuffle=False,
+            dp_degree=self._mesh.degrees.dp,
+            dp_rank=self._mesh.dp_rank,
+        )
+        result = evaluate_loss(self._model, batches, self._precision, self._mesh)
         metrics: dict[str, Any] = {
             "eval_loss": result.loss,
             "eval_ppl": result.perplexity,
@@ -71,6 +82,7 @@ class Evaluator:
             prompts = [example.prompt_tokens.tolist() for example in examples[start : start + size]]
             results = generate(self._model, prompts, config, first_sequence=start)
             texts += [self._tokenizer.decode(result.tokens) for result in results]
+        reshard(self._model)
         return texts
 
 

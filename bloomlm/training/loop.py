@@ -20,6 +20,10 @@ from bloomlm.data.loader import Batch
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
+from bloomlm.parallel.data_parallel import reshard
+from bloomlm.parallel.launch import agreed
+from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.training.loss import score_tokens
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepResult, Totals, Trainer
@@ -127,7 +131,8 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
     """
     speed, run = _Stopwatch(), _Stopwatch()
     with sigterm_requests() as requests:
-        while trainer.step < config.max_steps and not requests:
+        stops = False
+        while trainer.step < config.max_steps and not stops:
             result = trainer.run_step()
             speed.add(result)
             run.add(result)
@@ -137,11 +142,12 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
                 trainer.window, speed = Totals(), _Stopwatch()
             if _due(trainer.step, config.eval_steps, config.max_steps):
                 callbacks.on_evaluate(trainer.step)
-            if requests or _due(trainer.step, config.save_steps, config.max_steps):
+            stops = agreed(bool(requests), trainer.mesh)
+            if stops or _due(trainer.step, config.save_steps, config.max_steps):
                 callbacks.on_save(trainer.step)
     return TrainResult(
         step=trainer.step,
-        interrupted=bool(requests) and trainer.step < config.max_steps,
+        interrupted=stops and trainer.step < config.max_steps,
         train_loss=trainer.totals.mean_loss,
         train_seconds=run.seconds,
         num_steps=run.steps,
@@ -168,13 +174,16 @@ class EvalResult:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate_loss(model: BloomForCausalLM, batches: Iterable[Batch], precision: Precision) -> EvalResult:
+def evaluate_loss(
+    model: BloomForCausalLM, batches: Iterable[Batch], precision: Precision, mesh: Mesh = ALONE
+) -> EvalResult:
     """Loss and token accuracy, each token counting once whatever batch it is in.
 
     Args:
         model: put into evaluation mode for the while.
         batches: at least one supervised token in all; an endless loader must be cut by the caller.
         precision: as in training.
+        mesh: the ranks; each data-parallel one has its own batches, as many as the others. All get the same result.
 
     Raises:
         TrainingError: no batch holds a token with a label.
@@ -188,11 +197,23 @@ def evaluate_loss(model: BloomForCausalLM, batches: Iterable[Batch], precision: 
         for batch in batches:
             on_device = batch.to(device)
             hidden = model.transformer(on_device.tokens, Documents.packed(batch.lengths))
-            score = score_tokens(hidden, model.transformer.word_embeddings.weight, on_device.labels)
+            embedding = model.transformer.word_embeddings
+            score = score_tokens(
+                hidden,
+                embedding.weight,
+                on_device.labels,
+                weight_scale=embedding.weight_scale,
+                ranks=tensor_parallel_group(model),
+            )
             loss += score.loss
             num_correct += score.num_correct
             num_supervised_tokens += batch.num_supervised_tokens
     model.train(was_training)
+    reshard(model)
+    if mesh.degrees.dp > 1:
+        sums = torch.stack([loss, num_correct.double(), loss.new_tensor(num_supervised_tokens)])
+        loss, num_correct, tokens = mesh.sum_over(sums, ("dp_replicate", "dp_shard"))
+        num_supervised_tokens = int(tokens)
     if num_supervised_tokens == 0:
         raise TrainingError("the evaluation examples have no token with a label; check the targets")
     return EvalResult(

@@ -4,10 +4,14 @@ The gradients are made in the forward pass, while a chunk's logits are at hand, 
 logits z, softmax p, label y and smoothing s, d loss / d z = p - (1 - s) onehot(y) - s / V, which replaces z in place;
 then d loss / d hidden = dz @ W and d loss / d W = dz.T @ hidden. A frozen head costs no weight gradient.
 
+Where tensor-parallel ranks share the vocabulary, each has the logits of its own tokens. Of a row they exchange its
+maximum, its sum of exponentials, its label's logit and (smoothing) its sum of logits, and at the end add up
+d loss / d hidden, chunk by chunk while the next one is computed; no rank ever has another's logits.
+
 Numerics: softmax, loss and the weight's gradient are fp32 (fp64 for fp64 inputs); under autocast and for half-precision
 inputs only the matrix products are in half. torch.nn.functional.cross_entropy on whole logits is the oracle.
 
-Shapes: M rows, C rows of a chunk, D hidden, V vocabulary.
+Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared).
 """
 
 from dataclasses import dataclass
@@ -17,7 +21,9 @@ import torch
 from torch import Tensor
 
 from bloomlm.data.loader import IGNORE_INDEX
-from bloomlm.model.linear import product, uses_onednn
+from bloomlm.generation.label_scores import score_labels
+from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
+from bloomlm.parallel.collectives import TensorParallelGroup
 
 MAX_CHUNK_BYTES = 256 * 2**20
 """Default size of a chunk's fp32 logits."""
@@ -44,9 +50,11 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    weight_scale: Tensor | None = None,
     scale: float = 1.0,
     label_smoothing: float = 0.0,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    ranks: TensorParallelGroup | None = None,
 ) -> Tensor:
     """scale times the SUM over labelled rows of the cross entropy of hidden @ weight.T.
 
@@ -54,25 +62,34 @@ def linear_cross_entropy(
         hidden: [M, D].
         weight: [V, D]; without requires_grad no gradient is computed for it.
         labels: [M] int64, IGNORE_INDEX where a row has none; such rows cost nothing.
+        weight_scale: [V] where the weight is int8 (see model/quantized.py).
         scale: factor of the loss, 1 / tokens of the step times the loss scale; costs nothing here, a pass over the
             weight's gradient when applied outside.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         max_chunk_bytes: size that a chunk's logits may take.
+        ranks: that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the same
+            on each, and so are the loss and hidden's gradient. None: the weight is whole.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
     """
     hidden, labels = _labelled(hidden, labels)
     if len(labels) == 0:
-        return hidden.sum() * 0.0  # part of the graph, as every loss
+        # part of the graph, as every loss, with a gradient wherever others have one
+        return (hidden.sum() + weight[:1].sum() if weight.requires_grad else hidden.sum()) * 0.0
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled()
+        hidden, weight, labels, weight_scale, scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled(), ranks
     )
     return loss
 
 
 def score_tokens(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, max_chunk_bytes: int = MAX_CHUNK_BYTES
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    ranks: TensorParallelGroup | None = None,
 ) -> TokenScore:
     """Cross entropy and hits for an evaluation; no gradients.
 
@@ -80,20 +97,12 @@ def score_tokens(
         hidden: [M, D].
         weight: [V, D].
         labels: [M] int64, IGNORE_INDEX where a row has none.
-        max_chunk_bytes: size that a chunk's logits may take.
+        weight_scale: [V] where the weight is int8.
+        ranks: that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
     """
-    with torch.no_grad():
-        hidden, labels = _labelled(hidden, labels)
-        head = _Head(hidden, weight, max_chunk_bytes)
-        loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
-        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        for rows in head.chunks():
-            z, target = head.logits(rows), labels[rows, None]
-            row_max, likeliest = z.max(dim=1, keepdim=True)
-            num_correct += (likeliest == target).sum()
-            label_z = z.gather(1, target) - row_max
-            loss += (_exp_and_sum(z, row_max).log() - label_z).sum()
-    return TokenScore(loss=loss, num_correct=num_correct)
+    hidden, labels = _labelled(hidden, labels)
+    scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, ranks=ranks)
+    return TokenScore(loss=-scores.log_probs.sum(), num_correct=scores.is_likeliest.sum())
 
 
 def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,15 +117,67 @@ def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
     return z.sub_(row_max).exp_().sum(dim=1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Where the labels of a chunk's rows are among this rank's tokens."""
+
+    column: Tensor
+    """[C, 1] int64; of labels that another rank has, some column or other."""
+    is_here: Tensor | None
+    """[C, 1] bool; None: all are."""
+
+    def pick(self, z: Tensor) -> Tensor:
+        """[C, V] -> [C, 1]: each label's element; 0 where another rank has it."""
+        picked = z.gather(1, self.column)
+        return picked if self.is_here is None else picked.masked_fill(~self.is_here, 0.0)
+
+    def add(self, z: Tensor, values: Tensor) -> None:
+        """Add values [C, 1] to each label's element of z [C, V]."""
+        z.scatter_add_(1, self.column, values if self.is_here is None else values * self.is_here)
+
+
+class _Vocabulary:
+    """The vocabulary of a head, of which this rank may have a part only."""
+
+    def __init__(self, num_tokens: int, ranks: TensorParallelGroup | None) -> None:
+        self.num_tokens = num_tokens
+        self.ranks = ranks
+        self.first = 0 if ranks is None else ranks.rank * num_tokens
+        self.size = num_tokens * (1 if ranks is None else ranks.degree)
+        """Of the whole."""
+
+    def locate(self, labels: Tensor) -> _Target:
+        """[C, 1] ids."""
+        if self.ranks is None:
+            return _Target(labels, None)
+        column = labels - self.first
+        is_here = (column >= 0) & (column < self.num_tokens)
+        return _Target(column.masked_fill(~is_here, 0), is_here)
+
+    def row_max(self, z: Tensor) -> Tensor:
+        """[C, V] -> [C, 1], over the whole vocabulary."""
+        own = z.amax(dim=1, keepdim=True)
+        return own if self.ranks is None else self.ranks.max(own)
+
+    def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Add up each of several [C, 1] over the ranks, in one exchange."""
+        if self.ranks is None:
+            return parts
+        return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)
+
+
 class _Head:
     """The head's matrix products over chunks of rows, in weights' or autocast's format; results in full precision."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, max_chunk_bytes: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, max_chunk_bytes: int, weight_scale: Tensor | None = None
+    ) -> None:
         device_type = hidden.device.type
         matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
         if torch.is_autocast_enabled(device_type):
             matmul_dtype = torch.get_autocast_dtype(device_type)
-        self.hidden, self.weight = hidden.to(matmul_dtype), weight.to(matmul_dtype)
+        self.hidden, self.weight_scale = hidden.to(matmul_dtype), weight_scale
+        self.weight = weight.to(matmul_dtype) if weight_scale is None else weight
         self.dtype = torch.promote_types(matmul_dtype, torch.float32)
         self.is_half = matmul_dtype != self.dtype
         self.headroom = FP16_HEADROOM if matmul_dtype is torch.float16 else 1.0
@@ -125,8 +186,8 @@ class _Head:
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
         self.uses_onednn = uses_onednn(self.hidden, self.weight)
-        # oneDNN makes its results anew; the others write into these
-        rows = 0 if self.uses_onednn else self.chunk_rows
+        # oneDNN and int8 make their results anew; the others write into these
+        rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
         self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
 
@@ -140,6 +201,8 @@ class _Head:
         hidden = self.hidden[rows]
         if self.uses_onednn:
             return product(hidden, self.weight)
+        if self.weight_scale is not None:
+            return int8_product(hidden, self.weight, self.weight_scale).to(self.dtype)
         z = self.z[: len(hidden)]
         torch.mm(hidden, self.weight.t(), out=self.half_z[: len(hidden)])
         return z.copy_(self.half_z[: len(hidden)]) if self.is_half else z
@@ -161,6 +224,11 @@ class _Head:
                 for part, z_part in zip(grad_weight.split(_BLOCK), z.split(_BLOCK, dim=1), strict=True):
                     update = product(z_part.t(), columns)
                     part.copy_(update) if first else part.add_(update)
+            return
+        if self.weight_scale is not None:
+            z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
+            gradient = int8_input_gradient(z, self.weight, self.weight_scale)
+            grad_hidden[rows] = gradient.mul_(scale / self.headroom)
             return
         if not self.is_half:
             # the row factor goes to the small side of each product
@@ -184,35 +252,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        weight_scale: Tensor | None,
         scale: float,
         label_smoothing: float,
         max_chunk_bytes: int,
         with_gradients: bool,
+        ranks: TensorParallelGroup | None,
     ) -> Tensor:
-        head = _Head(hidden, weight, max_chunk_bytes)
+        head = _Head(hidden, weight, max_chunk_bytes, weight_scale)
         ctx.dtypes = hidden.dtype, weight.dtype
         grad_hidden = grad_weight = None
         if with_gradients and any(ctx.needs_input_grad[:2]):
             grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
             grad_weight = weight.new_empty(weight.shape, dtype=head.dtype) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
-        smoothing_per_token = label_smoothing / len(weight)
+        vocabulary = _Vocabulary(len(weight), ranks)
+        smoothing_per_token = label_smoothing / vocabulary.size
+        ctx.pending = []
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.chunks():
-                z, target = head.logits(rows), labels[rows, None]
-                row_max = z.amax(dim=1, keepdim=True)
-                shifted_target = (1.0 - label_smoothing) * (z.gather(1, target) - row_max)
+                z, target = head.logits(rows), vocabulary.locate(labels[rows, None])
+                row_max = vocabulary.row_max(z)
+                sums = [target.pick(z), z.sum(dim=1, keepdim=True)] if label_smoothing else [target.pick(z)]
+                row_sum, label_z, *z_sum = vocabulary.sum(_exp_and_sum(z, row_max), *sums)
+                shifted_target = (1.0 - label_smoothing) * (label_z - row_max)
                 if label_smoothing:
-                    shifted_target += label_smoothing * (z.mean(dim=1, keepdim=True) - row_max)
-                row_sum = _exp_and_sum(z, row_max)
+                    shifted_target += label_smoothing * (z_sum[0] / vocabulary.size - row_max)
                 loss += (row_sum.log() - shifted_target).sum()
                 if grad_hidden is None:
                     continue
                 if label_smoothing:
                     z.sub_(row_sum * smoothing_per_token)
-                z.scatter_add_(1, target, row_sum * (label_smoothing - 1.0))
+                target.add(z, row_sum * (label_smoothing - 1.0))
                 head.add_gradients(rows, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight)
                 del z  # before the next chunk's is made
+                if ranks is not None:
+                    ctx.pending.append(ranks.begin_sum(grad_hidden[rows]))
         ctx.gradients = grad_hidden, grad_weight
         return loss * scale
 
@@ -222,6 +297,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, (None, None)
         if grad_hidden is None:
             raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
+        for work in ctx.pending:
+            work.wait()
         # scale is in the gradients already, so that a factor of 1 spares a pass over [V, D]
         if grad_output.device.type != "cpu" or float(grad_output) != 1.0:
             grad_hidden.mul_(grad_output)
@@ -229,4 +306,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.mul_(grad_output)
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_hidden = grad_hidden.to(hidden_dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_dtype), *[None] * 5
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_dtype), *[None] * 7

@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write, sync
+from bloomlm.checkpoint.paddle.optimizer import find_paddle_checkpoint
+from bloomlm.checkpoint.together import one_directory
 from bloomlm.checkpoint.training_state import (
     checkpoint_path,
     checkpoint_step,
@@ -26,6 +28,7 @@ from bloomlm.checkpoint.training_state import (
     newest_checkpoint,
 )
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -80,10 +83,12 @@ def prepare(config: TrainingConfig) -> Path | None:
         return None
     if config.resume_from_checkpoint is not None:
         return _chosen_checkpoint(Path(config.resume_from_checkpoint), output_dir)
-    checkpoint = newest_checkpoint(output_dir)
-    if checkpoint is None:
+    ours = newest_checkpoint(output_dir)
+    found = [*_paddle_checkpoints(output_dir), *([] if ours is None else [ours])]
+    if not found:
         _refuse_foreign(output_dir)
-    return checkpoint
+        return None
+    return max(found, key=checkpoint_step)
 
 
 def write_run_file(config: TrainingConfig) -> None:
@@ -118,7 +123,7 @@ def changed_flags(config: TrainingConfig) -> str | None:
     return "; ".join(changes) or None
 
 
-def install(output_dir: Path, write: Callable[[Path], None]) -> None:
+def install(output_dir: Path, write: Callable[[Path], None], mesh: Mesh = ALONE) -> None:
     """Put the final model's files into output_dir, beside what is there, each whole.
 
     They are written aside first, so a full disk leaves an older model there as it was.
@@ -126,13 +131,16 @@ def install(output_dir: Path, write: Callable[[Path], None]) -> None:
     Args:
         output_dir: of the run.
         write: fills a directory with the files.
+        mesh: the ranks, all of which must come here.
 
     Raises:
         CheckpointError: they cannot be written.
     """
     aside = output_dir / ".final"
-    with atomic_directory(aside) as directory:
+    with one_directory(atomic_directory(aside), mesh) as directory:
         write(directory)
+    if not mesh.is_main:
+        return
     try:
         new = {path.name for path in aside.iterdir()}
         # configuration last: once it is there, so are the weights
@@ -151,9 +159,14 @@ def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
     if not chosen.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {chosen}: no such directory; expected a checkpoint-N of a run")
     step = checkpoint_step(chosen)
-    damage = find_damage(chosen)
+    damage = None if find_paddle_checkpoint(chosen) else find_damage(chosen)
     if damage is not None:
         raise CheckpointError(f"--resume_from_checkpoint {chosen} is damaged: {damage}")
+    if theirs := [path.name for path in _paddle_checkpoints(output_dir) if checkpoint_step(path) > step]:
+        raise ConfigError(
+            f"--output_dir {output_dir} holds {', '.join(theirs)} of PaddleNLP's, which this run would come to and "
+            f"replace, going on from {chosen}; name another --output_dir"
+        )
     later = [path for path in complete_checkpoints(output_dir) if checkpoint_step(path) > step]
     if not later:
         return chosen
@@ -165,6 +178,12 @@ def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
         logger.warning("%s is removed, because the run goes back to %s", path, chosen)
         shutil.rmtree(path)
     return chosen
+
+
+def _paddle_checkpoints(output_dir: Path) -> list[Path]:
+    """PaddleNLP's checkpoint-N directories, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if find_paddle_checkpoint(path)), key=checkpoint_step)
 
 
 def _refuse_foreign(output_dir: Path) -> None:

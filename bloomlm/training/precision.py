@@ -126,6 +126,10 @@ class LearnedParameters:
         """The gradients that exist."""
         return [p.grad for p in self.optimized.values() if p.grad is not None]
 
+    def named_gradients(self) -> dict[str, Tensor]:
+        """The same by the name of their parameter."""
+        return {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
+
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""
         with torch.no_grad():

@@ -28,18 +28,28 @@ class Reporter:
         console: where progress is shown.
         show_bar: whether a terminal gets a bar instead of lines.
         use_tensorboard: whether event files are written to output_dir/runs.
+        writes_files: False on ranks whose numbers another one writes.
     """
 
     def __init__(
-        self, output_dir: Path, history: History, console: Console, *, show_bar: bool, use_tensorboard: bool
+        self,
+        output_dir: Path,
+        history: History,
+        console: Console,
+        *,
+        show_bar: bool,
+        use_tensorboard: bool,
+        writes_files: bool = True,
     ) -> None:
         self.output_dir = output_dir
         self.history = history
-        self._metrics = MetricsFile(output_dir / METRICS_FILE, step=history.global_step)
+        self._metrics = MetricsFile(output_dir / METRICS_FILE, step=history.global_step) if writes_files else None
         self._display = ProgressDisplay(
             console, max_steps=history.max_steps, step=history.global_step, show_bar=show_bar
         )
-        self._tensorboard = _open_tensorboard(output_dir, history.global_step) if use_tensorboard else None
+        self._tensorboard = None
+        if use_tensorboard and writes_files:
+            self._tensorboard = _open_tensorboard(output_dir, history.global_step)
 
     def on_step(self, result: StepResult) -> None:
         """Note a step; one that left the weights as they were has a line of its own."""
@@ -84,13 +94,15 @@ class Reporter:
     def close(self) -> None:
         """End what is shown and close the files; may be called twice."""
         self._display.stop()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
 
     def _add(self, entry: Entry) -> None:
-        self._metrics.write(entry)
+        if self._metrics is not None:
+            self._metrics.write(entry)
         self.history.log_history.append(plain(entry))
 
     def _add_scalars(self, group: str, entry: Entry) -> None:

@@ -22,6 +22,10 @@ from bloomlm.data.loader import Batch
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
+from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
+from bloomlm.parallel.gather import global_tensor
+from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.training.loss import linear_cross_entropy
 from bloomlm.training.optimizer import (
     AdamWConfig,
@@ -136,6 +140,7 @@ class Trainer:
         schedule: learning rate of each step.
         precision: number formats.
         config: what makes an update out of gradients.
+        mesh: the ranks among which model, batches or both are divided already; all of them make every call.
 
     Raises:
         TrainingError: nothing in the model learns.
@@ -150,8 +155,10 @@ class Trainer:
         schedule: Schedule,
         precision: Precision,
         config: StepConfig,
+        mesh: Mesh = ALONE,
     ) -> None:
         self.model = model
+        self.mesh = mesh
         self.batches = batches
         self.schedule = schedule
         self.precision = precision
@@ -188,10 +195,10 @@ class Trainer:
         """
         start = time.perf_counter()
         microbatches = self._next_microbatches()
-        num_supervised_tokens = sum(batch.num_supervised_tokens for batch in microbatches)
+        num_tokens, num_supervised_tokens = self._count_tokens(microbatches)
         if num_supervised_tokens == 0:
             raise TrainingError(f"step {self.step + 1}: its examples have no token to learn; check the targets")
-        torch.manual_seed(step_seed(self.config.seed, self.step))
+        torch.manual_seed(step_seed(self.config.seed, self.step, self.mesh.dp_rank))
         learning_rate = self.schedule(self.step)
         loss, grad_norm = self._accumulate_gradients(microbatches, num_supervised_tokens)
         self.step += 1
@@ -205,7 +212,7 @@ class Trainer:
             loss=loss,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            num_tokens=sum(len(batch.tokens) for batch in microbatches),
+            num_tokens=num_tokens,
             num_supervised_tokens=num_supervised_tokens,
             skipped=skipped,
             step_seconds=time.perf_counter() - start,
@@ -220,10 +227,15 @@ class Trainer:
         Returns:
             Tensors by name, sharing the run's memory, and values for JSON.
         """
-        tensors = optimizer_tensors(self.optimizer, self.learned.optimized)
+        tensors = {
+            key: value if value.dim() == 0 else global_tensor(name, value, self.mesh)
+            for name, parameter in self.learned.optimized.items()
+            for key, value in optimizer_tensors(self.optimizer, {name: parameter}).items()
+        }
         tensors["random_state"] = torch.get_rng_state()
         if self._saves_learned:
-            tensors |= {f"learned/{name}": p.detach() for name, p in self.learned.optimized.items()}
+            learned = self.learned.optimized.items()
+            tensors |= {f"learned/{name}": global_tensor(name, p.detach(), self.mesh) for name, p in learned}
         values = {
             "step": self.step,
             "seed": self.config.seed,
@@ -276,6 +288,16 @@ class Trainer:
                 self._epoch = iter(self.batches)
         return microbatches
 
+    def _count_tokens(self, microbatches: list[Batch]) -> tuple[int, int]:
+        """Tokens of the step, and those of them with a label, over all data-parallel ranks."""
+        with_label = sum(batch.num_supervised_tokens for batch in microbatches)
+        total = sum(len(batch.tokens) for batch in microbatches if batch.num_supervised_tokens)
+        if self.mesh.degrees.dp == 1:
+            return sum(len(batch.tokens) for batch in microbatches), with_label
+        counts = torch.tensor([total, with_label], device=self.device)
+        total, with_label = self.mesh.sum_over(counts, ("dp_replicate", "dp_shard")).tolist()
+        return total, with_label
+
     def _accumulate_gradients(self, microbatches: list[Batch], num_supervised_tokens: int) -> tuple[float, float]:
         """Leave the gradients of the step's loss, times the loss scale; give loss and gradient norm without it."""
         self.model.train()
@@ -291,7 +313,9 @@ class Trainer:
             )
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.get_total_norm(self.learned.gradients())
+        self.mesh.sum_over(total, ("dp_replicate", "dp_shard"))
+        add_up_gradients(self.learned.gradients(), self.mesh)
+        norm = global_norm(self.learned.named_gradients(), self.mesh)
         loss_and_norm: tuple[float, float] = tuple((torch.stack([total, norm.to(total)]) / loss_scale).tolist())
         return loss_and_norm
 
@@ -344,13 +368,21 @@ def batch_loss(
     """
     with precision.autocast(batch.tokens.device.type):
         hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
-        weight = model.transformer.word_embeddings.weight
-        return linear_cross_entropy(hidden, weight, batch.labels, scale=scale, label_smoothing=label_smoothing)
+        embedding = model.transformer.word_embeddings
+        return linear_cross_entropy(
+            hidden,
+            embedding.weight,
+            batch.labels,
+            weight_scale=embedding.weight_scale,
+            scale=scale,
+            label_smoothing=label_smoothing,
+            ranks=tensor_parallel_group(model),
+        )
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of the randomness of update number step, counted from 0."""
-    return (seed * 1_000_003 + step) % 2**63
+def step_seed(seed: int, step: int, dp_rank: int = 0) -> int:
+    """Seed of the randomness of update number step, counted from 0, on a data-parallel rank."""
+    return (seed * 1_000_003 + step + dp_rank * 0x9E3779B1) % 2**63
 
 
 def steps_per_epoch(batches_per_epoch: int, gradient_accumulation_steps: int) -> int:

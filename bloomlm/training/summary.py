@@ -1,5 +1,6 @@
 """The last thing a run shows: its numbers, where everything lies, and the commands to try next."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.gather import own_bounds, whole_shape
+from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.profile import PROFILE_DIRECTORY
 from bloomlm.training.progress import duration, size
 
 _LONGEST_PROMPT = 100
@@ -23,6 +28,7 @@ _EVAL_NAMES = {
     "eval_rouge2": "ROUGE-2",
     "eval_rougeL": "ROUGE-L",
     "eval_bleu4": "BLEU-4 (0 to 100)",
+    "eval_chrf": "chrF (0 to 100)",
 }
 
 
@@ -46,6 +52,31 @@ class FinetuneResult:
     """The model with its adapter added in; None unless merge_weights."""
     picture_path: Path | None
     """loss.png; None where it could not be drawn."""
+
+
+def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
+    """How many parameters there are, how many of them learn, and what each rank has of them."""
+    sizes = {name: math.prod(whole_shape(name, p, mesh)) for name, p in model.named_parameters()}
+    total, learned = sum(sizes.values()), sum(sizes[n] for n, p in model.named_parameters() if p.requires_grad)
+    line = f"model: {total:,} parameters, {learned:,} ({learned / total:.2%}) of them learn"
+    if mesh.is_alone:
+        return line
+    own = sum(math.prod(stop - start for start, stop in own_bounds(n, p, mesh)) for n, p in model.named_parameters())
+    return f"{line}; {mesh.degrees} have {own / total:.1%} of them each"
+
+
+def run_title(config: TrainingConfig) -> str:
+    """What learns what, for the picture of the run."""
+    data = config.dataset_name_or_path or Path(config.train_file or "").name
+    how = "whole model"
+    if config.lora:
+        how = f"LoRA, r {config.r}"
+    elif config.prefix_tuning:
+        how = f"{config.num_prefix_tokens} prefix tokens"
+    if config.label_smoothing:
+        how += f", label smoothing {config.label_smoothing:g} in training"
+    name = config.model_name_or_path
+    return f"{name if ':' in name else '/'.join(Path(name).parts[-2:])} on {data} ({how})"
 
 
 def print_summary(
@@ -114,7 +145,12 @@ def _train_rows(config: TrainingConfig, outcome: FinetuneResult) -> dict[str, st
     if metrics["train_runtime"] > 0:
         speed = f"{metrics['train_tokens_per_second']:,.0f} tokens/s"
         rows["time in steps"] = f"{duration(metrics['train_runtime'])} ({speed})"
-    return {**rows, "peak memory": size(metrics["peak_memory_bytes"])}
+        peak = f"{metrics['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        rows["utilisation"] = f"{metrics['model_flops_utilisation']:.0%} of the {peak} that matrix products reach here"
+    if metrics["padding_avoided"] > 0:
+        rows["padding avoided"] = f"{metrics['padding_avoided']:.0%} of what padded batches would compute"
+    kinds = ", ".join(f"{name} {size(count)}" for name, count in metrics["memory_bytes"].items())
+    return {**rows, "peak memory": f"{size(metrics['peak_memory_bytes'])} ({kinds})"}
 
 
 def _eval_rows(metrics: Mapping[str, Any] | None) -> dict[str, str]:
@@ -134,6 +170,8 @@ def _files(config: TrainingConfig, outcome: FinetuneResult) -> dict[str, Path]:
         if outcome.picture_path is not None:
             files["loss picture"] = outcome.picture_path
         files["metrics by step"] = output_dir / "metrics.jsonl"
+        if config.profile:
+            files["profile"] = output_dir / PROFILE_DIRECTORY
     if config.generate_num > 0:
         files["answers"] = output_dir / "infer_result.json"
     files["results"] = output_dir / "all_results.json"

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.paddle.adapter import install_paddle_adapter, read_paddle_adapter, resume_paddle_adapter
+from bloomlm.checkpoint.paddle.adapter import install_paddle_adapter, read_paddle_adapter
 from bloomlm.checkpoint.paddle.model import find_paddle, open_paddle
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.checkpoint.reader import read_config, read_into_model
 from bloomlm.data.paddle_tokenizer import build_tokenizer_json
 from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
+from bloomlm.generation.config import GenerationConfig
+from bloomlm.generation.decode import generate
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import FIXTURES, needs_fixtures
+from tests.paddle_files import FIXTURES, needs_fixtures, resume_paddle_adapter
 
 pytestmark = needs_fixtures
 TOLERANCE = 5e-5
@@ -50,25 +52,30 @@ def difference(model: BloomForCausalLM, ids_name: str, reference_name: str) -> f
     return float(np.abs(logits - read_array(reference_name))[mask.bool().numpy()].max())
 
 
-@pytest.mark.parametrize(
-    ("directory", "reference"),
-    [
-        (BASE, f"{REF}/A_logits_{{}}.npy"),
-        (BASE, f"{REF}/B_logits_{{}}.npy"),
-        (f"{BASE}_div", "ref/bloom_h64_l3_a4_div/A_logits_{}.npy"),
-        (f"{BASE}_p261", f"{REF}/p261_logits_{{}}.npy"),
-        (f"{BASE}_p261_sharded", f"{REF}/p261_logits_{{}}.npy"),
-        (f"{TP}/shards", f"{TP}/ref_logits_{{}}.npy"),
-        (f"{TP}/merged", f"{TP}/ref_logits_{{}}.npy"),
-        ("autodist/bloom_h64_l3_a4_tp2_structured", f"{TP}/ref_logits_{{}}.npy"),
-        ("autodist/bloom_h64_l3_a4_tp2_static_names", f"{TP}/ref_logits_{{}}.npy"),
-    ],
-)
+MODELS = [
+    (BASE, f"{REF}/A_logits_{{}}.npy"),
+    (BASE, f"{REF}/B_logits_{{}}.npy"),
+    (f"{BASE}_div", "ref/bloom_h64_l3_a4_div/A_logits_{}.npy"),
+    (f"{BASE}_p261", f"{REF}/p261_logits_{{}}.npy"),
+    (f"{BASE}_p261_sharded", f"{REF}/p261_logits_{{}}.npy"),
+    (f"{TP}/shards", f"{TP}/ref_logits_{{}}.npy"),
+    (f"{TP}/merged", f"{TP}/ref_logits_{{}}.npy"),
+    ("autodist/bloom_h64_l3_a4_tp2_structured", f"{TP}/ref_logits_{{}}.npy"),
+    ("autodist/bloom_h64_l3_a4_tp2_static_names", f"{TP}/ref_logits_{{}}.npy"),
+]
+
+
+@pytest.mark.parametrize(("directory", "reference"), MODELS)
 def test_models(directory: str, reference: str) -> None:
     model = load_base(directory)
     ids = "ref/bloom_h64_l3_a4_div" if "div" in directory else REF
     checked = 0
-    for ids_name, kind in (("ids", "nomask"), ("ids_left", "left_mask"), ("ids_right", "right_mask")):
+    for ids_name, kind in (
+        ("ids", "nomask"),
+        ("ids_left", "left_mask"),
+        ("ids_left", "left_nomask"),
+        ("ids_right", "right_mask"),
+    ):
         if (FIXTURES / reference.format(kind)).is_file():
             assert difference(model, f"{ids}/{ids_name}.npy", reference.format(kind)) < TOLERANCE
             checked += 1
@@ -110,8 +117,45 @@ def test_adapters(base: str, directory: str, reference: str, options: dict[str, 
         model = load_base(base)
         install(model, read_paddle_adapter(FIXTURES / directory, model.config, **options))
         assert difference(model, f"{REF}/ids.npy", reference.format("nomask")) < TOLERANCE
-        if (FIXTURES / reference.format("left_mask")).is_file():
-            assert difference(model, f"{REF}/ids_left.npy", reference.format("left_mask")) < TOLERANCE
+        for ids_name, kind in (
+            ("ids_left", "left_mask"),
+            ("ids", "nomask_evalmode"),  # with the update added into the weights
+            ("ids", "nomask_reloaded"),
+        ):
+            if (FIXTURES / reference.format(kind)).is_file():
+                assert difference(model, f"{REF}/{ids_name}.npy", reference.format(kind)) < TOLERANCE
+
+
+GREEDY = [
+    *((BASE, None, f"{REF}/{tag}_gen_{{}}_greedy_ids.npy") for tag in ("A", "B", "p261")),
+    (f"{BASE}_div", None, "ref/bloom_h64_l3_a4_div/A_gen_{}_greedy_ids.npy"),
+    *((base, directory, f"{directory}/ref_gen_{{}}_ids.npy") for base, directory, _, _ in ADAPTERS if base == BASE),
+]
+
+
+@pytest.mark.parametrize(("base", "adapter", "reference"), GREEDY, ids=[str(row[1:]) for row in GREEDY])
+def test_greedy_continuations(base: str, adapter: str | None, reference: str) -> None:
+    model = load_base(base)
+    if adapter is not None:
+        options = {"prefix_layout": PrefixLayout.NEW} if "prefix/" in adapter and "p261" in adapter else {}
+        install_paddle_adapter(model, read_paddle_adapter(FIXTURES / adapter, model.config, **options))
+    checked = 0
+    for kind, ids_name in (("left", "ids_left"), ("plain", "ids")):
+        if (FIXTURES / reference.format(kind)).is_file():
+            rows = read_array(f"{base.replace('models', 'ref')}/{ids_name}.npy")
+            expected = read_array(reference.format(kind))
+            config = GenerationConfig(max_new_tokens=expected.shape[1])
+            found = generate(model, [[int(i) for i in row if i != PAD] for row in rows], config)
+            assert [result.tokens for result in found] == [[i for i in row if i != PAD] for row in expected.tolist()]
+            checked += 1
+    assert checked
+
+
+def test_no_fixture_is_left_out() -> None:
+    """Every directory with weights is read above, but for the checkpoints, which test_paddle_finetune.py goes on from."""
+    read = {directory for directory, _ in MODELS} | {directory for _, directory, _, _ in ADAPTERS}
+    there = {path.parent.relative_to(FIXTURES).as_posix() for path in FIXTURES.rglob("*.pdparams")}
+    assert {directory for directory in there if not directory.startswith("checkpoints/")} == read
 
 
 @pytest.mark.parametrize("name", ["A_qkv_TFT", "M_qkv_TFT_headdim", "B_qkv_mergeTrue"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bloomlm
-from bloomlm.errors import AdapterError, CheckpointError
+from bloomlm.errors import AdapterError, CheckpointError, ConfigError
 
 FIXTURES = Path(__file__).parents[2].parent / "shared" / "fixtures" / "paddlenlp"
 pytestmark = pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs the files that PaddleNLP wrote, in ../shared")
@@ -56,3 +56,6 @@ def test_how_to_read_paddle_files_is_refused_for_others(tmp_path: Path) -> None:
         bloomlm.load("builtin:tiny", paddle_tokenization=True)
     with pytest.raises(AdapterError, match="trained_tensor_parallel_degree"):
         bloomlm.load("builtin:tiny", lora_path=tmp_path, trained_tensor_parallel_degree=2)
+    for option in ({"prefix_layout": "old"}, {"trained_tensor_parallel_degree": 2}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(option))} says how to read an adapter; give lora_path"):
+            bloomlm.load("builtin:tiny", **option)

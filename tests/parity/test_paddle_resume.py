@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.adapters.apply import FullTuning, apply_adapter
-from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter, resume_paddle_adapter
+from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
 from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import FIXTURES, needs_fixtures
+from tests.paddle_files import FIXTURES, needs_fixtures, resume_paddle_adapter
 from tests.parity.test_paddle_fixtures import BASE, PAD, load_base
 
 pytestmark = needs_fixtures
@@ -72,7 +72,7 @@ def build_adamw(model: BloomForCausalLM, state: PaddleTrainingState | None) -> t
         assert state.exp_avg.keys() == trained.keys()
         for name, parameter in trained.items():
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.updates)),
                 "exp_avg": state.exp_avg[name].read().contiguous(),
                 "exp_avg_sq": state.exp_avg_sq[name].read().contiguous(),
             }
@@ -112,7 +112,7 @@ def test_full_training_ends_in_the_checkpoint() -> None:
     assert max(replay(model, optimizer, "A_full", range(4))) < 5e-5
     directory = FIXTURES / CHECKPOINTS.format("", 4)
     state = read_paddle_training_state(directory, model.config)
-    assert (state.step, state.learning_rate) == (4, pytest.approx(learning_rate(4)))
+    assert (state.updates, state.learning_rate) == (4, pytest.approx(learning_rate(4)))
     for key, expected in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
         tensors = {name: tensor.read() for name, tensor in expected.items()}
         assert largest_difference(adam_tensors(model, optimizer, key), tensors) < 1e-6
@@ -132,7 +132,7 @@ def resume(kind: str, step: int) -> tuple[BloomForCausalLM, PaddleTrainingState]
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_adapter_training_goes_on_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, state = resume(kind, 2)
-    assert (state.step, state.learning_rate) == (2, pytest.approx(learning_rate(2)))
+    assert (state.updates, state.learning_rate) == (2, pytest.approx(learning_rate(2)))
     optimizer = build_adamw(model, state)
     with paddles_frozen_layer_norm(monkeypatch):
         assert max(replay(model, optimizer, f"A_{kind}", range(2, 4))) < 5e-6

@@ -79,6 +79,8 @@ LORA = {
         "rank_pattern": {"h.1.self_attention.dense": 2, "query_key_value": 5},
         "alpha_pattern": {r"h\.[02]\.self_attention.dense": 3, "^transformer.h.1.self_attention.query_key_value": 11},
     },
+    "biases of its layers": {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["dense_h_to_4h"], "bias": "all"},
     "patterns and rslora": {"target_modules": ["dense"], "rank_pattern": {"dense": 9}, "use_rslora": True},
 }
 
@@ -155,6 +157,15 @@ def test_old_adapter_files_in_pickle(base: Path, tmp_path: Path) -> None:
     assert_equal_logits(ours, theirs)
 
 
+def test_biases_that_an_old_peft_did_not_save(base: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["dense"], bias="lora_only")
+    write_theirs(base, tmp_path, config)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "bias" not in n}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="bias is 'lora_only', and its weights hold no biases"):
+        load_adapter(load_model(base), tmp_path)
+
+
 def test_fp32_adapter_on_a_bf16_model_keeps_its_precision(base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
     theirs = write_theirs(base, tmp_path / "adapter", config, torch.bfloat16)
@@ -166,7 +177,6 @@ def test_fp32_adapter_on_a_bf16_model_keeps_its_precision(base: Path, tmp_path: 
 
 REFUSED = {
     "use_dora": {"use_dora": True},
-    "bias": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": ["ln_f"]},
     "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "h"},
     "exclude_modules": {"exclude_modules": ["dense"]},

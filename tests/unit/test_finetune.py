@@ -18,12 +18,12 @@ from bloomlm.cli.finetune import command
 from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import collate
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.generation.answer_scores import score_generations
 from bloomlm.training.build import build_trainer, load_to_train
 from bloomlm.training.checkpoints import CheckpointWriter
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
 from bloomlm.training.loop import evaluate_loss
-from bloomlm.training.metrics import score_generations
 from bloomlm.training.optimizer import build_schedule
 from bloomlm.training.precision import Precision, precision_from_flags
 from bloomlm.training.report import Reporter
@@ -308,6 +308,40 @@ def test_the_merged_model_speaks_like_model_and_adapter(material: Path, tmp_path
     assert (merged.model(ids) - base).abs().max() > 1e-3
 
 
+def test_an_adapter_learned_on_an_int8_base_goes_on_serves_and_merges_with_the_plain_one(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options: dict[str, Any] = {"lora": True, "r": 3, "base_quantization": "int8", "merge_weights": True}
+    result = finetune(flags(material, whole, **options))
+    saved = CheckpointWriter.save
+
+    def crash(self: CheckpointWriter, step: int) -> None:
+        saved(self, step)
+        if step == 4:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "save", crash)
+        with pytest.raises(Crash):
+            finetune(flags(material, broken, **options))
+    finetune(flags(material, broken, **options))
+    assert_same_file(broken / "adapter_model.safetensors", whole / "adapter_model.safetensors")
+    assert reproducible(metrics(broken)) == reproducible(metrics(whole))
+
+    loaded = bloomlm.load(material / "model", lora_path=whole)
+    examples = load_examples(material / "dev.jsonl", loaded.tokenizer, src_length=512, tgt_length=8)
+    plain = evaluate_loss(loaded.model, [collate(list(examples))], Precision())
+    assert result.eval_metrics is not None and result.merged_path == whole / "merged"
+    assert plain.loss != result.eval_metrics["eval_loss"]
+    assert plain.loss == pytest.approx(result.eval_metrics["eval_loss"], rel=0.01)
+    merged = bloomlm.load(result.merged_path).model
+    ids = torch.tensor([loaded.tokenizer.encode("the cat sat")])
+    torch.testing.assert_close(merged(ids), loaded.model(ids), rtol=1e-5, atol=1e-5)
+    untouched = dict(bloomlm.load(material / "model").model.named_parameters())
+    assert torch.equal(merged.transformer.word_embeddings.weight, untouched["transformer.word_embeddings.weight"])
+
+
 def test_the_run_file_repeats_the_run(material: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     options: dict[str, Any] = {"lora": True, "lora_dropout": 0.2, "label_smoothing": 0.1, "warmup_ratio": 0.5}
@@ -456,3 +490,14 @@ def test_python_api_runs_the_same(material: Path, tmp_path: Path) -> None:
     finetune(flags(material, tmp_path / "direct", lora=True))
     name = "adapter_model.safetensors"
     assert_same_file(tmp_path / "api" / name, tmp_path / "direct" / name)
+
+
+def test_batches_by_tokens_and_profile(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = finetune(flags(material, out, max_steps=-1, num_train_epochs=2.0, max_tokens_per_batch=40, profile=True))
+    assert result.train_metrics is not None
+    # 15 examples of at most 24 positions, so 32 places: one or two of them fit into a batch
+    assert 2 * 8 <= result.step <= 2 * 15
+    assert {path.name for path in (out / "profile").iterdir()} == {"trace.json", "operations.txt"}
+    assert 0 < result.train_metrics["model_flops_utilisation"] < 1
+    assert result.train_metrics["memory_bytes"]["weights"] > 0

@@ -8,20 +8,29 @@ import pytest
 import torch
 from torch import nn
 
-from bloomlm.adapters.apply import adapter_config, merge_adapter
+from bloomlm.adapters.apply import adapter_config, apply_adapter, merge_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.adapter import load_adapter as load_any_adapter
 from bloomlm.checkpoint.paddle.adapter import (
     find_paddle_adapter,
     install_paddle_adapter,
     read_paddle_adapter,
-    resume_paddle_adapter,
 )
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
 from bloomlm.checkpoint.peft import load_adapter, save_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import CONFIG, State, logits, make_model, random_arrays, write, write_json
+from tests.paddle_files import (
+    CONFIG,
+    State,
+    logits,
+    make_model,
+    random_arrays,
+    resume_paddle_adapter,
+    write,
+    write_json,
+)
 
 D, L, H, K = CONFIG.hidden_size, CONFIG.n_layer, CONFIG.n_head, CONFIG.head_dim
 QKV = "bloom.h.{}.self_attention.query_key_value"
@@ -213,10 +222,26 @@ def test_trained_biases_and_modules(tmp_path: Path) -> None:
     model = make_model()
     install_paddle_adapter(model, read_paddle_adapter(tmp_path, CONFIG))
     torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-4)
-    assert not model.get_parameter(bias.replace("bloom.", "transformer.")).requires_grad
+    for install in INSTALLS:
+        model = make_model()
+        install(model, read_paddle_adapter(tmp_path, CONFIG))
+        learned = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+        assert learned == {name.replace("bloom.", "transformer.") for name in more}
+    with pytest.raises(AdapterError, match=r"PEFT's files cannot hold transformer\.ln_f\.weight.*merge it"):
+        save_adapter(model, tmp_path, "base")
+    del more[norm]
+    write_lora(tmp_path, state | more, target_modules=[".*dense.*", ".*query_key_value"], trainable_bias="lora")
+    expected = logits(make_model(), change)
     model = make_model()
-    resume_paddle_adapter(model, read_paddle_adapter(tmp_path, CONFIG))
-    assert model.get_parameter(bias.replace("bloom.", "transformer.")).requires_grad
+    install_paddle_adapter(model, read_paddle_adapter(tmp_path, CONFIG))
+    save_adapter(model, tmp_path, "base")
+    again = make_model()
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(logits(again), expected, atol=2e-4, rtol=1e-4)
+    half = make_model().bfloat16()
+    load_adapter(half, tmp_path)
+    assert half.get_parameter(bias.replace("bloom.", "transformer.")).dtype == torch.bfloat16
+    assert torch.isfinite(logits(half)).all()
 
 
 def test_slots_by_target_module(tmp_path: Path) -> None:
@@ -271,6 +296,8 @@ def test_resumed_era_a_trains_its_blocks_only(tmp_path: Path) -> None:
         ({"enable_lora_list": [[True], [True]]}, "does not go with target_modules"),
         ({"enable_lora_list": [[True, True, True]], "target_modules": ["dense"]}, "matches none of target_modules"),
         ({"enable_lora_list": [["yes"]]}, "expected true and false values"),
+        ({"enable_lora_list": [[True, True, True]], "target_modules": ["(x"]}, "are no regular expressions"),
+        ({"enable_lora_list": [[True, True, True]], "target_modules": [5]}, "are no regular expressions"),
     ],
 )
 def test_loras_that_make_no_sense(tmp_path: Path, config: dict[str, Any], message: str) -> None:
@@ -392,6 +419,70 @@ def test_projection_survives_the_new_layout_only(tmp_path: Path) -> None:
                 "transform.2.bias",
             )
         }
+
+
+@pytest.mark.parametrize("kind", ["lora", "old prefix", "new prefix"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """What an O2 run keeps: the same as the rounded numbers in fp32."""
+    exact = lora_arrays(2) if kind == "lora" else prefix_state(True)
+    rounded = {name: torch.from_numpy(array).to(dtype) for name, array in exact.items()}
+    bits = torch.uint16 if dtype is torch.bfloat16 else dtype
+    halves = {name: tensor.view(bits).numpy() for name, tensor in rounded.items()}
+    options: dict[str, Any] = {} if kind == "lora" else {"prefix_layout": PrefixLayout(kind.split()[0])}
+    found = []
+    for directory, state in (
+        (tmp_path / "half", halves),
+        (tmp_path / "fp32", {n: t.float().numpy() for n, t in rounded.items()}),
+    ):
+        if kind == "lora":
+            write_lora(directory, names_of(state), enable_lora_list=[SLOTS[0]])
+        else:
+            write_json(directory / "prefix_config.json", prefix_config(prefix_projection=True))
+            write(directory / "prefix_model_state.pdparams", names_of(state))
+        for install in INSTALLS:
+            model = make_model()
+            install(model, read_paddle_adapter(directory, CONFIG, **options))
+            found.append(logits(model))
+    # an old prefix is computed in fp32 and rounded once more
+    tolerance = 3e-2 if kind == "old prefix" and dtype is torch.bfloat16 else 5e-3 if kind == "old prefix" else 1e-5
+    for other in found[1:]:
+        assert (found[0] - other).abs().max() < tolerance * found[0].abs().max()
+
+
+def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
+    state, _ = plain_state()
+    write_lora(tmp_path, state, target_modules=[".*query_key_value.*", ".*dense.*"])
+    save_adapter(with_prefix := make_model_with_prefix(), tmp_path, "base")
+    model = make_model()
+    with pytest.warns(UserWarning, match="PEFT's is read, the other is not"):
+        load_any_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(with_prefix))
+    with pytest.warns(UserWarning), pytest.raises(AdapterError, match="is not read as an adapter in PaddleNLP's files"):
+        load_any_adapter(make_model(), tmp_path, trained_tensor_parallel_degree=2)
+
+
+def make_model_with_prefix() -> BloomForCausalLM:
+    model = make_model()
+    apply_adapter(model, PrefixConfig(num_prefix_tokens=3), torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("layout", list(PrefixLayout))
+def test_a_prefix_that_learned_on_is_saved_as_what_it_gives(tmp_path: Path, layout: PrefixLayout) -> None:
+    """PaddleNLP's own encoder gives its columns another order than PEFT's, so its projection is of no use there."""
+    write_json(tmp_path / "prefix_config.json", prefix_config(prefix_projection=True))
+    write(tmp_path / "prefix_model_state.pdparams", names_of(prefix_state(True)))
+    model = make_model()
+    resume_paddle_adapter(model, read_paddle_adapter(tmp_path, CONFIG, prefix_layout=layout))
+    saved = tmp_path / "peft"
+    saved.mkdir()
+    save_adapter(model, saved, "base")
+    again = make_model()
+    load_adapter(again, saved)
+    torch.testing.assert_close(logits(again), logits(model))
+    config = adapter_config(again)
+    assert isinstance(config, PrefixConfig) and not config.prefix_projection
 
 
 def test_prefix_layout_is_detected_or_asked_for(tmp_path: Path) -> None:

@@ -152,7 +152,35 @@ def test_tensor_parallel_ranks(tmp_path: Path, file_name: str, degree: int) -> N
     assert_reads_model(tmp_path)
 
 
-@pytest.mark.parametrize(("degree", "n_layer"), [(1, 1), (2, 5), (8, 12)])
+def halved(state: State, dtype: torch.dtype) -> State:
+    """As Paddle keeps it; numpy has no bfloat16, so its bits stand in uint16."""
+    tensors = {name: torch.from_numpy(array).to(dtype) for name, array in state.items()}
+    bits = torch.uint16 if dtype is torch.bfloat16 else dtype
+    return {name: tensor.view(bits).numpy() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n_head", "degree", "file_name"),
+    [
+        (12, 1, "model_state.pdparams"),
+        (12, 3, "model_state.tp{:02d}.pdparams"),
+        (24, 8, "auto_dist{}.pdparams"),
+        (5, 5, "splits_mp_{0:02d}_sharding_00/model_state_mp_{0:02d}.pdparams"),
+    ],
+)
+def test_half_precision_and_other_head_counts(
+    tmp_path: Path, n_head: int, degree: int, file_name: str, dtype: torch.dtype
+) -> None:
+    config = BloomConfig(vocab_size=120, hidden_size=4 * n_head, n_layer=3, n_head=n_head)
+    model = make_model(config).to(dtype)
+    state = halved(paddle_state(make_model(config)), dtype)
+    head = {"lm_head.decoder_weight": state[EMBEDDING]}
+    write_ranks(tmp_path, file_name, degree, state | head)
+    assert_reads_model(tmp_path, config, model)
+
+
+@pytest.mark.parametrize(("degree", "n_layer"), [(1, 1), (2, 5), (8, 70)])
 def test_auto_dist_with_variable_names(tmp_path: Path, degree: int, n_layer: int) -> None:
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=n_layer, n_head=8)
     model = make_model(config)
@@ -194,6 +222,16 @@ def test_missing_ranks(tmp_path: Path) -> None:
     told = BloomConfig.from_dict(CONFIG.to_dict() | {"tensor_parallel_degree": 2})
     with pytest.raises(CheckpointError, match=r"says tensor_parallel_degree 2, and there are files of ranks \[2\] too"):
         open_paddle(tmp_path, told)
+
+
+def test_absurd_numbers_of_ranks(tmp_path: Path) -> None:
+    write_ranks(tmp_path, TP_FILE, 2)
+    told = BloomConfig.from_dict(CONFIG.to_dict() | {"tensor_parallel_degree": 10**30})
+    with pytest.raises(CheckpointError, match=r"the files of ranks \[2, 3, 4, 5, 6, 7, 8, 9\] are missing"):
+        open_paddle(tmp_path, told)
+    (tmp_path / TP_FILE.format(1)).rename(tmp_path / TP_FILE.format(10**15))
+    with pytest.raises(CheckpointError, match=r"the files of ranks \[1, 2, 3, 4, 5, 6, 7, 8\] are missing"):
+        open_paddle(tmp_path, CONFIG)
 
 
 def test_ranks_that_disagree(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter, resume_paddle_adapter
+from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
 from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -18,6 +18,7 @@ from tests.paddle_files import (
     make_model,
     paddle_state,
     random_arrays,
+    resume_paddle_adapter,
     variable_names,
     write,
     write_json,
@@ -67,7 +68,7 @@ def test_full_model(tmp_path: Path) -> None:
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), NAMES))
     state = read_paddle_training_state(tmp_path, CONFIG)
     assert_moments(state, MODEL.state_dict())
-    assert (state.step, state.learning_rate, state.loss_scale) == (13, 0.25, None)
+    assert (state.updates, state.learning_rate, state.loss_scale) == (13, 0.25, None)
     assert not state.master_weights
 
 
@@ -106,7 +107,8 @@ def test_ranks_and_sharding_groups(tmp_path: Path, sharding: int) -> None:
             write(tmp_path / f"optimizer.tp{tp_rank:02d}{suffix}.pdopt", content)
     assert_moments(read_paddle_training_state(tmp_path, CONFIG), MODEL.state_dict())
     (tmp_path / f"optimizer.tp01{suffix}.pdopt").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks|are missing"):
+    missing = r"of tensor-parallel rank 1 the optimizer files of sharding groups \[1\] are missing"
+    with pytest.raises(CheckpointError, match=missing if sharding > 1 else r"files of ranks \[1\] are missing"):
         read_paddle_training_state(tmp_path, CONFIG)
 
 
@@ -118,6 +120,12 @@ def test_sharding_without_tensor_parallelism(tmp_path: Path) -> None:
         content = optimizer_content({n: first[n] for n in mine}, {n: second[n] for n in mine}, NAMES)
         write(tmp_path / f"optimizer.shard{group:02d}.pdopt", content)
     assert_moments(read_paddle_training_state(tmp_path, CONFIG), MODEL.state_dict())
+    (tmp_path / "optimizer.shard01.pdopt").rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=r"optimizer\.shard00\.pdopt lacks transformer"):
+        read_paddle_training_state(tmp_path, CONFIG)
+    (tmp_path / "away").rename(tmp_path / "optimizer.pp01.pdopt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pp01\.pdopt is of a kind of parallel training"):
+        read_paddle_training_state(tmp_path, CONFIG)
 
 
 def write_adapter(directory: Path, kind: str, state: State, config: dict[str, Any]) -> None:
@@ -167,14 +175,23 @@ def test_prefix(tmp_path: Path, projection: bool) -> None:
     assert_moments(state, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
 
 
+def test_weights_that_name_no_variables(tmp_path: Path) -> None:
+    state = random_arrays({"0.weight": (5, 96)})
+    config = {"num_prefix_tokens": 5, "num_attention_heads": 6, "num_hidden_layers": 2, "hidden_size": 24}
+    write_adapter(tmp_path, "prefix", state, config)
+    write(tmp_path / "prefix_model_state.pdparams", state)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pdopt: the weights beside it do not name their variables"):
+        read_paddle_training_state(tmp_path, CONFIG, trained_tensor_parallel_degree=2)
+
+
 def test_steps_from_adams_powers(tmp_path: Path) -> None:
     write(tmp_path / "model_state.pdparams", STATE | {"StructuredToParameterName@@": NAMES})
     content = optimizer_content(*moments(STATE), NAMES)
     del content["LR_Scheduler"]
     write(tmp_path / "optimizer.pdopt", content)
-    assert read_paddle_training_state(tmp_path, CONFIG).step == 13
+    assert read_paddle_training_state(tmp_path, CONFIG).updates == 13
     write(tmp_path / "scheduler.pdparams", SCHEDULER | {"last_epoch": 99})
-    assert read_paddle_training_state(tmp_path, CONFIG).step == 99
+    assert read_paddle_training_state(tmp_path, CONFIG).updates == 99
     (tmp_path / "scheduler.pdparams").unlink()
     for key in content:
         if "pow_acc" in key:
@@ -184,10 +201,29 @@ def test_steps_from_adams_powers(tmp_path: Path) -> None:
         read_paddle_training_state(tmp_path, CONFIG)
 
 
+def test_what_the_log_says(tmp_path: Path) -> None:
+    """Steps that fp16 skipped are no updates; without an optimizer's files the log counts alone."""
+    write(tmp_path / "model_state.pdparams", STATE | {"StructuredToParameterName@@": NAMES})
+    write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), NAMES))
+    log = [{"step": 15, "loss": 2.5, "epoch": 0.5}, {"step": 15, "eval_loss": 1.0}]
+    write_json(tmp_path / "trainer_state.json", {"global_step": 15, "max_steps": 40, "log_history": log})
+    state = read_paddle_training_state(tmp_path, CONFIG)
+    assert (state.step, state.updates, state.max_steps) == (15, 13, 40)
+    assert state.losses == ({"step": 15, "loss": 2.5, "epoch": 0.5},)
+    (tmp_path / "optimizer.pdopt").unlink()
+    state = read_paddle_training_state(tmp_path, CONFIG)
+    assert (state.step, state.updates, state.exp_avg, state.exp_avg_sq) == (15, 15, {}, {})
+    assert torch.equal(state.weights["transformer.ln_f.weight"].read(), MODEL.transformer.ln_f.weight)
+    (tmp_path / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match="says how many steps were made"):
+        read_paddle_training_state(tmp_path, CONFIG)
+    (tmp_path / "trainer_state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json is not readable JSON"):
+        read_paddle_training_state(tmp_path, CONFIG)
+
+
 def test_states_that_do_not_fit(tmp_path: Path) -> None:
     write(tmp_path / "model_state.pdparams", STATE | {"StructuredToParameterName@@": NAMES})
-    with pytest.raises(CheckpointError, match=r"has no optimizer\.pdopt"):
-        read_paddle_training_state(tmp_path, CONFIG)
     other = {name: variable.replace("linear", "conv") for name, variable in NAMES.items()}
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), other))
     with pytest.raises(CheckpointError, match=r"conv_98\.\w_0.* belongs to none of the parameters"):

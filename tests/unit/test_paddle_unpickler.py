@@ -66,6 +66,14 @@ def test_slices_equal_numpys(tmp_path: Path, protocol: int, order: str) -> None:
             np.testing.assert_array_equal(lazy.read_slice(dim, start, stop).numpy(), expected)
 
 
+def test_text_is_decoded_in_blocks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.arange(256, dtype=np.uint8).view(np.float32).reshape(8, 8)  # every byte, so characters of 1 and 2 bytes
+    lazy = load_paddle_pickle(write(tmp_path / "x.pdparams", [array], protocol=2))[0]
+    for size in (1, 2, 7, 383):
+        monkeypatch.setattr("bloomlm.checkpoint.paddle.array.TEXT_BLOCK_BYTES", size)
+        assert lazy.read().numpy().tobytes() == array.tobytes()
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_uint16_is_bfloat16(tmp_path: Path, protocol: int) -> None:
     values = torch.tensor([1.0, -2.5, 3e38, float("nan"), 1e-40]).bfloat16()

@@ -221,7 +221,7 @@ def test_config_problems(checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             load_model(checkpoint)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no model$"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no model; it holds weights: put"):
         load_model(checkpoint)
     (checkpoint / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds an adapter: name its base model"):

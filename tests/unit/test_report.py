@@ -254,7 +254,13 @@ def outcome(**changes: Any) -> FinetuneResult:
         "output_dir": Path("out"),
         "step": 8,
         "interrupted": False,
-        "train_metrics": train_metrics(train_result(), 2.0, 32),
+        "train_metrics": {
+            **train_metrics(train_result(), 2.0, 32),
+            "peak_flops_per_second": 2e11,
+            "model_flops_utilisation": 0.75,
+            "padding_avoided": 0.3,
+            "memory_bytes": {"weights": 4 * 10**8, "the rest": 6 * 10**8},
+        },
         "eval_metrics": {"eval_loss": 1.5, "eval_exact_match": 0.75},
         "best_checkpoint": None,
         "merged_path": None,
@@ -271,7 +277,8 @@ def test_summary_says_what_where_and_next() -> None:
     print_summary(Console(file=shown, width=100), config, outcome(), "Date: 3 Mai\nISO:")
     text = shown.getvalue()
     for part in (
-        *("8 (2.00 epochs)", "1.2500 (mean of the run)", "0:00:02 (250 tokens/s)", "1.0 GB", "0.7500"),
+        *("8 (2.00 epochs)", "1.2500 (mean of the run)", "0:00:02 (250 tokens/s)", "0.7500"),
+        *("75% of the 200 GFLOP/s", "30% of what padded", "1.0 GB (weights 400.0 MB, the rest 600.0 MB)"),
         *("LoRA adapter       out\n", "loss picture       out/loss.png\n", "flags of the run   out/run.yaml\n"),
     ):
         assert part in text, part

@@ -69,13 +69,16 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tensor_parallel_degree": 4}, "tensor_parallel_degree 4: this build runs on one process"),
-        ({"pipeline_parallel_degree": 2}, "one process"),
-        ({"sharding_parallel_degree": 0}, "one process"),
-        ({"sharding": "stage2"}, "runs on one"),
+        ({"tensor_parallel_degree": 4}, "tensor_parallel_degree 4 with 1 process.*torchrun"),
+        ({"pipeline_parallel_degree": 2}, "does not spread blocks over processes"),
+        ({"sharding_parallel_degree": 0}, "sharding_parallel_degree is 0"),
+        ({"sharding": "stage2"}, "here is one .*torchrun"),
         ({"fp16": True, "bf16": True}, "choose one"),
         ({"lora": True, "prefix_tuning": True}, "one adapter"),
         ({"prefix_tuning": True, "merge_weights": True}, "virtual tokens are no weights"),
+        ({"torch_compile": True}, "times slower"),
+        ({"base_quantization": "int8"}, "add --lora"),
+        ({"base_quantization": "int8", "prefix_tuning": True}, "add --lora"),
         ({"device": "gpu"}, "--device cpu"),
         ({"do_train": False}, "nothing to do"),
         ({"do_eval": True, "do_train": False, "lora": True}, "fresh adapter"),
@@ -100,11 +103,24 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
         ({"tgt_length": 10, "min_tgt_length": 11}, "min_tgt_length 11 is above"),
         ({"adam_epsilon": 0.0}, "adam_epsilon"),
+        ({"packing": False}, "would compute pads and change nothing else"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
     ],
 )
 def test_what_cannot_act_is_refused_with_the_reason(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         resolved(**options)
+
+
+def test_what_serves_one_process_only_is_refused_among_several() -> None:
+    several = dataclasses.replace(GPU, world_size=2)
+    for flag, options in {
+        "--base_quantization int8": {"base_quantization": "int8", "lora": True},
+        "--torch_compile": {"torch_compile": True},
+    }.items():
+        with pytest.raises(ConfigError, match=f"{flag}: for one process only, and here are 2"):
+            resolved(several, **options)
+        assert resolved(GPU, **options).device == "gpu"
 
 
 def test_missing_extras_are_named_before_training() -> None:
@@ -128,6 +144,7 @@ def test_missing_extras_are_named_before_training() -> None:
         ({"task_name": "dureader_qg"}, "--task_name dureader_qg is not used"),
         ({"dataloader_num_workers": 2}, "--dataloader_num_workers is not used"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "--warmup_ratio is not used"),
+        ({"max_tokens_per_batch": 512, "per_device_train_batch_size": 4}, "--per_device_train_batch_size 4 is not used"),
         ({"lr_scheduler_type": "constant", "lr_decay_ratio": 0.5}, "--lr_decay_ratio is not used"),
         ({"num_beams": 5}, "--num_beams: not used without --do_generation"),
         ({"do_generation": True, "length_penalty": 0.7}, "--length_penalty is not used"),

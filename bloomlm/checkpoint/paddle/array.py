@@ -4,10 +4,11 @@ A read copies: pickle puts arrays at any offset, so a mapping would be misaligne
 reads the bytes of the slice and no others, leaves no mapped pages behind, and its result owns aligned memory.
 """
 
+import codecs
 import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import CheckpointError
+
+TEXT_BLOCK_BYTES = 8 * 2**20
 
 
 class LazyTensor(Protocol):
@@ -127,25 +130,34 @@ class EncodedArray:
     fortran_order: bool = False
 
     def read(self) -> Tensor:
-        """All of it; the text is decoded whole, for no place in it can be computed."""
-        text = bytearray(self.text_bytes)
-        self.file.read_into(memoryview(text), self.offset)
-        needed = math.prod(self.shape) * self.dtype.itemsize
-        try:
-            decoded = bytearray(text.decode("utf-8").encode("latin-1"))
-        except UnicodeError as error:
-            raise CheckpointError(f"{self.file.path}: an array's text is no Latin-1 in UTF-8: {error}") from error
-        if len(decoded) != needed:
+        """All of it, for no place in the text can be computed; some megabytes of text are decoded at a time."""
+        raw = torch.empty(math.prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
+        buffer = memoryview(raw.numpy().data) if raw.numel() else memoryview(bytearray())
+        num_decoded = 0
+        for decoded in self._decode():
+            if num_decoded + len(decoded) <= len(buffer):
+                buffer[num_decoded : num_decoded + len(decoded)] = decoded
+            num_decoded += len(decoded)
+        if num_decoded != len(buffer):
             raise CheckpointError(
-                f"{self.file.path}: an array of shape {list(self.shape)} ({self.dtype}) needs {needed} bytes, "
-                f"its text gives {len(decoded)}; the file is damaged"
+                f"{self.file.path}: an array of shape {list(self.shape)} ({self.dtype}) needs {len(buffer)} bytes, "
+                f"its text gives {num_decoded}; the file is damaged"
             )
-        if not needed:
-            return torch.empty(self.shape, dtype=self.dtype)
-        raw = torch.frombuffer(decoded, dtype=torch.uint8).view(self.dtype)
         if self.fortran_order:
-            return raw.view(self.shape[::-1]).permute(*range(len(self.shape) - 1, -1, -1))
-        return raw.view(self.shape)
+            return raw.view(self.dtype).view(self.shape[::-1]).permute(*range(len(self.shape) - 1, -1, -1))
+        return raw.view(self.dtype).view(self.shape)
+
+    def _decode(self) -> Iterator[bytes]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        text = bytearray(min(self.text_bytes, TEXT_BLOCK_BYTES))
+        for start in range(0, self.text_bytes, TEXT_BLOCK_BYTES):
+            stop = min(start + TEXT_BLOCK_BYTES, self.text_bytes)
+            piece = memoryview(text)[: stop - start]
+            self.file.read_into(piece, self.offset + start)
+            try:
+                yield decoder.decode(piece, final=stop == self.text_bytes).encode("latin-1")
+            except UnicodeError as error:
+                raise CheckpointError(f"{self.file.path}: an array's text is no Latin-1 in UTF-8: {error}") from error
 
     def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
         """Rows start to stop of dimension dim."""

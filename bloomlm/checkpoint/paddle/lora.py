@@ -65,6 +65,11 @@ class Blocks:
             plain[:, part, :, slot] = stored[:, :, slot].permute(1, 2, 0)
         return plain.view(self.groups * parts * width, k * lora_rank)
 
+    def trained_entries(self, plain_shape: torch.Size) -> Tensor:
+        """Boolean [out, k * r]: the entries of a plain lora_B of that shape that lie in the blocks."""
+        outputs, lora_rank = plain_shape[0], plain_shape[1] // self.num_enabled
+        return self.place(torch.ones(lora_rank, outputs // len(self.slots) * self.num_enabled)) > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaddleLora:
@@ -79,11 +84,6 @@ class PaddleLora:
     parameter of the model that the adapter replaces (a trained bias) as published."""
     stored: Mapping[str, LazyTensor]
     """Parameter name -> tensor in the shape of its cut, joined from the ranks."""
-
-    @property
-    def replaced_names(self) -> list[str]:
-        """Parameters of the model itself that the adapter brings along, such as trained biases."""
-        return [name for name in self.stored if not name.endswith(PARTS)]
 
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
         """Tensors of the adapter's parameters, such as Adam's moments, put together as the weights are.
@@ -112,13 +112,6 @@ class PaddleLora:
                 plain[name] = tensor.read()
         return plain
 
-    def trained_entries(self) -> dict[str, Tensor]:
-        """Parameter name of each lora_B -> boolean [out, R]: the entries in its blocks, which its era trained."""
-        return {
-            f"{module}.lora_B": blocks.place(torch.ones(self.stored[f"{module}.lora_B"].shape)) > 0
-            for module, blocks in self.blocks.items()
-        }
-
 
 def read_paddle_lora(
     directory: Path, model_config: BloomConfig, *, trained_tensor_parallel_degree: int | None = None
@@ -146,11 +139,48 @@ def read_paddle_lora(
         blocks[name] = _blocks(files, _slots(files.values, module, directory), cuts[f"{name}.weight"].shape[0])
     try:
         ranks = [_renamed(RankTensors(state.path.name, state.tensors)) for state in files.states]
-        own_cuts = _own_cuts(list(ranks[0].tensors), blocks, lora_rank, cuts)
+        own_cuts = lora_cuts(list(ranks[0].tensors), blocks, lora_rank, cuts)
         stored = _join(ranks, own_cuts)
     except CheckpointError as error:
         raise AdapterError(f"{directory}: {error}; is it an adapter of another base model?") from error
-    return PaddleLora(config=_plain_config(files, blocks, lora_rank), blocks=blocks, cuts=own_cuts, stored=stored)
+    replaced_names = tuple(name for name in stored if not name.endswith(PARTS))
+    config = _plain_config(files, blocks, lora_rank, replaced_names)
+    return PaddleLora(config=config, blocks=blocks, cuts=own_cuts, stored=stored)
+
+
+def lora_cuts(
+    names: list[str], blocks: Mapping[str, Blocks], lora_rank: int, cuts: Mapping[str, Cut]
+) -> dict[str, Cut]:
+    """What PaddleNLP's ranks hold of a LoRA.
+
+    A layer that is cut by outputs has its lora_B cut, one that is cut by inputs its lora_A; the other one is whole.
+
+    Args:
+        names: of the adapter's tensors; those that are no lora_A or lora_B are parameters of the model.
+        blocks: module name -> its blocks.
+        lora_rank: r.
+        cuts: of the model.
+
+    Returns:
+        Parameter name -> shape and cut: of lora_A and lora_B as stored, of others as published.
+
+    Raises:
+        CheckpointError: a tensor that is none of a LoRA or of the model.
+    """
+    own: dict[str, Cut] = {}
+    for module, block in blocks.items():
+        weight = cuts[f"{module}.weight"]
+        outputs, inputs = weight.shape
+        k = block.num_enabled
+        own[f"{module}.lora_A"] = Cut((inputs, k * lora_rank), 0 if weight.dim == 1 else None)
+        width = outputs // len(block.slots) * k
+        own[f"{module}.lora_B"] = Cut((lora_rank, width), 1 if weight.dim == 0 else None)
+    for name in names:
+        if name not in own:
+            if name not in cuts:
+                raise CheckpointError(f"{name} belongs neither to a LoRA nor to the model")
+            own[name] = cuts[name]
+    return own
 
 
 def refuse_unknown_variants(values: Mapping[str, Any], directory: Path) -> None:
@@ -192,7 +222,10 @@ def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[boo
             f"{directory}: enable_lora_list {enable_lists!r} does not go with target_modules {targets!r}; "
             "expected one entry for each"
         )
-    matching = [e for target, e in zip(targets, enable_lists, strict=True) if re.fullmatch(target, module)]
+    try:
+        matching = [e for target, e in zip(targets, enable_lists, strict=True) if re.fullmatch(target, module)]
+    except (re.error, TypeError) as error:
+        raise AdapterError(f"{directory}: target_modules {targets!r} are no regular expressions: {error}") from error
     if not matching:
         raise AdapterError(
             f"{directory}: {module} matches none of target_modules {targets!r}, so its slots are unknown"
@@ -232,29 +265,6 @@ def _renamed(rank: RankTensors) -> RankTensors:
     return RankTensors(rank.place, updates | published_tensors(others, rank.place))
 
 
-def _own_cuts(
-    names: list[str], blocks: Mapping[str, Blocks], lora_rank: int, cuts: Mapping[str, Cut]
-) -> dict[str, Cut]:
-    """Shapes that the model's layers call for.
-
-    A layer that is cut by outputs has its lora_B cut, one that is cut by inputs its lora_A; the other one is whole.
-    """
-    own: dict[str, Cut] = {}
-    for module, block in blocks.items():
-        weight = cuts[f"{module}.weight"]
-        outputs, inputs = weight.shape
-        k = block.num_enabled
-        own[f"{module}.lora_A"] = Cut((inputs, k * lora_rank), 0 if weight.dim == 1 else None)
-        width = outputs // len(block.slots) * k
-        own[f"{module}.lora_B"] = Cut((lora_rank, width), 1 if weight.dim == 0 else None)
-    for name in names:
-        if name not in own:
-            if name not in cuts:
-                raise CheckpointError(f"{name} belongs neither to a LoRA nor to the model")
-            own[name] = cuts[name]
-    return own
-
-
 def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:
     for rank in ranks:
         if odd := sorted(set(cuts) ^ set(rank.tensors)):
@@ -262,7 +272,9 @@ def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTe
     return {name: join_pieces(name, cut, ranks) for name, cut in cuts.items()}
 
 
-def _plain_config(files: AdapterFiles, blocks: Mapping[str, Blocks], lora_rank: int) -> LoraConfig:
+def _plain_config(
+    files: AdapterFiles, blocks: Mapping[str, Blocks], lora_rank: int, replaced_names: tuple[str, ...]
+) -> LoraConfig:
     """The plain LoRA's configuration: k times the rank and k times lora_alpha leave the scaling as it was."""
     alpha = files.values.get("lora_alpha")
     dropout = files.values.get("lora_dropout", 0.0)
@@ -278,4 +290,5 @@ def _plain_config(files: AdapterFiles, blocks: Mapping[str, Blocks], lora_rank: 
         target_modules=tuple(dict.fromkeys(module.rpartition(".")[2] for module in blocks)),
         rank_pattern={module: k * lora_rank for module, k in others.items()},
         alpha_pattern={module: k * alpha for module, k in others.items()},
+        replaced_names=replaced_names,
     )

@@ -24,6 +24,7 @@ from bloomlm.checkpoint.paddle.state import read_paddle_state
 from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
+from bloomlm.parallel.gather import Bounds
 
 STATE_FILE = "model_state.pdparams"
 SAFETENSORS_FILE = "model.safetensors"
@@ -52,18 +53,31 @@ class PaddleReader:
         Args:
             tensors: published name -> tensor.
         """
-        self._tensors = tensors
+        self.tensors = tensors
+        """Published name -> tensor, unread."""
         self.entries: Mapping[str, TensorEntry] = {
             name: TensorEntry(tensor.shape, tensor.dtype) for name, tensor in tensors.items()
         }
 
     def read(self, name: str) -> Tensor:
         """One parameter, copied from its files; a linear's weight is a transposed view of the copy."""
-        return self._tensors[name].read()
+        return self.tensors[name].read()
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Rows start to stop of dimension dim of a parameter; other bytes stay unread."""
-        return self._tensors[name].read_slice(dim, start, stop)
+        return self.tensors[name].read_slice(dim, start, stop)
+
+    def read_box(self, name: str, bounds: Bounds) -> Tensor:
+        """The part within bounds; where two dimensions are cut, all of one of them is read."""
+        tensor = self.tensors[name]
+        cut = [dim for dim, (start, stop) in enumerate(bounds) if stop - start < tensor.shape[dim]]
+        if not cut:
+            return tensor.read()
+        first, *others = sorted(cut, key=lambda dim: (bounds[dim][1] - bounds[dim][0]) / tensor.shape[dim])
+        box = tensor.read_slice(first, *bounds[first])
+        for dim in others:
+            box = box.narrow(dim, bounds[dim][0], bounds[dim][1] - bounds[dim][0])
+        return box
 
 
 def find_paddle(directory: Path) -> bool:

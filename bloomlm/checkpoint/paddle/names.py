@@ -15,6 +15,7 @@ from bloomlm.checkpoint.paddle.array import LazyTensor, Transposed
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import CheckpointError
 from bloomlm.model.config import BloomConfig
+from bloomlm.parallel.layout import tp_dim
 
 MODEL_PREFIX = "transformer."
 PADDLE_PREFIX = "bloom."
@@ -50,32 +51,36 @@ def model_cuts(config: BloomConfig) -> dict[str, Cut]:
         config: its shape.
 
     Returns:
-        Published name -> its shape and cut: the embedding by rows, query_key_value and dense_h_to_4h by outputs,
-        dense and dense_4h_to_h by inputs (their biases whole), norms whole.
+        Published name -> its shape and cut: PaddleNLP's ranks cut as ours do.
     """
     d, ffn = config.hidden_size, config.ffn_size
     outputs_inputs = {
-        "self_attention.query_key_value": (3 * d, d, 0),
-        "self_attention.dense": (d, d, 1),
-        "mlp.dense_h_to_4h": (ffn, d, 0),
-        "mlp.dense_4h_to_h": (d, ffn, 1),
+        "self_attention.query_key_value": (3 * d, d),
+        "self_attention.dense": (d, d),
+        "mlp.dense_h_to_4h": (ffn, d),
+        "mlp.dense_4h_to_h": (d, ffn),
     }
-    cuts = {EMBEDDING: Cut((config.vocab_size, d), 0)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
     norms = ["transformer.word_embeddings_layernorm", "transformer.ln_f"]
     for layer in range(config.n_layer):
         block = f"transformer.h.{layer}."
         norms += [block + norm for norm in BLOCK_NORMS]
-        for linear, (outputs, inputs, dim) in outputs_inputs.items():
-            cuts[f"{block}{linear}.weight"] = Cut((outputs, inputs), dim)
-            cuts[f"{block}{linear}.bias"] = Cut((outputs,), 0 if dim == 0 else None)
+        for linear, (outputs, inputs) in outputs_inputs.items():
+            shapes[f"{block}{linear}.weight"] = (outputs, inputs)
+            shapes[f"{block}{linear}.bias"] = (outputs,)
     for norm in norms:
-        cuts[f"{norm}.weight"] = cuts[f"{norm}.bias"] = Cut((d,), None)
-    return cuts
+        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (d,)
+    return {name: Cut(shape, tp_dim(name)) for name, shape in shapes.items()}
 
 
 def published_name(stored_name: str) -> str:
     """A structured name, with or without PaddleNLP's prefix, as a published one."""
     return MODEL_PREFIX + stored_name.removeprefix(PADDLE_PREFIX).removeprefix(MODEL_PREFIX)
+
+
+def stored_name(name: str) -> str:
+    """A published name as a structured one, with PaddleNLP's prefix."""
+    return PADDLE_PREFIX + name.removeprefix(MODEL_PREFIX)
 
 
 def is_linear_weight(name: str) -> bool:

@@ -1,10 +1,11 @@
-"""What a PaddleNLP checkpoint needs to go on training: Adam's moments, master weights, step, learning rate, loss scale.
+"""What a PaddleNLP checkpoint has to go on training with: weights, Adam's moments, step, learning rate, loss scale.
 
 optimizer.pdopt keeps accumulators under variable names ("linear_0.w_0_moment1_0"), which the state dict of the weights
 beside it translates. Ranks have files of their own (optimizer.tp00.pdopt), and so have sharding groups, each with the
 accumulators of some parameters (optimizer.tp00_shard01.pdopt, optimizer.shard01.pdopt).
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,15 +19,18 @@ from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, read_paddle_a
 from bloomlm.checkpoint.paddle.adapter_files import LORA_STEM, PREFIX_STEM
 from bloomlm.checkpoint.paddle.array import Held, LazyTensor
 from bloomlm.checkpoint.paddle.lora import PaddleLora
+from bloomlm.checkpoint.paddle.model import open_paddle
 from bloomlm.checkpoint.paddle.names import VARIABLE, published_tensors, structured_by_variable
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
-from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks
+from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks, missing_numbers
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state, split_tensors
+from bloomlm.checkpoint.paddle.structure import AdapterStructure, structure_of
 from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.errors import CheckpointError
 from bloomlm.model.config import BloomConfig
 
 MODEL_STEM = "model_state"
+TRAINER_STATE_FILE = "trainer_state.json"
 PREFIX_MODULE = "transformer.prefix."
 OPTIMIZER_FILE = re.compile(r"optimizer(?:\.tp(\d+))?(?:[._]shard(\d+))?\.pdopt")
 ACCUMULATOR = re.compile(r"(.+?)(?:_fp32_master_\d+)?_(moment1|moment2|beta1_pow_acc|beta2_pow_acc)_0")
@@ -35,24 +39,39 @@ KINDS = ("moment1", "moment2", "master_weights")
 
 @dataclass(frozen=True, kw_only=True)
 class PaddleTrainingState:
-    """State of AdamW and its schedule, under the parameter names of the model that resumes.
+    """State of a run, under the parameter names of the model that resumes.
 
     Those are the published names; lora_A and lora_B of the plain LoRA; transformer.prefix.embedding.weight and so on of
-    the encoder that resume_paddle_adapter installs.
+    the encoder that PrefixStructure installs.
     """
 
+    structure: AdapterStructure | None
+    """What the adapter is; None: all of the model learns."""
+    weights: Mapping[str, LazyTensor]
+    """What learns, as stored."""
     exp_avg: Mapping[str, LazyTensor]
-    """First moments."""
+    """First moments; empty where there is no optimizer.pdopt."""
     exp_avg_sq: Mapping[str, LazyTensor]
-    """Second moments."""
+    """Second moments; of the same names."""
     master_weights: Mapping[str, LazyTensor]
     """fp32 parameters of a run in fp16 or bf16 at level O2; otherwise empty."""
+    updates: int
+    """Updates made, which Adam counts per parameter."""
     step: int
-    """Updates made, which torch's AdamW counts per parameter."""
+    """Steps done: updates, and steps that fp16 skipped."""
+    max_steps: int | None
+    """Steps that the run was to have, if the files say."""
     learning_rate: float | None
     """Of the next update, if the files say."""
     loss_scale: float | None
     """Of a run in fp16."""
+    losses: tuple[Mapping[str, Any], ...]
+    """Entries of the log that hold a loss in training."""
+
+
+def find_paddle_checkpoint(directory: Path) -> bool:
+    """Whether a checkpoint-N is one of PaddleNLP's."""
+    return any(next(directory.glob(pattern), None) is not None for pattern in ("*.pdparams", "*.pdopt"))
 
 
 def read_paddle_training_state(
@@ -63,10 +82,10 @@ def read_paddle_training_state(
     prefix_layout: PrefixLayout | None = None,
     trained_tensor_parallel_degree: int | None = None,
 ) -> PaddleTrainingState:
-    """Read the optimizer state of a checkpoint; a full model's tensors are read when asked for.
+    """Read the state of a run; a full model's tensors are read when asked for.
 
     Args:
-        directory: a checkpoint-N: the weights (or the adapter) and optimizer.pdopt.
+        directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
         model_config: of the model, or of an adapter's base model.
         adam_beta1: that the run was started with; needed only where no file counts the steps.
         prefix_layout, trained_tensor_parallel_degree: as for read_paddle_adapter.
@@ -74,7 +93,7 @@ def read_paddle_training_state(
     Raises:
         CheckpointError: files are missing or damaged, or do not fit the weights.
     """
-    stem, adapter = MODEL_STEM, None
+    adapter = None
     if find_paddle_adapter(directory):
         adapter = read_paddle_adapter(
             directory,
@@ -82,34 +101,78 @@ def read_paddle_training_state(
             prefix_layout=prefix_layout,
             trained_tensor_parallel_degree=trained_tensor_parallel_degree,
         )
-        stem = LORA_STEM if isinstance(adapter, PaddleLora) else PREFIX_STEM
     states = _optimizer_states(directory)
-    ranks = {tp_rank: _sorted_by_kind(files, directory, stem, tp_rank) for tp_rank, files in states.items()}
-    whole = {kind: _join(adapter, [rank[kind] for rank in ranks.values()], model_config, directory) for kind in KINDS}
-    if not whole["moment1"] or whole["moment1"].keys() != whole["moment2"].keys():
-        raise CheckpointError(f"{directory}: its optimizer state holds no moments of AdamW's")
-    values = states[0][0].values
-    scheduler = values.get("LR_Scheduler") or _values(directory / "scheduler.pdparams")
+    moments = _moments(states, adapter, model_config, directory)
+    files = states.get(0, [])
+    scheduler = (files[0].values.get("LR_Scheduler") if files else None) or _values(directory / "scheduler.pdparams")
+    trainer = _trainer_state(directory)
+    updates = _updates(scheduler, files, trainer, adam_beta1, directory)
+    max_steps = trainer.get("max_steps")
     last_lr = scheduler.get("last_lr")
     return PaddleTrainingState(
-        exp_avg=whole["moment1"],
-        exp_avg_sq=whole["moment2"],
-        master_weights=whole["master_weights"],
-        step=_step(scheduler, states[0], adam_beta1, directory),
+        structure=None if adapter is None else structure_of(adapter),
+        weights=_weights(adapter, directory, model_config),
+        exp_avg=moments["moment1"],
+        exp_avg_sq=moments["moment2"],
+        master_weights=moments["master_weights"],
+        updates=updates,
+        step=_whole(trainer.get("global_step")) or updates,
+        max_steps=_whole(max_steps),
         learning_rate=float(last_lr) if isinstance(last_lr, (int, float)) else None,
         loss_scale=_loss_scale(directory),
+        losses=_losses(trainer),
     )
 
 
+def _moments(
+    states: Mapping[int, list[PaddleState]],
+    adapter: PaddleLora | PaddlePrefix | None,
+    model_config: BloomConfig,
+    directory: Path,
+) -> dict[str, dict[str, LazyTensor]]:
+    """Of each of KINDS, tensors under the names of the resumed model; all empty without an optimizer's files."""
+    if not states:
+        return {kind: {} for kind in KINDS}
+    stem = {PaddleLora: LORA_STEM, PaddlePrefix: PREFIX_STEM}.get(type(adapter), MODEL_STEM)
+    ranks = [_sorted_by_kind(files, directory, stem, tp_rank) for tp_rank, files in states.items()]
+    whole = {kind: _join(adapter, [rank[kind] for rank in ranks], model_config, directory) for kind in KINDS}
+    if not whole["moment1"] or whole["moment1"].keys() != whole["moment2"].keys():
+        raise CheckpointError(f"{directory}: its optimizer state holds no moments of AdamW's")
+    return whole
+
+
+def _weights(
+    adapter: PaddleLora | PaddlePrefix | None, directory: Path, model_config: BloomConfig
+) -> Mapping[str, LazyTensor]:
+    if isinstance(adapter, PaddleLora):
+        return {name: Held(tensor) for name, tensor in adapter.plain(adapter.stored).items()}
+    if isinstance(adapter, PaddlePrefix):
+        return {PREFIX_MODULE + name: tensor for name, tensor in adapter.stored.items()}
+    return open_paddle(directory, model_config).tensors
+
+
 def _optimizer_states(directory: Path) -> dict[int, list[PaddleState]]:
-    """Tensor-parallel rank -> its files, one for each sharding group."""
+    """Tensor-parallel rank -> its files, one for each sharding group; empty without any."""
     paths: dict[int, dict[int, Path]] = {}
-    for path in directory.glob("optimizer*.pdopt"):
-        if match := OPTIMIZER_FILE.fullmatch(path.name):
-            paths.setdefault(int(match[1] or 0), {})[int(match[2] or 0)] = path
+    for path in sorted(directory.glob("optimizer*.pdopt")):
+        match = OPTIMIZER_FILE.fullmatch(path.name)
+        if match is None:
+            raise CheckpointError(
+                f"{path} is of a kind of parallel training that bloomlm does not read; expected optimizer.pdopt, or "
+                "its parts of tensor-parallel ranks (.tp00) and sharding groups (.shard00)"
+            )
+        paths.setdefault(int(match[1] or 0), {})[int(match[2] or 0)] = path
     if not paths:
-        raise CheckpointError(f"{directory} has no optimizer.pdopt; its training cannot go on, only start anew from it")
+        return {}
     check_ranks_complete(sorted(paths), str(directory))
+    groups = {group for of_rank in paths.values() for group in of_rank}
+    for tp_rank, of_rank in paths.items():
+        if missing := missing_numbers(of_rank, max(groups) + 1):
+            raise CheckpointError(
+                f"{directory}: of tensor-parallel rank {tp_rank} the optimizer files of sharding groups {missing} are "
+                f"missing (found {sorted(path.name for path in of_rank.values())}); each holds the moments of some "
+                "parameters, fetch those files too"
+            )
     return {tp: [read_paddle_state(paths[tp][shard]) for shard in sorted(paths[tp])] for tp in sorted(paths)}
 
 
@@ -128,6 +191,11 @@ def _sorted_by_kind(states: list[PaddleState], directory: Path, stem: str, tp_ra
         found["master_weights"] |= split_tensors(state.values.get("master_weights") or {})[0]
     names = _names_of_variables(directory, stem, tp_rank, list(found["moment1"]))
     place = states[0].path.name
+    if not names:
+        raise CheckpointError(
+            f"{directory / place}: the weights beside it do not name their variables (those merged from ranks do not), "
+            "so that nobody knows which moments are whose; remove the optimizer's files to go on without them"
+        )
     named: dict[str, RankTensors] = {}
     for kind, tensors in found.items():
         if unknown := [variable for variable in tensors if variable not in names]:
@@ -166,18 +234,45 @@ def _join(
     return join_ranks(published, config, str(directory))
 
 
-def _step(scheduler: Mapping[str, Any], states: list[PaddleState], beta1: float, directory: Path) -> int:
-    """Updates made: what the schedule counts (skipped fp16 steps do not count), else by Adam's beta1 ** (step + 1)."""
-    last_epoch = scheduler.get("last_epoch")
-    if isinstance(last_epoch, int) and last_epoch >= 0:
+def _updates(
+    scheduler: Mapping[str, Any], states: list[PaddleState], trainer: Mapping[str, Any], beta1: float, directory: Path
+) -> int:
+    """What the schedule counts (steps that fp16 skipped do not count), else by Adam's beta1 ** (updates + 1)."""
+    last_epoch = _whole(scheduler.get("last_epoch"))
+    if last_epoch is not None:
         return last_epoch
     powers = [t for state in states for key, t in state.tensors.items() if "_beta1_pow_acc_" in key]
     power = float(powers[0].read().max()) if powers else 0.0
-    if not 1e-30 < power < 1.0:  # below that, a few steps more or less no longer show
+    if 1e-30 < power < 1.0:  # below that, a few steps more or less no longer show
+        return round(math.log(power) / math.log(beta1)) - 1
+    global_step = _whole(trainer.get("global_step"))
+    if global_step is None:
         raise CheckpointError(
-            f"{directory}: neither scheduler.pdparams nor optimizer.pdopt says how many steps were made"
+            f"{directory}: none of scheduler.pdparams, optimizer.pdopt and {TRAINER_STATE_FILE} says how many steps "
+            "were made; fetch one of them too"
         )
-    return round(math.log(power) / math.log(beta1)) - 1
+    return global_step
+
+
+def _trainer_state(directory: Path) -> Mapping[str, Any]:
+    path = directory / TRAINER_STATE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}; fetch it again, or remove it") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _losses(trainer: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    logged = trainer.get("log_history")
+    entries = logged if isinstance(logged, list) else []
+    return tuple(entry for entry in entries if isinstance(entry, dict) and {"step", "loss"} <= entry.keys())
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def _values(path: Path) -> Mapping[str, Any]:

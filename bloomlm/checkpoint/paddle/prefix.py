@@ -78,6 +78,12 @@ class Arrangement:
             return torch.stack((keys, values), dim=2).reshape(tokens, -1)
         return slots.permute(0, 3, 2, 1, 4, 5).reshape(tokens, -1)
 
+    def columns(self) -> Tensor:
+        """New layout: for each column of the flat prefix, [2LD], the column of E that it is."""
+        assert self.layout is PrefixLayout.NEW, "the old layout mixes tokens too"
+        n_layer, n_head, head_dim = self.head_shape
+        return self.arrange(torch.arange(2 * n_layer * n_head * head_dim).view(1, -1))[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaddlePrefix:
@@ -123,8 +129,7 @@ class PaddlePrefix:
             with torch.no_grad():
                 flat = encoder.float().flat().to(dtype).clone()
             return PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens), {"embedding.weight": flat}
-        outputs = 2 * model_config.n_layer * model_config.hidden_size
-        order = self.arrangement.arrange(torch.arange(outputs).view(1, -1))[0]
+        order = self.arrangement.columns()
         tensors = {name: tensor.read() for name, tensor in self.stored.items()}
         if not self.config.prefix_projection:
             return self.config, {"embedding.weight": tensors["embedding.weight"][:, order]}
@@ -137,11 +142,20 @@ class PaddlePrefixEncoder(PrefixEncoder):
 
     def __init__(self, config: PrefixConfig, model_config: BloomConfig, arrangement: Arrangement) -> None:
         super().__init__(config, model_config)
+        self.model_config = model_config
         self.arrangement = arrangement
 
     def flat(self) -> Tensor:
         """[P, 2 * L * D] in PEFT's order."""
         return self.arrangement.arrange(super().flat())
+
+    def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
+        """What it gives, as a prefix without projection, whose columns would come in another order."""
+        with torch.device("meta"):
+            whole = PaddlePrefixEncoder(self.config, self.model_config, self.arrangement)
+        whole.load_state_dict(dict(tensors), assign=True)
+        with torch.no_grad():
+            return PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens), {"embedding.weight": whole.flat()}
 
 
 def read_paddle_prefix(
@@ -173,12 +187,36 @@ def read_paddle_prefix(
         tp_degree=tp_degree,
         head_shape=(model_config.n_layer, model_config.n_head, model_config.head_dim),
     )
-    cuts = _cuts(config, model_config)
+    cuts = prefix_cuts(config, model_config)
     try:
         stored = _join([RankTensors(state.path.name, state.tensors) for state in files.states], cuts)
     except CheckpointError as error:
         raise AdapterError(f"{directory}: {error}; is it an adapter of another base model?") from error
     return PaddlePrefix(config=config, arrangement=arrangement, cuts=cuts, stored=stored)
+
+
+def prefix_cuts(config: PrefixConfig, model_config: BloomConfig) -> dict[str, Cut]:
+    """What PaddleNLP's ranks hold of a prefix: tokens of the embedding, outputs of one linear, inputs of the other.
+
+    Args:
+        config: of the prefix; with a projection it names its width.
+        model_config: of the base model.
+
+    Returns:
+        Stored name -> stored shape and cut.
+    """
+    flat_size = 2 * model_config.n_layer * model_config.hidden_size
+    if not config.prefix_projection:
+        return {"0.weight": Cut((config.num_prefix_tokens, flat_size), 0)}
+    width = config.prefix_projection_hidden_size
+    assert width is not None
+    return {
+        "0.weight": Cut((config.num_prefix_tokens, model_config.hidden_size), 0),
+        "1.weight": Cut((model_config.hidden_size, width), 1),
+        "1.bias": Cut((width,), 0),
+        "3.weight": Cut((width, flat_size), 0),
+        "3.bias": Cut((flat_size,), None),
+    }
 
 
 def _detect_layout(files: AdapterFiles) -> PrefixLayout:
@@ -216,22 +254,6 @@ def _prefix_config(files: AdapterFiles, model_config: BloomConfig) -> PrefixConf
             whole_number(values, "prefix_projection_hidden_size", place) if projection else None
         ),
     )
-
-
-def _cuts(config: PrefixConfig, model_config: BloomConfig) -> dict[str, Cut]:
-    """Stored name -> stored shape and cut: the embedding by tokens, one linear by outputs, the other by inputs."""
-    flat_size = 2 * model_config.n_layer * model_config.hidden_size
-    if not config.prefix_projection:
-        return {"0.weight": Cut((config.num_prefix_tokens, flat_size), 0)}
-    width = config.prefix_projection_hidden_size
-    assert width is not None
-    return {
-        "0.weight": Cut((config.num_prefix_tokens, model_config.hidden_size), 0),
-        "1.weight": Cut((model_config.hidden_size, width), 1),
-        "1.bias": Cut((width,), 0),
-        "3.weight": Cut((width, flat_size), 0),
-        "3.bias": Cut((flat_size,), None),
-    }
 
 
 def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:

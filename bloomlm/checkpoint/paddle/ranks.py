@@ -1,6 +1,7 @@
 """Put the pieces of tensor-parallel ranks together, lazily: a slice reads from the ranks that hold it."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from bloomlm.checkpoint.paddle.array import Joined, LazyTensor, Replicated
@@ -31,17 +32,29 @@ def check_ranks_complete(tp_ranks: list[int], source: str, tp_degree: int | None
     Raises:
         CheckpointError: some are missing, or there are too many.
     """
-    expected = list(range(tp_degree or tp_ranks[-1] + 1))
-    if missing := sorted(set(expected) - set(tp_ranks)):
+    count = tp_degree or tp_ranks[-1] + 1
+    if missing := missing_numbers(tp_ranks, count):
         raise CheckpointError(
-            f"{source}: of {len(expected)} tensor-parallel ranks the files of ranks {missing} are missing (found "
+            f"{source}: of {count} tensor-parallel ranks the files of ranks {missing} are missing (found "
             f"{tp_ranks}); every rank holds a part of every matrix, fetch those files too"
         )
-    if extra := sorted(set(tp_ranks) - set(expected)):
+    if extra := [tp_rank for tp_rank in tp_ranks if tp_rank >= count]:
         raise CheckpointError(
             f"{source}: its configuration says tensor_parallel_degree {tp_degree}, and there are files of ranks "
             f"{extra} too: two runs in one directory? Remove the files of the other one"
         )
+
+
+def missing_numbers(found: Collection[int], count: int) -> list[int]:
+    """Of the numbers below count those that are not there, the first eight of them.
+
+    Args:
+        found: what is there.
+        count: may be what a damaged file says, of any size.
+    """
+    num_missing = count - sum(number < count for number in set(found))
+    candidates = (number for number in itertools.count() if number not in found)
+    return list(itertools.islice(candidates, max(0, min(num_missing, 8))))
 
 
 def join_ranks(ranks: list[RankTensors], config: BloomConfig, source: str) -> dict[str, LazyTensor]:

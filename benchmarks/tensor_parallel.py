@@ -1,0 +1,142 @@
+"""Training steps at tensor_parallel_degree 1 and 2 on the shape of bloom-560m, one thread a rank, full tuning in fp32.
+
+Prints the time of a step, what each rank holds of weights, gradients and optimizer, and the bytes that ranks exchange,
+counted and beside what tensor parallelism cannot do without: of each block two all-reduces of [N, D] forward and two
+backward, one for the embedding, one of [M, D] for the head, and three numbers for each of M labelled rows.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bloomlm.adapters.apply import FullTuning, apply_adapter
+from bloomlm.data.examples import Example
+from bloomlm.data.loader import BatchLoader
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import PUBLISHED_SIZES
+from bloomlm.parallel.launch import joined_ranks
+from bloomlm.parallel.mesh import Degrees
+from bloomlm.parallel.parallelize import cut_model
+from bloomlm.training.loop import peak_memory_bytes
+from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.precision import Precision
+from bloomlm.training.step import StepConfig, Trainer
+
+EXAMPLES, SOURCE, TARGET = 8, 64, 65
+"""Of a step."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of:
+        measure(arguments.rank_of, arguments.steps)
+        return
+    one, two = (launch(degree, arguments.steps) for degree in (1, 2))
+    for result in (one, two):
+        print(
+            f"tp {result['degree']}: {result['seconds']:.2f} s a step, {result['state_bytes'] / 1e9:.2f} GB of "
+            f"weights, gradients and optimizer a rank, peak {result['peak_bytes'] / 1e9:.2f} GB"
+        )
+    print(f"2 ranks are {one['seconds'] / two['seconds']:.2f} times as fast as 1 (wanted: at least 1.7)")
+    print(f"a rank of 2 holds {two['state_bytes'] / one['state_bytes']:.3f} of what 1 holds (wanted: at most 0.55)")
+    print(
+        f"exchanged: {two['exchanged_bytes'] / 1e6:.2f} MB a step, {two['exchanged_bytes'] / two['tokens'] / 1e3:.1f} "
+        f"kB a token, {two['exchanged_bytes'] / two['least_bytes']:.4f} times the least possible"
+    )
+
+
+def launch(degree: int, steps: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(degree)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [__file__, "--rank-of", str(degree), "--steps", str(steps)]
+    done = subprocess.run([*command, *script], env=environment, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(degree: int, steps: int) -> None:
+    torch.set_num_threads(1)
+    with joined_ranks(Degrees(tp=degree), "cpu") as mesh:
+        config = PUBLISHED_SIZES["560m"]
+        with torch.device("meta"):
+            model = BloomForCausalLM(config)
+        cut_model(model, mesh)
+        model.to_empty(device="cpu")
+        torch.manual_seed(mesh.rank)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0) if parameter.dim() == 1 else parameter.normal_(
+                    0, 0.02
+                )
+        apply_adapter(model, FullTuning())
+        trainer = Trainer(
+            model,
+            BatchLoader(some_examples(config.vocab_size), EXAMPLES, shuffle=False),
+            optimizer=AdamWConfig(),
+            schedule=Schedule(learning_rate=1e-5, max_steps=100),
+            precision=Precision(),
+            config=StepConfig(),
+            mesh=mesh,
+        )
+        trainer.run_step()
+        counter = Counter() if degree > 1 else None
+        results = [trainer.run_step() for _ in range(steps)]
+        if mesh.is_main:
+            tokens, labels = results[0].num_tokens, results[0].num_supervised_tokens
+            row = config.hidden_size * 4
+            least = (4 * config.n_layer + 1) * tokens * row + labels * (row + 3 * 4)
+            state = sum(p.nbytes for p in model.parameters()) * 4  # weight, gradient and AdamW's two moments
+            values = {
+                "degree": degree,
+                "seconds": statistics.median(result.step_seconds for result in results),
+                "state_bytes": state,
+                "peak_bytes": peak_memory_bytes(trainer.device),
+                "tokens": tokens,
+                "exchanged_bytes": counter.num_bytes / steps if counter else 0,
+                "least_bytes": least,
+            }
+            print(json.dumps(values), flush=True)
+        time.sleep(0.5)
+
+
+class Counter:
+    """Counts the bytes of all-reduces, of which each rank sends and receives about as many."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        real = dist.all_reduce
+
+        def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            self.num_bytes += tensor.nbytes
+            return real(tensor, *arguments, **options)
+
+        dist.all_reduce = counting
+
+
+def some_examples(vocab_size: int) -> list[Example]:
+    generator = np.random.default_rng(0)
+    return [
+        Example(
+            tokens=generator.integers(4, vocab_size, SOURCE + TARGET).astype(np.int32),
+            num_source_tokens=SOURCE,
+            source_text="",
+            target_text="",
+        )
+        for _ in range(EXAMPLES)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A name for what a model computes: the same weights give the same name, in whatever files they lie, on any ranks."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from bloomlm.adapters.apply import adapter_config
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.gather import own_bounds, whole_shape
+from bloomlm.parallel.mesh import ALONE, Mesh
+
+_SAMPLES = 256
+"""Elements of each parameter that are looked at, so that 176B parameters need not be read twice."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def model_fingerprint(model: BloomForCausalLM, mesh: Mesh = ALONE) -> str:
+    """Hex digest of the configuration, the adapter's options, and evenly spread elements of every parameter.
+
+    Two trainings of the same model differ in it; a change of single elements by hand may not.
+
+    Args:
+        model: whole, or cut among ranks that all come here.
+        mesh: those ranks.
+    """
+    config = {key: value for key, value in vars(model.config).items() if key not in ("extra", "dtype")}
+    digest = hashlib.sha256(repr((sorted(config.items()), adapter_config(model))).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {whole_shape(name, parameter, mesh)} {parameter.dtype}".encode())
+        digest.update(_sample(name, parameter.detach(), mesh).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The bits of some elements of the whole, as int64."""
+    shape = whole_shape(name, tensor, mesh)
+    # an odd step meets every column of a matrix whose width is a power of two
+    step = max(1, math.prod(shape) // _SAMPLES) | 1
+    places = torch.arange(0, math.prod(shape), step, device=tensor.device)[:_SAMPLES]
+    coordinates = torch.unravel_index(places, shape)
+    bounds = own_bounds(name, tensor, mesh)
+    is_own = torch.ones_like(places, dtype=torch.bool)
+    for coordinate, (start, stop) in zip(coordinates, bounds, strict=True):
+        is_own &= (coordinate >= start) & (coordinate < stop)
+    own = tensor[tuple(c[is_own] - start for c, (start, _) in zip(coordinates, bounds, strict=True))]
+    bits = torch.zeros_like(places)
+    bits[is_own] = own.view(_BITS[tensor.itemsize]).to(torch.int64)
+    # of what is cut, each element is on one rank
+    return bits if shape == tuple(tensor.shape) else mesh.sum_over(bits, ("tp",))

@@ -1,0 +1,112 @@
+"""Files that many ranks write together: one directory, and an error on one rank is an error on all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from bloomlm.errors import CheckpointError
+from bloomlm.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+@contextmanager
+def one_directory(context: AbstractContextManager[Path], mesh: Mesh) -> Iterator[Path]:
+    """Enter a context that yields a directory (atomic_directory, ...) on the main rank, and give all ranks its path.
+
+    The context ends once every rank is done, with an error if any of them had one; no rank goes on before it has.
+
+    Args:
+        context: used on the main rank only.
+        mesh: the ranks, all of which must come here.
+
+    Raises:
+        CheckpointError: what went wrong on another rank; errors of this one come as they are.
+    """
+    if mesh.is_alone:
+        with context as directory:
+            yield directory
+        return
+    error: Exception | None = None
+    stack = ExitStack()
+    place: list[Path | None] = [None]
+    try:
+        if mesh.is_main:
+            place = [stack.enter_context(context)]
+    except Exception as problem:
+        error = problem
+    fail_together(error, mesh)
+    dist.broadcast_object_list(place, src=0)
+    path = place[0]
+    assert path is not None
+    try:
+        with stack:
+            try:
+                yield path
+            except Exception as problem:
+                error = problem
+            fail_together(error, mesh)
+    except Exception as problem:
+        error = problem
+    fail_together(error, mesh)
+
+
+def fail_together(error: Exception | None, mesh: Mesh) -> None:
+    """Raise on every rank if there is an error on one.
+
+    Args:
+        error: of this rank.
+        mesh: the ranks, all of which must come here.
+
+    Raises:
+        CheckpointError: another rank's error; that of this one as it is.
+    """
+    if not mesh.is_alone:
+        found: list[str | None] = [None] * mesh.degrees.world_size
+        dist.all_gather_object(found, None if error is None else str(error))
+        failed = next(((rank, text) for rank, text in enumerate(found) if text is not None), None)
+        if error is None and failed is not None:
+            raise CheckpointError(f"rank {failed[0]}: {failed[1]}")
+    if error is not None:
+        raise error
+
+
+def on_main(action: Callable[[], T], mesh: Mesh) -> T:
+    """What an action on the main rank returns, on every rank; an error there is one everywhere.
+
+    Raises:
+        CheckpointError: what went wrong on the main rank; there it comes as it is.
+    """
+    found: list[Any] = [None]
+    error: Exception | None = None
+    if mesh.is_main:
+        try:
+            found = [action()]
+        except Exception as problem:
+            error = problem
+    fail_together(error, mesh)
+    if not mesh.is_alone:
+        dist.broadcast_object_list(found, src=0)
+    result: T = found[0]
+    return result
+
+
+def main_first(action: Callable[[], T], mesh: Mesh) -> T:
+    """Do the same on every rank, on the main one before the others: they find what it leaves behind.
+
+    Raises:
+        CheckpointError: what went wrong on another rank; errors of this one come as they are.
+    """
+    results: list[T] = []
+    for turn in (True, False):
+        error: Exception | None = None
+        if mesh.is_main is turn:
+            try:
+                results.append(action())
+            except Exception as problem:
+                error = problem
+        fail_together(error, mesh)
+    return results[0]

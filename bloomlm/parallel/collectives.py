@@ -1,0 +1,120 @@
+"""Exchanges among the ranks that compute one model together, with their gradients.
+
+Each has the other as its gradient (Megatron-LM, https://arxiv.org/abs/1909.08053, figure 3): what enters the ranks'
+parts of a product is the same everywhere, so its gradients, each a part, are added up; what leaves them is added up,
+so its gradient is the same everywhere. All ranks get the same bits out of a sum, which keeps what lies whole on each
+of them equal without ever being compared.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorParallelGroup:
+    """The ranks that compute one model together, and which of them this is."""
+
+    group: dist.ProcessGroup
+    rank: int
+    degree: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of each element, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def min(self, tensor: Tensor) -> Tensor:
+        """The smallest of each element, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
+        return tensor
+
+    def begin_sum(self, tensor: Tensor) -> dist.Work:
+        """Begin to add up in place; the tensor must not be touched before the work's wait()."""
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    def gather(self, tensor: Tensor, dim: int) -> Tensor:
+        """All ranks' tensors of one shape, one after another along a dimension; not differentiable."""
+        pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.degree)]
+        dist.all_gather(pieces, tensor.contiguous(), group=self.group)
+        return torch.cat(pieces, dim=dim)
+
+
+def copy_to_ranks(x: Tensor, ranks: TensorParallelGroup) -> Tensor:
+    """x itself; its gradient is the sum over the ranks."""
+    out: Tensor = _Copy.apply(x, ranks)
+    return out
+
+
+def sum_over_ranks(y: Tensor, ranks: TensorParallelGroup) -> Tensor:
+    """The sum over the ranks, in place of y; the gradient goes through as it is."""
+    out: Tensor = _Sum.apply(y, ranks)
+    return out
+
+
+def gather_last_dim(y: Tensor, ranks: TensorParallelGroup) -> Tensor:
+    """All ranks' y side by side in the last dimension; each gets its part of the gradient."""
+    out: Tensor = _Gather.apply(y, ranks)
+    return out
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: TensorParallelGroup) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ranks: TensorParallelGroup) -> Tensor:
+        ctx.mark_dirty(y)
+        return ranks.sum(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ranks: TensorParallelGroup) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(y, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.ranks.degree, dim=-1)[ctx.ranks.rank], None
+
+
+@contextmanager
+def own_randomness(rank: int) -> Iterator[None]:
+    """Random numbers that differ among ranks which otherwise draw the same ones.
+
+    They follow from the state of the common ones, so that recomputed activations see them again. The common ones go on
+    afterwards as if one number had been drawn.
+
+    Args:
+        rank: of this process among those.
+    """
+    # generators of CPUs take 32 bits of a seed: all of them shall depend on both numbers
+    seed = (int(torch.randint(2**32, ())) + rank * 0x9E3779B1) % 2**32
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield

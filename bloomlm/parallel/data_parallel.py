@@ -1,0 +1,109 @@
+"""Copies of the model that learn from different examples, and keep equal.
+
+Replicated copies add up their gradients after the backward pass. Sharded ones (FSDP2, torch's fully_shard) hold a part
+of every parameter, gradient and optimizer state each; a block is gathered just before it is computed, while the one
+before it is still at work, and its gradients are added up where their part lies. Both together (hybrid): shards within
+a group, copies across. Gradients are sums, not means: the loss is divided by the tokens of all ranks beforehand.
+
+Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bloomlm.errors import ConfigError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.layout import tp_dim
+from bloomlm.parallel.mesh import Mesh
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients are added up together in pieces of about this size."""
+
+
+def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: bool = True) -> None:
+    """Leave this rank its shard of every parameter, in place; nothing where the mesh shards nothing.
+
+    Args:
+        model: cut for tensor parallelism and with its adapter; parameters may be on the meta device.
+        mesh: the ranks.
+        reshard_after_forward: give a block's weights back after its forward pass and gather them again for the
+            backward pass (stage 3); False keeps them in between (stage 2): faster, and more memory.
+
+    Raises:
+        ConfigError: this PyTorch cannot add up gradients without taking their mean.
+    """
+    if mesh.degrees.dp_shard == 1:
+        return
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"--sharding needs PyTorch 2.9 or later; found {torch.__version__}")
+    assert mesh.device_mesh is not None
+    axes = ("dp_replicate", "dp_shard") if mesh.degrees.dp_replicate > 1 else ("dp_shard",)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh.device_mesh[axes], mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # the embedding is needed until the loss is known, which comes after forward: it stays gathered until backward ends
+    fully_shard(model.transformer, mesh=mesh.device_mesh[axes], mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what forward passes without a backward pass left gathered: parameters are this rank's shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def add_up_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
+    """Add up gradients over replicated copies, in place; FSDP has done it for sharded ones."""
+    if mesh.degrees.dp_replicate == 1 or mesh.degrees.dp_shard > 1:
+        return
+    group = mesh.group("dp_replicate")
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(tensor.nbytes for tensor in bucket) >= BUCKET_BYTES:
+            _add_up(bucket, group)
+            bucket = []
+    _add_up(bucket, group)
+
+
+def global_norm(gradients: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
+    """The norm of all gradients as if one device had them: the same bits on every rank.
+
+    Args:
+        gradients: of this rank, added up over copies, by the name of their parameter.
+        mesh: the ranks.
+
+    Returns:
+        Scalar; infinite or NaN everywhere if it is on one rank.
+    """
+    if mesh.is_alone:
+        return torch.nn.utils.get_total_norm(list(gradients.values()))
+    counted = []
+    for name, gradient in gradients.items():
+        # what several ranks have alike counts once
+        if tp_dim(name) is not None or mesh.tp_rank == 0:
+            counted.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+    if mesh.index("dp_replicate") > 0:
+        counted = []
+    norm = torch.nn.utils.get_total_norm(counted).double()
+    assert mesh.device_mesh is not None
+    return mesh.sum_over(norm.to(mesh.device_mesh.device_type) ** 2).sqrt()
+
+
+def _add_up(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0], group=group)
+    elif tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))

@@ -1,0 +1,224 @@
+"""How the processes of a job are divided: three named axes over all ranks.
+
+    dp_replicate   copies of the model, each learning from its own examples
+    dp_shard       the same, but the copies share out weights, gradients and optimizer among themselves (FSDP)
+    tp             ranks that compute one copy together, each with a part of every layer (tensor parallelism)
+
+Neighbouring ranks are tp ranks of one copy: they talk most, and a machine's ranks are neighbours. Degrees that cannot
+work are refused before anything is loaded.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bloomlm.errors import ConfigError
+from bloomlm.model.config import BloomConfig
+
+T = TypeVar("T")
+AXES = ("dp_replicate", "dp_shard", "tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """Ranks along each axis."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Copies of the model that learn from different examples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.dp * self.tp
+
+    def __str__(self) -> str:
+        axes = {"tensor-parallel": self.tp, "sharded": self.dp_shard, "replicated": self.dp_replicate}
+        return " x ".join(f"{size} {name}" for name, size in axes.items() if size > 1) + " ranks"
+
+
+def degrees_from_flags(
+    world_size: int, *, tensor_parallel_degree: int = -1, sharding_parallel_degree: int = -1, shards: bool = False
+) -> Degrees:
+    """Divide the ranks as the flags say.
+
+    Args:
+        world_size: ranks of the job.
+        tensor_parallel_degree: ranks that compute one copy of the model; -1: 1.
+        sharding_parallel_degree: copies that share out what they hold; -1: all of them with shards, else 1.
+        shards: whether sharing out was asked for.
+
+    Raises:
+        ConfigError: the ranks cannot be divided so; the message names degrees that would work.
+    """
+    for name, degree in (
+        ("tensor_parallel_degree", tensor_parallel_degree),
+        ("sharding_parallel_degree", sharding_parallel_degree),
+    ):
+        if degree < 1 and degree != -1:
+            raise ConfigError(f"--{name} is {degree}; expected a number of ranks from 1, or -1 for the default")
+    tp = max(1, tensor_parallel_degree)
+    if world_size % tp:
+        raise ConfigError(
+            f"--tensor_parallel_degree {tp} with {_ranks(world_size)}: the ranks cannot be divided into groups of "
+            f"{tp}. {_launch_hint(tp)}, or one of the degrees {_divisors_text(world_size)}"
+        )
+    dp = world_size // tp
+    dp_shard = sharding_parallel_degree if sharding_parallel_degree > 0 else (dp if shards else 1)
+    if dp % dp_shard:
+        raise ConfigError(
+            f"--sharding_parallel_degree {dp_shard} with {_ranks(world_size)} and tensor_parallel_degree {tp}: there "
+            f"are {dp} data-parallel ranks, which cannot be divided into groups of {dp_shard}. "
+            f"{_launch_hint(tp * dp_shard)}, or one of the degrees {_divisors_text(dp)}"
+        )
+    return Degrees(dp_replicate=dp // dp_shard, dp_shard=dp_shard, tp=tp)
+
+
+def check_model_divides(config: BloomConfig, tp_degree: int) -> None:
+    """Refuse a tensor_parallel_degree that a model cannot be cut for.
+
+    Args:
+        config: of the model.
+        tp_degree: ranks.
+
+    Raises:
+        ConfigError: heads or vocabulary cannot be divided by it; the message names the degrees that would work.
+    """
+    if config.n_head % tp_degree == 0 and config.vocab_size % tp_degree == 0:
+        return
+    common = math.gcd(config.n_head, config.vocab_size)
+    what = f"{config.n_head} heads" if config.n_head % tp_degree else f"a vocabulary of {config.vocab_size}"
+    raise ConfigError(
+        f"--tensor_parallel_degree {tp_degree}: this model has {what}, which cannot be divided by {tp_degree}; "
+        f"every rank takes an equal part. The degrees {_divisors_text(common)} would work"
+    )
+
+
+class Mesh:
+    """The ranks of a job and where this process stands among them.
+
+    Args:
+        degrees: how they are divided.
+        device_mesh: over the axes of AXES; None where this process is alone.
+    """
+
+    def __init__(self, degrees: Degrees, device_mesh: DeviceMesh | None = None) -> None:
+        assert device_mesh is not None or degrees.world_size == 1
+        self.degrees = degrees
+        self.device_mesh = device_mesh
+        self._state_mesh: DeviceMesh | None = None
+
+    @classmethod
+    def over_all_ranks(cls, degrees: Degrees, device_type: str) -> "Mesh":
+        """Divide the ranks of the default process group; every rank must call this.
+
+        Args:
+            degrees: their product is the number of ranks.
+            device_type: "cpu" or "cuda", where the tensors that are exchanged lie.
+        """
+        shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)
+        return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one rank only."""
+        return self.device_mesh is None
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all."""
+        return 0 if self.device_mesh is None else dist.get_rank()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that talks and writes what all have alike."""
+        return self.rank == 0
+
+    def index(self, axis: str) -> int:
+        """This rank's number along an axis."""
+        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks along an axis that this one belongs to."""
+        assert self.device_mesh is not None
+        return self.device_mesh.get_group(axis)
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's number among those that compute one copy."""
+        return self.index("tp")
+
+    @property
+    def dp_rank(self) -> int:
+        """The number of this rank's copy of the model."""
+        return self.index("dp_replicate") * self.degrees.dp_shard + self.index("dp_shard")
+
+    @property
+    def ranks_of_first_copy(self) -> list[int]:
+        """The ranks that together hold one copy of everything."""
+        return [0] if self.device_mesh is None else self.device_mesh.mesh[0].flatten().tolist()
+
+    @property
+    def state_mesh(self) -> DeviceMesh:
+        """The same ranks along (dp_replicate, tp, dp_shard): a tensor is cut for tp first, its part for dp_shard.
+
+        Every rank must ask for it the first time.
+        """
+        assert self.device_mesh is not None
+        if self._state_mesh is None:
+            ranks = self.device_mesh.mesh.transpose(1, 2).contiguous()
+            names = ("dp_replicate", "tp", "dp_shard")
+            self._state_mesh = DeviceMesh(self.device_mesh.device_type, ranks, mesh_dim_names=names)
+        return self._state_mesh
+
+    def sum_over(self, tensor: Tensor, axes: Sequence[str] = AXES) -> Tensor:
+        """Add a tensor up over axes, in place; every rank along them gets the sum."""
+        if self.device_mesh is None:
+            return tensor
+        if tuple(axes) == AXES:
+            dist.all_reduce(tensor)
+            return tensor
+        for axis in axes:
+            if self.device_mesh.size(AXES.index(axis)) > 1:
+                dist.all_reduce(tensor, group=self.group(axis))
+        return tensor
+
+    def gather_copies(self, value: T) -> list[T]:
+        """What each copy of the model has: a plain value of every data-parallel rank, in their order."""
+        if self.device_mesh is None:
+            return [value]
+        found: list[T] = [value] * self.degrees.world_size
+        dist.all_gather_object(found, value)
+        return found[:: self.degrees.tp]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.device_mesh is not None:
+            self.sum_over(torch.zeros((), device=self.device_mesh.device_type))
+
+
+ALONE = Mesh(Degrees())
+"""One process without others."""
+
+
+def _divisors_text(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _ranks(world_size: int) -> str:
+    return "1 process" if world_size == 1 else f"{world_size} processes"
+
+
+def _launch_hint(group: int) -> str:
+    return f"Start a multiple of {group} with torchrun --nproc-per-node"

@@ -1,0 +1,180 @@
+"""Cut a model so that ranks compute it together, each with a part of every layer.
+
+A rank's model is the same Python: its parameters are smaller, and its layers have an Exchange that makes their results
+whole. A block has two all-reduces of [N, D] forward (after dense and dense_4h_to_h) and two backward (before
+query_key_value and dense_h_to_4h); LoRA adds one of [N, R] for each layer.
+
+Parameters are plain tensors, so that nothing on a rank is slower than on one device; `layout.py` says which part of
+which whole they are.
+
+Shapes: N packed tokens, D hidden, V vocabulary, R lora rank.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bloomlm.errors import ConfigError
+from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
+from bloomlm.model.exchange import Exchange
+from bloomlm.model.linear import Linear, linear
+from bloomlm.parallel.collectives import (
+    TensorParallelGroup,
+    copy_to_ranks,
+    gather_last_dim,
+    own_randomness,
+    sum_over_ranks,
+)
+from bloomlm.parallel.layout import PREFIX, Part, tp_dim, tp_part
+from bloomlm.parallel.mesh import Mesh, check_model_divides
+
+ADAPTER_ENDS = (".lora_A", ".lora_B")
+
+
+class ColumnExchange(Exchange):
+    """Of a weight cut by outputs: input whole, output this rank's part."""
+
+    def __init__(self, ranks: TensorParallelGroup) -> None:
+        self.ranks = ranks
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x; its gradients are added up."""
+        return copy_to_ranks(x, self.ranks)
+
+    def between(self, low_rank: Tensor) -> Tensor:
+        """lora_A is whole and gives the same on every rank; lora_B's parts each give a part of its gradient."""
+        return copy_to_ranks(low_rank, self.ranks)
+
+
+class RowExchange(Exchange):
+    """Of a weight cut by inputs: input this rank's part, outputs added up, the bias added once."""
+
+    sums_inputs = True
+
+    def __init__(self, ranks: TensorParallelGroup) -> None:
+        self.ranks = ranks
+
+    def between(self, low_rank: Tensor) -> Tensor:
+        """lora_A is cut like the weight, so its products are added up."""
+        return sum_over_ranks(low_rank, self.ranks)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return sum_over_ranks(y, self.ranks)
+
+    def input_randomness(self) -> AbstractContextManager[None]:
+        """Each rank has other columns of the input, so each draws its own numbers."""
+        return own_randomness(self.ranks.rank)
+
+
+class VocabParallelEmbedding(WordEmbedding):
+    """Rows of the vocabulary from first_token on; the other ranks have the others."""
+
+    ranks: TensorParallelGroup
+    first_token: int
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N] -> [N, D]: each rank looks up its own tokens, the sum has all."""
+        rows = tokens - self.first_token
+        elsewhere = (rows < 0) | (rows >= len(self.weight))
+        found = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, sparse=self.sparse)
+        return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.ranks)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], the same on every rank. Training never calls this: see training/loss.py."""
+        return gather_last_dim(linear(copy_to_ranks(hidden, self.ranks), self.weight), self.ranks)
+
+
+def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
+    """Leave this rank its part of every parameter, in place, and let the layers exchange what they need.
+
+    An adapter's parameters stay whole: cut_adapter is for them.
+
+    Args:
+        model: whole, with or without an adapter; may be on the meta device.
+        mesh: with a tp axis; of 1 rank: nothing is changed.
+
+    Raises:
+        ConfigError: the model cannot be divided among so many ranks.
+    """
+    degree = mesh.degrees.tp
+    check_model_divides(model.config, degree)
+    if degree == 1:
+        return
+    ranks = tp_group(mesh)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and not name.startswith(PREFIX):
+            exchange = ColumnExchange(ranks) if tp_dim(f"{name}.weight") == 0 else RowExchange(ranks)
+            module.exchange = exchange
+    heads, vocabulary = (Part(0, ranks.rank, degree).bounds(n) for n in (model.config.n_head, model.config.vocab_size))
+    model.transformer.heads = range(*heads)
+    embedding = model.transformer.word_embeddings
+    embedding.__class__ = VocabParallelEmbedding
+    cast(VocabParallelEmbedding, embedding).ranks = ranks
+    cast(VocabParallelEmbedding, embedding).first_token = vocabulary[0]
+    _cut(model, ranks, adapter=False)
+
+
+def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
+    """The same for an adapter, after apply_tensor_parallel; nothing without one.
+
+    Args:
+        model: cut already but for its adapter.
+        mesh: the same.
+
+    Raises:
+        ConfigError: the width of a prefix's projection cannot be divided among so many ranks.
+    """
+    if mesh.degrees.tp == 1:
+        return
+    ranks = tp_group(mesh)
+    prefix = cast(Any, model.transformer.prefix)
+    if prefix is not None:
+        prefix.heads = model.transformer.heads
+        prefix.exchange = ColumnExchange(ranks)
+        if prefix.transform is not None:
+            width = prefix.transform[0].out_features
+            if width % ranks.degree:
+                raise ConfigError(
+                    f"the prefix's projection is {width} wide, which {ranks.degree} tensor-parallel ranks cannot "
+                    "divide; choose a prefix_projection_hidden_size that they can"
+                )
+            prefix.transform[0].exchange = ColumnExchange(ranks)
+            prefix.transform[2].exchange = RowExchange(ranks)
+    _cut(model, ranks, adapter=True)
+    for name, learns in list(model.named_buffers()):
+        if name.endswith(".lora_B_learns"):  # cut like the lora_B whose entries it is about
+            parent, _, attribute = name.rpartition(".")
+            part = tp_part(f"{parent}.lora_B", ranks.rank, ranks.degree)
+            setattr(model.get_submodule(parent), attribute, part.of(learns))
+
+
+def tp_group(mesh: Mesh) -> TensorParallelGroup:
+    """The ranks that compute one model together with this one."""
+    return TensorParallelGroup(mesh.group("tp"), mesh.tp_rank, mesh.degrees.tp)
+
+
+def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None:
+    """The ranks among which a model is cut; None for a whole one."""
+    embedding = model.transformer.word_embeddings
+    return embedding.ranks if isinstance(embedding, VocabParallelEmbedding) else None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.startswith(PREFIX) or name.endswith(ADAPTER_ENDS)
+
+
+def _cut(model: nn.Module, ranks: TensorParallelGroup, *, adapter: bool) -> None:
+    for name, parameter in list(model.named_parameters()):
+        if is_adapter(name) is not adapter:
+            continue
+        part = tp_part(name, ranks.rank, ranks.degree)
+        if part.dim is None:
+            continue
+        own = part.of(parameter.detach()).clone(memory_format=torch.contiguous_format)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, nn.Parameter(own, requires_grad=parameter.requires_grad))

@@ -1,0 +1,180 @@
+"""Evaluations on ranks: what one process gives, each window scored by one copy of the model, files of a stopped run."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.api import LoadedModel, load
+from bloomlm.checkpoint.fingerprint import model_fingerprint
+from bloomlm.cli.evaluate_runs import EvaluationRun
+from bloomlm.errors import ConfigError
+from bloomlm.evaluation.config import EvaluateConfig
+from bloomlm.evaluation.copies import free_memory
+from bloomlm.evaluation.report import Report
+from bloomlm.evaluation.scorer import Scorer
+from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
+from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
+from tests.distributed.pool import RankPool
+from tests.tiny_bloom import write_adapter, write_bloom
+
+DEGREES = {"copies": Degrees(dp_replicate=2), "tensor parallel": Degrees(tp=2)}
+PASSAGES = ["the rain and the sea", "the sea and the rain", "and the ink", "an island in the sea", "in the and"]
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bloom(tmp_path_factory.mktemp("models") / "bloom")
+
+
+@pytest.fixture
+def lambada(tmp_path: Path) -> Path:
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))
+    return tmp_path / "lambada.jsonl"
+
+
+def mesh_of(degrees: Degrees) -> Mesh:
+    return ALONE if degrees.world_size == 1 else Mesh.over_all_ranks(degrees, "cpu")
+
+
+def some_windows() -> list[Window]:
+    """Choices behind common questions, and an odd number of windows of their own."""
+    source = np.random.default_rng(0)
+    windows = []
+    for length in (20, 33, 45):
+        context = source.integers(4, 90, length).tolist()
+        windows += [continuation_window(context, source.integers(4, 90, n).tolist())[0] for n in (1, 3, 4)]
+    return windows + [Window(source.integers(4, 90, n), source.integers(4, 90, n)) for n in (2, 9, 30)]
+
+
+def scores_of(bloom: Path, adapters: dict[str, Path], degrees: Degrees) -> tuple[list[WindowScore], list[int], str]:
+    mesh = mesh_of(degrees)
+    model = load(bloom, mesh=mesh, **adapters).model
+    own = [number for batch in Scorer(model, max_batch_tokens=60, mesh=mesh).score(some_windows()) for number in batch]
+    whole = Scorer(model, max_batch_tokens=60, mesh=mesh).score_all(some_windows())
+    return whole, own, model_fingerprint(model, mesh)
+
+
+@pytest.mark.parametrize("kind", DEGREES)
+@pytest.mark.parametrize(
+    "adapter", [None, LoraConfig(r=2, target_modules=BLOCK_LINEARS), PrefixConfig(num_prefix_tokens=3)]
+)
+def test_scores_are_those_of_one_process(
+    ranks: RankPool, bloom: Path, tmp_path: Path, kind: str, adapter: LoraConfig | PrefixConfig | None
+) -> None:
+    flag = "prefix_path" if isinstance(adapter, PrefixConfig) else "lora_path"
+    adapters = {} if adapter is None else {flag: write_adapter(tmp_path / "adapter", bloom, adapter)}
+    expected, everything, fingerprint = scores_of(bloom, adapters, Degrees())
+    results = ranks.run(2, scores_of, bloom, adapters, DEGREES[kind])
+    for found, _, found_fingerprint in results:
+        assert found_fingerprint == fingerprint
+        for one, other in zip(found, expected, strict=True):
+            assert one.log_prob == pytest.approx(other.log_prob, rel=2e-6)
+            assert (one.num_scored, one.num_likeliest) == (other.num_scored, other.num_likeliest)
+    shares = [own for _, own, _ in results]
+    if kind == "copies":  # each once, whatever the remainder
+        assert sorted(shares[0] + shares[1]) == sorted(everything) and min(map(len, shares)) > 0
+    else:
+        assert shares[0] == shares[1] == everything
+
+
+def report_of(bloom: Path, config: EvaluateConfig, degrees: Degrees, stop_after: int | None = None) -> Report | None:
+    mesh = mesh_of(degrees)
+    loaded = load(bloom, mesh=mesh)
+    run = EvaluationRun(config, loaded, Console(quiet=True))
+    path = Path(config.eval_path or "")
+    if stop_after is None:
+        return run.generation(path) if config.do_generation else run.protocol(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bloomlm.evaluation.run.Scorer", stopping_after(stop_after))
+        with pytest.raises(KeyboardInterrupt):
+            run.protocol(path)
+    return None
+
+
+def stopping_after(num_batches: int) -> type[Scorer]:
+    class Stopped(Scorer):
+        def score(self, windows: Any, done: Any = ()) -> Any:
+            for number, batch in enumerate(super().score(windows, done)):
+                if number == num_batches:
+                    raise KeyboardInterrupt
+                yield batch
+
+    return Stopped
+
+
+@pytest.mark.parametrize("kind", DEGREES)
+@pytest.mark.parametrize("options", [{"protocol": "lm_eval"}, {"do_generation": True, "tgt_length": 5}])
+def test_reports_are_those_of_one_process(
+    ranks: RankPool, bloom: Path, lambada: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    if "do_generation" in options:
+        lambada.write_text("".join(json.dumps({"src": text, "tgt": "the sea"}) + "\n" for text in PASSAGES))
+    file = tmp_path / "report.json"
+    config = EvaluateConfig(eval_path=str(lambada), output_file=file, batch_size=1, **options)
+    expected = report_of(bloom, config, Degrees())
+    assert expected is not None
+    for path in tmp_path.glob("report*"):
+        path.unlink()
+    for found in ranks.run(2, report_of, bloom, config, DEGREES[kind]):
+        assert found.metrics.keys() == expected.metrics.keys()
+        for name, metric in expected.metrics.items():
+            assert found.metrics[name].value == pytest.approx(metric.value, rel=1e-6), name
+            if metric.standard_error is not None:
+                assert found.metrics[name].standard_error == pytest.approx(metric.standard_error, rel=1e-5), name
+        assert (found.run["processes"], found.model) == (2, expected.model)
+    assert json.loads(file.read_text())["counts"] == expected.counts
+    assert not list(tmp_path.glob(".report*"))
+
+
+def test_other_numbers_of_ranks_go_on_with_what_is_there(
+    ranks: RankPool, bloom: Path, lambada: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    config = EvaluateConfig(eval_path=str(lambada), protocol="lm_eval", output_file=file, batch_size=1, seq_length=8)
+    expected = report_of(bloom, EvaluateConfig(eval_path=str(lambada), protocol="lm_eval", seq_length=8), Degrees())
+    ranks.run(2, report_of, bloom, config, DEGREES["copies"], 1)
+    assert len(list(tmp_path.glob(".report*.partial"))) == 2
+    report_of(bloom, config, Degrees(), 1)
+    for found in ranks.run(2, report_of, bloom, config, DEGREES["copies"]):
+        assert found.run["windows_of_a_stopped_run"] == 3
+        assert expected is not None
+        assert found.metrics["perplexity"].value == pytest.approx(expected.metrics["perplexity"].value, rel=1e-6)
+
+
+def answers_to_lm_eval(bloom: Path, degrees: Degrees) -> tuple[list[tuple[float, bool]], list[str]]:
+    from bloomlm.evaluation.lm_eval_adapter import BloomLM
+
+    mesh = mesh_of(degrees)
+    loaded: LoadedModel = load(bloom, mesh=mesh)
+    model = BloomLM(loaded.model, tokenizer=loaded.tokenizer, max_length=64, mesh=mesh)
+    pairs = [SimpleNamespace(args=(text, " sea")) for text in PASSAGES]
+    prompts = [SimpleNamespace(args=(text, {"max_gen_toks": 4})) for text in PASSAGES]
+    return model.loglikelihood(pairs), model.generate_until(prompts)
+
+
+@pytest.mark.parametrize("kind", DEGREES)
+def test_lm_eval_gets_all_answers_on_every_rank(ranks: RankPool, bloom: Path, kind: str) -> None:
+    pytest.importorskip("lm_eval", reason="the lm_eval extra is not installed")
+    log_probs, texts = answers_to_lm_eval(bloom, Degrees())
+    assert len(set(texts)) > 1
+    for found_log_probs, found_texts in ranks.run(2, answers_to_lm_eval, bloom, DEGREES[kind]):
+        assert [value for value, _ in found_log_probs] == pytest.approx([value for value, _ in log_probs], rel=1e-6)
+        assert found_texts == texts
+
+
+def refusal(degrees: Degrees) -> str:
+    with pytest.raises(ConfigError) as error:
+        free_memory("a batch of 9 tokens", mesh_of(degrees), MemoryError())
+    return str(error.value)
+
+
+def test_ranks_that_share_a_model_cannot_halve(ranks: RankPool) -> None:
+    for message in ranks.run(2, refusal, DEGREES["tensor parallel"]):
+        assert "memory ran out on a batch of 9 tokens" in message and "smaller --batch_size" in message

@@ -1,0 +1,115 @@
+"""What adapters do not learn costs nothing: no gradient is computed for it, and no activation kept for it alone."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.data.loader import Batch
+from bloomlm.model.alibi import COLUMNS
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+from bloomlm.model.documents import Documents
+from bloomlm.training.precision import Precision
+from bloomlm.training.step import batch_loss
+
+L, D, H, V, R = 3, 24, 3, 64, 2
+LENGTHS = (150, 160)  # too long to be padded into one group
+N = sum(LENGTHS)
+
+
+def model_with(adapter: Adapter) -> BloomForCausalLM:
+    model = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=D, n_layer=L, n_head=H))
+    model.init_weights(torch.Generator().manual_seed(0))
+    apply_adapter(model, adapter)
+    return model.train()
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shape of everything that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.seen.add(tuple(tensor.shape))
+        return result
+
+
+def made_shapes(adapter: Adapter) -> set[tuple[int, ...]]:
+    model = model_with(adapter)
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(0, V, (N,), generator=generator) for _ in range(2))
+    batch = Batch(tokens=tokens, labels=labels, lengths=LENGTHS, num_supervised_tokens=N)
+    with Shapes() as shapes:
+        batch_loss(model, batch, Precision(), scale=1.0).backward()
+    return shapes.seen
+
+
+WEIGHTS = {(3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (V, D)}
+
+
+def gradients_made(adapter: Adapter) -> set[tuple[int, ...]]:
+    """Shapes of weights that something was made in; a product may give the gradient transposed."""
+    seen = made_shapes(adapter)
+    return {shape for shape in WEIGHTS if shape in seen or shape[::-1] in seen}
+
+
+def test_full_tuning_makes_a_gradient_for_every_weight() -> None:
+    assert gradients_made(FullTuning()) == WEIGHTS
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(r=R, target_modules=BLOCK_LINEARS), PrefixConfig(num_prefix_tokens=5)])
+def test_adapters_make_no_gradient_of_any_frozen_weight(adapter: Adapter) -> None:
+    assert gradients_made(adapter) == set()
+
+
+def saved_elements(adapter: Adapter) -> int:
+    """Elements kept for the backward pass of the blocks, each memory once, parameters not counted."""
+    model = model_with(adapter)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor
+        return tensor
+
+    tokens = torch.arange(N) % V
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.transformer(tokens, Documents.packed(LENGTHS))
+    return _elements(kept.values())
+
+
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() // tensor.itemsize for tensor in tensors)
+
+
+WIDE = H * (D // H + COLUMNS)  # a query, key or value of all heads with its position columns
+ATTENTION = 4 * WIDE + H  # queries, keys and values, what came out, and a sum of exponentials for each head
+NORM = D + 2  # its input, mean and spread
+
+
+@pytest.mark.parametrize("targets", [("query_key_value",), BLOCK_LINEARS])
+def test_lora_keeps_what_its_matrices_and_the_nonlinear_functions_need(targets: tuple[str, ...]) -> None:
+    inputs = {"query_key_value": D, "dense": D, "dense_h_to_4h": D, "dense_4h_to_h": 4 * D}
+    block = NORM + ATTENTION + NORM + 4 * D + sum(inputs[name] + R for name in targets)
+    # the first norm's input does not learn, so it is not kept; the last norm stands behind the blocks
+    assert saved_elements(LoraConfig(r=R, target_modules=targets)) == N * (L * block - NORM + NORM)
+
+
+def test_full_tuning_keeps_every_input() -> None:
+    block = NORM + D + ATTENTION + D + NORM + D + 4 * D + 4 * D
+    embedding_norm, token_ids = NORM, 1
+    assert saved_elements(FullTuning()) == N * (L * block + embedding_norm + NORM + token_ids)

@@ -1,0 +1,187 @@
+"""int8 weights: their rounding, and a model on them against one in fp32 that holds the same values."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import bloomlm.model.quantized as quantized
+from bloomlm.adapters.apply import FullTuning, apply_adapter, merge_adapter, trainable_state_dict
+from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.merge import merge_to_directory
+from bloomlm.checkpoint.reader import load_model
+from bloomlm.checkpoint.writer import write_model
+from bloomlm.errors import AdapterError, CheckpointError
+from bloomlm.generation.config import GenerationConfig
+from bloomlm.generation.decode import generate
+from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
+from bloomlm.model.config import BloomConfig
+from bloomlm.model.documents import Documents
+from bloomlm.model.linear import Linear, linear
+from bloomlm.model.quantized import dequantize_rows, quantize_rows
+from bloomlm.training.loss import linear_cross_entropy, score_tokens
+from tests.tiny_checkpoint import random_model
+
+CONFIG = BloomConfig(vocab_size=70, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+LENGTHS = (5, 9)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    model = random_model(CONFIG)
+    write_model(directory, model.config, model.named_parameters())
+    return directory
+
+
+@pytest.fixture(params=[2**22, 1000], ids=["one block", "many blocks"])
+def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How much is made floating point at once; the weights here have 1,024 to 4,096 elements."""
+    monkeypatch.setattr(quantized, "BLOCK_ELEMENTS", request.param)
+    return int(request.param)
+
+
+def dequantized(checkpoint: Path, dtype: torch.dtype = torch.float32) -> BloomForCausalLM:
+    """A plain model that holds what the int8 weights stand for."""
+    model = load_model(checkpoint, memory_map=False)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, (Linear, WordEmbedding)):
+                module.weight.copy_(dequantize_rows(*quantize_rows(module.weight, name), torch.float32))
+    return model.to(dtype)
+
+
+def with_lora(model: BloomForCausalLM) -> BloomForCausalLM:
+    apply_adapter(model, LoraConfig(r=3, target_modules=BLOCK_LINEARS))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable_state_dict(model).values():
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def step(model: BloomForCausalLM, label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of two documents and the gradients of what learns."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, CONFIG.vocab_size, (sum(LENGTHS),), generator=generator)
+    labels = torch.randint(0, CONFIG.vocab_size, (sum(LENGTHS),), generator=generator)
+    labels[::3] = -100
+    embedding = model.transformer.word_embeddings
+    loss = linear_cross_entropy(
+        model.transformer(tokens, Documents.packed(LENGTHS)),
+        embedding.weight,
+        labels,
+        weight_scale=embedding.weight_scale,
+        label_smoothing=label_smoothing,
+        max_chunk_bytes=3 * CONFIG.vocab_size * 4,
+    )
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_rounding_is_symmetric_by_row_and_at_most_half_a_step(block_elements: int) -> None:
+    weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 50)[:, None]
+    weight[7] = 0.0
+    weight[8] = torch.linspace(-127, 127, 32).round()
+    values, scale = quantize_rows(weight, "w")
+    assert (values.dtype, scale.dtype) == (torch.int8, torch.float32)
+    torch.testing.assert_close(scale, weight.abs().amax(1) / 127)
+    back = dequantize_rows(values, scale, torch.float32)
+    assert ((back - weight).abs() <= 0.5001 * scale[:, None]).all()
+    assert torch.equal(back[7], weight[7]) and torch.equal(back[8], weight[8])
+    assert values.abs().amax() == 127 and values.amin() >= -127
+
+
+def test_weights_without_a_number_in_int8_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(checkpoint, memory_map=False)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.dense_4h_to_h.weight[3, 5] = torch.inf
+    write_model(tmp_path, model.config, model.named_parameters())
+    with pytest.raises(CheckpointError, match=r"transformer\.h\.1\.mlp\.dense_4h_to_h\.weight holds NaN or infinite"):
+        load_model(tmp_path, int8=True)
+
+
+def test_a_model_in_int8_has_one_copy_of_each_weight(checkpoint: Path) -> None:
+    model = load_model(checkpoint, int8=True)
+    plain = load_model(checkpoint)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    matrices = sum(p.numel() for p in plain.parameters() if p.dim() == 2)
+    rows = sum(len(p) for p in plain.parameters() if p.dim() == 2)
+    vectors = sum(p.numel() for p in plain.parameters() if p.dim() == 1)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert sum(t.numel() * t.itemsize for t in tensors) == matrices + 4 * rows + 4 * vectors
+    assert {p.dtype for p in model.parameters() if p.dim() == 2} == {torch.int8}
+
+
+def test_equals_an_fp32_model_of_the_same_values(checkpoint: Path, block_elements: int) -> None:
+    model, exact = load_model(checkpoint, int8=True), dequantized(checkpoint)
+    ids = torch.randint(0, CONFIG.vocab_size, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), exact(ids), rtol=1e-5, atol=1e-5)
+    (loss, gradients), (exact_loss, exact_gradients) = step(with_lora(model), 0.1), step(with_lora(exact), 0.1)
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == exact_gradients.keys() == {*trainable_state_dict(model)}
+    for name, gradient in exact_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("how", ["bf16 autocast", "fp16 autocast", "bf16 weights"])
+def test_half_precision_stays_near_the_same_model_in_fp32(checkpoint: Path, how: str, recompute: bool) -> None:
+    dtype = torch.float16 if "fp16" in how else torch.bfloat16
+    weights_dtype = dtype if "weights" in how else torch.float32
+    model = with_lora(load_model(checkpoint, int8=True, dtype=weights_dtype))
+    model.transformer.recompute = recompute
+    assert model.transformer.dtype is weights_dtype
+    with torch.autocast("cpu", dtype=dtype, enabled="autocast" in how):
+        loss, gradients = step(model)
+    exact_loss, exact_gradients = step(with_lora(dequantized(checkpoint)))
+    torch.testing.assert_close(loss, exact_loss, rtol=0.02, atol=0)
+    for name, gradient in exact_gradients.items():
+        error = (gradients[name].float() - gradient).norm() / gradient.norm()
+        assert error < (0.01 if dtype is torch.float16 else 0.08), (name, error)
+
+
+def test_the_score_of_an_evaluation(checkpoint: Path, block_elements: int) -> None:
+    model, exact = load_model(checkpoint, int8=True), dequantized(checkpoint)
+    hidden, labels = torch.randn(9, 32), torch.randint(0, CONFIG.vocab_size, (9,))
+    labels[:2] = model.logits(hidden)[:2].argmax(1)
+    embedding = model.transformer.word_embeddings
+    found = score_tokens(hidden, embedding.weight, labels, weight_scale=embedding.weight_scale)
+    expected = score_tokens(hidden, exact.transformer.word_embeddings.weight, labels)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
+    assert found.num_correct == expected.num_correct >= 2
+
+
+def test_generates_what_the_same_model_in_fp32_generates(checkpoint: Path) -> None:
+    prompts, config = [[3, 4, 5], [6, 7]], GenerationConfig(max_new_tokens=6)
+    found, expected = (
+        generate(m, prompts, config) for m in (load_model(checkpoint, int8=True), dequantized(checkpoint))
+    )
+    assert [result.tokens for result in found] == [result.tokens for result in expected]
+
+
+def test_nothing_but_the_int8_weight_is_kept_for_the_backward_pass() -> None:
+    weight, scale = quantize_rows(torch.randn(80, 32), "w")
+    x, bias = torch.randn(8, 32, requires_grad=True), torch.randn(80, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = linear(x, weight, bias, scale)
+    assert [t.data_ptr() for t in saved] == [weight.data_ptr(), scale.data_ptr()]
+    out.backward(torch.ones_like(out))
+    assert x.grad is not None and bias.grad is not None
+    torch.testing.assert_close(x.grad, dequantize_rows(weight, scale, torch.float32).sum(0).expand(8, -1))
+    assert torch.equal(bias.grad, torch.full((80,), 8.0))
+
+
+def test_what_int8_cannot_do_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    for adapter in (FullTuning(), PrefixConfig()):
+        with pytest.raises(AdapterError, match="LoRA only"):
+            apply_adapter(load_model(checkpoint, int8=True), adapter)
+    model = with_lora(load_model(checkpoint, int8=True))
+    with pytest.raises(AdapterError, match="int8 weight cannot take"):
+        merge_adapter(model)
+    with pytest.raises(AdapterError, match="rounded to int8"):
+        merge_to_directory(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

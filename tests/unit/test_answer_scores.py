@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from bloomlm.errors import ConfigError
-from bloomlm.training.metrics import bleu_tokenizer, score_generations, split_words
+from bloomlm.generation.answer_scores import bleu_tokenizer, score_generations, split_words
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,13 @@ def test_bleu_by_hand() -> None:
     assert "tok:13a" in scores.bleu4_signature
 
 
+def test_chrf_by_hand() -> None:
+    scores = score_generations(["abc"], [" abd"])
+    # of 1, 2 and 3 characters 2/3, 1/2 and 0 are right, of more there are none: means over what there is, and F2 of
+    # equal precision and recall is either
+    assert scores.chrf == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+
+
 def test_bleu_and_rouge_of_chinese() -> None:
     scores = score_generations(["今天天气很好"], ["今天天气不好"])
     # characters: 5 of 6; pairs 3 of 5; triples 2 of 4; 4-grams 1 of 3
@@ -75,7 +82,7 @@ def test_bleu_tokenizer_follows_the_script(references: list[str], tokenizer: str
 def test_perfect_and_empty_answers() -> None:
     perfect = score_generations(["1950-01-15"], ["1950-01-15"])
     assert perfect.numbers() == pytest.approx(
-        {"exact_match": 1.0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0, "bleu4": 100.0}
+        {"exact_match": 1.0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0, "bleu4": 100.0, "chrf": 100.0}
     )
     assert set(score_generations([""], ["1950-01-15"]).numbers().values()) == {0.0}
 

@@ -1,0 +1,208 @@
+"""The flags of `bloomlm evaluate`, and what cannot be asked for together."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from bloomlm.errors import ConfigError
+
+
+def _about(section: str, help: str) -> dict[str, str]:
+    return {"section": section, "help": help}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to evaluate on what."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata=_about("model", "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m")
+    )
+    model_type: str | None = field(default=None, metadata=_about("model", "bloom; PaddleNLP's command gives it"))
+    lora_path: str | None = field(
+        default=None, metadata=_about("model", "directory or hub name of a LoRA adapter (PEFT's or PaddleNLP's files)")
+    )
+    prefix_path: str | None = field(
+        default=None,
+        metadata=_about("model", "directory or hub name of a prefix adapter (PEFT's or PaddleNLP's files)"),
+    )
+    prefix_layout: Literal["old", "new"] | None = field(
+        default=None, metadata=_about("model", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
+    )
+    trained_tensor_parallel_degree: int | None = field(
+        default=None,
+        metadata=_about("model", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
+    )
+    paddle_tokenization: bool = field(
+        default=False,
+        metadata=_about("model", "with vocab.json and merges.txt: cut words as PaddleNLP did, not as BLOOM"),
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
+        default=None, metadata=_about("model", "precision of the weights; by default that of the files")
+    )
+    device: str | None = field(
+        default=None, metadata=_about("model", "cpu, gpu, cuda:1, ...; by default a GPU if there is one")
+    )
+    load_autodist: bool = field(
+        default=False, metadata=_about("model", "the directory holds PaddleNLP's auto_dist files")
+    )
+    model_dir: Path | None = field(
+        default=None, metadata=_about("model", "exported programs cannot be evaluated by this version")
+    )
+
+    eval_path: str | None = field(
+        default=None,
+        metadata=_about(
+            "data", "wiki.valid.tokens, lambada_test.jsonl, ...; or wikitext-2, wikitext-103 or lambada from the hub"
+        ),
+    )
+    cloze_eval: bool | None = field(
+        default=None, metadata=_about("data", "guess last words (LAMBADA); by default so for .jsonl files")
+    )
+    limit: int | None = field(
+        default=None, metadata=_about("data", "evaluate the first so many examples, documents or windows only")
+    )
+
+    protocol: Literal["reference", "lm_eval", "gptq"] = field(
+        default="reference",
+        metadata=_about("protocol", "whose definition: PaddleNLP's run_eval.py, lm-eval's tasks, or GPTQ's perplexity"),
+    )
+    seq_length: int | None = field(
+        default=None, metadata=_about("protocol", "most tokens the model sees [default: 512; lm_eval and gptq: 2048]")
+    )
+    overlapping_eval: int | None = field(
+        default=None,
+        metadata=_about("protocol", "reference, WikiText: tokens from one window to the next [default: 32]"),
+    )
+
+    do_generation: bool = field(
+        default=False, metadata=_about("generation", "answer the rows of eval_path (src and tgt) and score the answers")
+    )
+    src_length: int | None = field(
+        default=None, metadata=_about("generation", "most tokens of a prompt, as in training [default: 512]")
+    )
+    tgt_length: int | None = field(
+        default=None, metadata=_about("generation", "most tokens of an answer, </s> included [default: 512]")
+    )
+    prompt_template: str | None = field(
+        default=None, metadata=_about("generation", "makes the prompt of each row, as in training")
+    )
+
+    tasks: tuple[str, ...] = field(
+        default=(), metadata=_about("lm-eval", "tasks that lm-eval runs (pip install 'bloomlm[lm_eval]')")
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata=_about("lm-eval", "worked examples before each question; by default the task's own")
+    )
+    include_path: Path | None = field(default=None, metadata=_about("lm-eval", "directory with more tasks of your own"))
+
+    output_file: Path | None = field(
+        default=None,
+        metadata=_about(
+            "output", "write the report (.json, and .md beside it); a stopped evaluation goes on from there"
+        ),
+    )
+    compare: tuple[str, ...] = field(
+        default=(), metadata=_about("output", "two reports, side by side; nothing is evaluated")
+    )
+    logging_steps: int = field(
+        default=10, metadata=_about("output", "without a terminal: batches from one line of progress to the next")
+    )
+
+    batch_size: int = field(
+        default=8,
+        metadata=_about(
+            "computing", "windows of seq_length tokens at once; changes the speed, and is halved when memory runs out"
+        ),
+    )
+    tensor_parallel_degree: int = field(
+        default=1,
+        metadata=_about("computing", "processes that share a model; the others have copies and take other examples"),
+    )
+    seed: int | None = field(default=None, metadata=_about("computing", "accepted; an evaluation draws nothing"))
+
+    @property
+    def is_lambada(self) -> bool:
+        """Whether last words are guessed."""
+        if self.cloze_eval is not None:
+            return self.cloze_eval
+        name = self.eval_path or ""
+        return name.partition(":")[0] == "lambada" or Path(name).suffix.lower() in (".jsonl", ".json", ".csv")
+
+
+def check_config(config: EvaluateConfig) -> tuple[str, ...]:
+    """Refuse what contradicts itself or cannot be done, before anything is loaded.
+
+    Returns:
+        What the user should know: flags that have no effect.
+
+    Raises:
+        ConfigError: naming the flags.
+    """
+    if config.compare:
+        if len(config.compare) != 2:
+            raise ConfigError(f"--compare takes two reports, found {len(config.compare)}: --compare a.json b.json")
+        return tuple(f"--{name} has no effect with --compare" for name in _given(config) if name != "compare")
+    _check_model(config)
+    kinds = [name for name, given in (("--tasks", config.tasks), ("--eval_path", config.eval_path)) if given]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "neither"
+        raise ConfigError(f"found {found}; expected --eval_path FILE (or wikitext-2, lambada), or --tasks of lm-eval")
+    if config.do_generation and not config.eval_path:
+        raise ConfigError("--do_generation needs --eval_path with rows to answer, such as test.jsonl")
+    for name in ("limit", "batch_size", "seq_length", "logging_steps", "src_length", "tgt_length"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; expected a whole number from 1")
+    if config.output_file is not None and config.output_file.suffix != ".json":
+        raise ConfigError(f"--output_file {config.output_file}: expected a name that ends in .json")
+    if config.protocol == "gptq" and config.is_lambada and not config.do_generation and config.eval_path:
+        raise ConfigError("--protocol gptq defines perplexity on WikiText only; for LAMBADA use reference or lm_eval")
+    return _without_effect(config)
+
+
+def _check_model(config: EvaluateConfig) -> None:
+    if config.model_dir is not None:
+        raise ConfigError(
+            "--model_dir: this version evaluates no exported programs; give the model as --model_name_or_path"
+        )
+    if config.model_name_or_path is None:
+        raise ConfigError("missing --model_name_or_path (builtin:tiny, a directory, or a hub name)")
+    if config.model_type not in (None, "bloom"):
+        raise ConfigError(f"--model_type {config.model_type}: bloomlm evaluates BLOOM only; expected bloom")
+    if config.load_autodist:
+        directory = Path(config.model_name_or_path).expanduser()
+        if not list(directory.glob("auto_dist*.pdparams")):
+            raise ConfigError(
+                f"--load_autodist: {config.model_name_or_path} holds no auto_dist*.pdparams; leave the flag out to "
+                "read whatever form the model has"
+            )
+
+
+def _without_effect(config: EvaluateConfig) -> tuple[str, ...]:
+    windows = bool(config.eval_path) and not config.do_generation
+    given = _given(config)
+    sliding = windows and config.protocol == "reference" and not config.is_lambada
+    acting = {
+        "protocol": (windows, "WikiText or LAMBADA as --eval_path"),
+        "overlapping_eval": (sliding, "--protocol reference on WikiText"),
+        "cloze_eval": (windows, "a protocol"),
+        "seq_length": (windows or bool(config.tasks), "a protocol or --tasks"),
+        "logging_steps": (not config.tasks, "--eval_path"),
+        "src_length": (config.do_generation, "--do_generation"),
+        "tgt_length": (config.do_generation, "--do_generation"),
+        "prompt_template": (config.do_generation, "--do_generation"),
+        "num_fewshot": (bool(config.tasks), "--tasks"),
+        "include_path": (bool(config.tasks), "--tasks"),
+        "seed": (False, "anything that is drawn"),
+    }
+    return tuple(
+        f"--{name} has no effect without {needed}"
+        for name, (acts, needed) in acting.items()
+        if name in given and not acts
+    )
+
+
+def _given(config: EvaluateConfig) -> list[str]:
+    """Flags that are not at their defaults."""
+    return [item.name for item in fields(config) if getattr(config, item.name) != item.default]

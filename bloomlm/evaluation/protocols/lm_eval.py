@@ -1,0 +1,171 @@
+"""lm-eval's tasks wikitext and lambada_openai, number for number.
+
+WikiText: each document apart, its tokenisation undone, behind the prefix token `<s>`; windows of max_length tokens that
+score every token once: the first sees `<s>`, a later full one the token before it, and the last reaches back so that
+it is full too. Log-probabilities are spread over the words and bytes of the ORIGINAL documents.
+
+LAMBADA: the words but the last, then " " and the last; the log-probability of its tokens, and whether all are the
+likeliest.
+
+Source: lm-evaluation-harness, tasks wikitext 2.0 and lambada_openai 1.0, models/huggingface.py.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.errors import DataError
+from bloomlm.evaluation.lambada import Passage
+from bloomlm.evaluation.metric import Metric, exponential, linear, mean, ratio
+from bloomlm.evaluation.plan import Plan, Protocol, running_accuracy, running_perplexity
+from bloomlm.evaluation.wikitext import detokenize, notices_about, split_documents
+from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
+
+PROTOCOL = Protocol(
+    name="lm_eval",
+    version="1",
+    source="lm-evaluation-harness 0.4: wikitext 2.0, lambada_openai 1.0",
+)
+SEQ_LENGTH = 2048
+"""lm-eval's max_length for BLOOM."""
+
+
+def wikitext(
+    text: str, tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None, name: str = "the text"
+) -> Plan:
+    """Documents in disjoint windows.
+
+    Args:
+        text: of the file.
+        tokenizer: the model's.
+        seq_length: tokens the model sees.
+        limit: documents to evaluate, from the first; None: all.
+        name: what messages call the text.
+
+    Raises:
+        DataError: no document.
+    """
+    documents = split_documents(text)[:limit]
+    encoded = tokenizer.encode_batch([detokenize(document) for document in documents])
+    pieces = [rolling_windows(ids, tokenizer.bos_token_id, seq_length) for ids in encoded]
+    windows = [window for piece in pieces for window in piece]
+    if not windows:
+        raise DataError(f"{name}: no tokens in it; expected WikiText's documents")
+    owners = np.repeat(np.arange(len(documents)), [len(piece) for piece in pieces])
+    num_words = [len(re.split(r"\s+", document)) for document in documents]
+    num_bytes = [len(document.encode("utf-8")) for document in documents]
+
+    def metrics(scores: Sequence[WindowScore]) -> dict[str, Metric]:
+        weights = [score.log_prob for score in scores]
+        log_probs = np.bincount(owners, weights=weights, minlength=len(documents)).tolist()
+        by_word = ratio(log_probs, num_words, higher_is_better=True)
+        by_byte = ratio(log_probs, num_bytes, higher_is_better=True)
+        return {
+            "word_perplexity": exponential(by_word, scale=-1.0),
+            "byte_perplexity": exponential(by_byte, scale=-1.0),
+            "bits_per_byte": linear(by_byte, -1.0 / math.log(2.0)),
+        }
+
+    return Plan(
+        protocol=PROTOCOL,
+        task="wikitext",
+        settings={"seq_length": seq_length},
+        counts={
+            "documents": len(documents),
+            "original_words": sum(num_words),
+            "original_bytes": sum(num_bytes),
+            "tokens": sum(map(len, encoded)),
+        },
+        windows=windows,
+        metrics=metrics,
+        running=running_perplexity,
+        notices=notices_about(text),
+    )
+
+
+def rolling_windows(ids: Sequence[int], prefix_token_id: int, max_length: int) -> list[Window]:
+    """Windows that score every token once.
+
+        tokens 0 1 2 3 4 5 6 7 8, max_length 4     sees     <s> 0 1 2    3 4 5 6     4 5 6 7
+                                                   scores     0 1 2 3    4 5 6 7           8
+
+    Args:
+        ids: of a document, maybe none.
+        prefix_token_id: what the first token is predicted from.
+        max_length: most tokens that a window sees.
+    """
+    tokens = np.array([prefix_token_id, *ids], dtype=np.int64)
+    windows = []
+    for start in range(0, len(ids), max_length):
+        stop = min(start + max_length, len(ids))
+        windows.append(Window(tokens[max(0, stop - max_length) : stop], tokens[start + 1 : stop + 1]))
+    return windows
+
+
+def lambada(
+    passages: Sequence[Passage], tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None
+) -> Plan:
+    """Last words of passages.
+
+    Args:
+        passages: at least one.
+        tokenizer: the model's.
+        seq_length: tokens the model sees; a longer context loses its beginning.
+        limit: passages to evaluate, from the first; None: all.
+
+    Raises:
+        DataError: a passage whose last word has no token.
+    """
+    passages = passages[:limit]
+    pairs = [(" ".join(words[:-1]), f" {words[-1]}") for words in (passage.text.split(" ") for passage in passages)]
+    windows, num_cut = [], 0
+    for passage, (context, word) in zip(passages, encode_pairs(pairs, tokenizer), strict=True):
+        if not word:
+            raise DataError(f"{passage.where}: no token in the last word; expected a passage that ends in a word")
+        window, is_cut = continuation_window(context, word, seq_length)
+        windows.append(window)
+        num_cut += is_cut
+
+    def metrics(scores: Sequence[WindowScore]) -> dict[str, Metric]:
+        log_prob = mean([score.log_prob for score in scores], higher_is_better=True)
+        return {
+            "acc": mean([float(score.is_greedy) for score in scores], higher_is_better=True),
+            "perplexity": exponential(log_prob, scale=-1.0),
+        }
+
+    return Plan(
+        protocol=PROTOCOL,
+        task="lambada",
+        settings={"seq_length": seq_length},
+        counts={"examples": len(windows), "contexts_cut": num_cut},
+        windows=windows,
+        metrics=metrics,
+        running=running_accuracy,
+    )
+
+
+def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Ids of contexts and of their continuations, cut out of the ids of both together.
+
+    Blanks at the end of a context go to the continuation, where most tokens have them; an empty context becomes the
+    prefix token, unless the continuation begins with it.
+
+    Args:
+        pairs: context and continuation each.
+        tokenizer: the model's.
+    """
+    split = [(context.rstrip(), context[len(context.rstrip()) :] + rest) for context, rest in pairs]
+    contexts = tokenizer.encode_batch([context for context, _ in split])
+    wholes = tokenizer.encode_batch([context + rest for context, rest in split])
+    encoded = []
+    for context, whole in zip(contexts, wholes, strict=True):
+        if context:
+            encoded.append((context, whole[len(context) :]))
+        elif whole[:1] == [tokenizer.bos_token_id]:
+            encoded.append((whole[:1], whole[1:]))
+        else:
+            encoded.append(([tokenizer.bos_token_id], whole))
+    return encoded

@@ -1,0 +1,205 @@
+"""What windows have in common is computed once.
+
+Two cases, both exact: a window that is the beginning of another (or equal to it) is read off from that one's hidden
+states, and windows that begin alike and then part get the common keys and values from one prefill, each going on from
+there. The choices of one question, and questions behind the same worked examples, are of these kinds.
+
+Shapes: M scored tokens of a batch, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bloomlm.adapters.apply import adapter_config
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.evaluation.windows import Tokens, Window
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.documents import Documents
+from bloomlm.model.kv_cache import KVCache
+
+_FEWEST_SHARED = 16
+"""Shorter beginnings are not worth a prefill of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Tokens that are computed, and the windows that are read off from them."""
+
+    tokens: Tokens
+    windows: tuple[int, ...]
+    """Numbers of the windows whose tokens are a beginning of these."""
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """Documents of which the first num_shared tokens are the same; a lone document shares none."""
+
+    documents: tuple[Document, ...]
+    num_shared: int = 0
+
+    @property
+    def longest_rest(self) -> int:
+        """Tokens of the longest document behind the common beginning."""
+        return max(len(document.tokens) for document in self.documents) - self.num_shared
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that go through the blocks, pads included."""
+        return self.num_shared + len(self.documents) * self.longest_rest
+
+    def halves(self) -> tuple["Branches", "Branches"]:
+        """The same in two parts, for when memory runs out."""
+        middle = len(self.documents) // 2
+        return Branches(self.documents[:middle], self.num_shared), Branches(self.documents[middle:], self.num_shared)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A document and where its hidden states are."""
+
+    document: Document
+    num_shared: int
+    shared_row: int
+    """Row of its first token, and so on up to num_shared."""
+    own_row: int
+    """Row of the first token behind those."""
+
+    def rows(self, positions: Tokens) -> Tokens:
+        """Rows of the document's tokens at the given positions."""
+        shared = positions < self.num_shared
+        return np.where(shared, self.shared_row + positions, self.own_row + positions - self.num_shared)
+
+
+def join_documents(windows: Sequence[Window], numbers: Sequence[int]) -> list[Document]:
+    """Documents for windows, in the order of their tokens; a window that begins another has none of its own."""
+    # Big-endian bytes sort as the tokens do; whatever begins with a window's tokens then stands right behind it.
+    keys = {number: windows[number].tokens.astype(">u4").tobytes() for number in numbers}
+    documents: list[Document] = []
+    longer = b""
+    for number in sorted(numbers, key=keys.__getitem__, reverse=True):
+        if documents and longer.startswith(keys[number]):
+            last = documents.pop()
+            documents.append(Document(last.tokens, (*last.windows, number)))
+        else:
+            longer = keys[number]
+            documents.append(Document(windows[number].tokens, (number,)))
+    return documents[::-1]
+
+
+def find_branches(documents: Sequence[Document], max_slots: int) -> list[Branches]:
+    """Put documents together that share at least half of their tokens.
+
+    Args:
+        documents: in the order of join_documents.
+        max_slots: memory of a group.
+    """
+    groups: list[Branches] = []
+    for document in documents:
+        if groups:
+            last = groups[-1]
+            shared = _num_common(last, document)
+            longer = Branches((*last.documents, document), shared)
+            shares_half = 2 * shared >= max(len(d.tokens) for d in (last.documents[0], document))
+            if shared >= _FEWEST_SHARED and shares_half and num_slots([longer]) <= max_slots and _saves(last, longer):
+                groups[-1] = longer
+                continue
+        groups.append(Branches((document,)))
+    return groups
+
+
+class Packed:
+    """A batch of whole documents, one after another without pads."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._lengths = [len(document.tokens) for document in documents]
+        self._tokens = np.concatenate([document.tokens for document in documents])
+        self.num_tokens = len(self._tokens)
+        """Tokens that go through the blocks."""
+        starts = np.cumsum([0, *self._lengths]).tolist()
+        self.placed = [Placed(d, 0, start, start) for d, start in zip(documents, starts[:-1], strict=True)]
+        """Where each document's hidden states are."""
+
+    def hidden(self, model: BloomForCausalLM, rows: Tensor) -> Tensor:
+        """The hidden states [M, D] of some rows [M]."""
+        tokens = torch.from_numpy(self._tokens).to(rows.device)
+        out: Tensor = model.transformer(tokens, Documents.packed(self._lengths), rows=rows)
+        return out
+
+
+class Branched:
+    """A batch of groups: their common beginnings, packed, and then the rest of every document, padded to one length."""
+
+    def __init__(self, groups: Sequence[Branches]) -> None:
+        self._lengths = [group.num_shared for group in groups]
+        self._beginnings = np.concatenate([group.documents[0].tokens[: group.num_shared] for group in groups])
+        self._owners = [number for number, group in enumerate(groups) for _ in group.documents]
+        longest_rest = max(group.longest_rest for group in groups)
+        self._rests = np.zeros((len(self._owners), longest_rest), dtype=np.int64)  # pads come last: nobody sees them
+        self.num_tokens = len(self._beginnings) + self._rests.size
+        """Tokens that go through the blocks, pads included."""
+        self.placed: list[Placed] = []
+        """Where each document's hidden states are."""
+        starts = np.cumsum([0, *self._lengths]).tolist()
+        for start, group in zip(starts[:-1], groups, strict=True):
+            for document in group.documents:
+                row = len(self.placed)
+                rest = document.tokens[group.num_shared :]
+                self._rests[row, : len(rest)] = rest
+                own_row = len(self._beginnings) + row * longest_rest
+                self.placed.append(Placed(document, group.num_shared, start, own_row))
+
+    def hidden(self, model: BloomForCausalLM, rows: Tensor) -> Tensor:
+        """The hidden states [M, D] of some rows [M]."""
+        cache = self._cache(model, rows.device)
+        longest = max(self._lengths)
+        lengths = torch.tensor(self._lengths, device=rows.device)
+        left_padded = torch.arange(longest, device=rows.device) >= longest - lengths[:, None]
+        beginnings = torch.from_numpy(self._beginnings).to(rows.device)
+        is_shared = rows < len(beginnings)
+        shared = model.transformer(beginnings, Documents.from_mask(left_padded), cache, rows=rows[is_shared])
+        cache.reorder(torch.tensor(self._owners, device=rows.device))
+        rests = torch.from_numpy(self._rests).to(rows.device)
+        own_rows = rows[~is_shared] - len(beginnings)
+        own = model.transformer(rests.flatten(), Documents.equal(*rests.shape), cache, rows=own_rows)
+        out: Tensor = own.new_empty(len(rows), own.shape[1])
+        out[is_shared], out[~is_shared] = shared, own
+        return out
+
+    def _cache(self, model: BloomForCausalLM, device: torch.device) -> KVCache:
+        adapter = adapter_config(model)
+        num_virtual = adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
+        return KVCache(
+            model.config,
+            len(self._lengths),
+            num_virtual + max(self._lengths) + self._rests.shape[1],
+            dtype=model.transformer.dtype,
+            device=device,
+            n_head=len(model.transformer.heads),
+        )
+
+
+def num_slots(groups: Sequence[Branches]) -> int:
+    """Tokens that take memory when groups, all sharing or all alone, are computed together.
+
+    A common beginning is copied for every document of its group, and then all documents are padded to one length.
+    """
+    if groups[0].num_shared == 0:
+        return sum(group.longest_rest for group in groups)
+    longest = max(group.num_shared for group in groups) + max(group.longest_rest for group in groups)
+    return longest * sum(len(group.documents) for group in groups)
+
+
+def _num_common(group: Branches, document: Document) -> int:
+    first = group.documents[0].tokens
+    limit = min(len(first), len(document.tokens), group.num_shared or len(first))
+    differ = np.flatnonzero(first[:limit] != document.tokens[:limit])
+    return int(differ[0]) if len(differ) else limit
+
+
+def _saves(group: Branches, longer: Branches) -> bool:
+    """Whether the longer group costs less than the group and its last document apart."""
+    return longer.num_computed < group.num_computed + len(longer.documents[-1].tokens)

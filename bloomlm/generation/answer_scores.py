@@ -1,0 +1,115 @@
+"""How close generated answers are to the right ones: exact match, ROUGE-1/2/L, BLEU-4 and chrF.
+
+All on a scale from 0 to 1 but BLEU and chrF, which sacrebleu gives from 0 to 100. Needs the `metrics` extra.
+
+ROUGE splits texts into words in any script, and into characters where a script is written without spaces; the
+rouge-score package alone would drop everything but a-z and 0-9. BLEU takes one of sacrebleu's own tokenizers, chosen
+by the script of the right answers, and its signature says which.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bloomlm.errors import ConfigError
+
+# Scripts written without spaces between words, by the first word of their characters' Unicode names.
+_SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationScores:
+    """How a set of answers did."""
+
+    exact_match: float
+    """Part of the answers that equal theirs, blanks around them aside (0 to 1)."""
+    rouge1: float
+    """Mean F1 of the words (0 to 1)."""
+    rouge2: float
+    """Mean F1 of the pairs of words (0 to 1)."""
+    rougeL: float
+    """Mean F1 of the longest common subsequence of words (0 to 1)."""
+    bleu4: float
+    """BLEU-4 of all answers together (0 to 100)."""
+    chrf: float
+    """chrF2 of all answers together (0 to 100)."""
+    bleu4_signature: str
+    """How sacrebleu computed bleu4."""
+
+    def numbers(self) -> dict[str, float]:
+        """The scores by name, without the signature."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, float)}
+
+
+def score_generations(answers: Sequence[str], references: Sequence[str]) -> GenerationScores:
+    """Compare each answer with the right one.
+
+    Args:
+        answers: generated texts.
+        references: as many right answers, at least one.
+
+    Raises:
+        ConfigError: the `metrics` extra is not installed.
+    """
+    assert len(answers) == len(references) > 0
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # extras: needed only where generations are scored
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise ConfigError("ROUGE, BLEU and chrF need: pip install 'bloomlm[metrics]'") from error
+    answers = [answer.strip() for answer in answers]
+    references = [reference.strip() for reference in references]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_WordTokenizer())
+    scores = [scorer.score(right, answer) for right, answer in zip(references, answers, strict=True)]
+    bleu = BLEU(tokenize=bleu_tokenizer(references))
+    bleu4 = float(bleu.corpus_score(answers, [references]).score)
+    return GenerationScores(
+        exact_match=sum(map(str.__eq__, answers, references)) / len(answers),
+        **{kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in scores[0]},
+        bleu4=bleu4,
+        chrf=float(CHRF().corpus_score(answers, [references]).score),
+        bleu4_signature=str(bleu.get_signature()),
+    )
+
+
+def split_words(text: str) -> list[str]:
+    """Words in lower case; characters one by one in scripts that write no spaces; marks stay with their letters.
+
+    >>> split_words("Am 3. März: 三月三日")
+    ['am', '3', 'märz', '三', '月', '三', '日']
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    # Combining marks (the vowel signs of Devanagari, for one) are no \w to Python and would cut words apart.
+    joined = "".join(" " if not _belongs_to_word(c) else f" {c} " if _is_spaceless(c) else c for c in text)
+    return joined.split()
+
+
+def bleu_tokenizer(references: Sequence[str]) -> str:
+    """Name of sacrebleu's tokenizer for the script that most letters of the references are in.
+
+    "13a" for scripts with spaces, as published results have it; "zh" for Chinese, which splits Han characters;
+    "char" for Japanese, Thai and others without spaces.
+    """
+    letters = [c for text in references for c in text if c.isalpha()]
+    spaceless = [c for c in letters if _is_spaceless(c)]
+    if 2 * len(spaceless) <= len(letters):
+        return "13a"
+    return "zh" if all(unicodedata.name(c, "").startswith("CJK") for c in spaceless) else "char"
+
+
+class _WordTokenizer:
+    """What rouge-score asks of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return split_words(text)
+
+
+def _belongs_to_word(character: str) -> bool:
+    return _WORD.match(character) is not None or unicodedata.category(character).startswith("M")
+
+
+def _is_spaceless(character: str) -> bool:
+    return character > "\u0dff" and unicodedata.name(character, "").startswith(_SPACELESS)

@@ -1,0 +1,94 @@
+"""What the head thinks of given next tokens: log-probabilities and hits, without ever holding all logits.
+
+The vocabulary is taken a block at a time, and of each row only its largest logit so far, where that was, the sum of
+exponentials below it and its label's logit are kept (online softmax, https://arxiv.org/abs/1805.02867). A block's
+logits stay in the processor's cache until they are added up, and memory does not grow with the vocabulary.
+
+No gradients. Softmax is fp32 (fp64 for fp64 models); the product with the head is in the model's own precision, or
+autocast's. torch.log_softmax on whole logits is the oracle.
+
+Shapes: M rows, D hidden, V vocabulary (this rank's part of it, where ranks share it).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bloomlm.model.linear import linear
+from bloomlm.parallel.collectives import TensorParallelGroup
+
+_CPU_BLOCK_ELEMENTS = 2**21
+"""Logits at a time: 8 MiB in fp32, which a processor's cache holds."""
+_GPU_BLOCK_ELEMENTS = 2**26
+"""The same on a GPU, where small products are slow ones."""
+_FEWEST_COLUMNS = 1024
+"""Of a block with many rows, so that its product stays fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelScores:
+    """One entry for each row."""
+
+    log_probs: Tensor
+    """[M] natural logarithm of the label's probability."""
+    is_likeliest: Tensor
+    """[M] bool: no token is likelier than the label, and of equals it has the lowest id."""
+
+
+@torch.no_grad()
+def score_labels(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    ranks: TensorParallelGroup | None = None,
+    block_columns: int | None = None,
+) -> LabelScores:
+    """Score one token for each hidden state.
+
+    Args:
+        hidden: [M, D] after the last layer norm.
+        weight: [V, D] of the head.
+        labels: [M] int64, ids of the whole vocabulary.
+        weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        ranks: that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the same
+            on each, and so is the result. None: the weight is whole.
+        block_columns: tokens of the vocabulary at a time; None: as many as suit the device.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    row_max = torch.full((len(labels),), -torch.inf, dtype=dtype, device=hidden.device)
+    row_sum, label_z = torch.zeros_like(row_max), torch.zeros_like(row_max)
+    likeliest = torch.zeros_like(labels)
+    first_token = 0 if ranks is None else ranks.rank * len(weight)
+    size = block_columns or _block_columns(len(labels), hidden.device)
+    for start in range(0, len(weight), size):
+        columns = slice(start, start + size)
+        scale = None if weight_scale is None else weight_scale[columns]
+        z = linear(hidden, weight[columns], None, scale).to(dtype)
+        block_max, block_likeliest = z.max(dim=1)
+        # strictly larger: of equals the first stays
+        likeliest = torch.where(block_max > row_max, block_likeliest + (first_token + start), likeliest)
+        label_z += _pick(z, labels - (first_token + start))
+        new_max = torch.maximum(row_max, block_max)
+        row_sum = row_sum * (row_max - new_max).exp() + z.sub_(new_max[:, None]).exp_().sum(dim=1)
+        row_max = new_max
+    if ranks is not None:
+        whole_max = ranks.max(row_max.clone())
+        row_sum, label_z = ranks.sum(torch.stack((row_sum * (row_max - whole_max).exp(), label_z)))
+        nowhere = ranks.degree * len(weight)
+        likeliest = ranks.min(likeliest.masked_fill(row_max < whole_max, nowhere))
+        row_max = whole_max
+    return LabelScores(log_probs=label_z - row_max - row_sum.log(), is_likeliest=likeliest == labels)
+
+
+def _block_columns(num_rows: int, device: torch.device) -> int:
+    elements = _CPU_BLOCK_ELEMENTS if device.type == "cpu" else _GPU_BLOCK_ELEMENTS
+    return max(_FEWEST_COLUMNS, elements // max(1, num_rows))
+
+
+def _pick(z: Tensor, columns: Tensor) -> Tensor:
+    """[M, C], [M] -> [M]: each row's element of its column; 0 where the block does not have it."""
+    is_here = (columns >= 0) & (columns < z.shape[1])
+    return z.gather(1, columns.masked_fill(~is_here, 0)[:, None]).squeeze(1).masked_fill(~is_here, 0.0)

@@ -3,7 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+# What make run_eval evaluates: make run_eval MODEL=bigscience/bloom-560m EVAL_PATH=wiki.valid.tokens
+MODEL ?= builtin:tiny
+EVAL_PATH ?= wikitext-2
+EVAL_FLAGS ?=
+TENSOR_PARALLEL_DEGREE ?= 2
+
+.PHONY: demo test check bench run_eval run_eval_tps clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/bloomlm demo
@@ -21,6 +27,15 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_step.py --tuning lora
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/tensor_parallel.py
+
+run_eval: $(VENV)/.installed-dev
+	$(BIN)/python run_eval.py --model_name_or_path $(MODEL) --eval_path $(EVAL_PATH) $(EVAL_FLAGS)
+
+# The same with the model divided among processes.
+run_eval_tps: $(VENV)/.installed-dev
+	$(BIN)/torchrun --nproc-per-node $(TENSOR_PARALLEL_DEGREE) run_eval.py \
+		--tensor_parallel_degree $(TENSOR_PARALLEL_DEGREE) --model_name_or_path $(MODEL) --eval_path $(EVAL_PATH) $(EVAL_FLAGS)
 
 # The lock pins every version that the tests were run with; the package itself allows ranges.
 $(VENV)/.installed-demo: pyproject.toml requirements.lock

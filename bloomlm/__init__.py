@@ -13,14 +13,16 @@ from bloomlm.errors import (
     ConfigError,
     DataError,
     GenerationError,
+    ProgramError,
     TrainingError,
 )
 
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
     from bloomlm.adapters.prefix import PrefixConfig
-    from bloomlm.api import Completion, LoadedModel, finetune, generate, load
+    from bloomlm.api import LoadedModel, finetune, generate, load
     from bloomlm.data.tokenizer import Tokenizer
+    from bloomlm.generation.completion import Completion
     from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
     from bloomlm.model.bloom import BloomForCausalLM
     from bloomlm.model.config import BloomConfig
@@ -33,7 +35,7 @@ _LAZY = {
     "BeamSearch": "bloomlm.generation.config",
     "BloomConfig": "bloomlm.model.config",
     "BloomForCausalLM": "bloomlm.model.bloom",
-    "Completion": "bloomlm.api",
+    "Completion": "bloomlm.generation.completion",
     "GenerationConfig": "bloomlm.generation.config",
     "Greedy": "bloomlm.generation.config",
     "LoadedModel": "bloomlm.api",
@@ -63,6 +65,7 @@ __all__ = [
     "LoadedModel",
     "LoraConfig",
     "PrefixConfig",
+    "ProgramError",
     "Sampling",
     "Tokenizer",
     "TrainingConfig",

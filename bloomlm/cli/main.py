@@ -17,7 +17,11 @@ VERBS = {
     "demo": ("bloomlm.cli.demo", "the whole job on the built-in model and data, in a few minutes on a CPU"),
     "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
     "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
+    "export": ("bloomlm.cli.export", "turn a model into a program that runs without the model's code"),
+    "infer": ("bloomlm.cli.infer", "complete prompts with an exported program"),
+    "evaluate": ("bloomlm.cli.evaluate", "WikiText, LAMBADA, lm-eval's tasks or rows of your own: how good a model is"),
     "merge": ("bloomlm.cli.merge", "write one plain model: LoRA into its base, shards into one, another precision"),
+    "convert": ("bloomlm.cli.convert", "write a model or an adapter in other files: PaddleNLP's to the hub's, or back"),
 }
 
 _EXIT_USER_ERROR = 2
@@ -105,7 +109,7 @@ def _exit_with(command: click.Command, arguments: list[str], program: str) -> No
     except BloomlmError as error:
         if wants_traceback:
             raise
-        _report(str(error))
+        _report(str(error), getattr(error, "__notes__", ()))
         sys.exit(_EXIT_USER_ERROR)
     except (click.Abort, KeyboardInterrupt):
         if wants_traceback:
@@ -123,5 +127,8 @@ def _click_message(error: click.ClickException) -> str:
     return message
 
 
-def _report(message: str) -> None:
-    click.echo(f"error: {message}", err=True)
+def _report(message: str, notes: Sequence[str] = ()) -> None:
+    """Say it once: before ranks have joined they all fail alike, and afterwards the one that notes its rank speaks."""
+    if notes or os.environ.get("RANK", "0") == "0":
+        where = "" if not notes or notes[0].startswith("on rank 0 ") else f" {notes[0]}"
+        click.echo(f"error{where}: {message}", err=True)

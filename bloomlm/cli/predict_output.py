@@ -14,10 +14,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.text import Text
 
-from bloomlm.api import Completion
-from bloomlm.checkpoint.atomic import sync
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
 from bloomlm.errors import GenerationError
+from bloomlm.generation.completion import Completion
 
 _PARTIAL_SUFFIX = ".partial"
 # What could steer the terminal; line ends and tabs may stay.
@@ -68,7 +67,7 @@ class ResultFile:
         try:
             os.fsync(self._file.fileno())
             self._partial.replace(self.path)
-            sync(self.path.parent)
+            _sync_directory(self.path.parent)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -98,6 +97,15 @@ class ResultFile:
             f"--output_file {self.path} cannot be written: {error.strerror or error}. "
             "What was written so far is kept; the same command goes on from there"
         )
+
+
+def _sync_directory(directory: Path) -> None:
+    """Bring the names of a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class CompletionPrinter:

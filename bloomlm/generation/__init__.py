@@ -1,4 +1,4 @@
-"""Tokens after a prompt: options, pure functions on logits, beam bookkeeping, and the loop over decode_step.
+"""Tokens after a prompt: options, pure functions on logits, beam bookkeeping, the loop, and texts around it.
 
-decode.py joins the others to BLOOM; they know no model.
+decode.py alone knows BLOOM; the others know no model, and exported programs are decoded by them too.
 """

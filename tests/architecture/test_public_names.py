@@ -24,6 +24,7 @@ PUBLIC_NAMES = [
     "LoadedModel",
     "LoraConfig",
     "PrefixConfig",
+    "ProgramError",
     "Sampling",
     "Tokenizer",
     "TrainingConfig",

@@ -1,6 +1,7 @@
 """The model's own parts: ALiBi columns, packing, cache, recompute."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bloomlm.model.alibi import head_slopes, key_columns, query_columns
 from bloomlm.model.attention import _groups
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+from tests.tiny_checkpoint import TINY, random_model
 
 from .test_adapters import tiny_model
 
@@ -116,3 +118,16 @@ def test_documents_of_a_pack_equal_single_documents(num_virtual: int) -> None:
     single, single_gradients = run([(piece, Documents.packed([n]), gradient) for piece, n, gradient in singles])
     torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed_gradients, single_gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("post_layernorm", [False, True])
+def test_wanted_rows_are_those_of_all_rows(post_layernorm: bool) -> None:
+    config = replace(TINY, apply_residual_connection_post_layernorm=post_layernorm)
+    model = random_model(config)
+    tokens = torch.arange(4, 16)
+    documents = Documents.packed((7, 5))
+    rows = torch.tensor([11, 0, 6, 6])
+    with torch.no_grad():
+        whole = model.transformer(tokens, documents)
+        torch.testing.assert_close(model.transformer(tokens, documents, rows=rows), whole[rows])
+        assert model.transformer(tokens, documents, rows=rows[:0]).shape == (0, config.hidden_size)

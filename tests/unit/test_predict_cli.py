@@ -228,13 +228,13 @@ def test_another_run_does_not_go_on_from_there(base: Path, tmp_path: Path, monke
 
 def test_changed_weights_start_again(base: Path, tmp_path: Path) -> None:
     config = predict_module.PredictConfig(model_name_or_path=str(base), prompt=("a",))
-    prompts = predict_module.read_prompts(("a",), None, None)
+    prompts = predict_module.prompts_of(config)
     assert prompts is not None
-    before = predict_module._identity(config, config.generation(), prompts)
-    assert before == predict_module._identity(config, config.generation(), prompts)
+    before = predict_module._identity(config, config.generation_of(8), prompts)
+    assert before == predict_module._identity(config, config.generation_of(8), prompts)
     weights = base / "model.safetensors"
     os.utime(weights, ns=(1, weights.stat().st_mtime_ns + 1))
-    assert before != predict_module._identity(config, config.generation(), prompts)
+    assert before != predict_module._identity(config, config.generation_of(8), prompts)
 
 
 def test_adapters_and_the_merged_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

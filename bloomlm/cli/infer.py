@@ -1,0 +1,95 @@
+"""`bloomlm infer`: complete prompts with an exported program.
+
+Imports neither the model's nor the checkpoints' code: it runs where bloomlm.runtime does.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bloomlm.cli.completion import (
+    NO_PROMPTS,
+    CompletionFlags,
+    about,
+    check_completion_flags,
+    prompts_of,
+    run_completions,
+)
+from bloomlm.cli.options import config_command
+from bloomlm.cli.predict_prompts import Prompts
+from bloomlm.errors import ConfigError
+from bloomlm.generation.config import GenerationConfig
+from bloomlm.runtime.manifest import Manifest
+from bloomlm.runtime.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProgramFlags:
+    """Where the program comes from, listed before the others."""
+
+    model_dir: Path = field(metadata=about("program", "directory that bloomlm export wrote into"))
+    model_prefix: str = field(default="bloom", metadata=about("program", "name of the program in it"))
+    backend: Literal["auto", "pt2", "onnx_runtime", "openvino"] = field(
+        default="auto", metadata=about("program", "what runs it; auto: what its format is for")
+    )
+    device: Literal["cpu", "gpu"] = field(default="cpu", metadata=about("program", "where it runs"))
+    verify_weights: bool = field(
+        default=False, metadata=about("program", "read all weights and compare their checksums first")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig(CompletionFlags, _ProgramFlags):
+    """The flags of `bloomlm infer`."""
+
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata=about(
+            "decoding",
+            "most tokens to generate, </s> included  [default: as exported]",
+            aliases=("max_length", "tgt_length"),
+        ),
+    )
+    cpu_threads: int | None = field(default=None, metadata=about("computing", "threads  [default: all cores]"))
+
+
+def infer(config: InferConfig) -> None:
+    """Run `bloomlm infer`.
+
+    Raises:
+        BloomlmError: flags, files or prompts that cannot be used.
+    """
+    if config.device == "gpu":
+        raise ConfigError("--device gpu: exported programs run on the CPU; use bloomlm predict on a GPU")
+    if config.cpu_threads is not None:
+        if config.cpu_threads < 1:
+            raise ConfigError(f"--cpu_threads is {config.cpu_threads}; it must be at least 1")
+        torch.set_num_threads(config.cpu_threads)
+    path = config.model_dir / config.model_prefix
+    manifest = Manifest.read(config.model_dir / f"{config.model_prefix}.json")
+    generation = config.generation_of(config.max_new_tokens or manifest.max_new_tokens)
+    check_completion_flags(config, generation)
+    prompts = prompts_of(config)
+    if prompts is None:
+        raise ConfigError(NO_PROMPTS)
+    program = Program(path, backend=config.backend, verify_weights=config.verify_weights)
+    run_completions(config, generation, program, prompts, identity=_identity(config, generation, prompts, manifest))
+
+
+def _identity(config: InferConfig, generation: GenerationConfig, prompts: Prompts, manifest: Manifest) -> str:
+    """Everything that decides the completions."""
+    return json.dumps([manifest.to_json(), config.src_length, asdict(generation), prompts.texts])
+
+
+command = config_command(
+    "infer",
+    InferConfig,
+    infer,
+    help="""Complete prompts with an exported program.
+
+    The prompts come from --prompt, from --data_file or, one on each line, through a pipe.
+    """,
+)

@@ -1,0 +1,179 @@
+"""GGUF, for llama.cpp and what is built on it; written by the `gguf` package, a matrix at a time.
+
+llama.cpp keeps the queries, keys and values of a block one after another, BLOOM head by head; and it takes the
+tokenizer's vocabulary and merges out of the same file. Source of names and keys: the `gguf` package's tables and the
+BLOOM graph of llama.cpp.
+
+Shapes: H heads, K head_dim, D hidden.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bloomlm.checkpoint.merge import merged_parameters
+from bloomlm.data.paddle_tokenizer import BLOOM_WORDS
+from bloomlm.errors import ProgramError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+
+_BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "query_key_value": "attn_qkv",
+    "dense": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "dense_h_to_4h": "ffn_up",
+    "dense_4h_to_h": "ffn_down",
+}
+_OUTER_NAMES = {
+    "word_embeddings": "token_embd",
+    "word_embeddings_layernorm": "token_embd_norm",
+    "ln_f": "output_norm",
+}
+_QUANTIZED = {"int8": "Q8_0", "int4": "Q4_0"}
+_PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_BLOCK_SIZE = 32
+"""Neighbouring weights that share a scale in Q8_0 and Q4_0."""
+_CONTEXT_TOKENS = 2048
+"""What BLOOM was trained on; the file must name a length, ALiBi has none."""
+
+
+def write_gguf(
+    path: Path,
+    model: BloomForCausalLM,
+    tokenizer_json: bytes,
+    *,
+    name: str,
+    dtype: str,
+    quantization: str,
+    on_parameter: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a model with its tokenizer.
+
+    Args:
+        path: a new file.
+        model: plain or with LoRA, which is added in.
+        tokenizer_json: the tokenizer's file.
+        name: of the model.
+        dtype: float32, float16 or bfloat16: precision of the matrices without quantisation.
+        quantization: none, int8 (llama.cpp's Q8_0) or int4 (Q4_0).
+        on_parameter: called after each parameter.
+
+    Raises:
+        ProgramError: the `gguf` package is missing, or llama.cpp has no place for what this model has.
+    """
+    gguf = _library()
+    _check(model, tokenizer_json, quantization)
+    kind = gguf.GGMLQuantizationType[_QUANTIZED.get(quantization) or _PLAIN[dtype]]
+    writer = gguf.GGUFWriter(path, "bloom")
+    _add_sizes(writer, model.config, name, gguf.LlamaFileType[_file_type(kind.name)])
+    _add_tokenizer(writer, gguf.TokenType, json.loads(tokenizer_json), model.config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith((".lora_A", ".lora_B")):
+            continue
+        raw = kind if parameter.dim() == 2 else gguf.GGMLQuantizationType.F32
+        shape = gguf.quant_shape_to_byte_shape(tuple(parameter.shape), raw)
+        # the library asks for the bytes' shape of quantised tensors, and the numbers' of others
+        of_bytes = raw.name in (*_QUANTIZED.values(), "BF16")
+        size = int(np.prod(shape, dtype=np.int64))
+        item = np.dtype(np.uint8 if of_bytes else np.float16 if raw.name == "F16" else np.float32)
+        writer.add_tensor_info(
+            _tensor_name(parameter_name), shape if of_bytes else tuple(parameter.shape), item, size, raw
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for parameter_name, tensor in merged_parameters(model, torch.float32):
+        array = _laid_out(parameter_name, tensor.detach().float(), model.config).numpy()
+        raw = kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
+        writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(array, raw)))
+        on_parameter()
+    writer.close()
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ProgramError(
+            "--format gguf needs the gguf package; install it with pip install 'bloomlm[gguf]'"
+        ) from error
+    return gguf
+
+
+def _check(model: BloomForCausalLM, tokenizer_json: bytes, quantization: str) -> None:
+    if model.transformer.prefix is not None:
+        raise ProgramError("GGUF has no place for the virtual tokens of a prefix adapter; export it as --format pt2")
+    if model.config.apply_residual_connection_post_layernorm:
+        raise ProgramError(
+            "llama.cpp's BLOOM takes residuals before the layer norm only, and this model after it "
+            "(apply_residual_connection_post_layernorm); export it as --format pt2"
+        )
+    if quantization != "none" and model.config.hidden_size % _BLOCK_SIZE:
+        raise ProgramError(
+            f"llama.cpp quantises {_BLOCK_SIZE} neighbouring weights together, and rows of this model have "
+            f"{model.config.hidden_size}; export it with --quantization none"
+        )
+    tokenizer = json.loads(tokenizer_json)
+    steps = tokenizer.get("pre_tokenizer") or {}
+    patterns = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
+    if BLOOM_WORDS not in patterns or tokenizer.get("model", {}).get("type") != "BPE":
+        raise ProgramError(
+            "the tokenizer cuts texts otherwise than BLOOM's, and llama.cpp would cut them as BLOOM's; "
+            "export it as --format pt2"
+        )
+
+
+def _add_sizes(writer: Any, config: BloomConfig, name: str, file_type: Any) -> None:
+    writer.add_name(name)
+    writer.add_context_length(int(config.extra.get("seq_length") or _CONTEXT_TOKENS))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_size)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_file_type(file_type)
+
+
+def _add_tokenizer(writer: Any, token_type: Any, tokenizer: dict[str, Any], config: BloomConfig) -> None:
+    tokens = {number: text for text, number in tokenizer["model"]["vocab"].items()}
+    kinds = dict.fromkeys(tokens, token_type.NORMAL)
+    for added in tokenizer.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = token_type.CONTROL if added["special"] else token_type.USER_DEFINED
+    ids = range(config.vocab_size)  # the embedding is padded to more ids than there are tokens
+    merges = tokenizer["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("bloom")
+    writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in ids])
+    writer.add_token_types([kinds.get(number, token_type.UNUSED) for number in ids])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_bos_token(False)
+    for kind in ("bos", "eos", "unk", "pad"):
+        token_id = getattr(config, f"{kind}_token_id")
+        if token_id is not None:
+            getattr(writer, f"add_{kind}_token_id")(token_id)
+
+
+def _tensor_name(name: str) -> str:
+    *path, module, kind = name.removeprefix("transformer.").split(".")
+    if path[:1] == ["h"]:
+        return f"blk.{path[1]}.{_BLOCK_NAMES[module]}.{kind}"
+    return f"{_OUTER_NAMES[module]}.{kind}"
+
+
+def _laid_out(name: str, tensor: Tensor, config: BloomConfig) -> Tensor:
+    """query_key_value's rows (head, 3, head_dim) become (3, head, head_dim)."""
+    if ".query_key_value." not in name:
+        return tensor
+    return tensor.unflatten(0, (config.n_head, 3, config.head_dim)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def _file_type(kind: str) -> str:
+    return {"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")

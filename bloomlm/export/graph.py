@@ -1,0 +1,219 @@
+"""BLOOM's forward pass as two pure functions of weights, cache and tokens: what is traced, compiled and shipped.
+
+It states the arithmetic of bloomlm.model once more, because a program needs other shapes: weights of all blocks stacked
+(so that a program has some twenty inputs, memory-mapped, and not hundreds), a cache that is an input and is written in
+place, tensors where the model has Python numbers. The tests and every export compare the two by value.
+
+A row's slots are filled as [pads][virtual tokens][tokens]: `starts` says where the first that is no pad lies, and the
+last token of every row lies in the last slot. ALiBi sees distances only, so the number of a slot serves as position.
+
+Shapes: B rows, S slots in use (the new tokens' included), M slots of the cache, N packed new tokens, L blocks,
+H heads, K head_dim, D hidden, V vocabulary, C position columns.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bloomlm.export.weights import SUFFIXES, Parts, WeightFormat
+from bloomlm.model.alibi import COLUMNS, key_columns, query_columns
+from bloomlm.model.config import BloomConfig
+
+EMBEDDING = "word_embeddings"
+SLOPES = "head_slopes"
+# The score of a pad: beside any real key its share of the softmax is 0 in fp32. Query columns are 0 from the 7th on.
+_PAD_COLUMN, _PAD_SCORE = COLUMNS - 1, -1.0e5
+
+Weights = Mapping[str, Tensor]
+Product = Callable[[Tensor, Parts], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class Graph(nn.Module):
+    """What prefill and decode_step share.
+
+    Args:
+        config: the model's shape.
+        weights: how matrices are kept.
+        linear: x W^T with a block's matrix.
+        head: x W^T with the vocabulary's, [B, D] -> [B, V].
+    """
+
+    def __init__(self, config: BloomConfig, weights: WeightFormat, *, linear: Product, head: Product) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = weights
+        self.linear = linear
+        self.head = head
+
+    def run(self, tokens: Tensor, weights: Weights, attend: Attend) -> Tensor:
+        """From ids [N] to hidden states [N, D] before the last norm.
+
+        Args:
+            tokens: ids.
+            weights: all of them.
+            attend: queries, keys and values of the new tokens, [N, H, K] each, and the block's number -> [N, D].
+        """
+        embedding = {name: part[tokens] for name, part in parts_of(weights, EMBEDDING).items()}
+        x = self._norm(self.weights.decode(embedding), weights, "word_embeddings_layernorm")
+        for layer in range(self.config.n_layer):
+            x = self._block(x, weights, layer, attend)
+        return x
+
+    def logits(self, x: Tensor, weights: Weights) -> Tensor:
+        """[B, D] hidden states -> [B, V]."""
+        return self.head(self._norm(x, weights, "ln_f"), parts_of(weights, EMBEDDING))
+
+    def _block(self, x: Tensor, weights: Weights, layer: int, attend: Attend) -> Tensor:
+        shape = (self.config.n_head, 3, self.config.head_dim)
+        post_norm = self.config.apply_residual_connection_post_layernorm
+        normed = self._norm(x, weights, "input_layernorm", layer)
+        query, key, value = self._linear(normed, weights, "query_key_value", layer).unflatten(-1, shape).unbind(2)
+        attended = attend(query, key, value, layer)
+        x = (normed if post_norm else x) + self._linear(attended, weights, "dense", layer)
+        normed = self._norm(x, weights, "post_attention_layernorm", layer)
+        hidden = F.gelu(self._linear(normed, weights, "dense_h_to_4h", layer), approximate="tanh")
+        return (normed if post_norm else x) + self._linear(hidden, weights, "dense_4h_to_h", layer)
+
+    def _linear(self, x: Tensor, weights: Weights, name: str, layer: int) -> Tensor:
+        return self.linear(x, parts_of(weights, name, layer)) + weights[f"{name}.bias"][layer]
+
+    def _norm(self, x: Tensor, weights: Weights, name: str, layer: int | None = None) -> Tensor:
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        if layer is not None:
+            scale, shift = scale[layer], shift[layer]
+        return F.layer_norm(x, (self.config.hidden_size,), scale, shift, self.config.layer_norm_epsilon)
+
+
+class Prefill(Graph):
+    """Reads packed prompts into an empty cache."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        last: Tensor,
+        starts: Tensor,
+        used: Tensor,
+        cache: Sequence[Tensor],
+        weights: Weights,
+    ) -> Tensor:
+        """The logits [B, V] after each prompt.
+
+        Args:
+            tokens: [N] int64 ids of all prompts, one after another.
+            rows: [N] int64 row of each.
+            slots: [N] int64 slot of each.
+            last: [B] int64 place among the N of each row's last token.
+            starts: [B] int64 first slot of each row that is no pad.
+            used: [S] int64, 0 .. S - 1.
+            cache: keys of block 0, values of block 0, keys of block 1, ...: [B, H, M, K] fp32 each, holding virtual
+                tokens' and zeros; receives the new ones.
+            weights: see weight_entries.
+        """
+        num_rows, num_slots, head_dim = starts.shape[0], used.shape[0], self.config.head_dim
+        torch._check(num_slots <= cache[0].shape[2])
+        query_side = query_columns(weights[SLOPES], head_dim)
+        query_side = torch.cat((query_side[:, :-1], torch.ones_like(query_side[:, -1:])), dim=1)
+        is_pad = used < starts[:, None]
+        pad_side = torch.where(is_pad, _PAD_SCORE, 0.0)[:, :, None]
+        key_side = torch.cat((key_columns(used)[:, :-1].expand(num_rows, -1, -1), pad_side), dim=2)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+            keys, values = cache[2 * layer], cache[2 * layer + 1]
+            keys[rows, :, slots], values[rows, :, slots] = key, value
+            keys, values = keys.narrow(2, 0, num_slots), values.narrow(2, 0, num_slots)
+            queries = torch.zeros_like(keys)
+            queries[rows, :, slots] = query
+            out = F.scaled_dot_product_attention(
+                _beside(queries, query_side[None, :, None]),
+                _beside(keys, key_side[:, None]),
+                F.pad(values, (0, COLUMNS)),
+                is_causal=True,
+                scale=head_dim**-0.5,
+            )
+            return out[rows, :, slots][..., :head_dim].flatten(1)
+
+        hidden = self.run(tokens, weights, attend)
+        return self.logits(hidden[last], weights)
+
+
+class DecodeStep(Graph):
+    """Gives every row one more token."""
+
+    def forward(
+        self, tokens: Tensor, starts: Tensor, used: Tensor, cache: Sequence[Tensor], weights: Weights
+    ) -> Tensor:
+        """The logits [B, V] of the token after it.
+
+        Args:
+            tokens: [B] int64, which go into slot S - 1.
+            starts, used, cache, weights: as Prefill's, S counting the new tokens.
+        """
+        num_slots, head_dim = used.shape[0], self.config.head_dim
+        torch._check(num_slots <= cache[0].shape[2])
+        bias = weights[SLOPES][:, None] * (used - (num_slots - 1)).float()
+        bias = torch.where((used < starts[:, None])[:, None], -torch.inf, bias)  # [B, H, S]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+            keys, values = cache[2 * layer], cache[2 * layer + 1]
+            keys[:, :, used[-1:]], values[:, :, used[-1:]] = key[:, :, None], value[:, :, None]
+            keys, values = keys.narrow(2, 0, num_slots), values.narrow(2, 0, num_slots)
+            scores = (query[:, :, None] * keys).sum(-1) * head_dim**-0.5 + bias
+            return (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
+
+        return self.logits(self.run(tokens, weights, attend), weights)
+
+
+class Step(Graph):
+    """Prefill and decode_step in one, for runtimes whose functions cannot write into their inputs.
+
+    It takes new tokens for every row and gives the cache back with theirs behind it.
+    """
+
+    def __init__(self, config: BloomConfig, weights: WeightFormat, *, linear: Product, head: Product) -> None:
+        super().__init__(config, weights, linear=linear, head=head)
+        self.tensors: dict[str, Tensor | list[Tensor]] = {}
+        """The weights, those of the blocks as lists; they become constants of the traced function."""
+
+    def forward(self, tokens: Tensor, starts: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The logits [B, V] after the last token, and the cache with all of them.
+
+        Args:
+            tokens: [B, T] int64 new tokens, pads on the left where `starts` says so.
+            starts: [B] int64 first slot of each row that is no pad, among the cache's and the new ones.
+            cache: as Prefill's, [B, H, S, K] each; S may be 0.
+        """
+        num_rows, num_new = tokens.shape
+        head_dim = self.config.head_dim
+        grown: list[Tensor] = []
+        slots = torch.arange(cache[0].shape[2] + num_new)
+        distance = slots[None] - slots[-num_new:, None]  # [T, S + T]
+        bias = self.tensors[SLOPES][:, None, None] * distance.float()  # type: ignore[call-overload]
+        hidden_slots = (distance > 0) | (slots < starts[:, None])[:, None]  # [B, T, S + T]
+        bias = torch.where(hidden_slots[:, None], _PAD_SCORE, bias)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+            query, key, value = (x.unflatten(0, (num_rows, num_new)).transpose(1, 2) for x in (query, key, value))
+            keys = torch.cat((cache[2 * layer], key), dim=2)
+            values = torch.cat((cache[2 * layer + 1], value), dim=2)
+            grown.extend((keys, values))
+            scores = query @ keys.transpose(2, 3) * head_dim**-0.5 + bias
+            return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2).flatten(0, 1)
+
+        hidden = self.run(tokens.flatten(), self.tensors, attend)  # type: ignore[arg-type]
+        return self.logits(hidden.unflatten(0, (num_rows, num_new))[:, -1], self.tensors), grown  # type: ignore[arg-type]
+
+
+def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:
+    """The tensors that stand for one matrix."""
+    names = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" in weights}
+    return {suffix: weights[full] if layer is None else weights[full][layer] for suffix, full in names.items()}
+
+
+def _beside(tensor: Tensor, columns: Tensor) -> Tensor:
+    """[B, H, S, K] and columns that expand to [B, H, S, C] -> [B, H, S, K + C]."""
+    return torch.cat((tensor, columns.expand(*tensor.shape[:-1], -1)), dim=-1)

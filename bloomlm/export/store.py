@@ -1,0 +1,122 @@
+"""The weights file of a program: every matrix stacked over the blocks, written a block at a time.
+
+A model that load_model has mapped goes from file to file: in memory is one matrix in fp32 and what it is turned into.
+
+Shapes: L blocks, H heads, K head_dim, P virtual tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from bloomlm.adapters.prefix import PrefixEncoder
+from bloomlm.checkpoint.merge import merged_parameters
+from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes
+from bloomlm.checkpoint.tensor_reader import TensorEntry
+from bloomlm.errors import CheckpointError
+from bloomlm.export.graph import EMBEDDING, SLOPES
+from bloomlm.export.weights import WeightFormat
+from bloomlm.model.alibi import head_slopes
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+from bloomlm.runtime.manifest import VIRTUAL
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_OUTER_NORMS = ("word_embeddings_layernorm", "ln_f")
+
+
+def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int) -> dict[str, TensorEntry]:
+    """Name -> shape and dtype of everything in the file, in its order."""
+    hidden, layers, fp32 = config.hidden_size, config.n_layer, torch.float32
+    linears = {
+        "query_key_value": (3 * hidden, hidden),
+        "dense": (hidden, hidden),
+        "dense_h_to_4h": (config.ffn_size, hidden),
+        "dense_4h_to_h": (hidden, config.ffn_size),
+    }
+    entries = {f"{EMBEDDING}.{suffix}": entry for suffix, entry in weights.entries(config.vocab_size, hidden).items()}
+    for name, (num_out, num_in) in linears.items():
+        for suffix, entry in weights.entries(num_out, num_in).items():
+            entries[f"{name}.{suffix}"] = TensorEntry((layers, *entry.shape), entry.dtype)
+        entries[f"{name}.bias"] = TensorEntry((layers, num_out), fp32)
+    for kind in ("weight", "bias"):
+        entries.update({f"{name}.{kind}": TensorEntry((layers, hidden), fp32) for name in _NORMS})
+        entries.update({f"{name}.{kind}": TensorEntry((hidden,), fp32) for name in _OUTER_NORMS})
+    entries[SLOPES] = TensorEntry((config.n_head,), fp32)
+    if num_virtual:
+        entries[VIRTUAL] = TensorEntry((layers, 2, config.n_head, num_virtual, config.head_dim), fp32)
+    # the widest first, so that every tensor is aligned to its own numbers
+    return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def write_weights(
+    path: Path,
+    model: BloomForCausalLM,
+    weights: WeightFormat,
+    *,
+    num_virtual: int = 0,
+    on_parameter: Callable[[], None] | None = None,
+) -> None:
+    """Write the file.
+
+    Args:
+        path: a new file.
+        model: with LoRA, which is added in, with a prefix, whose keys and values are kept, or plain.
+        weights: how matrices are kept.
+        num_virtual: virtual tokens of the prefix.
+        on_parameter: called after each parameter of the model.
+
+    Raises:
+        CheckpointError: a weight cannot be kept so, or the file cannot be written.
+    """
+    entries = weight_entries(model.config, weights, num_virtual)
+    header, starts = build_header(entries, {"format": "pt"})
+    try:
+        with path.open("xb") as file:
+            file.write(header)
+            virtual = virtual_tokens(model)
+            if virtual is not None:
+                _write_at(file, starts[VIRTUAL], virtual)
+            for name, tensor in named_tensors(model, weights, on_parameter):
+                name, _, layer = name.partition("@")
+                start = starts[name] + (int(layer) * num_bytes(entries[name]) // model.config.n_layer if layer else 0)
+                _write_at(file, start, tensor.to(entries[name].dtype))
+            file.truncate(max(starts[name] + num_bytes(entry) for name, entry in entries.items()))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def virtual_tokens(model: BloomForCausalLM) -> Tensor | None:
+    """Keys and values [L, 2, H, P, K] in fp32 that a prefix adapter puts before every prompt; None without one."""
+    prefix = model.transformer.prefix
+    if not isinstance(prefix, PrefixEncoder):
+        return None
+    with torch.no_grad():
+        return torch.stack([torch.stack(block) for block in prefix()]).float()
+
+
+def named_tensors(
+    model: BloomForCausalLM, weights: WeightFormat, on_parameter: Callable[[], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a program but the virtual tokens, as NAME or NAME@BLOCK, blocks in order."""
+    yield SLOPES, torch.tensor(head_slopes(model.config.n_head))
+    for name, parameter in merged_parameters(model, torch.float32):
+        if name.startswith("transformer.prefix."):
+            continue
+        *_, module, kind = name.split(".")
+        layer = f"@{name.split('.')[2]}" if name.startswith("transformer.h.") else ""
+        if parameter.dim() == 1:
+            yield f"{module}.{kind}{layer}", parameter
+        else:
+            for suffix, part in weights.encode(parameter.detach(), name).items():
+                yield f"{module}.{suffix}{layer}", part
+        if on_parameter is not None:
+            on_parameter()
+
+
+def _write_at(file: BinaryIO, start: int, tensor: Tensor) -> None:
+    file.seek(start)
+    file.write(raw_bytes(tensor))

@@ -1,0 +1,203 @@
+"""How an exported program keeps a matrix, and multiplies with it: fp32, 16 bits, int8 or int4.
+
+A WeightFormat turns a matrix into the tensors that stand for it, and says in plain tensor arithmetic how they are used.
+That arithmetic is traced and compiled, so it is written for the loops that the compiler makes of it: `few_rows` becomes
+one pass over the weight, row by row, with the conversion to fp32 and the sum in registers (docs/decisions/programs.md
+has the measurements). `many_rows` hands fp32 blocks of the matrix to the library's product, which is the faster one
+from about sixteen rows on.
+
+Activations are fp32 always: the stored matrix is the only thing that is rounded.
+
+Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bloomlm.checkpoint.tensor_reader import TensorEntry
+from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.model.quantized import quantize_rows, row_blocks
+
+Parts = Mapping[str, Tensor]
+"""The tensors that stand for one matrix, by the last part of their names."""
+
+SUFFIXES = ("weight", "scale")
+QUANTIZATIONS = ("none", "int8", "int4")
+
+_BLOCK_ROWS = 16_384
+"""Rows of a matrix that many_rows takes to fp32 at a time."""
+_GROUP_SIZE = 32
+"""Weights of a row that share a scale in int4."""
+_SCALE_FACTORS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)
+"""Of the scale that spans a group: a smaller one cuts its largest weight and is finer for the others."""
+
+
+class WeightFormat(Protocol):
+    """One way of keeping a matrix [out, in]."""
+
+    def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
+        """Shapes and dtypes of what `encode` gives."""
+        ...
+
+    def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
+        """The tensors that stand for a matrix; name is for messages."""
+        ...
+
+    def decode(self, parts: Parts) -> Tensor:
+        """The matrix in fp32, or the rows of it that parts hold."""
+        ...
+
+    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
+        """x W^T for few rows, to be compiled: [N, in] -> [N, out]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Floating-point numbers."""
+
+    dtype: torch.dtype
+
+    def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
+        """The matrix itself."""
+        return {"weight": TensorEntry((num_out, num_in), self.dtype)}
+
+    def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
+        """The matrix, rounded to the dtype."""
+        return {"weight": matrix.to(self.dtype)}
+
+    def decode(self, parts: Parts) -> Tensor:
+        """The matrix in fp32."""
+        return parts["weight"].float()
+
+    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
+        """A dot product for each row of the matrix and each row of x."""
+        return (parts["weight"][:, None].float() * settled(x)).sum(-1).t()
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Symmetric int8 with a scale for each row, by its largest absolute value."""
+
+    def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
+        """Numbers and scales."""
+        return {
+            "weight": TensorEntry((num_out, num_in), torch.int8),
+            "scale": TensorEntry((num_out,), torch.float32),
+        }
+
+    def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
+        """Round to the nearest of 255 steps."""
+        weight, scale = quantize_rows(matrix, name)
+        return {"weight": weight, "scale": scale}
+
+    def decode(self, parts: Parts) -> Tensor:
+        """The matrix in fp32."""
+        return parts["weight"].float() * parts["scale"][:, None]
+
+    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
+        """As Plain's; the scale comes once to each sum."""
+        return ((parts["weight"][:, None].float() * settled(x)).sum(-1) * parts["scale"][:, None]).t()
+
+
+@dataclass(frozen=True)
+class Int4:
+    """int4 in groups of 32 with a scale each, two numbers in a byte.
+
+    A group is every G-th weight of a row, not 32 neighbours, so that a vector of neighbours meets a vector of scales.
+    A byte holds the numbers of place j (low half) and j + in / 2 (high half), plus 8 each.
+    """
+
+    def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
+        """Bytes and scales."""
+        if num_in % _GROUP_SIZE:
+            raise ConfigError(
+                f"int4 takes rows in groups of {_GROUP_SIZE} weights, and a matrix of this model has rows of {num_in}; "
+                "choose --quantization int8"
+            )
+        return {
+            "weight": TensorEntry((num_out, num_in // 2), torch.uint8),
+            "scale": TensorEntry((num_out, num_in // _GROUP_SIZE), torch.bfloat16),
+        }
+
+    def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
+        """Round to -8 .. 7 times a scale, of a few scales the one with the least squared error."""
+        num_out, num_in = matrix.shape
+        shapes = self.entries(num_out, num_in)
+        parts = {key: torch.empty(entry.shape, dtype=entry.dtype) for key, entry in shapes.items()}
+        for rows in row_blocks(matrix):
+            block = matrix[rows].float().unflatten(1, (_GROUP_SIZE, -1))
+            if not torch.isfinite(block).all():
+                raise CheckpointError(f"{name} holds NaN or infinite numbers, so it cannot be rounded to int4")
+            numbers, scale = _nearest_int4(block)
+            low, high = (numbers + 8).to(torch.uint8).chunk(2, dim=1)
+            parts["weight"][rows] = (low | high << 4).flatten(1)
+            parts["scale"][rows] = scale
+        return parts
+
+    def decode(self, parts: Parts) -> Tensor:
+        """The matrix in fp32."""
+        groups = parts["scale"].shape[1]
+        packed = parts["weight"].unflatten(1, (-1, groups))
+        numbers = torch.cat((packed & 15, packed >> 4), dim=1).float() - 8.0
+        return (numbers * parts["scale"][:, None].float()).flatten(1)
+
+    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
+        """As Plain's, both halves of a byte in one pass."""
+        groups = parts["scale"].shape[1]
+        low, high = settled(x).unflatten(1, (2, -1, groups)).unbind(1)
+        packed, scale = parts["weight"].unflatten(1, (-1, groups))[:, None], parts["scale"][:, None, None].float()
+        products = ((packed & 15).float() - 8.0) * low + ((packed >> 4).float() - 8.0) * high
+        return (products * scale).sum((-1, -2)).t()
+
+
+def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
+    """The format that flags name.
+
+    Args:
+        quantization: one of QUANTIZATIONS.
+        dtype: precision without quantisation.
+    """
+    if quantization == "none":
+        return Plain(dtype)
+    return Int8() if quantization == "int8" else Int4()
+
+
+def many_rows(weights: WeightFormat, x: Tensor, parts: Parts) -> Tensor:
+    """x W^T through the library's fp32 product, at most _BLOCK_ROWS of the matrix at a time: [N, in] -> [N, out]."""
+    if isinstance(weights, Plain) and weights.dtype is torch.float32:
+        return F.linear(x, parts["weight"])
+    rows = range(0, parts["weight"].shape[0], _BLOCK_ROWS)
+    blocks = [
+        F.linear(x, weights.decode({key: part[start : start + _BLOCK_ROWS] for key, part in parts.items()}))
+        for start in rows
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _nearest_int4(block: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 32, G] fp32 -> whole numbers from -8 to 7 in fp32, and scales [n, G] in bfloat16."""
+    # the number of largest size lands on -8 exactly, whatever its sign
+    largest = block.gather(1, block.abs().argmax(dim=1, keepdim=True)) / -8.0
+    best_error, best_numbers, best_scale = None, block, largest
+    for factor in _SCALE_FACTORS:
+        scale = (largest * factor).bfloat16().float()
+        numbers = (block / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+        error = (numbers * scale - block).square().sum(dim=1, keepdim=True)
+        if best_error is None:
+            best_error, best_numbers, best_scale = error, numbers, scale
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_numbers, best_scale = torch.where(better, numbers, best_numbers), torch.where(better, scale, best_scale)
+    return best_numbers, best_scale[:, 0].bfloat16()
+
+
+def settled(x: Tensor) -> Tensor:
+    """x [N, in], which the compiler shall compute once and keep, not anew for each row of a matrix."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))

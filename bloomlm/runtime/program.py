@@ -1,0 +1,112 @@
+"""Program: an exported model with its tokenizer, for texts."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.errors import ProgramError
+from bloomlm.generation.completion import Completion, complete
+from bloomlm.generation.config import GenerationConfig
+from bloomlm.generation.loop import LanguageModel, OnToken, generate
+from bloomlm.runtime.manifest import Manifest
+from bloomlm.runtime.pt2 import Pt2Model, weights_file
+from bloomlm.runtime.step import StepModel
+
+BACKENDS = {"pt2": "pt2", "onnx_runtime": "onnx", "openvino": "openvino"}
+"""What runs programs here, and the format that each runs."""
+
+
+class Program:
+    """An exported program, opened.
+
+    Args:
+        path: directory and prefix, as given to bloomlm export: inference/bloom.
+        backend: what runs it; "auto" takes the one of its format.
+        verify_weights: read all weights and compare their checksums first.
+
+    Raises:
+        ProgramError: there is no such program, or it is damaged or cannot run here.
+        CheckpointError: its tokenizer is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path, *, backend: str = "auto", verify_weights: bool = False) -> None:
+        path = Path(path)
+        directory, prefix = path.parent, path.name
+        self.manifest = Manifest.read(directory / f"{prefix}.json")
+        if backend != "auto" and BACKENDS.get(backend) != self.manifest.format:
+            raise ProgramError(
+                f"{path} is a program in the format {self.manifest.format}, which backend {backend} does not run; "
+                "leave --backend at auto"
+            )
+        large = (weights_file(prefix), f"{prefix}.onnx.data", f"{prefix}.bin", f"{prefix}.gguf")
+        self.manifest.check_files(directory, hash_file=lambda name: verify_weights or name not in large)
+        self.tokenizer = Tokenizer.from_directory(directory)
+        self._check_tokenizer(directory)
+        self.model = _open_model(self.manifest, directory, prefix)
+
+    def generate(
+        self, prompts: str | Sequence[str], *, batch_size: int = 8, src_length: int | None = None, **options: Any
+    ) -> list[Completion]:
+        """Complete prompts.
+
+        Args:
+            prompts: one text or several.
+            batch_size: prompts computed at once; it changes the speed only.
+            src_length: most tokens of a prompt; the end of a longer one is dropped. None: no cut.
+            options: see bloomlm.GenerationConfig.from_options; max_new_tokens is the program's own by default.
+
+        Returns:
+            num_return_sequences completions of the first prompt, then of the second, and so on.
+
+        Raises:
+            GenerationError: an empty prompt, an unknown option, or one without effect.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        config = GenerationConfig.from_options(**{"max_new_tokens": self.manifest.max_new_tokens, **options})
+        return list(self.completions(texts, config, batch_size=batch_size, src_length=src_length))
+
+    def completions(
+        self,
+        prompts: Sequence[str],
+        config: GenerationConfig,
+        *,
+        batch_size: int = 8,
+        src_length: int | None = None,
+        num_done: int = 0,
+        on_token: OnToken | None = None,
+    ) -> Iterator[Completion]:
+        """Complete prompts batch by batch; see completion.complete."""
+        return complete(
+            partial(generate, self.model),
+            self.tokenizer,
+            prompts,
+            config,
+            batch_size=batch_size,
+            src_length=src_length,
+            num_done=num_done,
+            on_token=on_token,
+        )
+
+    def _check_tokenizer(self, directory: Path) -> None:
+        expected = self.manifest.special_tokens.get("eos_token_id")
+        if self.tokenizer.vocab_size > self.manifest.vocab_size or (
+            expected is not None and self.tokenizer.eos_token_id != expected
+        ):
+            raise ProgramError(
+                f"{directory} holds a tokenizer of {self.tokenizer.vocab_size} ids that ends with id "
+                f"{self.tokenizer.eos_token_id}; the program has {self.manifest.vocab_size} ids and ends with "
+                f"{expected}. Copy the tokenizer's files of the same export"
+            )
+
+
+def _open_model(manifest: Manifest, directory: Path, prefix: str) -> LanguageModel:
+    if manifest.format == "pt2":
+        return Pt2Model(manifest, directory, prefix)
+    if manifest.format == "gguf":
+        raise ProgramError(
+            f"{directory / prefix}.gguf is run by llama.cpp and what is built on it (llama-cli -m {prefix}.gguf), "
+            "not by bloomlm infer; export the model as --format pt2 for that"
+        )
+    return StepModel(manifest, directory, prefix)

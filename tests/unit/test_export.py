@@ -1,0 +1,263 @@
+"""Exported programs: uncompiled here, compiled in test_export_compiled.py; by value against the PyTorch model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bloomlm.export.compile
+import bloomlm.export.program
+from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.api import LoadedModel, load
+from bloomlm.errors import ConfigError, ProgramError
+from bloomlm.export.parity import Parity, compare
+from bloomlm.export.program import export_program
+from bloomlm.export.weights import Int4, Int8, Plain, many_rows, weight_format
+from bloomlm.generation.decode import BloomLanguageModel
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+from bloomlm.runtime import Program
+from bloomlm.runtime.manifest import Manifest
+from bloomlm.runtime.pt2 import INSTRUCTION_SETS, instruction_set
+from tests.tiny_checkpoint import random_model
+
+PROMPTS = ["The history of", "Once upon a time there was a", "1", "def main():"]
+OPTIONS = {
+    "greedy": {},
+    "sampling": {"decode_strategy": "sampling", "top_p": 0.9, "num_return_sequences": 2, "seed": 5},
+    "beams": {"decode_strategy": "beam_search", "num_beams": 3},
+    "stop": {"stop": ["\n"], "repetition_penalty": 1.3},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compiler() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load("builtin:tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def exported(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inference") / "bloom"
+    result = export_program(loaded.model, loaded.tokenizer, path, source="builtin:tiny", max_new_tokens=7)
+    assert result.parity is not None and not result.is_compiled
+    return path
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    shutil.copytree(exported.parent, tmp_path / "copy")
+    return tmp_path / "copy" / exported.name
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_program_writes_what_the_model_writes(loaded: LoadedModel, exported: Path, options: dict) -> None:
+    program = Program(exported)
+    expected = loaded.generate(PROMPTS, max_new_tokens=24, **options)
+    assert program.generate(PROMPTS, max_new_tokens=24, **options) == expected
+    assert program.generate(PROMPTS, max_new_tokens=24, batch_size=1, **options) == expected
+
+
+def test_program_knows_its_defaults(exported: Path) -> None:
+    (completion,) = Program(exported).generate("The history of")
+    assert len(completion.tokens) == 7
+    manifest = Manifest.read(exported.with_suffix(".json"))
+    assert manifest.parity["num_positions"] == 144
+    assert manifest.special_tokens == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+
+
+def small_model(vocab_size: int, hidden_size: int = 32, n_head: int = 4, **changes: bool) -> BloomForCausalLM:
+    return random_model(
+        BloomConfig(vocab_size=vocab_size, hidden_size=hidden_size, n_layer=2, n_head=n_head, **changes)
+    )
+
+
+def logits_error(model: BloomForCausalLM, path: Path) -> float:
+    """Over prompts of unequal length and forced tokens."""
+    ids = torch.randint(4, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(1))
+    prompts = [[5], [6, 7, 8, 9], [10, 11]]
+    return compare(BloomLanguageModel(model), Program(path).model, prompts, ids).logits_error
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoraConfig(r=2, target_modules=("query_key_value", "dense")), PrefixConfig(num_prefix_tokens=3)]
+)
+def test_adapters_are_folded_in(loaded: LoadedModel, tmp_path: Path, adapter: LoraConfig | PrefixConfig) -> None:
+    model = small_model(vocab_size=loaded.tokenizer.vocab_size)
+    apply_adapter(model, adapter, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "prefix" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    path = tmp_path / "bloom"
+    export_program(model, loaded.tokenizer, path, source="small", verify=False)
+    assert logits_error(model, path) < 1e-5
+    without = small_model(vocab_size=loaded.tokenizer.vocab_size)
+    assert logits_error(without, path) > 1e-2
+
+
+def test_residual_after_the_norm_and_odd_heads(loaded: LoadedModel, tmp_path: Path) -> None:
+    model = small_model(
+        vocab_size=loaded.tokenizer.vocab_size, n_head=3, hidden_size=48, apply_residual_connection_post_layernorm=True
+    )
+    export_program(model, loaded.tokenizer, tmp_path / "bloom", source="small", verify=False)
+    assert logits_error(model, tmp_path / "bloom") < 1e-5
+
+
+@pytest.mark.parametrize(("quantization", "limit"), [("int8", 0.01), ("int4", 0.05)])
+def test_quantised_programs_keep_their_bounds(
+    loaded: LoadedModel, tmp_path: Path, quantization: str, limit: float
+) -> None:
+    path = tmp_path / "bloom"
+    result = export_program(loaded.model, loaded.tokenizer, path, source="tiny", quantization=quantization)
+    assert result.parity is not None
+    assert result.parity.logits_error > 0 and result.parity.perplexity_change < limit
+    bits = {"int8": 8.5, "int4": 4.8}[quantization]
+    assert result.files["bloom.safetensors"] < loaded.model.config.num_parameters * bits / 8
+
+
+def test_a_program_that_differs_is_not_written(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bloomlm.export.compile, "many_rows", lambda *given: 1.01 * many_rows(*given))
+    with pytest.raises(ProgramError, match="differs from the model: logits error"):
+        export_program(loaded.model, loaded.tokenizer, tmp_path / "bloom", source="tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weights", [Plain(torch.float32), Plain(torch.bfloat16), Int8(), Int4()], ids=str)
+def test_products_of_few_and_many_rows_are_the_decoded_matrix(weights: Plain | Int8 | Int4) -> None:
+    random = torch.Generator().manual_seed(0)
+    matrix = torch.randn(40, 96, generator=random)
+    x = torch.randn(5, 96, generator=random)
+    parts = weights.encode(matrix, "w")
+    for key, entry in weights.entries(40, 96).items():
+        assert (tuple(parts[key].shape), parts[key].dtype) == (entry.shape, entry.dtype)
+    expected = x.double() @ weights.decode(parts).double().t()
+    torch.testing.assert_close(weights.few_rows(x, parts).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(many_rows(weights, x, parts).double(), expected, rtol=1e-5, atol=1e-5)
+    error = (weights.decode(parts) - matrix).norm() / matrix.norm()
+    assert error <= {"weight": 0.003}.get("".join(parts), 0.012 if isinstance(weights, Int8) else 0.12)
+
+
+def test_int4_places_zeros_and_extremes() -> None:
+    matrix = torch.zeros(3, 64)
+    matrix[1, 5], matrix[2, 40] = 7.0, -7.0
+    torch.testing.assert_close(Int4().decode(Int4().encode(matrix, "w")), matrix)
+
+
+def test_int4_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(ConfigError, match="groups of 32"):
+        weight_format("int4", torch.float32).entries(4, 48)
+    with pytest.raises(Exception, match="w holds NaN"):
+        Int4().encode(torch.full((2, 32), float("nan")), "w")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.with_suffix(".safetensors").write_bytes(b"x" * 100), "holds 100 bytes"),
+        (lambda p: p.with_suffix(".safetensors").unlink(), "cannot be read"),
+        (lambda p: p.with_suffix(".json").unlink(), "holds no exported program"),
+        (lambda p: p.with_suffix(".json").write_text("{"), "no JSON"),
+        (lambda p: p.with_suffix(".json").write_text("{}"), "does not describe an exported program"),
+        (lambda p: edit(p, version=99), "version 99"),
+        (lambda p: edit(p, format="tflite"), "damaged"),
+        (lambda p: edit(p, vocab_size=50), "tokenizer of 2048 ids"),
+        (lambda p: edit(p, unknown=1), "damaged"),
+        (lambda p: flip(Path(f"{p}.decode_step.graph.pt2")), "checksum"),
+        (lambda p: (p.parent / "tokenizer.json").write_text("{}"), "tokenizer"),
+    ],
+)
+def test_damage_is_told(copied: Path, damage: object, message: str) -> None:
+    damage(copied)
+    with pytest.raises(Exception, match=message) as caught:
+        Program(copied)
+    assert type(caught.value).__module__ == "bloomlm.errors"
+
+
+def edit(path: Path, **changes: object) -> None:
+    manifest = path.with_suffix(".json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_checksums_of_weights_are_compared_when_asked(copied: Path) -> None:
+    flip(copied.with_suffix(".safetensors"))
+    Program(copied)
+    with pytest.raises(ProgramError, match="checksum"):
+        Program(copied, verify_weights=True)
+
+
+def test_foreign_weights_of_the_right_size_are_refused(copied: Path) -> None:
+    manifest = json.loads(copied.with_suffix(".json").read_text())
+    manifest["weights"]["dense.bias"][1] = [4, 64]
+    edit(copied, weights=manifest["weights"])
+    with pytest.raises(ProgramError, match=r"dense\.bias is"):
+        Program(copied)
+
+
+def test_backends_that_do_not_fit_are_refused(exported: Path) -> None:
+    with pytest.raises(ProgramError, match="format pt2, which backend openvino does not run"):
+        Program(exported, backend="openvino")
+
+
+def test_instruction_sets() -> None:
+    levels = list(INSTRUCTION_SETS)
+    assert instruction_set(INSTRUCTION_SETS["x86-64-v3"] | INSTRUCTION_SETS["x86-64-v4"]) == levels[0]
+    assert instruction_set(INSTRUCTION_SETS["x86-64-v3"]) == "x86-64-v3"
+    assert instruction_set(frozenset({"avx"})) == "x86-64"
+
+
+def test_the_runtime_needs_no_model_code(loaded: LoadedModel, exported: Path) -> None:
+    """`bloomlm infer` in a process where those modules cannot be imported."""
+    code = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == b or name.startswith(b + ".") for b in BLOCKED):
+            raise ImportError(f"{name} is blocked")
+
+BLOCKED = ("bloomlm.model", "bloomlm.checkpoint", "bloomlm.adapters", "bloomlm.api", "transformers", "peft")
+sys.meta_path.insert(0, Blocked())
+from bloomlm.cli.main import main
+main(sys.argv[1:])
+"""
+    flags = ["--model_dir", str(exported.parent), "--model_prefix", exported.name, "--prompt", PROMPTS[0]]
+    result = subprocess.run([sys.executable, "-c", code, "infer", *flags], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (expected,) = loaded.generate(PROMPTS[0], max_new_tokens=7)
+    assert result.stdout == f"{PROMPTS[0]}\n{expected.completion}\n"
+
+
+def test_limits_of_parity() -> None:
+    values = {"num_positions": 1, "logits_error": 1e-6, "largest_difference": 0.0, "equal_tokens": 1.0}
+    good = Parity(**values, clear_tokens_differ=0, model_perplexity=10.0, program_perplexity=10.2)
+    good.check("float32")
+    good.check("int4")
+    with pytest.raises(ProgramError, match=r"perplexity change is 0\.02"):
+        good.check("int8")
+    with pytest.raises(ProgramError, match="nan"):
+        Parity(
+            **values | {"logits_error": float("nan")}, clear_tokens_differ=0, model_perplexity=1, program_perplexity=1
+        ).check("float32")
+    with pytest.raises(ProgramError, match="other tokens at 2 positions"):
+        Parity(**values, clear_tokens_differ=2, model_perplexity=1, program_perplexity=1).check("float32")

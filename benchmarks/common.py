@@ -18,11 +18,16 @@ from typing import Any
 MODEL_SEED = 0
 
 
-def random_model(size: str) -> Path:
-    """Directory of a random fp32 model of a published size, written on first use (560m: 2.2 GB)."""
+def random_model(size: str, **changes: int) -> Path:
+    """Directory of a random fp32 model of a published size, written on first use (560m: 2.2 GB).
+
+    Changes replace fields of its config: n_layer=2 makes a model of the same width with two blocks.
+    """
     root = Path(os.environ.get("BLOOMLM_BENCH_DIR", Path(tempfile.gettempdir()) / "bloomlm-bench"))
-    directory = root / f"bloom-{size}-random"
+    directory = root / "-".join(["bloom", size, *(f"{name}{value}" for name, value in changes.items()), "random"])
     if not (directory / "config.json").exists():
+        import dataclasses
+
         import torch
 
         from bloomlm.checkpoint.atomic import atomic_directory
@@ -30,7 +35,7 @@ def random_model(size: str) -> Path:
         from bloomlm.model.bloom import BloomForCausalLM
         from bloomlm.model.config import PUBLISHED_SIZES
 
-        model = BloomForCausalLM(PUBLISHED_SIZES[size])
+        model = BloomForCausalLM(dataclasses.replace(PUBLISHED_SIZES[size], **changes))
         model.init_weights(torch.Generator().manual_seed(MODEL_SEED))
         with atomic_directory(directory) as temporary:
             write_model(temporary, model.config, model.state_dict().items(), dtype=torch.float32)
@@ -46,6 +51,14 @@ def peak_memory_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no VmHWM in /proc/self/status: this benchmark needs Linux")
+
+
+def memory_bytes() -> int:
+    """Memory this process holds now, counted as peak_memory_bytes counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmRSS in /proc/self/status: this benchmark needs Linux")
 
 
 def run_side(script: str, side: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from bloomlm.api import LoadedModel, load
-from bloomlm.checkpoint.merge import merge_to_directory
+from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.together import on_main
+from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.completion import (
     NO_PROMPTS,
     CompletionFlags,
@@ -136,10 +137,16 @@ def _load_and_predict(config: PredictConfig, generation: GenerationConfig, devic
 
 
 def _save(directory: Path, loaded: LoadedModel) -> None:
-    merge_to_directory(
-        loaded.model, directory, tokenizer=loaded.tokenizer, max_shard_size_bytes=sys.maxsize, mesh=loaded.mesh
-    )
     messages = Console(stderr=True, highlight=False, markup=False, quiet=not loaded.mesh.is_main)
+    with BytesDisplay(messages) as display:
+        merge_to_directory(
+            loaded.model,
+            directory,
+            tokenizer=loaded.tokenizer,
+            max_shard_size_bytes=sys.maxsize,
+            report=display.phase("writing", merged_bytes(loaded.model)),
+            mesh=loaded.mesh,
+        )
     messages.print(f"the model is in {directory}, its weights in one file")
 
 

@@ -5,6 +5,7 @@ Shapes: B rows, S slots in use, M slots of the cache, N packed tokens.
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -81,11 +82,13 @@ def compile_package(
     options = {"aot_inductor.package": True, "cpp.march": level}
     files: dict[str, Any] = {}
     try:
-        for name, program in traced.items():
-            arguments = program.example_inputs
-            assert arguments is not None
-            files[name] = aot_compile(program.module(), arguments[0], options=options)
-            on_function(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's to itself
+            for name, program in traced.items():
+                arguments = program.example_inputs
+                assert arguments is not None
+                files[name] = aot_compile(program.module(), arguments[0], options=options)
+                on_function(name)
         package_aoti(str(directory / package_file(prefix)), files)
     except Exception as error:  # whatever the compiler stumbles over
         first = str(error).strip().splitlines() or [type(error).__name__]

@@ -228,6 +228,15 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
     path.write_text(manifest.to_json(), encoding="utf-8")
 
 
+def _files_of_older(path: Path) -> list[str]:
+    """Files of the program that lies there, the manifest first; what else begins with its name is not ours."""
+    manifest = path.with_name(f"{path.name}.json")
+    try:
+        return [manifest.name, *Manifest.read(manifest).files]
+    except ProgramError:
+        return []
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A directory to fill; then its files go to path's directory, the manifest last. After an error it is gone."""
@@ -243,9 +252,8 @@ def _beside(path: Path) -> Iterator[Path]:
         raise ProgramError(f"{path.parent} cannot be written: {error}") from error
     try:
         yield temporary
-        for old in path.parent.glob(f"{path.name}.*"):
-            if old.is_file():
-                old.unlink()
+        for name in _files_of_older(path):
+            (path.parent / name).unlink(missing_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == f"{path.name}.json"):
             file.replace(path.parent / file.name)
     except OSError as error:

@@ -194,9 +194,7 @@ class BloomModel(nn.Module):
         if kv_cache is not None and kv_cache.length:
             positions = positions + kv_cache.next_positions.repeat_interleave(documents.padded_shape[1])
         slopes = [head_slopes(self.config.n_head)[head] for head in self.heads]
-        return fused_columns(
-            positions, torch.tensor(slopes, dtype=torch.float32, device=device), self.config.head_dim
-        )
+        return fused_columns(positions, torch.tensor(slopes, dtype=torch.float32, device=device), self.config.head_dim)
 
 
 def _count_new_tokens(kv_cache: KVCache, documents: Documents, num_virtual: int, device: torch.device) -> None:

@@ -97,13 +97,13 @@ class _Linear(torch.autograd.Function):
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b outside autograd, in x's format: [N, in], int8 [out, in] with scales [out] -> [N, out]."""
+    blocks = list(row_blocks(weight))
+    if len(blocks) == 1:
+        return linear(x, dequantize_rows(weight, scale, x.dtype), bias)
     out = x.new_empty(len(x), len(weight))
-    for rows in row_blocks(weight):
+    for rows in blocks:
         part = dequantize_rows(weight[rows], scale[rows], x.dtype)
-        product_of_rows = linear(x, part, None if bias is None else bias[rows])
-        if len(part) == len(weight):
-            return product_of_rows
-        out[:, rows] = product_of_rows
+        out[:, rows] = linear(x, part, None if bias is None else bias[rows])
     return out
 
 

@@ -517,6 +517,24 @@ def test_a_base_model_is_checked_and_named(tmp_path: Path) -> None:
         open_adapter_conversion(tmp_path / "peft", FileForm.HUGGING_FACE, base_model_name_or_path="builtin:tiny")
 
 
+def test_a_lora_on_the_first_blocks_only_needs_its_base(tmp_path: Path) -> None:
+    write_hf(tmp_path / "base")
+    module = "bloom.h.0.self_attention.query_key_value"  # of 2 blocks
+    state = random_arrays({f"{module}.lora_A": (24, 2), f"{module}.lora_B": (2, 72)})
+    write(tmp_path / "paddle/lora_model_state.pdparams", state)
+    values = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": [".*h.0.*query_key_value.*"]}
+    write_json(tmp_path / "paddle/lora_config.json", values | {"enable_lora_list": None})
+    expected = with_adapter(tmp_path / "base", tmp_path / "paddle")
+    base = str(tmp_path / "base")
+    conversion = open_adapter_conversion(tmp_path / "paddle", FileForm.HUGGING_FACE, base_model_name_or_path=base)
+    convert_adapter(conversion, tmp_path / "hf", verify=True)
+    torch.testing.assert_close(with_adapter(tmp_path / "base", tmp_path / "hf"), expected, atol=5e-5, rtol=1e-5)
+    assert not torch.allclose(logits(load_model(tmp_path / "base")), expected, atol=0.01)
+    convert_adapter(open_adapter_conversion(tmp_path / "paddle", FileForm.HUGGING_FACE), tmp_path / "short")
+    with pytest.raises(AdapterError, match=r"2 tensors are missing.*h\.1"):
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "short")
+
+
 def test_an_absurd_block_number_is_refused(tmp_path: Path) -> None:
     name = "bloom.h.999999999.self_attention.query_key_value"
     write(tmp_path / "lora_model_state.pdparams", random_arrays({f"{name}.lora_A": (24, 2), f"{name}.lora_B": (2, 72)}))

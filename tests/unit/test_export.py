@@ -15,6 +15,7 @@ from bloomlm.adapters.apply import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
+from bloomlm.cli import main as cli
 from bloomlm.errors import ConfigError, ProgramError
 from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
@@ -246,6 +247,32 @@ main(sys.argv[1:])
     assert result.returncode == 0, result.stderr
     (expected,) = loaded.generate(PROMPTS[0], max_new_tokens=7)
     assert result.stdout == f"{PROMPTS[0]}\n{expected.completion}\n"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(list(map(str, arguments)))
+    return int(exit_info.value.code or 0)
+
+
+def test_the_commands(loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bloom.txt").write_text("somebody's notes")
+    flags = ["--model_name_or_path", "builtin:tiny", "--output_path", tmp_path / "bloom", "--dtype", "float32"]
+    assert run("export", *flags, "--max_length", 5) == 0
+    assert run("export", *flags, "--max_length", 6) == 0  # over the older one
+    printed = capsys.readouterr().out
+    assert "of the likeliest tokens equal" in printed and "relative error" in printed
+    assert (tmp_path / "bloom.txt").read_text() == "somebody's notes"
+    infer = ["infer", "--model_dir", tmp_path, "--model_prefix", "bloom", "--prompt", PROMPTS[0]]
+    (expected,) = loaded.generate(PROMPTS[0], max_new_tokens=6)
+    assert run(*infer) == 0
+    assert capsys.readouterr().out == f"{PROMPTS[0]}\n{expected.completion}\n"
+    assert run(*infer, "--stream", "--stop", expected.completion[3:5], "--cpu_threads", 1) == 0
+    assert capsys.readouterr().out == f"{PROMPTS[0]}\n{expected.completion[:3]}\n"
+    assert run(*infer, "--device", "gpu") == 2
+    assert "use bloomlm predict on a GPU" in capsys.readouterr().err
+    assert run("export", *flags, "--quantization", "int8") == 2
+    assert "--dtype has no effect with --quantization int8" in capsys.readouterr().err
 
 
 def test_limits_of_parity() -> None:

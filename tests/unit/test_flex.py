@@ -13,14 +13,14 @@ from bloomlm.model.alibi import fused_columns, head_slopes
 from bloomlm.model.documents import Documents
 from tests.unit.test_adapters import tiny_model
 
-HEADS, HEAD_DIM = 3, 8
+HEADS, HEAD_DIM = 3, 10  # 18 wide with the position columns: no power of two
 SLOW = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def packed(lengths: tuple[int, ...], num_virtual: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     generator = torch.Generator().manual_seed(0)
     columns = fused_columns(
-        Documents.packed(lengths).positions(torch.device("cpu")), torch.tensor(head_slopes(HEADS)), 8
+        Documents.packed(lengths).positions(torch.device("cpu")), torch.tensor(head_slopes(HEADS)), HEAD_DIM
     )
     fused = torch.randn(sum(lengths), HEADS, 3, HEAD_DIM, generator=generator)
     virtual = torch.randn(2, HEADS, num_virtual, HEAD_DIM, generator=generator)

@@ -99,9 +99,7 @@ def test_without_grad_mode_no_gradient_is_computed(monkeypatch: pytest.MonkeyPat
 
 def test_no_label_at_all_is_zero_and_differentiable() -> None:
     hidden, weight, labels = inputs()
-    value, *grads = gradients(
-        lambda h, w: linear_cross_entropy(h, w, torch.full_like(labels, -100)), hidden, weight
-    )
+    value, *grads = gradients(lambda h, w: linear_cross_entropy(h, w, torch.full_like(labels, -100)), hidden, weight)
     assert value == 0 and len(grads) == 2
     assert torch.equal(grads[0], torch.zeros_like(hidden)) and torch.equal(grads[1], torch.zeros_like(weight))
 

@@ -144,7 +144,10 @@ def test_missing_extras_are_named_before_training() -> None:
         ({"task_name": "dureader_qg"}, "--task_name dureader_qg is not used"),
         ({"dataloader_num_workers": 2}, "--dataloader_num_workers is not used"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "--warmup_ratio is not used"),
-        ({"max_tokens_per_batch": 512, "per_device_train_batch_size": 4}, "--per_device_train_batch_size 4 is not used"),
+        (
+            {"max_tokens_per_batch": 512, "per_device_train_batch_size": 4},
+            "--per_device_train_batch_size 4 is not used",
+        ),
         ({"lr_scheduler_type": "constant", "lr_decay_ratio": 0.5}, "--lr_decay_ratio is not used"),
         ({"num_beams": 5}, "--num_beams: not used without --do_generation"),
         ({"do_generation": True, "length_penalty": 0.7}, "--length_penalty is not used"),

@@ -7,7 +7,7 @@ Models of random bf16 bits: the shape of bloom-1b7 (24 layers, 3.4 GB) and that 
 (17 GB; twice that is needed on the disk). Each command starts with its input out of the page cache and ends with its
 output on the disk (fsync), the start of Python included. In the end the files are those of the beginning, bit for bit.
 
-Memory is sampled every 2 ms from /proc: anonymous memory (RssAnon), which is the process's own, apart from the pages of
+Memory is sampled every 5 ms from /proc: anonymous memory (RssAnon), which is the process's own, apart from the pages of
 files that are mapped, which the system takes back when it needs them; and all of it (VmHWM) for comparison.
 """
 
@@ -28,7 +28,7 @@ from common import machine
 
 MODELS = ("1b7", "176b-2-layers")
 LIMIT_FACTOR, LIMIT_BYTES = 2.5, 300e6
-SAMPLE_SECONDS = 0.002
+SAMPLE_SECONDS = 0.005
 
 
 def shape(model: str):

@@ -7,7 +7,7 @@ tokens, and reading a prompt of 512. Prints tokens per second, peak memory, time
 which this machine reads memory. Programs are exported on first use, beside the random model, which takes minutes each.
 
 Sides: transformers, eager (bloomlm's model), pt2, pt2-int8, pt2-int4, onnx, openvino; llama.cpp-F32, -Q8_0 and -Q4_0
-(with the extras gguf and llama_cpp, one sequence only).
+(with the extras gguf and llama_cpp).
 """
 
 import argparse
@@ -116,32 +116,6 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-def measure_llama_cpp(args: argparse.Namespace) -> dict[str, float]:
-    """llama.cpp by its own clock, one sequence."""
-    started = time.perf_counter()
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.warmup = f"{program_path(args.size, args.side)}.gguf", 1024, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
-    server = xllamacpp.Server(params)
-
-    def run(num_prompt: int, num_new: int, first: int) -> dict[str, Any]:
-        prompt = list(range(first, first + num_prompt))
-        return server.handle_completions(
-            {"prompt": prompt, "n_predict": num_new, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
-        )["timings"]
-
-    run(8, 1, 1000)
-    result = {"first_token_seconds": time.perf_counter() - started}
-    result["decode_1"] = run(PROMPT_TOKENS, args.new_tokens, 2000)["predicted_per_second"]
-    prefills = [run(LONG_TOKENS, 1, first)["prompt_per_second"] for first in (3000, 4000, 5000)]
-    result["prefill_512"] = statistics.median(prefills)
-    result["peak_memory_gb"] = peak_memory_bytes() / 1e9
-    result["read_gb_per_second"] = read_speed()
-    return result
-
-
 def read_speed() -> float:
     """GB/s of a sum over 1 GB."""
     import torch
@@ -165,8 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     if args.side:
-        run = measure_llama_cpp if args.side.startswith("llama.cpp") else measure
-        print("\n" + json.dumps(run(args)))
+        print("\n" + json.dumps(measure(args)))
         return
     sides = args.sides.split(",")
     for side in sides:

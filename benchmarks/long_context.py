@@ -27,11 +27,13 @@ def bloomlm_losses(directory: Path, length: int):
     """Yield the loss of one step after another; gradients are made and thrown away."""
     import torch
 
+    from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.data.loader import IGNORE_INDEX
     from bloomlm.model.documents import Documents
     from bloomlm.training.loss import linear_cross_entropy
 
+    keep_freed_memory()  # as every command does
     model = load_model(directory, memory_map=False).train()
     tokens = draw(length, model.config.vocab_size)
     labels = torch.cat((tokens[1:], torch.tensor([IGNORE_INDEX])))

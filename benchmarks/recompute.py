@@ -23,11 +23,13 @@ def run(args: argparse.Namespace) -> dict:
 
     from bloomlm.adapters.apply import FullTuning, apply_adapter
     from bloomlm.adapters.lora import LoraConfig
+    from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.data.loader import IGNORE_INDEX
     from bloomlm.model.documents import Documents
     from bloomlm.training.loss import linear_cross_entropy
 
+    keep_freed_memory()  # as every command does
     model = load_model(random_model(args.size), memory_map=False).train()
     apply_adapter(model, FullTuning() if args.tuning == "full" else LoraConfig(r=8), torch.Generator().manual_seed(0))
     model.transformer.recompute = args.side == "made again"

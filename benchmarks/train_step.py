@@ -43,12 +43,14 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.adapters.apply import FullTuning, apply_adapter
     from bloomlm.adapters.lora import LoraConfig
     from bloomlm.adapters.prefix import PrefixConfig
+    from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.data.loader import IGNORE_INDEX
     from bloomlm.model.documents import Documents
     from bloomlm.training.loss import linear_cross_entropy
     from bloomlm.training.meter import StepFlops
 
+    keep_freed_memory()  # as every command does
     model = load_model(str(random_model(args.size)))
     adapters = {
         "full": FullTuning(),
@@ -60,11 +62,12 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         with torch.no_grad():
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
     model.train()
-    model.transformer.word_embeddings.sparse = True  # as in Trainer: the head gives the tied weight its dense gradient
+    model.transformer.word_embeddings.adds_to_grad = True  # as in Trainer
     flops = StepFlops(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
     )
+    memory: list[torch.Tensor] = []
     for batch in batches:
         tokens = torch.from_numpy(np.concatenate([example for example, _ in batch]))
         labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -76,9 +79,11 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         learned = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
         weight = model.transformer.word_embeddings.weight
-        loss = linear_cross_entropy(hidden[learned], weight, labels[learned]) / len(learned)
+        scale = 1 / len(learned)
+        loss = linear_cross_entropy(hidden[learned], weight, labels[learned], scale=scale, gradient_memory=memory)
         loss.backward()
         optimizer.step()
+        memory = [] if weight.grad is None else [weight.grad]  # as in Trainer
         optimizer.zero_grad()
         yield loss.item(), flops.of([len(example) for example, _ in batch], len(learned))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bloomlm.errors import (
     AdapterError,
+    BackendMissingError,
     BloomlmError,
     CheckpointError,
     ConfigError,
@@ -51,6 +52,7 @@ _LAZY = {
 
 __all__ = [
     "AdapterError",
+    "BackendMissingError",
     "BeamSearch",
     "BloomConfig",
     "BloomForCausalLM",

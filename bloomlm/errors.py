@@ -7,6 +7,7 @@
     +-- DataError          a row of examples, with its file and line
     +-- GenerationError    prompts or decoding options that cannot be served
     +-- ProgramError       an exported program that cannot be written, opened or run here
+    |   +-- BackendMissingError  the library that would run it is not installed
     +-- TrainingError      a run that cannot go on (ten losses in a row that are not finite, ...)
 
 Programming mistakes inside bloomlm stay `assert`s and ordinary exceptions.
@@ -39,6 +40,10 @@ class GenerationError(BloomlmError, ValueError):
 
 class ProgramError(BloomlmError):
     """An exported program cannot be written, opened or run here."""
+
+
+class BackendMissingError(ProgramError):
+    """The library that would run an exported program is not installed."""
 
 
 class TrainingError(BloomlmError, RuntimeError):

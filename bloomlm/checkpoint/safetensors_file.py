@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 8 * 2**20
 
 
 class SafetensorsFile:

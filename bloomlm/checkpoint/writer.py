@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bloomlm.checkpoint.atomic import atomic_directory, atomic_write
 from bloomlm.checkpoint.output import Report, no_report
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -192,13 +193,15 @@ class _ShardWriter:
         report: Report,
     ) -> None:
         self._convert, self._report = convert, report
-        self._places: dict[str, tuple[BinaryIO, int, TensorEntry]] = {}
+        self._places: dict[str, tuple[FileBehind, int, TensorEntry]] = {}
         self._written: set[str] = set()
+        self._behind = WriteBehind()
         for file_name, entries in shards.items():
             header, offsets = build_header(entries, {"format": "pt"})
-            file = stack.enter_context((directory / file_name).open("xb"))
+            file = FileBehind(stack.enter_context((directory / file_name).open("xb")), self._behind)
             file.write(header)
             self._places.update({name: (file, offsets[name], entry) for name, entry in entries.items()})
+        stack.enter_context(self._behind)  # last, so that it ends before the files are closed
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place."""
@@ -216,6 +219,7 @@ class _ShardWriter:
         file.seek(offset)
         for block in row_blocks(tensor, entry.dtype):
             self._report(file.write(raw_bytes(block)))
+        self._behind.wait()  # before the next tensor is read, or changed
         self._written.add(name)
 
     def check_complete(self) -> None:

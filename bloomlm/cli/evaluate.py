@@ -8,10 +8,10 @@ import click
 import torch
 from rich.console import Console
 
-from bloomlm.api import load
 from bloomlm.checkpoint.together import main_first
 from bloomlm.cli.device import find_device
 from bloomlm.cli.evaluate_runs import EvaluationRun
+from bloomlm.cli.evaluate_subject import load_subject
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
@@ -31,7 +31,8 @@ def evaluate(config: EvaluateConfig) -> None:
         BloomlmError: flags, files or data that cannot be used.
     """
     notices = check_config(config)
-    device = find_device(config.device)
+    # programs run on the CPU, whatever else there is
+    device = find_device(config.device if config.model_dir is None else "cpu")
     degrees = degrees_from_flags(world_size(), tensor_parallel_degree=config.tensor_parallel_degree)
     if degrees.world_size > 1 and device.index is not None:
         raise ConfigError(f"--device {config.device}: every process takes a GPU of its own; give gpu or cpu")
@@ -52,19 +53,7 @@ def _evaluate(config: EvaluateConfig, device: torch.device, mesh: Mesh) -> None:
     # what the data lack shows before a large model is read
     eval_path, is_raw = config.eval_path, config.protocol != "reference"
     path = None if eval_path is None else main_first(lambda: find_data(eval_path, raw=is_raw), mesh)
-    assert config.model_name_or_path is not None
-    loaded = load(
-        config.model_name_or_path,
-        lora_path=config.lora_path,
-        prefix_path=config.prefix_path,
-        prefix_layout=config.prefix_layout,
-        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
-        paddle_tokenization=config.paddle_tokenization,
-        dtype=config.dtype,
-        device=device,
-        mesh=mesh,
-    )
-    run = EvaluationRun(config, loaded, messages)
+    run = EvaluationRun(config, load_subject(config, device, mesh), messages)
     if path is None:
         report = run.tasks()
     elif config.do_generation:

@@ -1,4 +1,4 @@
-"""The three kinds of evaluation, from a loaded model to a report: a protocol, answers to rows, lm-eval's tasks."""
+"""The three kinds of evaluation, from what is loaded to a report: a protocol, answers to rows, lm-eval's tasks."""
 
 import dataclasses
 import json
@@ -13,10 +13,9 @@ import torch
 from rich.console import Console
 
 import bloomlm
-from bloomlm.api import LoadedModel
 from bloomlm.checkpoint.atomic import atomic_write
-from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.cli.evaluate_display import EvaluationDisplay
+from bloomlm.cli.evaluate_subject import Subject
 from bloomlm.data.examples import load_examples
 from bloomlm.evaluation.config import EvaluateConfig
 from bloomlm.evaluation.generations import PROTOCOL as GENERATION
@@ -39,21 +38,21 @@ class EvaluationRun:
 
     Args:
         config: checked.
-        loaded: the model.
+        subject: the model or program.
         messages: where notices and progress go.
     """
 
-    def __init__(self, config: EvaluateConfig, loaded: LoadedModel, messages: Console) -> None:
+    def __init__(self, config: EvaluateConfig, subject: Subject, messages: Console) -> None:
         self._config = config
-        self._loaded = loaded
+        self._subject = subject
         self._messages = messages
 
     def protocol(self, path: Path) -> Report:
         """WikiText or LAMBADA in a file, under the protocol of the flags."""
-        config, loaded = self._config, self._loaded
+        config, subject = self._config, self._subject
         plan = make_plan(
             path,
-            loaded.tokenizer,
+            subject.tokenizer,
             protocol=config.protocol,
             is_lambada=config.is_lambada,
             seq_length=config.seq_length,
@@ -72,12 +71,12 @@ class EvaluationRun:
             partial = self._open_partial(report, stack)
             display = stack.enter_context(self._display(len(plan.windows)))
             outcome = run_plan(
-                loaded.model,
+                subject.model,
                 plan,
                 max_batch_tokens=config.batch_size * plan.settings["seq_length"],
                 partial=partial,
                 on_progress=lambda done, totals: display.show(done, plan.running(totals)),
-                mesh=loaded.mesh,
+                mesh=subject.mesh,
             )
             run = {
                 "seconds": outcome.seconds,
@@ -86,20 +85,20 @@ class EvaluationRun:
                 "windows_of_a_stopped_run": outcome.num_windows_before,
             }
             report = self._finish(report, outcome.metrics, run, partial)
-        if plan.line is not None and loaded.mesh.is_main:
+        if plan.line is not None and subject.mesh.is_main:
             click.echo(f" validation results on {config.eval_path} | {plan.line(outcome.metrics)}")
         return report
 
     def generation(self, path: Path) -> Report:
         """Answers to the rows of a file."""
-        config, loaded = self._config, self._loaded
+        config, subject = self._config, self._subject
         examples = load_examples(
             path,
-            loaded.tokenizer,
+            subject.tokenizer,
             src_length=config.src_length or DEFAULT_LENGTH,
             tgt_length=config.tgt_length or DEFAULT_LENGTH,
             prompt_template=config.prompt_template,
-            show_progress=loaded.mesh.is_main,
+            show_progress=subject.mesh.is_main,
         )
         count = len(examples) if config.limit is None else min(len(examples), config.limit)
         made = examples.report
@@ -120,15 +119,15 @@ class EvaluationRun:
             display = stack.enter_context(self._display(count))
             started = time.perf_counter()
             answers = answer_all(
-                loaded.model,
-                loaded.tokenizer,
+                subject.model,
+                subject.tokenizer,
                 examples,
                 max_new_tokens=made.tgt_length,
                 batch_size=config.batch_size,
                 limit=config.limit,
                 partial=partial,
                 on_progress=lambda done: display.show(done, ""),
-                mesh=loaded.mesh,
+                mesh=subject.mesh,
             )
             run = {
                 "seconds": time.perf_counter() - started,
@@ -145,18 +144,18 @@ class EvaluationRun:
         """Tasks of lm-eval."""
         from bloomlm.evaluation.lm_eval_tasks import run_tasks  # an extra
 
-        config, loaded = self._config, self._loaded
+        config, subject = self._config, self._subject
         started = time.perf_counter()
         results = run_tasks(
-            loaded.model,
-            loaded.tokenizer,
+            subject.model,
+            subject.tokenizer,
             config.tasks,
             batch_size=config.batch_size,
             max_length=config.seq_length,
             limit=config.limit,
             num_fewshot=config.num_fewshot,
             include_path=config.include_path,
-            mesh=loaded.mesh,
+            mesh=subject.mesh,
         )
         report = self._empty_report(
             task=",".join(config.tasks),
@@ -179,23 +178,17 @@ class EvaluationRun:
         notices: tuple[str, ...],
     ) -> Report:
         """Everything but the results; notices are shown too."""
-        config, mesh = self._config, self._loaded.mesh
-        weight = self._loaded.model.transformer.word_embeddings.weight
+        config, mesh = self._config, self._subject.mesh
         report = Report(
             task=task,
             protocol=vars(protocol),
             data={} if data is None else {"name": str(config.eval_path), "sha256": sha256_of(data)},
-            model={
-                "name": config.model_name_or_path,
-                "fingerprint": model_fingerprint(self._loaded.model, mesh),
-                "dtype": str(weight.dtype).removeprefix("torch."),
-                "adapter": config.lora_path or config.prefix_path,
-            },
+            model=self._subject.description,
             settings={**settings, "limit": config.limit},
             counts=counts,
             metrics={},
             run={
-                "device": str(weight.device),
+                "device": self._subject.device,
                 "processes": mesh.degrees.world_size,
                 "tensor_parallel_degree": mesh.degrees.tp,
                 "bloomlm": bloomlm.__version__,
@@ -211,14 +204,14 @@ class EvaluationRun:
     def _identity(self, report: Report) -> str:
         """Everything that decides the results."""
         decisive = [report.task, report.protocol, report.data, report.model, report.settings]
-        return json.dumps([*decisive, self._loaded.tokenizer.fingerprint], sort_keys=True)
+        return json.dumps([*decisive, self._subject.tokenizer.fingerprint], sort_keys=True)
 
     def _open_partial(self, report: Report, stack: ExitStack) -> PartialFile | None:
         """The results of a stopped run of the same evaluation, to which this one's are added."""
         if self._config.output_file is None:
             return None
         partial = stack.enter_context(
-            PartialFile(self._config.output_file, identity=self._identity(report), mesh=self._loaded.mesh)
+            PartialFile(self._config.output_file, identity=self._identity(report), mesh=self._subject.mesh)
         )
         if partial.done:
             self._messages.print(
@@ -234,7 +227,7 @@ class EvaluationRun:
     ) -> Report:
         """The whole report, in its files where there are to be any."""
         report = dataclasses.replace(report, metrics=metrics, run={**run, **report.run})
-        if self._config.output_file is not None and self._loaded.mesh.is_main:
+        if self._config.output_file is not None and self._subject.mesh.is_main:
             report.save(self._config.output_file)
             atomic_write(self._config.output_file.with_suffix(".md"), report.to_markdown())
         if partial is not None:

@@ -49,7 +49,7 @@ class ExportConfig:
     )
     format: Literal["pt2", "onnx", "openvino", "gguf"] = field(
         default="pt2",
-        metadata=about("program", "what will run it: bloomlm infer (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)"),
+        metadata=about("program", "what will run it: PyTorch (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)"),
     )
     max_length: int = field(
         default=128, metadata=about("program", "tokens that infer generates where it is not told otherwise")
@@ -103,9 +103,8 @@ def _report(console: Console, config: ExportConfig, result: ExportResult) -> Non
     if result.parity is not None:
         for line in _parity_lines(result.parity):
             console.print(line, soft_wrap=True)
-    if config.format == "gguf":
-        console.print(f"next: llama-cli -m {result.path}.gguf; not compared, because llama.cpp runs it", soft_wrap=True)
-        return
+    if result.not_compared is not None:
+        console.print(f"not compared with the model: {result.not_compared}", soft_wrap=True)
     directory, prefix = result.path.parent, result.path.name
     console.print(f"next: bloomlm infer --model_dir {directory} --model_prefix {prefix} --prompt ...", soft_wrap=True)
 

@@ -32,7 +32,7 @@ class _ProgramFlags:
 
     model_dir: Path = field(metadata=about("program", "directory that bloomlm export wrote into"))
     model_prefix: str = field(default="bloom", metadata=about("program", "name of the program in it"))
-    backend: Literal["auto", "pt2", "onnx_runtime", "openvino"] = field(
+    backend: Literal["auto", "pt2", "onnx_runtime", "openvino", "llama_cpp"] = field(
         default="auto", metadata=about("program", "what runs it; auto: what its format is for")
     )
     device: Literal["cpu", "gpu"] = field(default="cpu", metadata=about("program", "where it runs"))
@@ -70,7 +70,8 @@ def infer(config: InferConfig) -> None:
         torch.set_num_threads(config.cpu_threads)
     path = config.model_dir / config.model_prefix
     manifest = Manifest.read(config.model_dir / f"{config.model_prefix}.json")
-    generation = config.generation_of(config.max_new_tokens or manifest.max_new_tokens)
+    asked = config.max_new_tokens
+    generation = config.generation_of(manifest.max_new_tokens if asked is None else asked)
     check_completion_flags(config, generation)
     prompts = prompts_of(config)
     if prompts is None:

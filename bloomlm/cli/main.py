@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 import bloomlm
+from bloomlm.allocator import keep_freed_memory
 from bloomlm.errors import BloomlmError
 
 # verb -> (its module, the line that `bloomlm --help` shows). The module holds `command`.
@@ -21,6 +22,7 @@ VERBS = {
     "infer": ("bloomlm.cli.infer", "complete prompts with an exported program"),
     "evaluate": ("bloomlm.cli.evaluate", "WikiText, LAMBADA, lm-eval's tasks or rows of your own: how good a model is"),
     "merge": ("bloomlm.cli.merge", "write one plain model: LoRA into its base, shards into one, another precision"),
+    "plan": ("bloomlm.cli.plan", "tell what each process of a job will hold and send, before there is a job"),
     "convert": ("bloomlm.cli.convert", "write a model or an adapter in other files: PaddleNLP's to the hub's, or back"),
 }
 
@@ -100,6 +102,7 @@ def run_verb(verb: str) -> NoReturn:
 
 
 def _exit_with(command: click.Command, arguments: list[str], program: str) -> NoReturn:
+    keep_freed_memory()  # the process is the command's own
     wants_traceback = os.environ.get("BLOOMLM_DEBUG") == "1"
     try:
         status = command.main(args=arguments, prog_name=program, standalone_mode=False)

@@ -49,7 +49,7 @@ class Comparison:
             table.add_column(title, justify="right")
         for item in self.differences:
             error = "" if item.standard_error is None else f"{item.standard_error:.4g}"
-            paired = " (paired)" if item.is_paired else ""
+            paired = " (paired)" if item.is_paired and error else ""
             table.add_row(item.name, f"{item.first:.6g}", f"{item.second:.6g}", f"{item.value:+.4g}", error + paired)
         return table
 
@@ -81,10 +81,17 @@ def compare(first: Report, second: Report) -> Comparison:
         if first.settings.get(name) != second.settings.get(name)
     ]
     if first.model["fingerprint"] == second.model["fingerprint"]:
-        notices.append("both are the same model")
+        one, other = (_kept_as(report) for report in (first, second))
+        notices.append("both are the same model" + ("" if one == other else f", as {one} and as {other}"))
     asked_the_same = first.data.get("sha256") == second.data.get("sha256") and first.settings == second.settings
     differences = [_difference(n, first.metrics[n], second.metrics[n], asked_the_same) for n in common]
     return Comparison(differences=tuple(differences), notices=tuple(notices))
+
+
+def _kept_as(report: Report) -> str:
+    """How the weights are kept: an exported program has the fingerprint of the model that it was made of."""
+    kind = report.model.get("program")
+    return f"{report.model['dtype']} {'model' if kind is None else f'{kind} program'}"
 
 
 def _difference(name: str, first: Metric, second: Metric, asked_the_same: bool) -> Difference:

@@ -11,6 +11,22 @@ def _about(section: str, help: str) -> dict[str, str]:
     return {"section": section, "help": help}
 
 
+_ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leave the flag out"
+_NOT_OF_PROGRAMS = {
+    "lora_path": _ADAPTER_IN_PROGRAM,
+    "prefix_path": _ADAPTER_IN_PROGRAM,
+    "prefix_layout": _ADAPTER_IN_PROGRAM,
+    "trained_tensor_parallel_degree": _ADAPTER_IN_PROGRAM,
+    "paddle_tokenization": "a program has its own tokenizer beside it; leave the flag out",
+    "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
+    "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
+    "device": "exported programs run on the CPU; leave the flag out",
+    "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process of "
+    "torchrun takes other examples",
+}
+"""Flags that say how a model is loaded, and what to do instead."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What to evaluate on what."""
@@ -47,8 +63,10 @@ class EvaluateConfig:
         default=False, metadata=_about("model", "the directory holds PaddleNLP's auto_dist files")
     )
     model_dir: Path | None = field(
-        default=None, metadata=_about("model", "exported programs cannot be evaluated by this version")
+        default=None,
+        metadata=_about("model", "instead of --model_name_or_path: directory that bloomlm export wrote a program into"),
     )
+    model_prefix: str = field(default="bloom", metadata=_about("model", "name of the program in it"))
 
     eval_path: str | None = field(
         default=None,
@@ -162,14 +180,16 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
 
 
 def _check_model(config: EvaluateConfig) -> None:
-    if config.model_dir is not None:
-        raise ConfigError(
-            "--model_dir: this version evaluates no exported programs; give the model as --model_name_or_path"
-        )
-    if config.model_name_or_path is None:
-        raise ConfigError("missing --model_name_or_path (builtin:tiny, a directory, or a hub name)")
     if config.model_type not in (None, "bloom"):
         raise ConfigError(f"--model_type {config.model_type}: bloomlm evaluates BLOOM only; expected bloom")
+    if config.model_dir is not None:
+        _check_program(config)
+        return
+    if config.model_name_or_path is None:
+        raise ConfigError(
+            "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an exported "
+            "program"
+        )
     if config.load_autodist:
         directory = Path(config.model_name_or_path).expanduser()
         if not list(directory.glob("auto_dist*.pdparams")):
@@ -177,6 +197,19 @@ def _check_model(config: EvaluateConfig) -> None:
                 f"--load_autodist: {config.model_name_or_path} holds no auto_dist*.pdparams; leave the flag out to "
                 "read whatever form the model has"
             )
+
+
+def _check_program(config: EvaluateConfig) -> None:
+    """Refuse what says how to load a model where a program is given, which has all that in it."""
+    if config.model_name_or_path is not None:
+        raise ConfigError(
+            f"found --model_dir {config.model_dir} and --model_name_or_path {config.model_name_or_path}; give one: an "
+            "exported program or a model"
+        )
+    given = _given(config)
+    for name, why in _NOT_OF_PROGRAMS.items():
+        if name in given and not (name == "device" and config.device == "cpu"):
+            raise ConfigError(f"--{name} with --model_dir: {why}")
 
 
 def _without_effect(config: EvaluateConfig) -> tuple[str, ...]:
@@ -194,7 +227,8 @@ def _without_effect(config: EvaluateConfig) -> tuple[str, ...]:
         "prompt_template": (config.do_generation, "--do_generation"),
         "num_fewshot": (bool(config.tasks), "--tasks"),
         "include_path": (bool(config.tasks), "--tasks"),
-        "seed": (False, "anything that is drawn"),
+        "seed": (False, "random numbers, and an evaluation draws none"),
+        "model_prefix": (config.model_dir is not None, "--model_dir"),
     }
     return tuple(
         f"--{name} has no effect without {needed}"

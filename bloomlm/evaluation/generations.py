@@ -7,13 +7,13 @@ from bloomlm.data.examples import ExampleSet
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.copies import free_memory, is_out_of_memory, join_shares, own_share
+from bloomlm.evaluation.evaluated import Evaluated, generate
 from bloomlm.evaluation.metric import Metric, mean
 from bloomlm.evaluation.partial_file import PartialFile
 from bloomlm.evaluation.plan import Protocol
 from bloomlm.generation.answer_scores import GenerationScores
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.decode import DecodeText, Generation, generate
-from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.generation.loop import DecodeText, Generation
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 _LOG = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ PROTOCOL = Protocol(
 
 
 def answer_all(
-    model: BloomForCausalLM,
+    model: Evaluated,
     tokenizer: Tokenizer,
     examples: ExampleSet,
     *,
@@ -75,7 +75,7 @@ def answer_all(
 
 
 def generate_batches(
-    model: BloomForCausalLM,
+    model: Evaluated,
     prompts: Mapping[int, Sequence[int]],
     config: GenerationConfig,
     *,

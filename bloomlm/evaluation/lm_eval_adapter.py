@@ -23,9 +23,9 @@ from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.copies import join_shares
+from bloomlm.evaluation.evaluated import Evaluated, make_scorer
 from bloomlm.evaluation.generations import generate_batches
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH, encode_pairs, rolling_windows
-from bloomlm.evaluation.scorer import Scorer
 from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
 from bloomlm.generation.config import GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.model.bloom import BloomForCausalLM
@@ -50,8 +50,8 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
     """A BLOOM that answers lm-eval's three kinds of requests.
 
     Args:
-        pretrained: builtin:NAME, a directory or a hub name; or a loaded model, then with its tokenizer.
-        tokenizer: of a loaded model.
+        pretrained: builtin:NAME, a directory or a hub name; or a loaded model or program, then with its tokenizer.
+        tokenizer: of what is loaded.
         lora_path: directory or hub name of a LoRA adapter.
         prefix_path: the same of a prefix adapter.
         dtype: precision of the weights by name; None or "auto": as on disk.
@@ -64,7 +64,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        pretrained: str | BloomForCausalLM,
+        pretrained: str | Evaluated,
         *,
         tokenizer: Tokenizer | None = None,
         lora_path: str | None = None,
@@ -77,7 +77,8 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         mesh: Mesh = ALONE,
     ) -> None:
         super().__init__()
-        if isinstance(pretrained, BloomForCausalLM):
+        self._model: Evaluated
+        if not isinstance(pretrained, str):
             assert tokenizer is not None, "a loaded model needs its tokenizer"
             self._model, self._tokenizer = pretrained, tokenizer
         else:
@@ -164,7 +165,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         return text
 
     def _score(self, windows: Sequence[Window]) -> list[WindowScore]:
-        scorer = Scorer(self._model, max_batch_tokens=self._batch_size * self._max_length, mesh=self._mesh)
+        scorer = make_scorer(self._model, max_batch_tokens=self._batch_size * self._max_length, mesh=self._mesh)
         with self._progress("scoring", len(windows)) as advance:
             return scorer.score_all(windows, advance)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.evaluation.evaluated import Evaluated
 from bloomlm.evaluation.lm_eval_adapter import BloomLM
 from bloomlm.evaluation.metric import Metric
 from bloomlm.evaluation.plan import Protocol
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 BOOTSTRAP_ITERS = 1000
@@ -30,7 +30,7 @@ class TaskResults:
 
 
 def run_tasks(
-    model: BloomForCausalLM,
+    model: Evaluated,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bloomlm.evaluation.copies import join_shares
+from bloomlm.evaluation.evaluated import Evaluated, make_scorer
 from bloomlm.evaluation.metric import Metric
 from bloomlm.evaluation.partial_file import PartialFile
 from bloomlm.evaluation.plan import Plan, Totals
-from bloomlm.evaluation.scorer import Scorer
 from bloomlm.evaluation.windows import WindowScore
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 OnProgress = Callable[[int, Totals], None]
@@ -37,7 +36,7 @@ class Outcome:
 
 
 def run_plan(
-    model: BloomForCausalLM,
+    model: Evaluated,
     plan: Plan,
     *,
     max_batch_tokens: int,
@@ -56,14 +55,14 @@ def run_plan(
         mesh: the ranks, all of which must come here; all get the whole outcome.
 
     Raises:
-        ConfigError: as Scorer.score.
+        ConfigError: as WindowScorer.score.
         CheckpointError: the scores cannot be written.
     """
     done = {} if partial is None else partial.done
     before = {number: WindowScore(**fields) for number, fields in done.items()}
     own: dict[int, WindowScore] = {}
     totals = Totals().plus(list(before.values()))
-    scorer = Scorer(model, max_batch_tokens=max_batch_tokens, mesh=mesh)
+    scorer = make_scorer(model, max_batch_tokens=max_batch_tokens, mesh=mesh)
     if on_progress is not None:
         on_progress(len(before), totals)
     started = time.perf_counter()

@@ -8,16 +8,16 @@ Order and batches change nothing but the last bits of fp32.
 """
 
 import logging
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.copies import free_memory, is_out_of_memory, join_shares, own_share
+from bloomlm.evaluation.copies import free_memory, is_out_of_memory, own_share
 from bloomlm.evaluation.shared_prefix import Branched, Branches, Packed, find_branches, join_documents, num_slots
+from bloomlm.evaluation.window_scorer import WindowScorer
 from bloomlm.evaluation.windows import Window, WindowScore
 from bloomlm.generation.label_scores import score_labels
 from bloomlm.model.bloom import BloomForCausalLM
@@ -30,10 +30,9 @@ _CPU_BATCH_BYTES = 24 * 2**20
 once and gets them anew, page by page, which takes a tenth of the time of an evaluation."""
 _CPU_BATCH_TOKENS = 512
 """On a CPU a batch may have so many tokens in any case."""
-_UNSCORED = WindowScore(log_prob=0.0, num_scored=0, num_likeliest=0)
 
 
-class Scorer:
+class Scorer(WindowScorer):
     """Scores windows with one model, in batches of at most max_batch_tokens.
 
     When memory runs out the batch is cut in two, and later batches stay that small.
@@ -45,31 +44,11 @@ class Scorer:
     """
 
     def __init__(self, model: BloomForCausalLM, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> None:
+        super().__init__(max_batch_tokens=max_batch_tokens, mesh=mesh)
         self._model = model
-        self._mesh = mesh
-        self.max_batch_tokens = max_batch_tokens
-        self.num_computed_tokens = 0
-        """Tokens that went through the blocks so far, of this copy."""
 
-    def score(self, windows: Sequence[Window], done: Collection[int] = ()) -> Iterator[dict[int, WindowScore]]:
-        """Score this copy's share of windows and hand out the results of each batch as they come.
-
-        Args:
-            windows: in any order, the same on all ranks.
-            done: numbers of windows that are left out, the same on all ranks.
-
-        Yields:
-            Number of the window -> its score.
-
-        Raises:
-            ConfigError: a single window does not fit into memory, or a batch on ranks that share a model; or the
-                model's output is no number.
-        """
-        todo = sorted(set(range(len(windows))) - set(done))
-        scored = [number for number in todo if windows[number].num_scored]
-        if len(scored) < len(todo) and self._mesh.is_main:
-            yield dict.fromkeys(sorted(set(todo) - set(scored)), _UNSCORED)
-        groups = find_branches(join_documents(windows, scored), self.max_batch_tokens)
+    def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
+        groups = find_branches(join_documents(windows, numbers), self.max_batch_tokens)
         was_training = self._model.training
         self._model.eval()
         try:
@@ -79,22 +58,6 @@ class Scorer:
                 yield from self._score_pieces(windows, own_share(pieces, self._mesh))
         finally:
             self._model.train(was_training)
-
-    def score_all(
-        self, windows: Sequence[Window], on_progress: Callable[[int], None] = lambda num_scored: None
-    ) -> list[WindowScore]:
-        """The scores of all windows, in their order, of all copies.
-
-        Args:
-            windows: in any order, the same on all ranks.
-            on_progress: called after every batch with the number of windows in it.
-        """
-        own: dict[int, WindowScore] = {}
-        for batch in self.score(windows):
-            own |= batch
-            on_progress(len(batch))
-        results = join_shares(own, self._mesh)
-        return [results[number] for number in range(len(windows))]
 
     def _score_pieces(self, windows: Sequence[Window], pieces: Sequence[Branches]) -> Iterator[dict[int, WindowScore]]:
         """Score pieces, which either all share or all do not, the largest first."""
@@ -159,18 +122,7 @@ class Scorer:
         counts = [len(part) for part in labels]
         log_probs = scores.log_probs.double().cpu().split(counts)
         hits = scores.is_likeliest.cpu().split(counts)
-        found = {
+        return {
             number: WindowScore(log_prob=float(log_prob.sum()), num_scored=count, num_likeliest=int(hit.sum()))
             for number, count, log_prob, hit in zip(numbers, counts, log_probs, hits, strict=True)
         }
-        _check_finite(found)
-        return found
-
-
-def _check_finite(scores: Mapping[int, WindowScore]) -> None:
-    for number, score in scores.items():
-        if not math.isfinite(score.log_prob):
-            raise ConfigError(
-                f"the model gives no probabilities (log-probability {score.log_prob}) in window {number}: its weights "
-                "are damaged, or too large for float16; try --dtype float32 or bfloat16"
-            )

@@ -34,17 +34,20 @@ TEXTS = (
     "Dates: 1969-07-20, 1989-11-09, 2000-01-01. Sum of 17, 25 and 58: 100. The square of 12 is 144, its cube 1728.",
 )
 _PROMPT_TOKENS = (24, 3, 17, 9, 12, 1)
-_FORCED_TOKENS = 24
+_FORCED_TOKENS = 48
+"""Of each text; with half of them the perplexity of an int4 program is off by several percent."""
 
 LIMITS: Mapping[str, Mapping[str, float]] = {
     "float32": {"logits_error": 1e-4},
+    "llama.cpp": {"logits_error": 5e-3},
     "float16": {"logits_error": 2e-2},
     "bfloat16": {"logits_error": 1e-1},
     "int8": {"perplexity_change": 0.01},
     "int4": {"perplexity_change": 0.05},
 }
-"""What a program of each kind must keep to: float32 is a matter of the order of sums, the 16-bit formats' models round
-every activation and the program does not, and what int8 and int4 cost is measured where it shows, in perplexity."""
+"""What a program of each kind must keep to. float32 is a matter of the order of sums; llama.cpp looks GELU up in a
+table of 16 bits; the 16-bit formats' models round every activation and the program does not; and what int8 and int4
+cost is measured where it shows, in perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.checkpoint.safetensors_file import write_safetensors
 from bloomlm.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from bloomlm.errors import ConfigError, ProgramError
+from bloomlm.errors import BackendMissingError, ConfigError, ProgramError
 from bloomlm.export.compile import compile_package, find_compiler, save_graphs, trace_all
 from bloomlm.export.formats.gguf import write_gguf
 from bloomlm.export.formats.onnx import write_onnx, write_openvino
@@ -29,7 +29,8 @@ from bloomlm.export.store import virtual_tokens, weight_entries, write_weights
 from bloomlm.export.weights import WeightFormat, weight_format
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.runtime.manifest import VIRTUAL, Manifest, sha256
+from bloomlm.runtime.llama_cpp import gguf_file
+from bloomlm.runtime.manifest import VIRTUAL, Manifest, describe_file
 from bloomlm.runtime.program import Program
 from bloomlm.runtime.pt2 import weights_file
 from bloomlm.runtime.step import virtual_file
@@ -52,6 +53,8 @@ class ExportResult:
     """Whether there was a compiler."""
     parity: Parity | None
     """The comparison with the model; None where it was left out."""
+    not_compared: str | None
+    """Why it was left out although it was asked for: what runs the program is not installed."""
 
 
 def export_program(
@@ -78,7 +81,7 @@ def export_program(
         dtype: precision of the matrices; None: the model's. onnx and openvino: float32 only.
         quantization: none, int8 or int4; onnx and openvino: none only.
         max_new_tokens: tokens that the program generates where nothing else is said.
-        verify: compare with the model, and refuse what differs; gguf, which bloomlm does not run, is not compared.
+        verify: compare with the model, and refuse what differs, where what runs the program is installed.
         on_stage: told how far it is.
 
     Raises:
@@ -92,6 +95,8 @@ def export_program(
         stored = torch.float32
     with _beside(path) as directory:
         tokenizer.save(directory)
+        fingerprint = Tokenizer.from_directory(directory).fingerprint
+        _check_neighbours(path, fingerprint)
         details: dict[str, Any] = {}
         if format == "pt2":
             weights = weight_format(quantization, stored)
@@ -100,7 +105,7 @@ def export_program(
             tokenizer_json = (directory / TOKENIZER_FILE).read_bytes()
             with _counted(model, on_stage) as count:
                 write_gguf(
-                    directory / f"{path.name}.gguf",
+                    directory / gguf_file(path.name),
                     model,
                     tokenizer_json,
                     name=Path(source).name,
@@ -114,22 +119,24 @@ def export_program(
             virtual = virtual_tokens(model)
             if virtual is not None:
                 write_safetensors(directory / virtual_file(path.name), {VIRTUAL: virtual}, {})
-        manifest = _manifest(model, source, format, stored, quantization, max_new_tokens, details)
+        details |= {"tokenizer": fingerprint, "max_new_tokens": max_new_tokens}
+        manifest = _manifest(model, source, format, stored, quantization, details)
         manifest = dataclasses.replace(manifest, files=_describe(directory, path.name))
         _write_manifest(directory / f"{path.name}.json", manifest)
-        parity = None
-        if verify and format != "gguf":
+        parity, not_compared = None, None
+        if verify:
             on_stage("comparing", 0.0)
-            parity = _verify(model, tokenizer, directory / path.name)
+            try:
+                parity = _verify(model, tokenizer, directory / path.name)
+            except BackendMissingError as error:
+                not_compared = str(error)
+        if parity is not None:
             manifest = dataclasses.replace(manifest, parity=dataclasses.asdict(parity))
             _write_manifest(directory / f"{path.name}.json", manifest)
-            source_dtype = str(model.transformer.dtype).removeprefix("torch.")
-            # a model in 16 bits rounds every activation, whatever its program does
-            coarser = source_dtype if format != "pt2" or manifest.dtype == "float32" else manifest.dtype
-            parity.check(quantization if quantization != "none" else coarser)
+            parity.check(_kind(model, manifest))
     sizes = {name: (path.parent / name).stat().st_size for name in (*manifest.files, f"{path.name}.json")}
     is_compiled = manifest.instruction_set is not None
-    return ExportResult(path=path, files=sizes, is_compiled=is_compiled, parity=parity)
+    return ExportResult(path=path, files=sizes, is_compiled=is_compiled, parity=parity, not_compared=not_compared)
 
 
 def _write_pt2(
@@ -166,7 +173,6 @@ def _manifest(
     format: str,
     dtype: torch.dtype,
     quantization: str,
-    max_new_tokens: int,
     details: Mapping[str, Any],
 ) -> Manifest:
     return Manifest(
@@ -183,7 +189,6 @@ def _manifest(
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantization,
         special_tokens=special_tokens(model),
-        max_new_tokens=max_new_tokens,
         files={},
         **details,
     )
@@ -219,9 +224,18 @@ def _verify(model: BloomForCausalLM, tokenizer: Tokenizer, path: Path) -> Parity
     return compare(BloomLanguageModel(model), Program(path).model, prompts, forced)
 
 
-def _describe(directory: Path, prefix: str) -> dict[str, dict[str, object]]:
-    files = sorted(directory.glob(f"{prefix}.*"))
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+def _kind(model: BloomForCausalLM, manifest: Manifest) -> str:
+    """Which of parity.LIMITS a program must keep to."""
+    if manifest.quantization != "none":
+        return manifest.quantization
+    source_dtype = str(model.transformer.dtype).removeprefix("torch.")
+    # a model in 16 bits rounds every activation, whatever its program does
+    kind = source_dtype if manifest.dtype == "float32" else manifest.dtype
+    return "llama.cpp" if manifest.format == "gguf" and kind == "float32" else kind
+
+
+def _describe(directory: Path, prefix: str) -> dict[str, dict[str, Any]]:
+    return {path.name: describe_file(path) for path in sorted(directory.glob(f"{prefix}.*"))}
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
@@ -235,6 +249,20 @@ def _files_of_older(path: Path) -> list[str]:
         return [manifest.name, *Manifest.read(manifest).files]
     except ProgramError:
         return []
+
+
+def _check_neighbours(path: Path, fingerprint: str) -> None:
+    """Refuse to replace the tokenizer of other programs in the directory."""
+    for other in sorted(path.parent.glob("*.json")):
+        try:
+            differs = other.stem != path.name and Manifest.read(other).tokenizer != fingerprint
+        except ProgramError:
+            continue  # no program
+        if differs:
+            raise ProgramError(
+                f"{path.parent} holds the program {other.stem}, whose tokenizer is another one; export into a "
+                "directory of its own"
+            )
 
 
 @contextmanager

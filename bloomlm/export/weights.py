@@ -134,7 +134,7 @@ class Int4:
             block = matrix[rows].float().unflatten(1, (_GROUP_SIZE, -1))
             if not torch.isfinite(block).all():
                 raise CheckpointError(f"{name} holds NaN or infinite numbers, so it cannot be rounded to int4")
-            numbers, scale = _nearest_int4(block)
+            numbers, scale = nearest_int4(block, torch.bfloat16)
             low, high = (numbers + 8).to(torch.uint8).chunk(2, dim=1)
             parts["weight"][rows] = (low | high << 4).flatten(1)
             parts["scale"][rows] = scale
@@ -180,13 +180,13 @@ def many_rows(weights: WeightFormat, x: Tensor, parts: Parts) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def _nearest_int4(block: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, 32, G] fp32 -> whole numbers from -8 to 7 in fp32, and scales [n, G] in bfloat16."""
+def nearest_int4(block: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[n, 32, G] fp32 -> whole numbers from -8 to 7 in fp32, and scales [n, G]."""
     # the number of largest size lands on -8 exactly, whatever its sign
     largest = block.gather(1, block.abs().argmax(dim=1, keepdim=True)) / -8.0
     best_error, best_numbers, best_scale = None, block, largest
     for factor in _SCALE_FACTORS:
-        scale = (largest * factor).bfloat16().float()
+        scale = (largest * factor).to(scale_dtype).float()
         numbers = (block / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
         error = (numbers * scale - block).square().sum(dim=1, keepdim=True)
         if best_error is None:
@@ -195,7 +195,7 @@ def _nearest_int4(block: Tensor) -> tuple[Tensor, Tensor]:
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_numbers, best_scale = torch.where(better, numbers, best_numbers), torch.where(better, scale, best_scale)
-    return best_numbers, best_scale[:, 0].bfloat16()
+    return best_numbers, best_scale[:, 0].to(scale_dtype)
 
 
 def settled(x: Tensor) -> Tensor:

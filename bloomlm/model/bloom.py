@@ -8,6 +8,7 @@ Shapes: B batch, T new tokens, N packed tokens, D hidden, H heads, K head_dim, F
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+        return self.dense_4h_to_h(self.dense_h_to_4h.gelu(x))
 
 
 class BloomBlock(nn.Module):
@@ -108,6 +109,28 @@ class BloomBlock(nn.Module):
         return residual + F.dropout(update, self.hidden_dropout, self.training)
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight, whose gradient goes into weight.grad in place.
+
+    Autograd would add up the weight's gradients in a new [V, D], be this one dense or sparse. In a list the weight is
+    no input that autograd knows; `anchor` makes it call backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows: Tensor, weight: list[Tensor]) -> Tensor:
+        ctx.rows, ctx.weight = rows, weight[0]
+        return F.embedding(rows, weight[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        weight = ctx.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ctx.rows, grad.to(weight.grad.dtype))
+        return None, None, None
+
+
 class WordEmbedding(nn.Embedding):
     """The word embedding, which is the head too."""
 
@@ -117,12 +140,21 @@ class WordEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__(vocab_size, hidden_size)
         self.register_buffer("weight_scale", None, persistent=False)
+        self.adds_to_grad = False
+        """The backward pass adds rows to weight.grad itself: [V, D] is then allocated once, for the head's gradient."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[N] ids -> [N, D]; fp32 where the weight is int8."""
         if self.weight_scale is None:
-            return super().forward(tokens)
+            return self.lookup(tokens)
         return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """[N] rows of the weight here -> [N, D]."""
+        if self.adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
+            found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
+            return found
+        return F.embedding(rows, self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""

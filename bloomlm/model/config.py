@@ -1,5 +1,6 @@
 """BloomConfig, read from every spelling of config.json, and the table of the published sizes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,3 +161,18 @@ PUBLISHED_SIZES: dict[str, BloomConfig] = {
     "7b1": _published(4096, 30, 32),
     "176b": _published(14336, 70, 112),
 }
+
+
+def published_config(name: str) -> BloomConfig | None:
+    """The shape of a published model, by its name on the hub.
+
+    Args:
+        name: bigscience/bloom, bigscience/bloomz-7b1-mt, bloom-560m, ...: with or without the owner.
+
+    Returns:
+        None for any other name.
+    """
+    match = re.fullmatch(r"(?:bigscience/)?bloom(z?)(?:-(\w+?))??(-mt|-p3)?", name)
+    if match is None or (match[3] and not match[1]):
+        return None
+    return PUBLISHED_SIZES.get(match[2] or "176b")

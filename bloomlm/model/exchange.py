@@ -7,9 +7,13 @@ here; the layers themselves compute with what they hold. The points of a linear 
       \\- lora_A -- between -- lora_B /
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
+
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""x W^T + b of x, weight, bias and scale: model/linear.py's linear."""
 
 
 class Exchange:
@@ -21,6 +25,12 @@ class Exchange:
     def enter(self, x: Tensor) -> Tensor:
         """What goes into the weight's product."""
         return x
+
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, product: Product
+    ) -> Tensor:
+        """`enter` and the weight's product in one, so that their gradients can be made side by side."""
+        return product(self.enter(x), weight, bias, scale)
 
     def between(self, low_rank: Tensor) -> Tensor:
         """LoRA's product with lora_A, before the one with lora_B."""

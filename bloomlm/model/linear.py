@@ -49,13 +49,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     return out
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """x W^T + b outside autograd, for tensors that uses_onednn: [N, in], [out, in] -> [N, out].
 
-    Either may be a transposed view.
+    Either may be a transposed view. With gelu, GELU (tanh form) of it, taken while the results are in the cache.
     """
     assert _ONEDNN_LINEAR is not None
-    out: Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    out: Tensor = _ONEDNN_LINEAR(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     return out
 
 
@@ -159,5 +159,12 @@ class Linear(nn.Linear):
         """[..., in] -> [..., out]."""
         exchange = self.exchange
         if exchange.sums_inputs:
-            return exchange.leave(linear(exchange.enter(x), self.weight, None, self.weight_scale)) + self.bias
-        return exchange.leave(linear(exchange.enter(x), self.weight, self.bias, self.weight_scale))
+            return exchange.leave(exchange.multiply(x, self.weight, None, self.weight_scale, linear)) + self.bias
+        return exchange.leave(exchange.multiply(x, self.weight, self.bias, self.weight_scale, linear))
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU (tanh form) of what forward gives, in one pass where nothing stands between the two."""
+        is_plain = type(self) is Linear and not self.exchange.sums_inputs and x.dim() == 2
+        if is_plain and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
+            return product(self.exchange.enter(x), self.weight, self.bias, gelu=True)
+        return F.gelu(self(x), approximate="tanh")

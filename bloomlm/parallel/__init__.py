@@ -26,4 +26,5 @@ mesh.py          the ranks along three axes      layout.py            which part
 launch.py        join and leave together         tensor_parallel.py   a part of every layer on each rank
 parallelize.py   the order of it all             data_parallel.py     FSDP, replicated copies, the global norm
 gather.py        whole tensors out of parts      collectives.py       exchanges and their gradients
+plan.py          what a rank will hold           traffic.py           what it will send, and how long that takes
 """

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bloomlm.model.exchange import Product
+
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
@@ -58,6 +60,27 @@ def copy_to_ranks(x: Tensor, ranks: TensorParallelGroup) -> Tensor:
     return out
 
 
+def column_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorParallelGroup, product: Product
+) -> Tensor:
+    """copy_to_ranks and a product in one: x's gradient is added up while the weight's and the bias's are computed.
+
+    Under autocast it is added up in the format of the product, in half as many bytes as x may have.
+
+    Args:
+        x: [N, in], the same on every rank.
+        weight: [out, in], this rank's part of the outputs.
+        bias: [out].
+        ranks: to add up over.
+        product: computes x W^T + b.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    out: Tensor = _ColumnProduct.apply(x, weight, bias, ranks, product)
+    return out
+
+
 def sum_over_ranks(y: Tensor, ranks: TensorParallelGroup) -> Tensor:
     """The sum over the ranks, in place of y; the gradient goes through as it is."""
     out: Tensor = _Sum.apply(y, ranks)
@@ -79,6 +102,29 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.sum(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _ColumnProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorParallelGroup, product: Product
+    ) -> Tensor:
+        ctx.ranks, ctx.product = ranks, product
+        # a frozen weight does not keep x alive
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return product(x, weight, bias, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = None if weight is None else ctx.product(grad, weight.t(), None, None)
+        pending = None if grad_x is None else ctx.ranks.begin_sum(grad_x)
+        grad_weight = None if x is None else ctx.product(grad.t(), x.t(), None, None)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        if pending is not None:
+            pending.wait()
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from bloomlm.parallel.layout import tp_dim, tp_part
+from bloomlm.parallel.layout import dealt_rows, tp_dim, tp_part
 from bloomlm.parallel.mesh import Mesh
 
 
@@ -99,10 +99,7 @@ def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
     part = tp_part(name, mesh.tp_rank, mesh.degrees.tp)
     bounds = [part.bounds(size * part.count) if dim == part.dim else (0, size) for dim, size in enumerate(tensor.shape)]
     if isinstance(tensor, DTensor):
-        # FSDP deals rows out as torch.chunk does
-        rows = tensor.shape[0]
-        size = -(-rows // mesh.degrees.dp_shard)
-        start, stop = (min(rows, size * (mesh.index("dp_shard") + more)) for more in (0, 1))
+        start, stop = dealt_rows(tensor.shape[0], mesh.index("dp_shard"), mesh.degrees.dp_shard)
         bounds[0] = bounds[0][0] + start, bounds[0][0] + stop
     return tuple(bounds)
 

@@ -102,3 +102,9 @@ class Part:
 def tp_part(name: str, tp_rank: int, tp_degree: int) -> Part:
     """What a tensor-parallel rank has of a parameter."""
     return Part(tp_dim(name), tp_rank, tp_degree)
+
+
+def dealt_rows(num_rows: int, index: int, count: int) -> tuple[int, int]:
+    """First row and the one after the last that FSDP deals to a rank, as torch.chunk does: the first ranks get most."""
+    size = -(-num_rows // count)
+    return min(num_rows, size * index), min(num_rows, size * (index + 1))

@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
 from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
-from bloomlm.model.exchange import Exchange
+from bloomlm.model.exchange import Exchange, Product
 from bloomlm.model.linear import Linear, linear
 from bloomlm.parallel.collectives import (
     TensorParallelGroup,
+    column_product,
     copy_to_ranks,
     gather_last_dim,
     own_randomness,
@@ -43,6 +43,14 @@ class ColumnExchange(Exchange):
     def enter(self, x: Tensor) -> Tensor:
         """x; its gradients are added up."""
         return copy_to_ranks(x, self.ranks)
+
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, product: Product
+    ) -> Tensor:
+        """The input's gradient is added up while that of the weight is computed."""
+        if scale is not None or not torch.is_grad_enabled():
+            return super().multiply(x, weight, bias, scale, product)
+        return column_product(x, weight, bias, self.ranks, product)
 
     def between(self, low_rank: Tensor) -> Tensor:
         """lora_A is whole and gives the same on every rank; lora_B's parts each give a part of its gradient."""
@@ -80,7 +88,7 @@ class VocabParallelEmbedding(WordEmbedding):
         """[N] -> [N, D]: each rank looks up its own tokens, the sum has all."""
         rows = tokens - self.first_token
         elsewhere = (rows < 0) | (rows >= len(self.weight))
-        found = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, sparse=self.sparse)
+        found = self.lookup(rows.masked_fill(elsewhere, 0))
         return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:

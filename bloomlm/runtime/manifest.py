@@ -18,6 +18,8 @@ VIRTUAL = "virtual_tokens"
 """Name, in a weights file, of the keys and values that a prefix adapter puts before every prompt."""
 
 _CHUNK_BYTES = 1 << 24
+_HEAD_BYTES = 1 << 24
+"""The beginning of a large file, where GGUF keeps its tables: compared at every start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Manifest:
     """none, int8 or int4."""
     special_tokens: Mapping[str, int | None]
     """Ids by name: bos_token_id, eos_token_id, pad_token_id, unk_token_id."""
+    tokenizer: str
+    """Fingerprint of its tokenizer, which programs in one directory share."""
     max_new_tokens: int
     """Tokens to generate where nothing else is said."""
     weights: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +61,7 @@ class Manifest:
     instruction_set: str | None = None
     """pt2: what the compiled programs need of the processor; None where nothing is compiled."""
     files: Mapping[str, Mapping[str, Any]]
-    """Name -> bytes and sha256 of every file but this one and the tokenizer's."""
+    """Name -> what describe_file says, of every file but this one and the tokenizer's."""
     parity: Mapping[str, float] = field(default_factory=dict)
     """What the comparison with the PyTorch model gave when it was exported."""
 
@@ -67,8 +71,9 @@ class Manifest:
         return self.hidden_size // self.n_head
 
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps({"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+        """The file's text, which carries a checksum of itself."""
+        values = {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**values, "checksum": manifest_checksum(values)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -83,21 +88,24 @@ class Manifest:
             raise ProgramError(_missing(path)) from error
         except ValueError as error:
             raise ProgramError(f"{path} is damaged: it is no JSON ({error}); export the program again") from error
-        if not isinstance(values, dict) or values.pop("kind", None) != KIND:
+        if not isinstance(values, dict) or values.get("kind") != KIND:
             raise ProgramError(f"{path} does not describe an exported program; expected what bloomlm export writes")
-        version = values.pop("version", None)
-        if version != VERSION:
+        if values.get("version") != VERSION:
             raise ProgramError(
-                f"{path} is of version {version}, this bloomlm runs version {VERSION}; export the program again with "
-                "this bloomlm, or run it with the one that made it"
+                f"{path} is of version {values.get('version')}, this bloomlm runs version {VERSION}; export the "
+                "program again with this bloomlm, or run it with the one that made it"
             )
+        # sizes that are not the program's would make compiled code write outside of its memory
+        if values.pop("checksum", None) != manifest_checksum(values):
+            raise ProgramError(f"{path} is damaged or was edited: its checksum is not its own; copy it again")
+        del values["kind"], values["version"]
         try:
             manifest = cls(**values)
             counts = (manifest.vocab_size, manifest.hidden_size, manifest.n_layer, manifest.n_head)
             if manifest.format not in FORMATS or not all(isinstance(n, int) and n > 0 for n in counts):
                 raise ValueError(f"format {manifest.format!r}, sizes {counts}")
             for entry in manifest.files.values():
-                int(entry["bytes"]), str(entry["sha256"])
+                int(entry["bytes"]), str(entry["sha256"]), str(entry["head_sha256"])
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ProgramError(f"{path} is damaged: {error}; export the program again") from error
         return manifest
@@ -107,7 +115,8 @@ class Manifest:
 
         Args:
             directory: where they lie.
-            hash_file: whether a file, by its name, is read and its checksum compared, not its size only.
+            hash_file: whether a file, by its name, is read whole and its checksum compared; of the others, the size
+                and the beginning.
 
         Raises:
             ProgramError: a file is missing, cut short or changed.
@@ -121,7 +130,8 @@ class Manifest:
                         f"{path} holds {size} bytes, {entry['bytes']} were written: cut short, or of another export; "
                         "copy all files of the program again"
                     )
-                if hash_file(name) and sha256(path) != entry["sha256"]:
+                whole = hash_file(name)
+                if sha256(path, None if whole else _HEAD_BYTES) != entry["sha256" if whole else "head_sha256"]:
                     raise ProgramError(f"{path} is damaged: its checksum is not the one written; copy it again")
             except OSError as error:
                 raise ProgramError(
@@ -129,13 +139,25 @@ class Manifest:
                 ) from error
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's size in bytes, its checksum, and that of its beginning."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path), "head_sha256": sha256(path, _HEAD_BYTES)}
+
+
+def sha256(path: Path, num_bytes: int | None = None) -> str:
+    """Hex digest of a file, or of its first num_bytes."""
     digest = hashlib.sha256()
+    left = path.stat().st_size if num_bytes is None else num_bytes
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
+
+
+def manifest_checksum(values: Mapping[str, Any]) -> str:
+    """Hex digest of a manifest's values, the checksum not among them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _missing(path: Path) -> str:

@@ -10,11 +10,12 @@ from bloomlm.errors import ProgramError
 from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.loop import LanguageModel, OnToken, generate
+from bloomlm.runtime.llama_cpp import LlamaCppModel, gguf_file
 from bloomlm.runtime.manifest import Manifest
 from bloomlm.runtime.pt2 import Pt2Model, weights_file
 from bloomlm.runtime.step import StepModel
 
-BACKENDS = {"pt2": "pt2", "onnx_runtime": "onnx", "openvino": "openvino"}
+BACKENDS = {"pt2": "pt2", "onnx_runtime": "onnx", "openvino": "openvino", "llama_cpp": "gguf"}
 """What runs programs here, and the format that each runs."""
 
 
@@ -28,6 +29,7 @@ class Program:
 
     Raises:
         ProgramError: there is no such program, or it is damaged or cannot run here.
+        BackendMissingError: the library that would run it is not installed.
         CheckpointError: its tokenizer is missing or damaged.
     """
 
@@ -40,7 +42,7 @@ class Program:
                 f"{path} is a program in the format {self.manifest.format}, which backend {backend} does not run; "
                 "leave --backend at auto"
             )
-        large = (weights_file(prefix), f"{prefix}.onnx.data", f"{prefix}.bin", f"{prefix}.gguf")
+        large = (weights_file(prefix), f"{prefix}.onnx.data", f"{prefix}.bin", gguf_file(prefix))
         self.manifest.check_files(directory, hash_file=lambda name: verify_weights or name not in large)
         self.tokenizer = Tokenizer.from_directory(directory)
         self._check_tokenizer(directory)
@@ -90,14 +92,10 @@ class Program:
         )
 
     def _check_tokenizer(self, directory: Path) -> None:
-        expected = self.manifest.special_tokens.get("eos_token_id")
-        if self.tokenizer.vocab_size > self.manifest.vocab_size or (
-            expected is not None and self.tokenizer.eos_token_id != expected
-        ):
+        if self.tokenizer.fingerprint != self.manifest.tokenizer:
             raise ProgramError(
-                f"{directory} holds a tokenizer of {self.tokenizer.vocab_size} ids that ends with id "
-                f"{self.tokenizer.eos_token_id}; the program has {self.manifest.vocab_size} ids and ends with "
-                f"{expected}. Copy the tokenizer's files of the same export"
+                f"{directory} holds another tokenizer than the program was exported with; copy the tokenizer's files "
+                "of the same export, or export programs with different tokenizers into directories of their own"
             )
 
 
@@ -105,8 +103,5 @@ def _open_model(manifest: Manifest, directory: Path, prefix: str) -> LanguageMod
     if manifest.format == "pt2":
         return Pt2Model(manifest, directory, prefix)
     if manifest.format == "gguf":
-        raise ProgramError(
-            f"{directory / prefix}.gguf is run by llama.cpp and what is built on it (llama-cli -m {prefix}.gguf), "
-            "not by bloomlm infer; export the model as --format pt2 for that"
-        )
+        return LlamaCppModel(manifest, directory, prefix)
     return StepModel(manifest, directory, prefix)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bloomlm.errors import ProgramError
+from bloomlm.errors import BackendMissingError, ProgramError
 from bloomlm.runtime.manifest import VIRTUAL, Manifest
 
 Array = npt.NDArray[Any]
@@ -55,7 +55,8 @@ class StepModel:
         """Load the function.
 
         Raises:
-            ProgramError: its runtime is missing, or cannot load the file.
+            ProgramError: its runtime cannot load the file.
+            BackendMissingError: its runtime is not installed.
         """
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
@@ -105,7 +106,7 @@ def _open_onnx(directory: Path, prefix: str, manifest: Manifest) -> Run:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ProgramError(
+        raise BackendMissingError(
             "backend onnx_runtime needs onnxruntime; install it with pip install 'bloomlm[onnx]'"
         ) from error
     path = directory / onnx_file(prefix)
@@ -128,7 +129,7 @@ def _open_openvino(directory: Path, prefix: str, manifest: Manifest) -> Run:
     try:
         import openvino
     except ImportError as error:
-        raise ProgramError(
+        raise BackendMissingError(
             "backend openvino needs OpenVINO; install it with pip install 'bloomlm[openvino]'"
         ) from error
     path = directory / openvino_file(prefix)

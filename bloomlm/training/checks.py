@@ -67,6 +67,23 @@ def resolve(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, t
     return _resolve_reports(config, machine, notices), tuple(notices)
 
 
+def resolve_setup(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, tuple[str, ...]]:
+    """The part of `resolve` that needs no data and no device: numbers, processes, adapters.
+
+    Args:
+        config: as given.
+        machine: its world_size counts.
+
+    Raises:
+        ConfigError: as in `resolve`.
+    """
+    notices: list[str] = []
+    _check_numbers(config)
+    config = _resolve_parallelism(config, machine, notices)
+    _check_adapters(config, notices)
+    return config, tuple(notices)
+
+
 def _check_numbers(config: TrainingConfig) -> None:
     at_least: dict[str, float] = {
         "src_length": 1,

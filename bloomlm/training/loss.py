@@ -55,6 +55,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
     ranks: TensorParallelGroup | None = None,
+    gradient_memory: list[Tensor] | None = None,
 ) -> Tensor:
     """scale times the SUM over labelled rows of the cross entropy of hidden @ weight.T.
 
@@ -69,6 +70,8 @@ def linear_cross_entropy(
         max_chunk_bytes: size that a chunk's logits may take.
         ranks: that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the same
             on each, and so are the loss and hidden's gradient. None: the weight is whole.
+        gradient_memory: a list of tensors that nobody needs any more; one that fits is taken out and becomes the
+            weight's gradient, which else is new memory.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
@@ -77,8 +80,18 @@ def linear_cross_entropy(
     if len(labels) == 0:
         # part of the graph, as every loss, with a gradient wherever others have one
         return (hidden.sum() + weight[:1].sum() if weight.requires_grad else hidden.sum()) * 0.0
+    memory = gradient_memory if torch.is_grad_enabled() else None
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, weight_scale, scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled(), ranks
+        hidden,
+        weight,
+        labels,
+        weight_scale,
+        scale,
+        label_smoothing,
+        max_chunk_bytes,
+        torch.is_grad_enabled(),
+        ranks,
+        memory,
     )
     return loss
 
@@ -245,6 +258,14 @@ class _Head:
             grad_weight.add_(part, alpha=scale)
 
 
+def _memory_for(weight: Tensor, dtype: torch.dtype, spare: list[Tensor] | None) -> Tensor:
+    while spare:
+        memory = spare.pop()
+        if type(memory) is Tensor and memory.shape == weight.shape and memory.dtype is dtype:
+            return memory
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -258,13 +279,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         max_chunk_bytes: int,
         with_gradients: bool,
         ranks: TensorParallelGroup | None,
+        gradient_memory: list[Tensor] | None,
     ) -> Tensor:
         head = _Head(hidden, weight, max_chunk_bytes, weight_scale)
         ctx.dtypes = hidden.dtype, weight.dtype
         grad_hidden = grad_weight = None
         if with_gradients and any(ctx.needs_input_grad[:2]):
             grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
-            grad_weight = weight.new_empty(weight.shape, dtype=head.dtype) if ctx.needs_input_grad[1] else None
+            grad_weight = _memory_for(weight, head.dtype, gradient_memory) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
         vocabulary = _Vocabulary(len(weight), ranks)
         smoothing_per_token = label_smoothing / vocabulary.size
@@ -293,7 +315,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Handed over, not saved: gone from here, the embedding's gradient can be added into the weight's in place.
+        # Handed over, not saved: gone from here, it becomes weight.grad without a copy.
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, (None, None)
         if grad_hidden is None:
             raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
@@ -306,4 +328,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.mul_(grad_output)
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_hidden = grad_hidden.to(hidden_dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_dtype), *[None] * 7
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_dtype), *[None] * 8

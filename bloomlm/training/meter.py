@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bloomlm.adapters.apply import adapter_config
 from bloomlm.adapters.lora import LoRALinear
@@ -30,7 +31,7 @@ class StepFlops:
         config, adapter = model.config, adapter_config(model)
         self._num_virtual = adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
         embedding = model.transformer.word_embeddings.weight
-        self._per_token = 0
+        self._per_token = self._forward_per_token = 0
         # the gradient of a layer's input is needed where something in front of it learns
         needs_input_gradient = embedding.requires_grad
         for block in model.transformer.h:
@@ -39,14 +40,21 @@ class StepFlops:
                     continue
                 passes = 1 + needs_input_gradient + module.weight.requires_grad
                 self._per_token += 2 * module.weight.numel() * passes
+                self._forward_per_token += 2 * module.weight.numel()
                 if isinstance(module, LoRALinear):
                     low_rank = module.lora_A.numel() * (2 + needs_input_gradient) + module.lora_B.numel() * 3
                     self._per_token += 2 * low_rank
+                    self._forward_per_token += 2 * (module.lora_A.numel() + module.lora_B.numel())
                 learns = any(parameter.requires_grad for parameter in module.parameters())
                 needs_input_gradient = needs_input_gradient or learns or self._num_virtual > 0
         # queries with keys and weights with values, each once forward and twice backward
         self._per_pair = 12 * config.hidden_size * config.n_layer
         self._per_supervised = 2 * config.vocab_size * config.hidden_size * (2 + embedding.requires_grad)
+
+    def recomputed(self, lengths: Sequence[int]) -> int:
+        """Operations of a batch that recompute does a second time: the blocks' forward pass."""
+        pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
+        return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs
 
     def of(self, lengths: Sequence[int], num_supervised_tokens: int) -> int:
         """Operations of a batch.
@@ -139,7 +147,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 
 
 
 def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer, and what is left of the peak: activations, buffers, the program.
+    """Bytes of weights, gradients and optimizer on this rank, and what is left of the peak: activations, the program.
 
     Args:
         trainer: of the run.
@@ -147,16 +155,22 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
     """
     learned = trainer.learned.optimized.values()
     sizes = {
-        "weights": sum(p.nbytes for p in trainer.model.parameters()),
-        "gradients": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
+        "weights": sum(_held_bytes(p) for p in trainer.model.parameters()),
+        # of half-precision weights they are collected in fp32
+        "gradients": sum(_held_bytes(p) for p in learned),
         "optimizer": sum(_state_bytes(trainer.optimizer.state[p]) for p in learned)
-        + sum(master.nbytes for _, master in trainer.learned.masters),
+        + sum(_held_bytes(master) for _, master in trainer.learned.masters),
     }
     return {**sizes, "activations and the rest": max(0, peak_memory_bytes - sum(sizes.values()))}
 
 
 def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:
-    return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+    return sum(_held_bytes(value) for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _held_bytes(tensor: torch.Tensor) -> int:
+    """Of FSDP's tensors, which tell the size of the whole, this rank's part."""
+    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
 
 
 def _finish(device: torch.device) -> None:

@@ -173,9 +173,9 @@ class Trainer:
         self.learned = LearnedParameters(model.named_parameters())
         if not self.learned.optimized:
             raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
-        # The head gives the tied weight a dense gradient [V, D]; the embedding then adds its few rows to it, instead of
-        # a second one that is nearly all zeros.
-        model.transformer.word_embeddings.sparse = True
+        # gradients of half-precision weights are collected in fp32 as they come, once each
+        model.transformer.word_embeddings.adds_to_grad = not self.learned.masters
+        self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
         self.non_finite_steps = 0
@@ -206,7 +206,7 @@ class Trainer:
         if skipped is None:
             self._update(learning_rate, grad_norm)
         self._note(skipped, loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         result = StepResult(
             step=self.step,
             loss=loss,
@@ -310,6 +310,7 @@ class Trainer:
                 self.precision,
                 scale=loss_scale / num_supervised_tokens,
                 label_smoothing=self.config.label_smoothing,
+                gradient_memory=self._gradient_memory,
             )
             loss.backward()
             total += loss.detach()
@@ -318,6 +319,12 @@ class Trainer:
         norm = global_norm(self.learned.named_gradients(), self.mesh)
         loss_and_norm: tuple[float, float] = tuple((torch.stack([total, norm.to(total)]) / loss_scale).tolist())
         return loss_and_norm
+
+    def _drop_gradients(self) -> None:
+        """Keep the memory of the largest one for the next step: to clear as much new memory takes longer."""
+        gradient = self.model.transformer.word_embeddings.weight.grad
+        self._gradient_memory[:] = [] if gradient is None else [gradient]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:
         factor = 1.0 / self._loss_scale_value
@@ -355,7 +362,13 @@ class Trainer:
 
 
 def batch_loss(
-    model: BloomForCausalLM, batch: Batch, precision: Precision, *, scale: float, label_smoothing: float = 0.0
+    model: BloomForCausalLM,
+    batch: Batch,
+    precision: Precision,
+    *,
+    scale: float,
+    label_smoothing: float = 0.0,
+    gradient_memory: list[Tensor] | None = None,
 ) -> Tensor:
     """scale times the sum of a batch's losses.
 
@@ -365,6 +378,7 @@ def batch_loss(
         precision: number formats.
         scale: known before the forward pass, so that gradients made there carry it.
         label_smoothing: part of the probability spread over the whole vocabulary.
+        gradient_memory: see linear_cross_entropy.
     """
     with precision.autocast(batch.tokens.device.type):
         hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
@@ -377,6 +391,7 @@ def batch_loss(
             scale=scale,
             label_smoothing=label_smoothing,
             ranks=tensor_parallel_group(model),
+            gradient_memory=gradient_memory,
         )
 
 

@@ -16,7 +16,7 @@ ROWS = [
     {"generation", "checkpoint", "data"},
     {"adapters", "parallel"},
     {"model"},
-    {"errors", "assets"},
+    {"errors", "assets", "allocator"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 FILES = sorted(

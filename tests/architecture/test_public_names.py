@@ -10,6 +10,7 @@ from bloomlm import errors
 
 PUBLIC_NAMES = [
     "AdapterError",
+    "BackendMissingError",
     "BeamSearch",
     "BloomConfig",
     "BloomForCausalLM",

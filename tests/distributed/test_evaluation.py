@@ -1,12 +1,18 @@
 """Evaluations on ranks: what one process gives, each window scored by one copy of the model, files of a stopped run."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
@@ -14,10 +20,11 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.cli.evaluate_runs import EvaluationRun
+from bloomlm.cli.evaluate_subject import load_subject
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.config import EvaluateConfig
 from bloomlm.evaluation.copies import free_memory
-from bloomlm.evaluation.report import Report
+from bloomlm.evaluation.report import Report, read_report
 from bloomlm.evaluation.scorer import Scorer
 from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
@@ -86,13 +93,13 @@ def test_scores_are_those_of_one_process(
 
 def report_of(bloom: Path, config: EvaluateConfig, degrees: Degrees, stop_after: int | None = None) -> Report | None:
     mesh = mesh_of(degrees)
-    loaded = load(bloom, mesh=mesh)
-    run = EvaluationRun(config, loaded, Console(quiet=True))
+    config = replace(config, model_name_or_path=str(bloom))
+    run = EvaluationRun(config, load_subject(config, torch.device("cpu"), mesh), Console(quiet=True))
     path = Path(config.eval_path or "")
     if stop_after is None:
         return run.generation(path) if config.do_generation else run.protocol(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bloomlm.evaluation.run.Scorer", stopping_after(stop_after))
+        patch.setattr("bloomlm.evaluation.evaluated.Scorer", stopping_after(stop_after))
         with pytest.raises(KeyboardInterrupt):
             run.protocol(path)
     return None
@@ -178,3 +185,22 @@ def refusal(degrees: Degrees) -> str:
 def test_ranks_that_share_a_model_cannot_halve(ranks: RankPool) -> None:
     for message in ranks.run(2, refusal, DEGREES["tensor parallel"]):
         assert "memory ran out on a batch of 9 tokens" in message and "smaller --batch_size" in message
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["run_eval", "run_eval_tps"])
+def test_make_evaluates_on_one_and_on_two_processes(tmp_path: Path, target: str) -> None:
+    wiki = tmp_path / "wiki.tokens"
+    wiki.write_text(" = The Sea = \n \n The sea , and the rain @-@ fed river . \n" * 8)
+    # the environment that the tests run in stands for the one that make would build
+    make = ["make", "--silent", f"--old-file={sys.prefix}/.installed-dev", f"VENV={sys.prefix}", "MODEL=builtin:tiny"]
+    make += [target, f"EVAL_PATH={wiki}", f"EVAL_FLAGS=--dtype float32 --output_file {tmp_path}/report.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    output = subprocess.run(make, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
+    assert output.count(f" validation results on {wiki} | avg loss: ") == 1
+    found = read_report(tmp_path / "report.json")
+    assert found.run["tensor_parallel_degree"] == (2 if target == "run_eval_tps" else 1)
+    expected = report_of(Path("builtin:tiny"), EvaluateConfig(eval_path=str(wiki), dtype="float32"), Degrees())
+    assert expected is not None
+    assert found.metrics["avg_loss"].value == pytest.approx(expected.metrics["avg_loss"].value, rel=1e-6)

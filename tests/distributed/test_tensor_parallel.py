@@ -1,5 +1,6 @@
 """Tensor parallelism against one device: logits, loss and every gradient."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from bloomlm.data.loader import collate
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
 from bloomlm.generation.decode import generate
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.parallel.collectives import own_randomness
+from bloomlm.model.linear import linear
+from bloomlm.parallel.collectives import TensorParallelGroup, column_product, copy_to_ranks, own_randomness
 from bloomlm.parallel.gather import whole_tensor
 from bloomlm.parallel.layout import tp_dim
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
@@ -242,3 +244,44 @@ def kept_first_tokens() -> Tensor:
 def test_attention_dropout_differs_from_rank_to_rank(ranks: RankPool) -> None:
     one, other = ranks.run(2, kept_first_tokens)
     assert not torch.equal(one, other)
+
+
+def column(frozen: bool) -> tuple[list[str], list[Tensor | None], list[Tensor | None]]:
+    """What column_product's backward pass does in which order; its gradients, and those of enter and product apart."""
+    events: list[str] = []
+
+    class Group(TensorParallelGroup):
+        def begin_sum(self, tensor: Tensor) -> Any:
+            events.append("sum begins")
+            work = super().begin_sum(tensor)
+            return SimpleNamespace(wait=lambda: (work.wait(), events.append("sum ends")))
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        events.append(f"{len(x)} rows")
+        return linear(x, weight, bias, scale)
+
+    rank = torch.distributed.get_rank()
+    group = Group(torch.distributed.group.WORLD, rank, 2)
+    generator = torch.Generator().manual_seed(rank)  # every rank has another part
+    weight, bias = torch.randn(7, 8, generator=generator), torch.randn(7, generator=generator)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(9))
+    gradients = []
+    for apart in (False, True):
+        leaves = [tensor.clone().requires_grad_(not frozen or tensor is x) for tensor in (x, weight, bias)]
+        if apart:
+            out = linear(copy_to_ranks(leaves[0], group), leaves[1], leaves[2])
+        else:
+            out = column_product(leaves[0], leaves[1], leaves[2], group, product)
+        (out * torch.arange(35.0).view(5, 7)).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    return events, gradients[0], gradients[1]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_input_gradient_is_added_up_beside_the_weights(ranks: RankPool, frozen: bool) -> None:
+    weight_gradient = [] if frozen else ["7 rows"]
+    for events, found, expected in ranks.run(2, column, frozen):
+        # forward [5, 8], the input's gradient [5, 7], the weight's [7, 5]
+        assert events == ["5 rows", "5 rows", "sum begins", *weight_gradient, "sum ends"]
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None and other is None and frozen) or torch.equal(one, other)

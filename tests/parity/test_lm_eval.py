@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks.wikitext import preprocess_wikitext  # noqa: E402
 
+import bloomlm.export.program  # noqa: E402
 from bloomlm.api import LoadedModel, load  # noqa: E402
 from bloomlm.checkpoint.source import resolve_source  # noqa: E402
 from bloomlm.cli.evaluate import command as evaluate_command  # noqa: E402
@@ -244,6 +245,19 @@ def test_tasks_are_handed_over(task_directory: Path) -> None:
     assert acc["standard_error"] == pytest.approx((2 / 9 * 7 / 9 / 8) ** 0.5)
     assert report["counts"] == {"lambada_here examples": len(PASSAGES)}
     assert report["protocol"]["version"] == lm_eval.__version__
+
+
+def test_tasks_are_run_on_exported_programs(task_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
+    loaded = load("builtin:tiny", dtype="float32")
+    path = task_directory / "program" / "bloom"
+    bloomlm.export.program.export_program(loaded.model, loaded.tokenizer, path, source="tiny", verify=False)
+    words = ["--model_dir", str(path.parent), "--tasks", "lambada_here", "--include_path", str(task_directory)]
+    result = CliRunner().invoke(evaluate_command, [*words, "--output_file", str(task_directory / "report.json")])
+    assert result.exit_code == 0, result.exception
+    report = json.loads((task_directory / "report.json").read_text())
+    assert report["metrics"]["lambada_here acc"]["value"] == pytest.approx(2 / len(PASSAGES))
+    assert report["model"]["program"] == "pt2"
 
 
 def test_unknown_tasks_are_refused() -> None:

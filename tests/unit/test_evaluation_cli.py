@@ -14,7 +14,7 @@ from bloomlm.api import load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.cli.evaluate import command
 from bloomlm.errors import BloomlmError, ConfigError, DataError
-from bloomlm.evaluation import named_data, run
+from bloomlm.evaluation import evaluated, named_data
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.scorer import Scorer
 from tests.tiny_bloom import write_adapter, write_bloom
@@ -114,7 +114,7 @@ def test_stopped_evaluation_goes_on(bloom: Path, wiki: Path, tmp_path: Path, mon
                     raise KeyboardInterrupt
                 yield batch
 
-    monkeypatch.setattr(run, "Scorer", Stopped)
+    monkeypatch.setattr(evaluated, "Scorer", Stopped)
     assert evaluate(*words, tmp_path / "parts.json").exit_code != 0
     assert not (tmp_path / "parts.json").exists()
     monkeypatch.undo()
@@ -190,7 +190,6 @@ def test_fingerprint_follows_the_weights(bloom: Path) -> None:
         ({"model_name_or_path": "m"}, "found neither; expected --eval_path"),
         ({"model_name_or_path": "m", "eval_path": "f", "tasks": ("t",)}, "found --tasks and --eval_path"),
         ({"model_name_or_path": "m", "eval_path": "f", "model_type": "gpt"}, "BLOOM only"),
-        ({"model_dir": Path("d"), "eval_path": "f"}, "no exported programs"),
         ({"model_name_or_path": "m", "eval_path": "f", "load_autodist": True}, "no auto_dist"),
         ({"model_name_or_path": "m", "eval_path": "f.jsonl", "protocol": "gptq"}, "WikiText only"),
         ({"model_name_or_path": "m", "eval_path": "f", "limit": 0}, "--limit is 0"),

@@ -11,11 +11,13 @@ import torch
 
 import bloomlm.export.compile
 import bloomlm.export.program
+import bloomlm.runtime.manifest
 from bloomlm.adapters.apply import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
 from bloomlm.cli import main as cli
+from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
 from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
@@ -26,6 +28,7 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.runtime import Program
 from bloomlm.runtime.manifest import Manifest
 from bloomlm.runtime.pt2 import INSTRUCTION_SETS, instruction_set
+from tests.edited_manifest import edit, tamper
 from tests.tiny_checkpoint import random_model
 
 PROMPTS = ["The history of", "Once upon a time there was a", "1", "def main():"]
@@ -75,7 +78,7 @@ def test_program_knows_its_defaults(exported: Path) -> None:
     (completion,) = Program(exported).generate("The history of")
     assert len(completion.tokens) == 7
     manifest = Manifest.read(exported.with_suffix(".json"))
-    assert manifest.parity["num_positions"] == 144
+    assert manifest.parity["num_positions"] == 288
     assert manifest.special_tokens == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
@@ -175,11 +178,13 @@ def test_int4_refuses_what_it_cannot_hold() -> None:
         (lambda p: p.with_suffix(".json").write_text("{"), "no JSON"),
         (lambda p: p.with_suffix(".json").write_text("{}"), "does not describe an exported program"),
         (lambda p: edit(p, version=99), "version 99"),
-        (lambda p: edit(p, format="tflite"), "damaged"),
-        (lambda p: edit(p, vocab_size=50), "tokenizer of 2048 ids"),
-        (lambda p: edit(p, unknown=1), "damaged"),
+        (lambda p: edit(p, format="tflite"), "damaged: format 'tflite'"),
+        (lambda p: edit(p, unknown=1), "unexpected keyword argument 'unknown'"),
+        (lambda p: tamper(p, n_head=5), "damaged or was edited"),
         (lambda p: flip(Path(f"{p}.decode_step.graph.pt2")), "checksum"),
+        (lambda p: flip(p.with_suffix(".safetensors"), 9), "checksum"),
         (lambda p: (p.parent / "tokenizer.json").write_text("{}"), "tokenizer"),
+        (lambda p: rewrite(p.parent / "tokenizer.json"), "another tokenizer"),
     ],
 )
 def test_damage_is_told(copied: Path, damage: object, message: str) -> None:
@@ -189,19 +194,22 @@ def test_damage_is_told(copied: Path, damage: object, message: str) -> None:
     assert type(caught.value).__module__ == "bloomlm.errors"
 
 
-def edit(path: Path, **changes: object) -> None:
-    manifest = path.with_suffix(".json")
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+def rewrite(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, place: int | None = None) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if place is None else place] ^= 1
     path.write_bytes(content)
 
 
-def test_checksums_of_weights_are_compared_when_asked(copied: Path) -> None:
-    flip(copied.with_suffix(".safetensors"))
+def test_checksums_of_weights_are_compared_when_asked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = copied.with_suffix(".safetensors")
+    monkeypatch.setattr(bloomlm.runtime.manifest, "_HEAD_BYTES", 1000)  # as of a large file
+    files = Manifest.read(copied.with_suffix(".json")).files
+    edit(copied, files={**files, weights.name: bloomlm.runtime.manifest.describe_file(weights)})
+    flip(weights)
     Program(copied)
     with pytest.raises(ProgramError, match="checksum"):
         Program(copied, verify_weights=True)
@@ -213,6 +221,16 @@ def test_foreign_weights_of_the_right_size_are_refused(copied: Path) -> None:
     edit(copied, weights=manifest["weights"])
     with pytest.raises(ProgramError, match=r"dense\.bias is"):
         Program(copied)
+
+
+def test_a_directory_has_one_tokenizer(loaded: LoadedModel, copied: Path) -> None:
+    rewrite(copied.parent / "tokenizer.json")
+    other = Tokenizer.from_directory(copied.parent)
+    with pytest.raises(ProgramError, match="holds the program bloom, whose tokenizer is another one"):
+        export_program(loaded.model, other, copied.with_name("second"), source="tiny")
+    assert not list(copied.parent.glob("*second*"))
+    export_program(loaded.model, loaded.tokenizer, copied.with_name("second"), source="tiny", verify=False)
+    assert Program(copied.with_name("second")).generate("The") and Program(copied).generate("The")
 
 
 def test_backends_that_do_not_fit_are_refused(exported: Path) -> None:
@@ -249,6 +267,19 @@ main(sys.argv[1:])
     assert result.stdout == f"{PROMPTS[0]}\n{expected.completion}\n"
 
 
+def test_the_runtime_loads_only_what_it_uses() -> None:
+    code = """
+import sys
+import bloomlm.runtime
+foreign = {"llama_cpp", "onnxruntime", "openvino", "onnx", "gguf", "huggingface_hub", "click", "rich", "yaml"}
+ours = {f"bloomlm.{name}" for name in ("model", "checkpoint", "adapters", "parallel", "export", "cli", "api")}
+compilers = {"torch._dynamo", "torch._inductor", "torch.onnx"}
+sys.exit(", ".join(sorted((foreign | ours | compilers) & set(sys.modules))) or 0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as exit_info:
         cli.main(list(map(str, arguments)))
@@ -269,6 +300,8 @@ def test_the_commands(loaded: LoadedModel, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == f"{PROMPTS[0]}\n{expected.completion}\n"
     assert run(*infer, "--stream", "--stop", expected.completion[3:5], "--cpu_threads", 1) == 0
     assert capsys.readouterr().out == f"{PROMPTS[0]}\n{expected.completion[:3]}\n"
+    assert run(*infer, "--max_length", 0) == 2
+    assert "max_new_tokens is 0" in capsys.readouterr().err
     assert run(*infer, "--device", "gpu") == 2
     assert "use bloomlm predict on a GPU" in capsys.readouterr().err
     assert run("export", *flags, "--quantization", "int8") == 2

@@ -1,7 +1,6 @@
 """The compiled package: one small program, compiled once for all tests of this file."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime import Program
 from bloomlm.runtime.pt2 import Pt2Model
+from tests.edited_manifest import edit
 from tests.tiny_checkpoint import random_model
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
@@ -81,8 +81,7 @@ def test_what_does_not_fit_the_machine_runs_uncompiled(
     exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict, reason: str
 ) -> None:
     path = shutil.copytree(exported.parent, tmp_path / "copy") / exported.name
-    manifest = path.with_suffix(".json")
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+    edit(path, **changes)
     program = Program(path)
     assert not program.model.is_compiled and reason in caplog.text
     assert program.generate("The", max_new_tokens=8) == Program(exported).generate("The", max_new_tokens=8)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bloomlm.adapters.apply import apply_adapter
-from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
 from bloomlm.errors import ConfigError, ProgramError
@@ -44,33 +43,6 @@ def test_prefix_programs_equal_the_model(loaded: LoadedModel, tmp_path: Path, fo
     (path.parent / ("bloom.onnx" if format == "onnx" else "bloom.bin")).write_bytes(b"")
     with pytest.raises(ProgramError, match="holds 0 bytes"):
         Program(path)
-
-
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_llama_cpp_reads_gguf(loaded: LoadedModel, tmp_path: Path, quantization: str) -> None:
-    pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    llama = pytest.importorskip("xllamacpp", reason="the extra llama_cpp is not installed")
-    model = load("builtin:tiny", dtype="float32").model
-    apply_adapter(model, LoraConfig(r=2), torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    path = tmp_path / "bloom"
-    export_program(model, loaded.tokenizer, path, source="tiny", format="gguf", quantization=quantization)
-    text = "Once upon a time, in 1969"
-    params = llama.CommonParams()
-    params.model.path, params.n_ctx, params.warmup = f"{path}.gguf", 128, False
-    server = llama.Server(params)
-    answer = server.handle_completions({"prompt": text, "n_predict": 1, "temperature": 0.0, "n_probs": 20})
-    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    ids = torch.tensor([loaded.tokenizer.encode(text)])
-    assert answer["usage"]["prompt_tokens"] == ids.shape[1]
-    with torch.no_grad():
-        expected = model(ids)[0, -1].log_softmax(dim=-1)
-    found = torch.tensor([entry["logprob"] for entry in top])
-    tolerance = 5e-3 if quantization == "none" else 0.2  # its cache and its GELU are in 16 bits
-    torch.testing.assert_close(found, expected[[entry["id"] for entry in top]], rtol=0, atol=tolerance)
 
 
 def test_gguf_refuses_what_llama_cpp_has_no_place_for(loaded: LoadedModel, tmp_path: Path) -> None:

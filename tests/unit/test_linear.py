@@ -62,3 +62,13 @@ def test_an_exported_program_has_no_operator_of_ours() -> None:
     program = torch.export.export(Linear(32, 80), (torch.randn(8, 32),))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets == ["aten.linear.default"]
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (2, 3, 32), (0, 32)])
+def test_gelu_in_one_pass_has_the_values_of_two(shape: tuple[int, ...]) -> None:
+    layer, x = Linear(32, 80), 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate="tanh")
+    with torch.inference_mode():
+        torch.testing.assert_close(layer.gelu(x).double(), expected, rtol=1e-5, atol=1e-6)
+    assert layer.gelu(x).requires_grad
+    torch.testing.assert_close(layer.gelu(x).double(), expected, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from bloomlm.data.paddle_tokenizer import build_tokenizer_json, find_paddle_tokenizer, read_merges
+from bloomlm.data.paddle_tokenizer import (
+    build_tokenizer_json,
+    find_paddle_tokenizer,
+    read_merges,
+    write_paddle_tokenizer,
+)
 from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
 from bloomlm.errors import CheckpointError
 from tests.bloom_tokenizer import MERGES, make_tokenizer, tokenizer_json
@@ -99,3 +104,20 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": "b"}')
     with pytest.raises(CheckpointError, match="tokens and their ids"):
         build(tmp_path)
+
+
+def test_written_files_lose_no_merge_where_paddlenlp_reads_them(tmp_path: Path) -> None:
+    for pairs in (["a b", "ab c", "b c"], [["a", "b"], ["ab", "c"], ["b", "c"]]):  # both ways the library spells them
+        vocabulary = {
+            token: number for number, token in enumerate(["<unk>", "a", "b", "c", "ab", "abc", "bc", "\u00e9"])
+        }
+        added = [{"content": "<unk>", "id": 0}, {"content": "<new>", "id": 8}]
+        content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": pairs}, "added_tokens": added}
+        write_paddle_tokenizer(tmp_path, json.dumps(content).encode())
+        for paddle_tokenization in (False, True):
+            merges = list(read_merges(tmp_path / "merges.txt", paddle_tokenization=paddle_tokenization))
+            assert merges == ["a b", "ab c", "b c"]
+        assert json.loads((tmp_path / "vocab.json").read_text("utf-8")) == vocabulary
+        assert json.loads((tmp_path / "added_tokens.json").read_text("utf-8")) == {"<new>": 8}
+    with pytest.raises(CheckpointError, match="'Unigram' has no form in PaddleNLP's files"):
+        write_paddle_tokenizer(tmp_path, json.dumps({"model": {"type": "Unigram"}}).encode())

@@ -19,6 +19,8 @@ from torch import Tensor
 from bloomlm.errors import CheckpointError
 
 TEXT_BLOCK_BYTES = 8 * 2**20
+MIN_BYTES_TO_READ_AHEAD = 2**20
+READ_AHEAD_BYTES = 128 * 2**20
 
 
 class LazyTensor(Protocol):
@@ -78,6 +80,11 @@ class StoredFile:
                 raise CheckpointError(f"{self.path} ended at byte {offset} while it was being read; fetch it again")
             buffer, offset = buffer[count:], offset + count
 
+    def read_ahead(self, offset: int) -> None:
+        """Tell the system that the bytes from offset on come next, so that it fetches them meanwhile."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
 
 @dataclass(frozen=True)
 class StoredArray:
@@ -115,6 +122,8 @@ class StoredArray:
                 place = piece * piece_bytes
                 offset = self.offset + piece * stride_bytes + start * row_bytes
                 self.file.read_into(buffer[place : place + piece_bytes], offset)
+            if stop - start == self.shape[dim] and len(buffer) >= MIN_BYTES_TO_READ_AHEAD:
+                self.file.read_ahead(self.offset + len(buffer))  # whole tensors are read one after another
         return raw.view(self.dtype).view(shape)
 
 

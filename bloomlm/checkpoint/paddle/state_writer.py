@@ -18,6 +18,7 @@ from bloomlm.checkpoint.output import Report, no_report
 from bloomlm.checkpoint.paddle.state import VARIABLE_NAMES
 from bloomlm.checkpoint.safetensors_file import num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import TensorEntry
+from bloomlm.checkpoint.write_behind import FileBehind
 
 # As numpy spells them; it has no bfloat16, whose bits Paddle keeps as uint16.
 NUMPY_DTYPES = {torch.float64: "f8", torch.float32: "f4", torch.float16: "f2", torch.bfloat16: "u2"}
@@ -26,7 +27,7 @@ NUMPY_DTYPES = {torch.float64: "f8", torch.float32: "f4", torch.float16: "f2", t
 class PaddleStateWriter:
     """One state dict, written array by array; pickle.load gives {name: ndarray}."""
 
-    def __init__(self, file: BinaryIO, report: Report = no_report) -> None:
+    def __init__(self, file: BinaryIO | FileBehind, report: Report = no_report) -> None:
         """Begin a file.
 
         Args:

@@ -23,6 +23,7 @@ from bloomlm.checkpoint.paddle.names import (
 )
 from bloomlm.checkpoint.paddle.state_writer import PaddleStateWriter
 from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.checkpoint.writer import OTHER_FILES_KEYS, generation_config, plan_shards, write_json
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import BloomConfig
@@ -115,9 +116,12 @@ class _ModelWriter:
         self._writers: list[PaddleStateWriter] = []
         self._names: list[list[str]] = []
         self._left = set(cuts)
+        behind = WriteBehind()
         for file_name, names in shards.items():
-            self._writers.append(PaddleStateWriter(stack.enter_context((directory / file_name).open("xb")), report))
+            file = stack.enter_context((directory / file_name).open("xb"))
+            self._writers.append(PaddleStateWriter(FileBehind(file, behind), report))
             self._names.append(names)
+        stack.enter_context(behind)  # last, so that it ends before the files are closed
         self._holders: dict[str, list[PaddleStateWriter]] = {name: [] for name in cuts}
         for writer, names in zip(self._writers, self._names, strict=True):
             for name in names:

@@ -1,0 +1,268 @@
+"""`bloomlm plan`: what each process of a job will hold and send, and what a step will take."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from bloomlm.adapters.apply import Adapter, apply_adapter
+from bloomlm.api import DTYPES
+from bloomlm.checkpoint.reader import read_config
+from bloomlm.checkpoint.source import BUILTIN_PREFIX, resolve_source
+from bloomlm.cli.options import config_command
+from bloomlm.cli.plan_output import Fit, Plan, show_plan, write_plan
+from bloomlm.errors import ConfigError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
+from bloomlm.parallel.mesh import Degrees, check_model_divides
+from bloomlm.parallel.plan import Workload, prediction_memory, training_memory
+from bloomlm.parallel.traffic import Links, step_time, step_traffic
+from bloomlm.training.build import adapter_from_flags
+from bloomlm.training.checks import Machine, degrees_of, resolve_setup
+from bloomlm.training.config import TrainingConfig
+from bloomlm.training.loss import MAX_CHUNK_BYTES
+from bloomlm.training.meter import StepFlops
+from bloomlm.training.precision import precision_from_flags
+
+CONFIG_FILE = "config.json"
+DEVICE_GIGABYTES = (40, 80, 141)
+"""Memory of common GPUs (A100, A100 and H100, H200)."""
+MOST_AT_ONCE = 2**16
+"""No larger batch is tried."""
+
+
+def _as_in_finetune(name: str, **more: Any) -> Any:
+    """The flag of `bloomlm finetune` of that name."""
+    flag = next(item for item in fields(TrainingConfig) if item.name == name)
+    return field(default=flag.default, metadata={**flag.metadata, **more})
+
+
+def _flag(section: str, default: Any, help: str) -> Any:
+    return field(default=default, metadata={"section": section, "help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The job. Flags that `bloomlm finetune` has too mean the same here."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "section": "model",
+            "help": "bigscience/bloom-560m ... bigscience/bloom and bloomz names (nothing is fetched), builtin:tiny, a "
+            "directory, or a config.json",
+            "aliases": ("model",),
+        }
+    )
+
+    num_processes: int | None = _flag(
+        "parallelism", None, "of the job  [default: tensor_parallel_degree x sharding_parallel_degree]"
+    )
+    tensor_parallel_degree: int = _as_in_finetune("tensor_parallel_degree")
+    sharding_parallel_degree: int = _as_in_finetune("sharding_parallel_degree")
+    sharding: Literal["", "stage1", "stage2", "stage3"] = _as_in_finetune("sharding")
+
+    src_length: int = _as_in_finetune("src_length", help="tokens of each prompt")
+    tgt_length: int = _as_in_finetune("tgt_length", help="tokens of each target, and of what is generated")
+
+    per_device_train_batch_size: int = _as_in_finetune("per_device_train_batch_size")
+    gradient_accumulation_steps: int = _as_in_finetune("gradient_accumulation_steps")
+    label_smoothing: float = _as_in_finetune("label_smoothing")
+
+    fp16: bool = _as_in_finetune("fp16")
+    bf16: bool = _as_in_finetune("bf16")
+    fp16_opt_level: Literal["O1", "O2"] = _as_in_finetune("fp16_opt_level")
+    recompute: bool = _as_in_finetune("recompute")
+
+    lora: bool = _as_in_finetune("lora")
+    r: int = _as_in_finetune("r")
+    target_modules: tuple[str, ...] = _as_in_finetune("target_modules")
+    prefix_tuning: bool = _as_in_finetune("prefix_tuning")
+    num_prefix_tokens: int = _as_in_finetune("num_prefix_tokens")
+    prefix_projection: bool = _as_in_finetune("prefix_projection")
+
+    dtype: Literal["float32", "float16", "bfloat16"] = _flag("prediction", "bfloat16", "precision of the weights")
+    batch_size: int = _flag("prediction", 1, "sequences generated at once")
+
+    flops_per_second: float = _flag("speed", 4e14, "matrix products of a process, as they are reached")
+    node_bandwidth: float = _flag("speed", 3e11, "bytes a second that a process sends to one of the same machine")
+    network_bandwidth: float = _flag("speed", 2.5e10, "bytes a second that a process sends to another machine")
+    processes_per_node: int = _flag("speed", 8, "processes of a machine")
+
+    output_file: Path | None = field(
+        default=None, metadata={"section": "output", "help": "also write the plan as JSON to this file"}
+    )
+
+
+def plan(config: PlanConfig) -> None:
+    """Run `bloomlm plan`.
+
+    Raises:
+        ConfigError: flags that cannot be used, or degrees that the model cannot be cut for.
+        CheckpointError: there is no such model, or the plan cannot be written.
+    """
+    found, notices = make_plan(config)
+    messages = Console(stderr=True, highlight=False, markup=False)
+    for notice in notices:
+        messages.print(f"note: {notice}", soft_wrap=True)
+    show_plan(found, Console(highlight=False, markup=False))
+    if config.output_file is not None:
+        write_plan(found, config.output_file)
+        messages.print(f"plan in {config.output_file}", soft_wrap=True)
+
+
+def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
+    """The plan, and notices about flags that do nothing or not what one might think."""
+    model_config = find_config(config.model_name_or_path)
+    training, notices, degrees = _resolve(config)
+    check_model_divides(model_config, degrees.tp)
+    precision = precision_from_flags(
+        fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=training.scale_loss
+    )
+    adapter = adapter_from_flags(training)
+    model = _meta_model(model_config, adapter, precision.weights_dtype)
+    predicting = _meta_model(model_config, adapter, DTYPES[config.dtype])
+    length = config.src_length + config.tgt_length
+
+    def load_of(batch_size: int) -> Workload:
+        return Workload(
+            num_documents=batch_size,
+            num_tokens=batch_size * (length - 1),  # from the last token nothing is predicted
+            num_supervised_tokens=batch_size * config.tgt_length,
+            compute_dtype=precision.compute_dtype,
+            max_chunk_bytes=MAX_CHUNK_BYTES,
+            recompute=config.recompute,
+            accumulation=config.gradient_accumulation_steps,
+            reshards=training.sharding == "stage3",
+        )
+
+    def training_peak(batch_size: int) -> int:
+        return training_memory(model, degrees, load_of(batch_size)).peak
+
+    def prediction_peak(batch_size: int) -> int:
+        return prediction_memory(predicting, degrees.tp, batch_size, length).peak
+
+    load = load_of(config.per_device_train_batch_size)
+    traffic = step_traffic(model, degrees, load, label_smoothing=config.label_smoothing > 0)
+    links = Links(
+        flops_per_second=config.flops_per_second,
+        node_bytes_per_second=config.node_bandwidth,
+        network_bytes_per_second=config.network_bandwidth,
+        ranks_per_node=config.processes_per_node,
+    )
+    found = Plan(
+        model=config.model_name_or_path,
+        num_parameters=model_config.num_parameters,
+        num_learned_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        degrees=degrees,
+        training_dtype=_dtype_name(precision.compute_dtype),
+        weights_dtype=_dtype_name(precision.weights_dtype),
+        prediction_dtype=config.dtype,
+        num_step_tokens=load.num_tokens * load.accumulation * degrees.dp,
+        num_rank_tokens=load.num_tokens * load.accumulation,
+        batch_size=config.batch_size,
+        num_cached_tokens=length,
+        training=training_memory(model, degrees, load),
+        prediction=prediction_memory(predicting, degrees.tp, config.batch_size, length),
+        fits=[
+            Fit(
+                gigabytes=gigabytes,
+                largest_train_batch_size=_largest(training_peak, gigabytes),
+                largest_batch_size=_largest(prediction_peak, gigabytes),
+            )
+            for gigabytes in DEVICE_GIGABYTES
+        ],
+        traffic=traffic,
+        time=step_time(traffic, degrees, links, _step_flops(model, load, length - 1)),
+    )
+    return found, notices
+
+
+def find_config(name: str) -> BloomConfig:
+    """The shape of a model; nothing is fetched.
+
+    Args:
+        name: of a published model, builtin:NAME, a directory or a config.json.
+
+    Raises:
+        ConfigError: it is none of these, or not BLOOM's.
+        CheckpointError: the directory has no config.json.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.name == CONFIG_FILE:
+        return read_config(path.parent)
+    if path.is_dir() or name.startswith(BUILTIN_PREFIX):
+        return read_config(resolve_source(name).directory)
+    config = published_config(name)
+    if config is None:
+        sizes = ", ".join(f"bigscience/bloom-{size}" for size in PUBLISHED_SIZES if size != "176b")
+        raise ConfigError(
+            f"{name} is no published BLOOM and no directory or {CONFIG_FILE} here. The published ones are {sizes}, "
+            "bigscience/bloom, and the same with bloomz; of any other, name its directory"
+        )
+    return config
+
+
+def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degrees]:
+    for name in ("num_processes", "batch_size", "flops_per_second", "node_bandwidth", "network_bandwidth"):
+        value = getattr(config, name)
+        if value is not None and not value >= 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
+    if config.processes_per_node < 1:
+        raise ConfigError(f"--processes_per_node is {config.processes_per_node}; expected at least 1")
+    if config.sharding and config.num_processes is None and config.sharding_parallel_degree < 1:
+        raise ConfigError(f"--sharding {config.sharding}: among how many processes? Add --num_processes")
+    shared = {item.name for item in fields(TrainingConfig)} & {item.name for item in fields(config)}
+    training = TrainingConfig(**{name: getattr(config, name) for name in shared}, output_dir="", do_train=True)
+    processes = config.num_processes or max(1, config.tensor_parallel_degree) * max(1, config.sharding_parallel_degree)
+    machine = Machine(
+        has_cuda=True, has_tensorboard=False, has_matplotlib=False, has_metrics=False, world_size=processes
+    )
+    training, notices = resolve_setup(training, machine)
+    idle = []
+    if config.fp16_opt_level == "O2" and not (config.fp16 or config.bf16):
+        idle.append("--fp16_opt_level O2 is not used: it says how --fp16 or --bf16 compute")
+    if processes <= config.processes_per_node and config.network_bandwidth != PlanConfig.network_bandwidth:
+        idle.append(f"--network_bandwidth is not used: {processes} processes are on one machine")
+    return training, (*notices, *idle), degrees_of(training, processes)
+
+
+def _meta_model(config: BloomConfig, adapter: Adapter, dtype: torch.dtype) -> BloomForCausalLM:
+    """A model that has shapes and no memory."""
+    with torch.device("meta"):
+        model = BloomForCausalLM(config)
+    apply_adapter(model, adapter)
+    return model.to(dtype)
+
+
+def _step_flops(model: BloomForCausalLM, load: Workload, length: int) -> float:
+    flops, lengths = StepFlops(model), [length] * load.num_documents
+    again = flops.recomputed(lengths) if load.recompute else 0
+    return float((flops.of(lengths, load.num_supervised_tokens) + again) * load.accumulation)
+
+
+def _largest(peak_bytes: Callable[[int], int], gigabytes: int) -> int:
+    """The largest batch whose peak fits, up to MOST_AT_ONCE; 0: not even 1 does."""
+    return bisect.bisect_right(range(1, MOST_AT_ONCE + 1), gigabytes * 10**9, key=peak_bytes)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+command = config_command(
+    "plan",
+    PlanConfig,
+    plan,
+    help="""Tell what each process of a job will hold and send, and how long a step will take.
+
+    Nothing is loaded or fetched; the model need not be here.
+
+    \b
+    bloomlm plan --model bigscience/bloom --tensor_parallel_degree 8 --lora --bf16 --fp16_opt_level O2 --recompute
+    bloomlm plan --model bigscience/bloom-7b1 --num_processes 8 --sharding stage3 --bf16 --recompute
+    """,
+)

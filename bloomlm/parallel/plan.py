@@ -1,0 +1,316 @@
+"""What a rank of a job will hold, computed before anything is loaded.
+
+Parameters are those of the model itself, made on the meta device with its adapter, and are cut by the table
+(layout.py). What autograd keeps of a block is listed here operation by operation, as the block computes; the tests
+compare it with what autograd really keeps. All numbers are of the first rank, which has the most.
+
+Two moments of a step need the most memory: when the loss is computed, all activations exist and hardly a gradient;
+when the backward pass ends, it is the other way round. The peak is the larger one of these.
+
+Not counted: what the program and its libraries hold themselves, and what an allocator leaves unused.
+
+Shapes: N packed tokens, M supervised ones, D hidden, H heads, E head_dim + position columns, V vocabulary, P virtual
+tokens, R lora rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from bloomlm.model.alibi import COLUMNS
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.kv_cache import KVCache
+from bloomlm.model.linear import Linear
+from bloomlm.parallel.layout import dealt_rows, tp_dim, tp_part
+from bloomlm.parallel.mesh import Degrees
+
+GRADIENT_BYTES = 4
+"""Gradients are collected in fp32 whatever the weights are in (training/precision.py)."""
+MOMENTS_BYTES = 8
+"""AdamW's two, in fp32."""
+STEP_BYTES = 4
+"""AdamW counts its steps for each tensor."""
+_FP32, _STATISTICS = 4, 8  # a layer norm keeps mean and 1 / deviation of each token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a rank computes in a step of training."""
+
+    num_documents: int
+    """Examples of a microbatch, all of one length."""
+    num_tokens: int
+    """Their tokens (N)."""
+    num_supervised_tokens: int
+    """Those with a label (M)."""
+    compute_dtype: torch.dtype
+    """Of the matrix products; the weights have that of the model."""
+    max_chunk_bytes: int
+    """What a chunk of the loss's logits may take."""
+    recompute: bool = False
+    """Compute a block's activations again in the backward pass."""
+    accumulation: int = 1
+    """Microbatches of a step."""
+    reshards: bool = True
+    """FSDP gives a block's weights back between forward and backward pass (stage 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes that a rank holds in training, by kind."""
+
+    weights: int
+    """The parameters, learned or not."""
+    gradients: int
+    """Of what learns, in fp32."""
+    optimizer: int
+    """AdamW's moments, and fp32 copies of half-precision weights."""
+    activations: int
+    """What the backward pass needs of the forward pass, and one block's own working memory."""
+    half_copies: int
+    """Weights that autocast turned into 16 bits (O1), kept until the backward pass."""
+    gathered: int
+    """Weights of other ranks that FSDP has here at once."""
+    loss: int
+    """The loss's chunk of logits and the head's gradient."""
+    at_loss: int
+    """All of it when the loss is computed, or the last block's gradients."""
+    at_end_of_backward: int
+    """All of it when the last gradient is there."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.at_loss, self.at_end_of_backward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionMemory:
+    """Bytes that a rank holds while it generates."""
+
+    weights: int
+    """The parameters."""
+    kv_cache: int
+    """Keys and values of all sequences."""
+    activations: int
+    """One block's, over all prompts, and whole logits of one token of each."""
+
+    @property
+    def peak(self) -> int:
+        """All together."""
+        return self.weights + self.kv_cache + self.activations
+
+
+def rank_numel(name: str, parameter: nn.Parameter, degrees: Degrees) -> int:
+    """Elements of a whole parameter that the first rank holds."""
+    shape = list(tp_part(name, 0, degrees.tp).shape(tuple(parameter.shape)))
+    shape[0] = dealt_rows(shape[0], 0, degrees.dp_shard)[1]
+    return torch.Size(shape).numel()
+
+
+def parameter_bytes(model: BloomForCausalLM, degrees: Degrees) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state that the first rank holds.
+
+    Args:
+        model: whole, with its adapter, in the format its weights will have; may be on the meta device.
+        degrees: ranks along each axis.
+    """
+    weights = gradients = optimizer = 0
+    for name, parameter in model.named_parameters():
+        numel = rank_numel(name, parameter, degrees)
+        weights += numel * parameter.itemsize
+        if parameter.requires_grad:
+            master_bytes = 0 if parameter.itemsize == _FP32 else _FP32
+            gradients += numel * GRADIENT_BYTES
+            optimizer += numel * (MOMENTS_BYTES + master_bytes) + STEP_BYTES
+    return weights, gradients, optimizer
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """A linear layer of a block."""
+
+    name: str
+    """In the model."""
+    layer: Linear
+    needs_input_gradient: bool
+    """Something before it learns."""
+
+    @property
+    def kind(self) -> str:
+        """query_key_value, dense, dense_h_to_4h or dense_4h_to_h."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_column(self) -> bool:
+        """Tensor-parallel ranks cut it by outputs, so that the gradient of its input is added up."""
+        return tp_dim(f"{self.name}.weight") == 0
+
+    @property
+    def lora_rank(self) -> int:
+        """0 without LoRA."""
+        lora_a = getattr(self.layer, "lora_A", None)
+        return 0 if lora_a is None else len(lora_a)
+
+
+def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
+    """Of each block the linear layers, in the order in which they compute."""
+    needs_gradient = model.transformer.word_embeddings.weight.requires_grad
+    blocks: list[list[PlannedLinear]] = [[] for _ in model.transformer.h]
+    for name, module in model.transformer.h.named_modules():
+        if isinstance(module, Linear):
+            index = int(name.partition(".")[0])
+            blocks[index].append(PlannedLinear(f"transformer.h.{name}", module, needs_gradient))
+            learns = any(parameter.requires_grad for parameter in module.parameters())
+            needs_gradient = needs_gradient or learns or model.transformer.prefix is not None
+    return blocks
+
+
+def num_virtual_tokens(model: BloomForCausalLM) -> int:
+    """Tokens of its prefix (P)."""
+    prefix = model.transformer.prefix
+    return 0 if prefix is None else int(cast(Any, prefix).config.num_prefix_tokens)
+
+
+def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list[int]:
+    """What autograd keeps of each block without recompute, apart from weights; no dropout.
+
+    Args:
+        model: whole, with its adapter.
+        tp_degree: ranks that compute it together.
+        load: of a step.
+    """
+    config = model.config
+    hidden, part = config.hidden_size, config.hidden_size // tp_degree
+    heads, width = config.n_head // tp_degree, config.head_dim + COLUMNS
+    half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
+    norm = hidden * stream + _STATISTICS
+    # queries, keys, values and results; the logarithm of each sum in fp32
+    attended = load.num_tokens + load.num_documents * num_virtual_tokens(model)
+    attention = attended * heads * (4 * width * half + _FP32)
+    inputs = {"query_key_value": hidden, "dense": part, "dense_h_to_4h": hidden, "dense_4h_to_h": 4 * part}
+    sizes = []
+    for block in block_linears(model):
+        needs = {linear.kind: linear.needs_input_gradient for linear in block}
+        per_token = norm * (needs["query_key_value"] + needs["dense_h_to_4h"])
+        per_token += 4 * part * half * needs["dense_4h_to_h"]  # what GELU was given
+        for linear in block:
+            if linear.layer.weight.requires_grad or linear.lora_rank:
+                per_token += (inputs[linear.kind] + linear.lora_rank) * half
+        sizes.append(per_token * load.num_tokens + attention * needs["dense"])
+    return sizes
+
+
+def activation_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
+    """What autograd keeps of all blocks and of what is around them."""
+    config = model.config
+    blocks = block_bytes(model, tp_degree, load)
+    stream = config.hidden_size * model.transformer.dtype.itemsize
+    kept = len(blocks) * load.num_tokens * stream if load.recompute else sum(blocks)
+    outer_norms = 1 + model.transformer.word_embeddings.weight.requires_grad
+    around = outer_norms * (stream + _STATISTICS) + 3 * COLUMNS * config.n_head // tp_degree * _FP32
+    return kept + load.num_tokens * around + load.num_supervised_tokens * config.hidden_size * _FP32
+
+
+def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> TrainingMemory:
+    """What the first rank holds in training.
+
+    Args:
+        model: whole, with its adapter, in the format its weights will have; may be on the meta device.
+        degrees: ranks along each axis, which divide the model (mesh.check_model_divides).
+        load: of a step on this rank's copy of the model.
+    """
+    weights, gradients, optimizer = parameter_bytes(model, degrees)
+    kept, block = activation_bytes(model, degrees.tp, load), block_bytes(model, degrees.tp, load)[-1]
+    gathered, root_gradient, block_gradients = _fsdp_bytes(model, degrees, load)
+    half_copies, chunk = _half_copies(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
+    embedding = model.transformer.word_embeddings.weight
+    head_gradient = embedding.numel() // degrees.tp * GRADIENT_BYTES * embedding.requires_grad
+    # FSDP's ranks have their parts of those gradients only after that
+    gradients_then = gradients - root_gradient // degrees.dp_shard + root_gradient
+    fixed = weights + optimizer + gathered
+    earlier = gradients if load.accumulation > 1 else 0
+    return TrainingMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=kept + block,
+        half_copies=half_copies,
+        gathered=gathered,
+        loss=chunk + head_gradient,
+        at_loss=fixed + earlier + kept + half_copies + head_gradient + max(chunk, block),
+        at_end_of_backward=fixed + gradients_then + max(block, block_gradients),
+    )
+
+
+def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, num_tokens: int) -> PredictionMemory:
+    """What the first rank holds while it generates.
+
+    Args:
+        model: whole, in the format its weights will have; may be on the meta device.
+        tp_degree: ranks that compute it together.
+        batch_size: sequences at once.
+        num_tokens: of each, prompt and what is generated.
+    """
+    config = model.config
+    dtype = model.transformer.dtype
+    slots = num_tokens + num_virtual_tokens(model)
+    heads = config.n_head // tp_degree
+    cache = KVCache(config, batch_size, slots, dtype=dtype, device="meta", n_head=heads)
+    per_token = (3 * config.hidden_size + 8 * config.hidden_size // tp_degree) * dtype.itemsize
+    logits = batch_size * config.vocab_size * (dtype.itemsize + _FP32)
+    return PredictionMemory(
+        weights=parameter_bytes(model, Degrees(tp=tp_degree))[0],
+        kv_cache=cache.keys.nbytes + cache.values.nbytes,
+        activations=batch_size * num_tokens * per_token + logits,
+    )
+
+
+def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tuple[int, int, int]:
+    """What FSDP gathers at once: weights, the gradients outside blocks, and those of two blocks with their copies."""
+    if degrees.dp_shard == 1:
+        return 0, 0, 0
+    root, root_gradient, blocks, learned = 0, 0, 0, 0
+    for name, parameter in model.named_parameters():
+        numel = rank_numel(name, parameter, degrees) * degrees.dp_shard
+        if name.startswith("transformer.h."):
+            blocks += numel * parameter.itemsize
+            learned += numel * (parameter.itemsize + GRADIENT_BYTES) * parameter.requires_grad
+        else:
+            root += numel * parameter.itemsize
+            root_gradient += numel * GRADIENT_BYTES * parameter.requires_grad
+    num_blocks = model.config.n_layer
+    two = min(2, num_blocks)
+    return root + (blocks * two // num_blocks if load.reshards else blocks), root_gradient, learned * two // num_blocks
+
+
+def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
+    """Of the blocks' matrices: autocast keeps a copy of what learns, and autograd of what it needs."""
+    half, degrees = load.compute_dtype.itemsize, Degrees(tp=tp_degree)
+    if half == model.transformer.dtype.itemsize:
+        return 0
+    numel = 0
+    for linear in (linear for block in block_linears(model) for linear in block):
+        needed = linear.needs_input_gradient and not load.recompute
+        # the product of a column that is cut makes its own copy
+        cached = linear.layer.weight.requires_grad and not (load.recompute and linear.is_column and tp_degree > 1)
+        for kind, parameter in linear.layer.named_parameters():
+            if kind == "lora_B" or (parameter.dim() == 2 and (cached or needed)):
+                numel += rank_numel(f"{linear.name}.{kind}", parameter, degrees)
+    return numel * half
+
+
+def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
+    """The logits of a chunk in fp32, and with half-precision products a copy of them and of the head."""
+    vocab_size = model.config.vocab_size // tp_degree
+    most_rows = max(1, load.max_chunk_bytes // (vocab_size * _FP32))
+    num_chunks = max(1, -(-load.num_supervised_tokens // most_rows))
+    logits = -(-load.num_supervised_tokens // num_chunks) * vocab_size
+    half = load.compute_dtype.itemsize
+    if half == _FP32:
+        return logits * _FP32
+    embedding = model.transformer.word_embeddings.weight
+    copies = (embedding.itemsize != half) + embedding.requires_grad
+    return logits * (_FP32 + half) + embedding.numel() // tp_degree * half * copies

@@ -1,0 +1,265 @@
+"""What ranks send in a training step, computed from the model's shape, against what they cannot do without.
+
+A collective's payload is the tensor that it makes whole. Sent bytes are those that leave a rank: all-reduces take
+2 (k - 1) / k of the payload along a ring of k ranks, all-gathers and reduce-scatters half of that, and no algorithm
+takes less (Patarasuk and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002).
+
+The least that tensor parallelism needs is two all-reduces of [N, D] a block forward and two backward, one more of it
+for the embedding and of [M, D] for the head, in the format of the matrix products, and three fp32 numbers for each
+supervised token. Of FSDP it is each weight gathered once forward, and backward if it was given back, and each gradient
+added up once.
+
+Shapes: N packed tokens, M supervised ones, D hidden, L blocks, P virtual tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.mesh import Degrees
+from bloomlm.parallel.plan import GRADIENT_BYTES, Workload, block_linears, num_virtual_tokens, rank_numel
+
+Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
+_FP32, _FP64, _INT64 = 4, 8, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind, of a whole step."""
+
+    what: str
+    """Which, in a few words."""
+    operation: Operation
+    axis: str
+    """Of the mesh; "all" for all ranks."""
+    num_ranks: int
+    """Along it."""
+    payload_bytes: int
+    """Of the tensors that are made whole."""
+    least_bytes: int
+    """What of it no program can do without."""
+
+    @property
+    def sent_bytes(self) -> float:
+        """What each rank sends."""
+        return sent_bytes(self.operation, self.payload_bytes, self.num_ranks)
+
+    @property
+    def least_sent_bytes(self) -> float:
+        """What each rank has to send."""
+        return sent_bytes(self.operation, self.least_bytes, self.num_ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """How fast a rank computes and sends."""
+
+    flops_per_second: float
+    """Matrix products, as they are reached."""
+    node_bytes_per_second: float
+    """From one rank to another of the same machine, in one direction."""
+    network_bytes_per_second: float
+    """From a rank to one of another machine."""
+    ranks_per_node: int
+    """Neighbouring ranks on a machine."""
+
+    def bytes_per_second(self, axis: str, degrees: Degrees) -> float:
+        """Along an axis: the network's, where one of its groups lies on more than one machine."""
+        span = {"tp": degrees.tp, "dp_shard": degrees.tp * degrees.dp_shard}.get(axis, degrees.world_size)
+        fits = span <= self.ranks_per_node and (self.ranks_per_node % span == 0 or degrees.world_size == span)
+        return self.node_bytes_per_second if fits else self.network_bytes_per_second
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step, by what takes them."""
+
+    computing: float
+    """Matrix products."""
+    tensor_parallelism: float
+    """Exchanges that a product waits for."""
+    data_parallelism: float
+    """Exchanges that go on beside the computing."""
+
+    @property
+    def shortest(self) -> float:
+        """If those hide behind each other as far as can be."""
+        return max(self.computing + self.tensor_parallelism, self.data_parallelism)
+
+    @property
+    def longest(self) -> float:
+        """If nothing overlaps."""
+        return self.computing + self.tensor_parallelism + self.data_parallelism
+
+
+def sent_bytes(operation: str, payload_bytes: float, num_ranks: int) -> float:
+    """What a rank of a ring sends for a payload."""
+    share = (num_ranks - 1) / num_ranks
+    return payload_bytes * share * (2 if operation == "all-reduce" else 1)
+
+
+def step_traffic(
+    model: BloomForCausalLM, degrees: Degrees, load: Workload, *, label_smoothing: bool = False
+) -> list[Traffic]:
+    """Everything that a rank exchanges in a step.
+
+    Args:
+        model: whole, with its adapter, in the format its weights will have; may be on the meta device.
+        degrees: ranks along each axis.
+        load: of a step on this rank's copy of the model.
+        label_smoothing: the loss has some, and exchanges a fourth number for each supervised token.
+    """
+    found = []
+    if degrees.tp > 1:
+        found += _tensor_parallel(model, degrees.tp, load, label_smoothing)
+    if degrees.dp_shard > 1:
+        found += _sharded(model, degrees, load)
+    elif degrees.dp_replicate > 1:
+        found.append(_replicated(model, degrees, 1))
+    if degrees.dp > 1:
+        axes = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
+        counts = 2 * _INT64 + _FP32  # tokens, tokens with a label, loss
+        found += [_scalars("counts and loss", axis, size, counts) for axis, size in axes.items() if size > 1]
+    if degrees.world_size > 1:
+        found.append(_scalars("gradient norm", "all", degrees.world_size, _FP64))
+    return found
+
+
+def step_time(traffic: Sequence[Traffic], degrees: Degrees, links: Links, flops: float) -> StepTime:
+    """How long a step takes at given speeds.
+
+    Args:
+        traffic: of the step.
+        degrees: ranks along each axis.
+        links: the speeds.
+        flops: of the step on one copy of the model, which its tensor-parallel ranks share.
+    """
+    seconds = {"tp": 0.0, "dp": 0.0}
+    for item in traffic:
+        if item.axis == "all":
+            continue  # one number: that takes a latency, of which nothing is known here
+        speed = links.bytes_per_second(item.axis, degrees)
+        seconds["tp" if item.axis == "tp" else "dp"] += item.sent_bytes / speed
+    return StepTime(
+        computing=flops / degrees.tp / links.flops_per_second,
+        tensor_parallelism=seconds["tp"],
+        data_parallelism=seconds["dp"],
+    )
+
+
+def _tensor_parallel(model: BloomForCausalLM, tp: int, load: Workload, label_smoothing: bool) -> list[Traffic]:
+    config = model.config
+    half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
+    row, supervised = load.num_tokens * config.hidden_size, load.num_supervised_tokens
+    linears = [linear for block in block_linears(model) for linear in block]
+    backward = sum(linear.needs_input_gradient for linear in linears if linear.is_column)
+    # recompute ends before a block's last sum, unless a LoRA follows it
+    again = sum(linear.kind == "dense" or linear.lora_rank > 0 for linear in linears if not linear.is_column)
+    # [N, R]: gradients of columns, sums of rows, and those a second time with recompute
+    times = {True: 1, False: 1 + load.recompute}
+    low_rank = load.num_tokens * sum(linear.lora_rank * times[linear.is_column] for linear in linears)
+    prefix = _prefix_numel(model)
+    scalars = 4 if label_smoothing else 3
+    blocks = 2 * config.n_layer * row * half
+    items = {
+        "blocks forward": (blocks, blocks),
+        "blocks recomputed": (again * load.recompute * row * half, 0),
+        "blocks backward": (backward * row * half, backward * row * half),
+        "embedding": (row * stream, row * half),
+        "head backward": (supervised * config.hidden_size * _FP32, supervised * config.hidden_size * half),
+        "loss": (scalars * supervised * _FP32, scalars * supervised * _FP32),
+        "LoRA": (low_rank * half, low_rank * half),
+        "prefix": (prefix * stream, prefix * stream),
+    }
+    return [
+        Traffic(
+            what=what,
+            operation="all-reduce",
+            axis="tp",
+            num_ranks=tp,
+            payload_bytes=payload * load.accumulation,
+            least_bytes=least * load.accumulation,
+        )
+        for what, (payload, least) in items.items()
+        if payload
+    ]
+
+
+def _prefix_numel(model: BloomForCausalLM) -> int:
+    """Elements of the virtual tokens' keys and values, whose gradients are added up; a projection's sums too."""
+    prefix = cast(Any, model.transformer.prefix)
+    if prefix is None:
+        return 0
+    flat = num_virtual_tokens(model) * 2 * model.config.n_layer * model.config.hidden_size
+    if prefix.transform is None:
+        return flat
+    return 2 * flat + int(prefix.embedding.weight.numel())
+
+
+def _sharded(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> list[Traffic]:
+    once, twice, learned, exact_once, exact_twice, exact_learned = 0, 0, 0, 0, 0, 0
+    for name, parameter in model.named_parameters():
+        # FSDP fills up the last ranks' parts to the size of the first's
+        padded = rank_numel(name, parameter, degrees) * degrees.dp_shard
+        exact = rank_numel(name, parameter, Degrees(tp=degrees.tp))
+        if name.startswith("transformer.h.") and load.reshards:
+            twice += padded * parameter.itemsize
+            exact_twice += exact * parameter.itemsize
+        else:
+            once += padded * parameter.itemsize
+            exact_once += exact * parameter.itemsize
+        learned += padded * GRADIENT_BYTES * parameter.requires_grad
+        exact_learned += exact * GRADIENT_BYTES * parameter.requires_grad
+    shared: dict[str, Any] = {"axis": "dp_shard", "num_ranks": degrees.dp_shard}
+    gathers = {
+        "weights forward": (once + twice, exact_once + exact_twice),
+        "weights backward": (twice, exact_twice),
+    }
+    found = [
+        Traffic(
+            what=what,
+            operation="all-gather",
+            payload_bytes=payload * load.accumulation,
+            least_bytes=least * load.accumulation,
+            **shared,
+        )
+        for what, (payload, least) in gathers.items()
+        if payload
+    ]
+    found.append(
+        Traffic(
+            what="gradients",
+            operation="reduce-scatter",
+            payload_bytes=learned * load.accumulation,
+            least_bytes=exact_learned,
+            **shared,
+        )
+    )
+    if degrees.dp_replicate > 1:
+        found.append(_replicated(model, degrees, load.accumulation))
+    return found
+
+
+def _replicated(model: BloomForCausalLM, degrees: Degrees, times: int) -> Traffic:
+    learned = [item for item in model.named_parameters() if item[1].requires_grad]
+    payload = sum(rank_numel(name, parameter, degrees) for name, parameter in learned) * GRADIENT_BYTES
+    return Traffic(
+        what="gradients of replicas",
+        operation="all-reduce",
+        axis="dp_replicate",
+        num_ranks=degrees.dp_replicate,
+        payload_bytes=payload * times,
+        least_bytes=payload,
+    )
+
+
+def _scalars(what: str, axis: str, num_ranks: int, num_bytes: int) -> Traffic:
+    return Traffic(
+        what=what,
+        operation="all-reduce",
+        axis=axis,
+        num_ranks=num_ranks,
+        payload_bytes=num_bytes,
+        least_bytes=num_bytes,
+    )

@@ -1,0 +1,237 @@
+"""The gguf format, run by llama.cpp: its C functions as llama-cpp-python declares them, its logits into our loop.
+
+llama.cpp keeps one pool of cache cells. A row here is one of its sequences, and rows that were one share their cells.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import ctypes
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bloomlm.errors import BackendMissingError, GenerationError, ProgramError
+from bloomlm.runtime.manifest import Manifest
+
+_LOG = logging.getLogger(__name__)
+
+_CHUNK_TOKENS = 512
+"""Tokens that are read at once."""
+_LEVEL_ERROR = 3
+_ALL = -1
+"""Every position of a sequence."""
+
+
+def gguf_file(prefix: str) -> str:
+    """Name of a GGUF file."""
+    return f"{prefix}.gguf"
+
+
+@dataclass(frozen=True)
+class _Token:
+    id: int
+    position: int
+    row: int
+    wants_logits: bool
+
+
+class LlamaCppModel:
+    """A program of this format, as the decoding loop wants it."""
+
+    def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
+        """Map the file.
+
+        Args:
+            manifest: of the program, its files checked.
+            directory: where it lies.
+            prefix: its name.
+
+        Raises:
+            ProgramError: llama.cpp cannot load the file, or finds another model in it.
+            BackendMissingError: llama-cpp-python is not installed.
+        """
+        self.library, self._messages = _library()
+        self.vocab_size = manifest.vocab_size
+        self.eos_token_id = manifest.special_tokens.get("eos_token_id")
+        path = directory / gguf_file(prefix)
+        parameters = self.library.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        self.handle = self.library.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self.handle:
+            raise ProgramError(f"{path} cannot be loaded by llama.cpp: {self.last_message()}")
+        weakref.finalize(self, self.library.llama_model_free, self.handle)
+        found = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.handle))
+        if found != manifest.vocab_size:
+            raise ProgramError(
+                f"{path} is of a model with {found} ids, and the program has {manifest.vocab_size}; "
+                "copy all files of the program again"
+            )
+
+    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["LlamaCppBatch", Tensor]:
+        """Read the prompts."""
+        batch = LlamaCppBatch(self, [len(prompt) for prompt in prompts], max_new_tokens)
+        tokens = [
+            _Token(token, position, row, position + 1 == len(prompt))
+            for row, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        return batch, batch.context.read(tokens)
+
+    def last_message(self) -> str:
+        """What llama.cpp complained of last."""
+        return self._messages[-1] if self._messages else "it gives no reason"
+
+
+class LlamaCppBatch:
+    """Rows, each a sequence of a context."""
+
+    def __init__(self, model: LlamaCppModel, lengths: Sequence[int], max_new_tokens: int) -> None:
+        self._model = model
+        self._max_new_tokens = max_new_tokens
+        self._lengths = list(lengths)
+        """Tokens of each row."""
+        self._sequences = list(range(len(lengths)))
+        """The sequence of each row."""
+        self.context = self._new_context(len(lengths), sum(lengths))
+
+    def decode_step(self, tokens: Tensor) -> Tensor:
+        """Give every row one more token."""
+        places = zip(tokens.tolist(), self._lengths, self._sequences, strict=True)
+        logits = self.context.read([_Token(token, length, sequence, True) for token, length, sequence in places])
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the given rows; those that come from one row share what it has read."""
+        chosen = rows.tolist()
+        sources = [self._sequences[row] for row in chosen]
+        if len(chosen) > self.context.num_sequences:
+            grown = self._new_context(len(chosen), sum(self._lengths[row] for row in set(chosen)))
+            for source in set(sources):
+                grown.take_over(self.context, source, sources.index(source))
+            self.context, sources = grown, [sources.index(source) for source in sources]
+        self._sequences = self.context.keep(sources)
+        self._lengths = [self._lengths[row] for row in chosen]
+
+    def _new_context(self, num_rows: int, num_read: int) -> "_Context":
+        return _Context(self._model, num_rows, num_read + num_rows * self._max_new_tokens)
+
+
+class _Context:
+    """llama.cpp's context: cells, and the sequences that use them."""
+
+    def __init__(self, model: LlamaCppModel, num_sequences: int, num_cells: int) -> None:
+        library = model.library
+        most = library.llama_max_parallel_sequences()
+        if num_sequences > most:
+            raise GenerationError(
+                f"llama.cpp continues at most {most} texts at once, and this batch has {num_sequences} (prompts times "
+                "samples or beams); choose a smaller --batch_size"
+            )
+        parameters = library.llama_context_default_params()
+        parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = num_cells, num_sequences, True
+        parameters.n_batch = parameters.n_ubatch = _CHUNK_TOKENS
+        parameters.n_outputs_max = max(num_sequences, 1)
+        parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
+        # as the model computes: its default is a cache in 16 bits
+        parameters.type_k = parameters.type_v = library.GGML_TYPE_F32
+        parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.no_perf = True
+        self._model = model  # which must outlive it
+        self.num_sequences = num_sequences
+        self.handle = library.llama_init_from_model(model.handle, parameters)
+        if not self.handle:
+            raise ProgramError(f"llama.cpp has no room for {num_cells} tokens: {model.last_message()}")
+        weakref.finalize(self, library.llama_free, self.handle)
+        self._memory = library.llama_get_memory(self.handle)
+
+    def read(self, tokens: Sequence[_Token]) -> Tensor:
+        """Compute tokens; returns the logits [B, V] after those that want them, in their order."""
+        logits = [row for chunk in _chunks(tokens) for row in self._read_chunk(chunk)]
+        return torch.from_numpy(np.stack(logits))
+
+    def keep(self, sources: Sequence[int]) -> list[int]:
+        """Make the given sequences the only ones, repeats as copies; returns the sequence of each."""
+        library = self._model.library
+        for sequence in set(range(self.num_sequences)).difference(sources):
+            library.llama_memory_seq_rm(self._memory, sequence, _ALL, _ALL)
+        free = sorted(set(range(self.num_sequences)).difference(sources))
+        placed: list[int] = []
+        for source in sources:
+            target = source
+            if source in placed:
+                target = free.pop()
+                library.llama_memory_seq_cp(self._memory, source, target, _ALL, _ALL)
+            placed.append(target)
+        return placed
+
+    def take_over(self, other: "_Context", source: int, target: int) -> None:
+        """Copy a sequence of another context."""
+        library = self._model.library
+        size = library.llama_state_seq_get_size(other.handle, source)
+        buffer = (ctypes.c_uint8 * size)()
+        library.llama_state_seq_get_data(other.handle, buffer, size, source)
+        if not library.llama_state_seq_set_data(self.handle, buffer, size, target):
+            raise ProgramError(f"llama.cpp cannot copy a sequence: {self._model.last_message()}")
+
+    def _read_chunk(self, tokens: Sequence[_Token]) -> list[np.ndarray[Any, Any]]:
+        library = self._model.library
+        batch = library.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for place, token in enumerate(tokens):
+                batch.token[place], batch.pos[place] = token.id, token.position
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, token.row
+                batch.logits[place] = token.wants_logits
+            code = library.llama_decode(self.handle, batch)
+        finally:
+            library.llama_batch_free(batch)
+        if code:
+            raise ProgramError(f"llama.cpp cannot compute the batch (code {code}): {self._model.last_message()}")
+        shape = (self._model.vocab_size,)
+        wanted = [place for place, token in enumerate(tokens) if token.wants_logits]
+        # copies: the next call overwrites them
+        return [
+            np.ctypeslib.as_array(library.llama_get_logits_ith(self.handle, place), shape).copy() for place in wanted
+        ]
+
+
+def _chunks(tokens: Sequence[_Token]) -> Iterator[Sequence[_Token]]:
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        yield tokens[start : start + _CHUNK_TOKENS]
+
+
+_messages: list[str] = []
+_callbacks: list[Any] = []
+"""Kept here because llama.cpp calls it as long as the process lives."""
+
+
+def _library() -> tuple[Any, list[str]]:
+    """llama.cpp's functions, and the list that its complaints go to."""
+    try:
+        from llama_cpp import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:  # the package is there, and its library does not load
+        raise BackendMissingError(
+            f"backend llama_cpp needs llama-cpp-python ({error}); install it with pip install 'bloomlm[llama_cpp]', "
+            "which compiles llama.cpp and takes some minutes"
+        ) from error
+    if not _callbacks:
+
+        def log(level: int, text: bytes, user_data: object) -> None:
+            message = text.decode("utf-8", "replace").strip()
+            _LOG.debug("llama.cpp: %s", message)
+            if level == _LEVEL_ERROR and message:
+                _messages[:] = [message]
+
+        _callbacks.append(llama_cpp.llama_log_callback(log))
+        llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+    return llama_cpp, _messages

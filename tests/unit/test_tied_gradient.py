@@ -1,0 +1,62 @@
+"""The tied weight's gradient, made in one piece of memory, against autograd's own sum of its two parts."""
+
+import torch
+from torch import Tensor
+
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.documents import Documents
+from bloomlm.training.loss import linear_cross_entropy
+from tests.paddle_files import make_model
+
+TOKENS = torch.tensor([5, 9, 5, 3, 7, 9, 2])
+LABELS = torch.tensor([9, -100, 3, 7, 9, -100, 1])
+
+
+def weight_gradient(model: BloomForCausalLM, microbatches: int = 1, memory: list[Tensor] | None = None) -> Tensor:
+    weight = model.transformer.word_embeddings.weight
+    weight.grad = None
+    for batch in range(microbatches):
+        hidden = model.transformer(TOKENS + batch, Documents.packed([4, 3]))
+        linear_cross_entropy(hidden, weight, LABELS, gradient_memory=memory).backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_rows_are_added_to_the_heads_gradient() -> None:
+    model = make_model()
+    for microbatches in (1, 3):
+        model.transformer.word_embeddings.adds_to_grad = False
+        expected = weight_gradient(model, microbatches)
+        model.transformer.word_embeddings.adds_to_grad = True
+        torch.testing.assert_close(weight_gradient(model, microbatches), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_no_second_matrix_is_made() -> None:
+    model = make_model()
+    model.transformer.word_embeddings.adds_to_grad = True
+    weight = model.transformer.word_embeddings.weight
+    memory = [torch.full_like(weight.detach(), torch.nan)]
+    address = memory[0].data_ptr()
+    expected = weight_gradient(model).clone()
+    gradient = weight_gradient(model, memory=memory)
+    assert torch.equal(gradient, expected)
+    assert gradient.data_ptr() == address
+    assert not memory  # nobody else holds it: what comes next would overwrite it
+
+
+def test_memory_that_does_not_fit_is_not_used() -> None:
+    model = make_model()
+    weight = model.transformer.word_embeddings.weight.detach()
+    for unfit in (weight[:-1].clone(), weight.double()):
+        assert torch.equal(weight_gradient(model, memory=[unfit]), weight_gradient(model))
+
+
+def test_a_loss_without_the_head_has_the_embeddings_gradient_alone() -> None:
+    model = make_model()
+    model.transformer.word_embeddings.adds_to_grad = True
+    model.transformer(TOKENS, Documents.packed([4, 3])).pow(3).sum().backward()
+    found = model.transformer.word_embeddings.weight.grad
+    model.transformer.word_embeddings.weight.grad = None
+    model.transformer.word_embeddings.adds_to_grad = False
+    model.transformer(TOKENS, Documents.packed([4, 3])).pow(3).sum().backward()
+    torch.testing.assert_close(found, model.transformer.word_embeddings.weight.grad, rtol=1e-6, atol=1e-6)

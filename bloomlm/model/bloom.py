@@ -154,7 +154,7 @@ class WordEmbedding(nn.Embedding):
         if self.adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
             found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
             return found
-        return F.embedding(rows, self.weight)
+        return F.embedding(rows, self.weight, sparse=self.sparse)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""

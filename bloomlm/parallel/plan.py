@@ -228,6 +228,8 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     half_copies, chunk = _half_copies(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
     embedding = model.transformer.word_embeddings.weight
     head_gradient = embedding.numel() // degrees.tp * GRADIENT_BYTES * embedding.requires_grad
+    # when autograd adds the embedding's rows to the head's gradient (half-precision weights), the sum is made anew
+    tied_sum = embedding.nbytes // degrees.tp * (embedding.requires_grad and embedding.dtype is not torch.float32)
     # FSDP's ranks have their parts of those gradients only after that
     gradients_then = gradients - root_gradient // degrees.dp_shard + root_gradient
     fixed = weights + optimizer + gathered
@@ -241,7 +243,7 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
         gathered=gathered,
         loss=chunk + head_gradient,
         at_loss=fixed + earlier + kept + half_copies + head_gradient + max(chunk, block),
-        at_end_of_backward=fixed + gradients_then + max(block, block_gradients),
+        at_end_of_backward=fixed + gradients_then + max(block, block_gradients, tied_sum),
     )
 
 

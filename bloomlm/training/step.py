@@ -173,8 +173,10 @@ class Trainer:
         self.learned = LearnedParameters(model.named_parameters())
         if not self.learned.optimized:
             raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
-        # gradients of half-precision weights are collected in fp32 as they come, once each
-        model.transformer.word_embeddings.adds_to_grad = not self.learned.masters
+        # The head gives the tied weight a dense gradient [V, D]; the embedding's is a few rows of it. That of a
+        # half-precision weight goes to its master the moment autograd has it, so autograd has to add the rows.
+        embedding = model.transformer.word_embeddings
+        embedding.adds_to_grad, embedding.sparse = not self.learned.masters, bool(self.learned.masters)
         self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None

@@ -1,8 +1,7 @@
 """Training steps at tensor_parallel_degree 1 and 2 on the shape of bloom-560m, one thread a rank, full tuning in fp32.
 
-Prints the time of a step, what each rank holds of weights, gradients and optimizer, and the bytes that ranks exchange,
-counted and beside what tensor parallelism cannot do without: of each block two all-reduces of [N, D] forward and two
-backward, one for the embedding, one of [M, D] for the head, and three numbers for each of M labelled rows.
+Prints the time of a step, and what each rank holds of weights, gradients and optimizer. What ranks send is counted by
+communication.py.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from bloomlm.adapters.apply import FullTuning, apply_adapter
 from bloomlm.data.examples import Example
@@ -51,10 +49,6 @@ def main() -> None:
         )
     print(f"2 ranks are {one['seconds'] / two['seconds']:.2f} times as fast as 1 (wanted: at least 1.7)")
     print(f"a rank of 2 holds {two['state_bytes'] / one['state_bytes']:.3f} of what 1 holds (wanted: at most 0.55)")
-    print(
-        f"exchanged: {two['exchanged_bytes'] / 1e6:.2f} MB a step, {two['exchanged_bytes'] / two['tokens'] / 1e3:.1f} "
-        f"kB a token, {two['exchanged_bytes'] / two['least_bytes']:.4f} times the least possible"
-    )
 
 
 def launch(degree: int, steps: int) -> dict[str, Any]:
@@ -91,38 +85,17 @@ def measure(degree: int, steps: int) -> None:
             mesh=mesh,
         )
         trainer.run_step()
-        counter = Counter() if degree > 1 else None
         results = [trainer.run_step() for _ in range(steps)]
         if mesh.is_main:
-            tokens, labels = results[0].num_tokens, results[0].num_supervised_tokens
-            row = config.hidden_size * 4
-            least = (4 * config.n_layer + 1) * tokens * row + labels * (row + 3 * 4)
             state = sum(p.nbytes for p in model.parameters()) * 4  # weight, gradient and AdamW's two moments
             values = {
                 "degree": degree,
                 "seconds": statistics.median(result.step_seconds for result in results),
                 "state_bytes": state,
                 "peak_bytes": peak_memory_bytes(trainer.device),
-                "tokens": tokens,
-                "exchanged_bytes": counter.num_bytes / steps if counter else 0,
-                "least_bytes": least,
             }
             print(json.dumps(values), flush=True)
         time.sleep(0.5)
-
-
-class Counter:
-    """Counts the bytes of all-reduces, of which each rank sends and receives about as many."""
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        real = dist.all_reduce
-
-        def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-            self.num_bytes += tensor.nbytes
-            return real(tensor, *arguments, **options)
-
-        dist.all_reduce = counting
 
 
 def some_examples(vocab_size: int) -> list[Example]:

@@ -221,6 +221,7 @@ def finetune(**options: Any) -> "FinetuneResult":
         ConfigError: an unknown option, a missing one, or one that cannot be used.
         DataError, CheckpointError, TrainingError: as the run goes.
     """
+    from bloomlm.allocator import keep_freed_memory
     from bloomlm.training.config import TrainingConfig  # loading a model to generate needs no training code
     from bloomlm.training.finetune import finetune as run
 
@@ -232,6 +233,7 @@ def finetune(**options: Any) -> "FinetuneResult":
     missing = [name for name in needed if name not in options]
     if missing:
         raise ConfigError(f"finetune needs {', '.join(missing)}")
+    keep_freed_memory()
     return run(TrainingConfig(**options))
 
 

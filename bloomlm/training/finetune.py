@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 import bloomlm
-from bloomlm.allocator import keep_freed_memory
 from bloomlm.checkpoint.adapter import load_adapter
 from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.checkpoint.reader import load_model
@@ -65,7 +64,6 @@ def finetune(config: TrainingConfig) -> FinetuneResult:
         CheckpointError, DataError: files that cannot be used or written.
         TrainingError: the run cannot go on.
     """
-    keep_freed_memory()
     machine = Machine.here(has_cuda=torch.cuda.is_available())
     config, notices = resolve(config, machine)
     degrees = degrees_of(config, machine.world_size)

@@ -80,7 +80,6 @@ def linear_cross_entropy(
     if len(labels) == 0:
         # part of the graph, as every loss, with a gradient wherever others have one
         return (hidden.sum() + weight[:1].sum() if weight.requires_grad else hidden.sum()) * 0.0
-    memory = gradient_memory if torch.is_grad_enabled() else None
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden,
         weight,
@@ -91,7 +90,7 @@ def linear_cross_entropy(
         max_chunk_bytes,
         torch.is_grad_enabled(),
         ranks,
-        memory,
+        gradient_memory,
     )
     return loss
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import bloomlm.export.program
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
 from bloomlm.cli.evaluate import command
@@ -45,12 +44,7 @@ EVALUATIONS = {
     "answers": ("rows.jsonl", "--do_generation", "--tgt_length", "5"),
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_compiler() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_compiler")
 
 
 @pytest.fixture(scope="module")

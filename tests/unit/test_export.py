@@ -39,12 +39,7 @@ OPTIONS = {
     "stop": {"stop": ["\n"], "repetition_penalty": 1.3},
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_compiler() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_compiler")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,15 @@
+"""Fixtures that several files use."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import bloomlm.export.program
+
+
+@pytest.fixture(scope="module")
+def no_compiler() -> Iterator[None]:
+    """Exports are not compiled, which takes minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
+        yield

@@ -38,10 +38,12 @@ def model_directory(size: str) -> Path:
 
 def run_bloomlm(args: argparse.Namespace) -> dict[str, float]:
     """Our metrics; yields nothing before the model is there."""
+    from bloomlm.allocator import keep_freed_memory
     from bloomlm.api import load
     from bloomlm.evaluation.plans import make_plan
     from bloomlm.evaluation.run import run_plan
 
+    keep_freed_memory()  # as every command does
     bloom = load(model_directory(args.size))
     warm_up(lambda: bloom.generate("a", max_new_tokens=1))
     start = Clock()

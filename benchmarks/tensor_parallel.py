@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bloomlm.adapters.apply import FullTuning, apply_adapter
+from bloomlm.allocator import keep_freed_memory
 from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
@@ -62,6 +63,7 @@ def launch(degree: int, steps: int) -> dict[str, Any]:
 
 def measure(degree: int, steps: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every command does
     with joined_ranks(Degrees(tp=degree), "cpu") as mesh:
         config = PUBLISHED_SIZES["560m"]
         with torch.device("meta"):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bloomlm.checkpoint.fresh_memory import fresh_memory
 from bloomlm.checkpoint.tensor_reader import TensorEntry
 from bloomlm.errors import CheckpointError
 from bloomlm.parallel.gather import Bounds
@@ -112,7 +113,7 @@ class SafetensorsFile:
         """
         entry = self.entries[name]
         shape = [stop - start for start, stop in bounds]
-        raw = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        raw = fresh_memory(math.prod(shape) * entry.dtype.itemsize)
         if raw.numel():
             self._read_runs(memoryview(raw.numpy().data), self._offsets[name], entry, bounds)
         return raw.view(entry.dtype).view(shape)

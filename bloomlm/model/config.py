@@ -27,6 +27,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 }
 REQUIRED = ("vocab_size", "hidden_size", "n_layer", "n_head")
 COUNTS = REQUIRED
+MOST_BLOCKS = 1000  # far beyond any model, and yet soon refused
 PROBABILITIES = ("hidden_dropout", "attention_dropout")
 
 
@@ -73,6 +74,10 @@ class BloomConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"BLOOM config: {name} is {value!r}; expected a whole number of at least 1")
+        if self.n_layer > MOST_BLOCKS:
+            raise ConfigError(
+                f"BLOOM config: n_layer is {self.n_layer}; expected at most {MOST_BLOCKS} (BLOOM 176B has 70)"
+            )
         for name in PROBABILITIES:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:

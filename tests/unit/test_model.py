@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bloomlm.adapters.apply import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.model.alibi import head_slopes, key_columns, query_columns
-from bloomlm.model.attention import _groups
+from bloomlm.model.alibi import fused_columns, head_slopes, key_columns, query_columns
+from bloomlm.model.attention import _groups, attend, virtual_with_columns, with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
 from tests.tiny_checkpoint import TINY, random_model
@@ -118,6 +118,23 @@ def test_documents_of_a_pack_equal_single_documents(num_virtual: int) -> None:
     single, single_gradients = run([(piece, Documents.packed([n]), gradient) for piece, n, gradient in singles])
     torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed_gradients, single_gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_virtual", [0, 3])
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65, 65), (127, 200, 3)])
+def test_attention_in_blocks_equals_the_kernel(num_virtual: int, lengths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = Documents.packed(list(lengths))
+    columns = fused_columns(documents.positions(torch.device("cpu")), torch.tensor(head_slopes(4)), 16)
+    fused = with_columns(torch.randn(sum(lengths), 4, 3, 16, generator=generator), columns)
+    virtual = None
+    if num_virtual:
+        key, value = torch.randn(2, 4, num_virtual, 16, generator=generator)
+        virtual = virtual_with_columns(key, value)
+    kernel = attend(fused, documents, head_dim=16, virtual=virtual)
+    with torch.no_grad():
+        in_blocks = attend(fused, documents, head_dim=16, virtual=virtual)
+    torch.testing.assert_close(in_blocks, kernel, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("post_layernorm", [False, True])

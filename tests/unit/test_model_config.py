@@ -66,6 +66,7 @@ def test_no_such_token_stays_null() -> None:
         ({"n_embed": 128}, "twice"),
         ({"n_inner": 100}, "n_inner"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"num_hidden_layers": 10**9}, "n_layer is 1000000000; expected at most 1000"),
         ({"hidden_dropout": 1.5}, "hidden_dropout"),
     ],
 )

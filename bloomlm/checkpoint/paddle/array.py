@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bloomlm.checkpoint.fresh_memory import fresh_memory
 from bloomlm.errors import CheckpointError
 
 TEXT_BLOCK_BYTES = 8 * 2**20
@@ -115,7 +116,7 @@ class StoredArray:
         pieces = math.prod(self.shape[:dim])
         if piece_bytes == stride_bytes:
             pieces, piece_bytes = 1, pieces * piece_bytes
-        raw = torch.empty(math.prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
+        raw = fresh_memory(math.prod(shape) * self.dtype.itemsize)
         if raw.numel():
             buffer = memoryview(raw.numpy().data)
             for piece in range(pieces):
@@ -140,7 +141,7 @@ class EncodedArray:
 
     def read(self) -> Tensor:
         """All of it, for no place in the text can be computed; some megabytes of text are decoded at a time."""
-        raw = torch.empty(math.prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
+        raw = fresh_memory(math.prod(self.shape) * self.dtype.itemsize)
         buffer = memoryview(raw.numpy().data) if raw.numel() else memoryview(bytearray())
         num_decoded = 0
         for decoded in self._decode():
@@ -227,7 +228,7 @@ class Joined:
         _check_slice(self.shape, dim, start, stop)
         shape = list(self.shape)
         shape[dim] = stop - start
-        whole = torch.empty(shape, dtype=self.dtype)
+        whole = fresh_memory(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
         position = 0
         for piece in self.pieces:
             length = piece.shape[self.dim]

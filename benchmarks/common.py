@@ -21,10 +21,11 @@ MODEL_SEED = 0
 def random_model(size: str, **changes: int) -> Path:
     """Directory of a random fp32 model of a published size, written on first use (560m: 2.2 GB).
 
-    Changes replace fields of its config: n_layer=2 makes a model of the same width with two blocks.
+    Changes replace fields of its config: n_layer=2 makes a model of the same width with two blocks. Once written, it is
+    found by size_name(size, n_layer=2) too, where a script passes a size on as one word.
     """
     root = Path(os.environ.get("BLOOMLM_BENCH_DIR", Path(tempfile.gettempdir()) / "bloomlm-bench"))
-    directory = root / "-".join(["bloom", size, *(f"{name}{value}" for name, value in changes.items()), "random"])
+    directory = root / f"bloom-{size_name(size, **changes)}-random"
     if not (directory / "config.json").exists():
         import dataclasses
 
@@ -40,6 +41,11 @@ def random_model(size: str, **changes: int) -> Path:
         with atomic_directory(directory) as temporary:
             write_model(temporary, model.config, model.state_dict().items(), dtype=torch.float32)
     return directory
+
+
+def size_name(size: str, **changes: int) -> str:
+    """A published size with its changes as one word."""
+    return "-".join([size, *(f"{name}{value}" for name, value in changes.items())])
 
 
 def peak_memory_bytes() -> int:

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --tuning full
     python benchmarks/train_step.py --tuning lora
     python benchmarks/train_step.py --tuning prefix
+    python benchmarks/train_step.py --tuning full --profile
 
 Every step takes one batch of 2 examples (100-500 source and 20-100 target tokens, drawn once), fp32, the same fused
 AdamW, labels on the target only. Prints tokens per second (real tokens; pads do not count), peak memory, the losses of
@@ -157,6 +158,18 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
+def print_profile(args: argparse.Namespace) -> None:
+    """The ten operations that take most of bloomlm's steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    iterator = bloomlm_steps(args, draw_batches(args.steps + 1, args.batch_size))
+    next(iterator)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(args.steps):
+            next(iterator)
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
+
+
 def peak_flops() -> float:
     """Of large fp32 products, by the faster of torch's libraries."""
     import torch
@@ -177,11 +190,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="bloomlm alone, and what its steps spend their time on")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(run(args)))
         return
     random_model(args.size)
+    if args.profile:
+        print_profile(args)
+        return
     arguments = ["--tuning", args.tuning, "--size", args.size, "--steps", str(args.steps)]
     arguments += ["--batch_size", str(args.batch_size)]
     results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)

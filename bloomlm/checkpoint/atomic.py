@@ -43,21 +43,29 @@ def atomic_directory(final: Path) -> Iterator[Path]:
             raise CheckpointError(f"{final} is a file; expected a directory, or nothing yet")
         final.parent.mkdir(parents=True, exist_ok=True)
         _put_back(final)
-        _clean(final.parent)
-        temporary = _beside(final)
-        temporary.mkdir()
+        with directory_beside(final) as temporary:
+            yield temporary
+            sync_tree(temporary)
+            _put_in_place(temporary, final)  # afterwards temporary is what final was before
     except OSError as error:
         raise _cannot_write(final, error) from error
+
+
+@contextmanager
+def directory_beside(path: Path) -> Iterator[Path]:
+    """An empty directory in the same place as path, locked against other writers' cleaning, removed in the end.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _clean(path.parent)
+    temporary = _beside(path)
+    temporary.mkdir()
     lock = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
-        sync_tree(temporary)
-        _put_in_place(temporary, final)
-    except OSError as error:
-        raise _cannot_write(final, error) from error
     finally:
-        # after success this is what final was before
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 

@@ -2,10 +2,11 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_di
 from bloomlm.checkpoint.paddle.writer import check_degree, paddle_bytes, write_paddle_model
 from bloomlm.checkpoint.reader import check_entries, open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
-from bloomlm.checkpoint.tensor_reader import TensorReader, name_some
+from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, name_some
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+
+T = TypeVar("T", Tensor, Tensor | Rows)
 
 
 class FileForm(Enum):
@@ -129,7 +132,7 @@ def convert_model(
 ) -> None:
     """Write a model's files, all of them or none.
 
-    Memory: the largest tensor once, where it cannot be mapped, and some blocks of it.
+    Memory: a tensor once where it is neither mapped nor read row by row, and some blocks of it.
 
     Args:
         conversion: what open_model_conversion gave.
@@ -145,12 +148,12 @@ def convert_model(
     """
     checksums: dict[str, int] | None = {} if verify else None
     with output_directory(directory, conversion.written_bytes, tokenizer) as temporary:
-        _write(conversion, temporary, _stream(conversion, checksums), report)
+        _write(conversion, temporary, checksums, report)
         if checksums is not None:
             _verify(temporary, conversion, checksums, report_verified)
 
 
-def checksum(tensor: Tensor, dtype: torch.dtype, report: Report = no_report) -> int:
+def checksum(tensor: Tensor | Rows, dtype: torch.dtype, report: Report = no_report) -> int:
     """CRC-32 of a tensor's numbers in a precision, row by row; the layout in memory does not matter."""
     crc = 0
     for block in row_blocks(tensor, dtype):
@@ -170,12 +173,12 @@ def leave_page_cache(path: Path) -> None:
             os.close(descriptor)
 
 
-def _write(conversion: ModelConversion, directory: Path, tensors: Iterator[tuple[str, Tensor]], report: Report) -> None:
+def _write(conversion: ModelConversion, directory: Path, checksums: dict[str, int] | None, report: Report) -> None:
     if conversion.form is FileForm.PADDLE:
         write_paddle_model(
             directory,
             conversion.config,
-            tensors,
+            _stream(conversion, conversion.reader.read, checksums),
             dtype=conversion.dtype,
             tensor_parallel_degree=conversion.tensor_parallel_degree,
             max_shard_size_bytes=conversion.max_shard_size_bytes,
@@ -185,19 +188,21 @@ def _write(conversion: ModelConversion, directory: Path, tensors: Iterator[tuple
     write_model(
         directory,
         conversion.config,
-        tensors,
+        _stream(conversion, conversion.reader.open, checksums),
         dtype=conversion.dtype,
         max_shard_size_bytes=conversion.max_shard_size_bytes or DEFAULT_SHARD_SIZE_BYTES,
         report=report,
     )
 
 
-def _stream(conversion: ModelConversion, checksums: dict[str, int] | None) -> Iterator[tuple[str, Tensor]]:
+def _stream(
+    conversion: ModelConversion, read: Callable[[str], T], checksums: dict[str, int] | None
+) -> Iterator[tuple[str, T]]:
     """The tensors in the order of the model; none is held while the next one is read."""
     with torch.device("meta"):
         names = [name for name, _ in BloomForCausalLM(conversion.config).named_parameters()]
     for name in names:
-        tensor = conversion.reader.read(name)
+        tensor = read(name)
         if checksums is not None:
             checksums[name] = checksum(tensor, conversion.dtype)
         yield name, tensor

@@ -10,12 +10,13 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-_HUGE_PAGE_BYTES = 2 * 2**20
+_LEAST_BYTES = 32 * 2**20
+"""Smaller pieces come from malloc, which keeps them for the next one (allocator.py)."""
 
 
 def fresh_memory(num_bytes: int) -> Tensor:
     """[num_bytes] uint8, aligned for every dtype, its contents undefined; given back to the system when let go of."""
-    if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < _LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel built without them

@@ -98,6 +98,10 @@ class HuggingFaceReader:
         file, stored_name = self._places[name]
         return file.read(stored_name)
 
+    def open(self, name: str) -> Tensor:
+        """One parameter; what is mapped takes no memory."""
+        return self.read(name)
+
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Rows start to stop of dimension dim of a parameter."""
         return self.read(name).narrow(dim, start, stop - start)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.fresh_memory import fresh_memory
-from bloomlm.checkpoint.tensor_reader import TensorEntry
+from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
 from bloomlm.errors import CheckpointError
 from bloomlm.parallel.gather import Bounds
 
@@ -187,20 +187,22 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def row_blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def row_blocks(tensor: Tensor | Rows, dtype: torch.dtype) -> Iterator[Tensor]:
     """A tensor's rows in blocks of some megabytes, contiguous and in the precision to write: no copy of all of it.
 
     Args:
-        tensor: of one dimension or more, of any strides, or mapped; a transposed one is turned block by block.
+        tensor: of one dimension or more, of any strides, or mapped; a transposed one is turned block by block, and of
+            Rows no more than a block is in memory.
         dtype: precision of the blocks.
 
     Raises:
         CheckpointError: a number is too large for float16.
     """
-    if not tensor.numel():
+    if not math.prod(tensor.shape):
         return
-    row_bytes = tensor.numel() // tensor.shape[0] * max(tensor.dtype.itemsize, dtype.itemsize)
-    for rows in tensor.detach().split(max(1, BLOCK_BYTES // row_bytes)):
+    row_bytes = math.prod(tensor.shape[1:]) * max(tensor.dtype.itemsize, dtype.itemsize)
+    for rows in tensor.split(max(1, BLOCK_BYTES // row_bytes)):
+        rows = rows.detach()
         if rows.dim() == 2 and rows.stride(1) != 1:
             # as rows of the transposed matrix first: both copies then run along memory
             rows = rows.t().contiguous().t()

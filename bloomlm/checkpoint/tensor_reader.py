@@ -4,7 +4,7 @@ A format (huggingface.py, ...) turns its own names, layouts and files into this;
 knows no format.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,21 @@ class TensorEntry:
     """As stored."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A tensor whose rows are read when they are needed, some at a time."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read_rows: Callable[[int, int], Tensor]
+    """Rows from the first number up to the second."""
+
+    def split(self, num_rows: int) -> Iterator[Tensor]:
+        """All of them in order, so many at a time."""
+        for start in range(0, self.shape[0], num_rows):
+            yield self.read_rows(start, min(start + num_rows, self.shape[0]))
+
+
 class TensorReader(Protocol):
     """The tensors of a checkpoint under their published names ("transformer.h.0.input_layernorm.weight")."""
 
@@ -34,6 +49,10 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU; where the format allows it is a private mapping of the file, not a copy."""
+        ...
+
+    def open(self, name: str) -> Tensor | Rows:
+        """One tensor for somebody who goes through its rows once: as read gives it, or without taking memory for it."""
         ...
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:

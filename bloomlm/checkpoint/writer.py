@@ -19,7 +19,7 @@ from torch import Tensor
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write
 from bloomlm.checkpoint.output import Report, no_report
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
-from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, name_some
 from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -60,7 +60,7 @@ def parse_size(text: str) -> int:
 def write_model(
     directory: Path,
     config: BloomConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Rows]],
     *,
     dtype: torch.dtype | None = None,
     max_shard_size_bytes: int = DEFAULT_SHARD_SIZE_BYTES,
@@ -72,7 +72,7 @@ def write_model(
     Args:
         directory: where to.
         config: the model's configuration; its dtype becomes what is written.
-        tensors: every parameter once, under its published name, in any order.
+        tensors: every parameter once, under its published name, in any order; on several ranks no Rows.
         dtype: precision to write; None: that of the first tensor, and all must have it.
         max_shard_size_bytes: a file holds at most this much data, or a single larger tensor.
         report: told the number of bytes whenever some more are written.
@@ -114,7 +114,7 @@ def _gather_and_write(
     directory: Path,
     shards: Mapping[str, Mapping[str, TensorEntry]],
     stack: ExitStack,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Rows]],
     mesh: Mesh,
     *,
     convert: bool,
@@ -132,6 +132,7 @@ def _gather_and_write(
     except OSError as error:
         problem = error
     for name, tensor in tensors:
+        assert isinstance(tensor, Tensor), name
         whole = whole_tensor(name, tensor, mesh, rank_of.get(name, 0))
         del tensor
         # after an error this rank still gathers with the others, who would wait for it
@@ -203,7 +204,7 @@ class _ShardWriter:
             self._places.update({name: (file, offsets[name], entry) for name, entry in entries.items()})
         stack.enter_context(self._behind)  # last, so that it ends before the files are closed
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor | Rows) -> None:
         """Put one tensor in its place."""
         if name not in self._places:
             raise CheckpointError(f"{name} cannot be written: BLOOM has no parameter of this name")

@@ -27,6 +27,7 @@ from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conve
 from bloomlm.checkpoint.convert_adapter import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
+from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.cli import bytes_display
 from bloomlm.cli.bytes_display import BytesDisplay
@@ -69,6 +70,24 @@ def run(*arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as stopped:
         main(["convert", *map(str, arguments)])
     return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_embedding_is_read_row_by_row(degree: int, tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "paddle", FileForm.PADDLE, tensor_parallel_degree=degree)
+    reader = open_reader(tmp_path / "paddle", CONFIG)
+    in_rows = set()
+    for name in reader.entries:
+        opened = reader.open(name)
+        if isinstance(opened, Rows):
+            in_rows.add(name)
+            assert (opened.shape, opened.dtype) == (reader.entries[name].shape, reader.entries[name].dtype)
+            opened = torch.cat(list(opened.split(7)))
+        assert torch.equal(opened, reader.read(name)), name
+    # columns of the stored matrices are rows of the published ones: those must be whole before they can be turned over
+    assert {name for name in reader.entries if name.endswith("dense.weight")}.isdisjoint(in_rows)
+    assert "transformer.word_embeddings.weight" in in_rows
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
@@ -244,16 +263,17 @@ def test_one_tensor_at_a_time(tmp_path: Path, form: FileForm) -> None:
     write_hf(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "paddle", FileForm.PADDLE, tensor_parallel_degree=2)
     conversion = open_model_conversion(tmp_path / "paddle", form)
-    alive: list[weakref.ref[Tensor]] = []
-    read = conversion.reader.read
+    alive: list[weakref.ref[Tensor | Rows]] = []
+    way = "open" if form is FileForm.HUGGING_FACE else "read"
+    read = getattr(conversion.reader, way)
 
-    def read_alone(name: str) -> Tensor:
+    def read_alone(name: str) -> Tensor | Rows:
         assert not [reference for reference in alive if reference() is not None]
-        tensor = read(name)
+        tensor: Tensor | Rows = read(name)
         alive[:] = [weakref.ref(tensor)]
         return tensor
 
-    conversion.reader.read = read_alone  # type: ignore[method-assign]
+    setattr(conversion.reader, way, read_alone)
     convert_model(conversion, tmp_path / "out", verify=True)
     assert alive
 

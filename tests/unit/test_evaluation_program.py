@@ -85,6 +85,24 @@ def test_program_gives_the_numbers_of_its_model(
     assert found.model == named and named["fingerprint"]
 
 
+# what runs each format, and how near it comes: llama.cpp computes with 16-bit tables in places
+RUNTIMES = {"onnx": ("onnxruntime", 1e-5), "openvino": ("openvino", 1e-3), "gguf": ("llama_cpp", 1e-2)}
+
+
+@pytest.mark.parametrize("form", RUNTIMES)
+def test_programs_of_other_formats_give_the_numbers_too(form: str, bloom: Path, tmp_path: Path) -> None:
+    runtime, tolerance = RUNTIMES[form]
+    pytest.importorskip(runtime)
+    loaded = load(bloom)
+    export_program(loaded.model, loaded.tokenizer, tmp_path / form / "bloom", source="bloom", format=form, verify=False)
+    for name in ("reference", "lm_eval, LAMBADA", "answers"):
+        words = ("--eval_path", bloom / EVALUATIONS[name][0], *EVALUATIONS[name][1:])
+        expected = report_of(tmp_path / "model.json", "--model_name_or_path", bloom, *words)
+        found = report_of(tmp_path / f"{form}.json", "--model_dir", tmp_path / form, *words)
+        for key, metric in expected.metrics.items():
+            assert found.metrics[key].value == pytest.approx(metric.value, rel=tolerance), (name, key)
+
+
 def test_int8_program_is_close_and_is_told_apart(bloom: Path, tmp_path: Path) -> None:
     loaded = load(bloom)
     path = tmp_path / "program" / "small"

@@ -37,6 +37,11 @@ class LazyTensor(Protocol):
         """As stored."""
         ...
 
+    @property
+    def has_rows_together(self) -> bool:
+        """Whether a slice of dimension 0 is read as fast as its share of the whole."""
+        ...
+
     def read(self) -> Tensor:
         """All of it, in memory of its own."""
         ...
@@ -97,6 +102,11 @@ class StoredArray:
     dtype: torch.dtype
     fortran_order: bool = False
 
+    @property
+    def has_rows_together(self) -> bool:
+        """Unless it is stored column by column, or has no rows."""
+        return bool(self.shape) and not self.fortran_order
+
     def read(self) -> Tensor:
         """All of it."""
         if not self.shape:
@@ -138,6 +148,11 @@ class EncodedArray:
     shape: tuple[int, ...]
     dtype: torch.dtype
     fortran_order: bool = False
+
+    @property
+    def has_rows_together(self) -> bool:
+        """No: a slice is read through all of its text."""
+        return False
 
     def read(self) -> Tensor:
         """All of it, for no place in the text can be computed; some megabytes of text are decoded at a time."""
@@ -191,6 +206,11 @@ class Transposed:
         """As stored."""
         return self.stored.dtype
 
+    @property
+    def has_rows_together(self) -> bool:
+        """No: its rows are stored as columns."""
+        return False
+
     def read(self) -> Tensor:
         """All of it."""
         return self.stored.read().t()
@@ -218,6 +238,11 @@ class Joined:
     def dtype(self) -> torch.dtype:
         """That of every piece."""
         return self.pieces[0].dtype
+
+    @property
+    def has_rows_together(self) -> bool:
+        """Where the pieces are runs of rows."""
+        return self.dim == 0 and all(piece.has_rows_together for piece in self.pieces)
 
     def read(self) -> Tensor:
         """All of it; memory for the whole and one piece."""
@@ -255,6 +280,11 @@ class Reshaped:
         """As stored."""
         return self.flat.dtype
 
+    @property
+    def has_rows_together(self) -> bool:
+        """As the flat tensor."""
+        return self.flat.has_rows_together
+
     def read(self) -> Tensor:
         """All of it."""
         return self.flat.read().view(self.shape)
@@ -285,6 +315,11 @@ class Replicated:
     def dtype(self) -> torch.dtype:
         """Of every copy."""
         return self.copies[0].dtype
+
+    @property
+    def has_rows_together(self) -> bool:
+        """Where every copy has."""
+        return all(copy.has_rows_together for copy in self.copies)
 
     def read(self) -> Tensor:
         """The first copy.
@@ -329,6 +364,11 @@ class Held:
     def dtype(self) -> torch.dtype:
         """Of the tensor."""
         return self.tensor.dtype
+
+    @property
+    def has_rows_together(self) -> bool:
+        """In memory, all of them."""
+        return self.tensor.dim() > 0
 
     def read(self) -> Tensor:
         """The tensor itself."""

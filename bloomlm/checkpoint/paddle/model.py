@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from bloomlm.checkpoint.paddle.program import read_program_weights
 from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks
 from bloomlm.checkpoint.paddle.safetensors import is_paddle_safetensors, open_paddle_safetensors
 from bloomlm.checkpoint.paddle.state import read_paddle_state
-from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, name_some
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
 from bloomlm.parallel.gather import Bounds
@@ -62,6 +63,13 @@ class PaddleReader:
     def read(self, name: str) -> Tensor:
         """One parameter, copied from its files; a linear's weight is a transposed view of the copy."""
         return self.tensors[name].read()
+
+    def open(self, name: str) -> Tensor | Rows:
+        """One parameter, row by row where its rows lie so in its files."""
+        tensor = self.tensors[name]
+        if not tensor.has_rows_together:
+            return tensor.read()
+        return Rows(tensor.shape, tensor.dtype, partial(tensor.read_slice, 0))
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Rows start to stop of dimension dim of a parameter; other bytes stay unread."""

@@ -325,7 +325,8 @@ class Trainer:
     def _drop_gradients(self) -> None:
         """Keep the memory of the largest one for the next step: to clear as much new memory takes longer."""
         gradient = self.model.transformer.word_embeddings.weight.grad
-        self._gradient_memory[:] = [] if gradient is None else [gradient]
+        # under FSDP it is a DTensor, a shard, and of no use to the whole weight's gradient
+        self._gradient_memory[:] = [gradient] if type(gradient) is Tensor else []
         self.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:

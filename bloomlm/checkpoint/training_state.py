@@ -139,8 +139,8 @@ def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict
             load(dict(tensors), checkpoint_id=checkpoint / TENSORS_DIRECTORY)
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         raise CheckpointError(
-            f"the training state in {checkpoint} does not fit this run: {_cause(error)}. Use the model, adapter and "
-            "precision of the saved run, or start in a new output_dir"
+            f"the training state in {checkpoint} does not fit this run: {_cause(error)}. Use the model, adapter, "
+            "optimizer and precision of the saved run, or start in a new output_dir"
         ) from error
     return read_values(checkpoint)
 

@@ -131,6 +131,7 @@ def build_trainer(
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             epsilon=config.adam_epsilon,
+            optim=config.optim,
         ),
         schedule=build_schedule(
             learning_rate=config.learning_rate,

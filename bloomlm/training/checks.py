@@ -28,6 +28,7 @@ class Machine:
     has_tensorboard: bool
     has_matplotlib: bool
     has_metrics: bool
+    has_bitsandbytes: bool = False
     world_size: int = 1
     """Processes of the job."""
 
@@ -39,6 +40,7 @@ class Machine:
             has_tensorboard=_installed("tensorboard"),
             has_matplotlib=_installed("matplotlib"),
             has_metrics=_installed("sacrebleu") and _installed("rouge_score"),
+            has_bitsandbytes=_installed("bitsandbytes"),
             world_size=world_size(),
         )
 
@@ -61,6 +63,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, t
     config = _resolve_parallelism(config, machine, notices)
     config = _resolve_tasks(config, notices)
     config = _resolve_device(config, machine, notices)
+    _check_optimizer(config, machine, notices)
     _check_adapters(config, notices)
     config = resolve_evaluation(config, notices, has_metrics=machine.has_metrics)
     _note_idle(config, notices)
@@ -134,7 +137,11 @@ def _resolve_parallelism(config: TrainingConfig, machine: Machine, notices: list
             f"--pipeline_parallel_degree {config.pipeline_parallel_degree}: bloomlm does not spread blocks over "
             "processes; leave the flag out, and divide the model by --tensor_parallel_degree and --sharding stage3"
         )
-    alone = {"--base_quantization int8": config.base_quantization == "int8", "--torch_compile": config.torch_compile}
+    alone = {
+        "--base_quantization int8": config.base_quantization == "int8",
+        "--torch_compile": config.torch_compile,
+        "--optim adamw_8bit": config.optim == "adamw_8bit",
+    }
     if machine.world_size > 1 and (given := [flag for flag, is_given in alone.items() if is_given]):
         raise ConfigError(f"{', '.join(given)}: for one process only, and here are {machine.world_size}; leave it out")
     degrees = degrees_of(config, machine.world_size)
@@ -223,6 +230,18 @@ def _resolve_device(config: TrainingConfig, machine: Machine, notices: list[str]
         if config.fp16_opt_level == "O2" and not config.bf16:
             notices.append("--fp16_opt_level O2 is not used: it says how --fp16 or --bf16 compute")
     return replace(config, device="cpu" if on_cpu else "gpu")
+
+
+def _check_optimizer(config: TrainingConfig, machine: Machine, notices: list[str]) -> None:
+    if config.optim != "adamw_8bit" or not config.do_train:
+        return
+    if not machine.has_bitsandbytes:
+        raise ConfigError("--optim adamw_8bit needs: pip install 'bloomlm[optim8bit]'")
+    if config.device == "cpu":
+        notices.append(
+            "--optim adamw_8bit on a CPU saves memory and costs time: an update takes tens of times as long as with "
+            "--optim adamw; --gradient_accumulation_steps makes updates rarer"
+        )
 
 
 def _check_adapters(config: TrainingConfig, notices: list[str]) -> None:

@@ -59,6 +59,8 @@ class TrainingConfig:
     adam_beta1: float = _flag("training", 0.9, "AdamW: decay of the mean of the gradients")
     adam_beta2: float = _flag("training", 0.999, "AdamW: decay of the mean of their squares")
     adam_epsilon: float = _flag("training", 1e-8, "AdamW: added to the denominator")
+    optim: Literal["adamw", "adamw_8bit"] = _flag("training", "adamw",
+        "adamw_8bit keeps AdamW's two moments in 8 bits each, a quarter of their memory (needs bloomlm[optim8bit])")
     seed: int = _flag("training", 42, "start of the random numbers: order of the examples, adapter weights, dropout")
 
     device: Literal["auto", "gpu", "cuda", "cpu"] = _flag("precision and memory", "auto",

@@ -1,13 +1,15 @@
 """AdamW as BLOOM is fine-tuned with it, and learning-rate schedules as pure functions of the step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
+from bloomlm.training.adamw_8bit import AdamW8bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class AdamWConfig:
     """Decay of the squared gradient's running mean."""
     epsilon: float = 1e-8
     """Added to the denominator."""
+    optim: str = "adamw"
+    """A name in OPTIMIZERS: what its moments are kept in."""
 
 
 def is_decayed(name: str) -> bool:
@@ -30,12 +34,12 @@ def is_decayed(name: str) -> bool:
     return kind != "bias" and not module_name.endswith(("layernorm", "ln_f"))
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
-    """Fused AdamW with its state in place, so that a saved state can be read straight into it.
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.Optimizer:
+    """AdamW with its state in place, so that a saved state can be read straight into it.
 
     Args:
         parameters: name -> what learns, in fp32 (LearnedParameters.optimized).
-        config: decay, betas, epsilon; the learning rate is set at each step.
+        config: decay, betas, epsilon, kind; the learning rate is set at each step.
     """
     decayed = [p for name, p in parameters.items() if is_decayed(name)]
     others = [p for name, p in parameters.items() if not is_decayed(name)]
@@ -43,14 +47,14 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig)
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    return OPTIMIZERS[config.optim]([group for group in groups if group["params"]], config)
+
+
+def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
+        [dict(group) for group in groups], lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
-    for parameter in parameters.values():
+    for parameter in (parameter for group in groups for parameter in group["params"]):
         # what AdamW itself would make at its first step
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -58,6 +62,17 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig)
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def _adamw_8bit(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> AdamW8bit:
+    return AdamW8bit(groups, (config.beta1, config.beta2), config.epsilon)
+
+
+OPTIMIZERS: dict[str, Callable[[Sequence[Mapping[str, Any]], AdamWConfig], torch.optim.Optimizer]] = {
+    "adamw": _fused_adamw,
+    "adamw_8bit": _adamw_8bit,
+}
+"""optim -> AdamW with fp32 moments, or with 8-bit ones (extra optim8bit)."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -66,6 +66,11 @@ def read_begun(config: TrainingConfig, source: Path, checkpoint: Path | None) ->
         flags = {LORA_CONFIG_FILE: "--lora", PREFIX_CONFIG_FILE: "--prefix_tuning"}
         found = [flag for name, flag in flags.items() if (checkpoint / name).is_file()]
         _check_kind(config, next(iter(found), None), checkpoint)
+        if config.optim == "adamw_8bit":
+            raise ConfigError(
+                f"{checkpoint} is PaddleNLP's and holds AdamW's moments in float32, which --optim adamw_8bit cannot go "
+                "on with; leave it out"
+            )
         is_adapter = config.lora or config.prefix_tuning
         state = read_paddle_training_state(
             checkpoint,

@@ -6,19 +6,22 @@ Shapes: B rows, S slots in use, M slots of the cache, N packed tokens.
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bloomlm.errors import ProgramError
 from bloomlm.export.graph import DecodeStep, Prefill
-from bloomlm.export.weights import WeightFormat, many_rows
+from bloomlm.export.weights import Multiply, WeightFormat, many_rows
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.linear import product, uses_onednn
 from bloomlm.runtime.pt2 import graph_file, instruction_set, package_file
 
 _LOG = logging.getLogger(__name__)
@@ -30,20 +33,23 @@ _MOST = 1 << 24
 def trace_all(
     config: BloomConfig, weights: WeightFormat, tensors: Mapping[str, Tensor], *, for_compiler: bool
 ) -> dict[str, ExportedProgram]:
-    """Trace prefill and decode_step.
+    """Trace prefill and decode_step, and for the compiler decode_rows, which is decode_step for many rows.
 
     Args:
         config: the model's shape.
         weights: how matrices are kept.
         tensors: the weights, in the order that programs take them.
-        for_compiler: write the products with few rows as loops for the compiler instead of library calls.
+        for_compiler: write the products with few rows as loops for the compiler, and the others for the library that
+            is the fastest here; else all of them as F.linear, which every PyTorch has.
     """
-    library = partial(many_rows, weights)
+    library = partial(many_rows, weights, multiply=_fastest_product() if for_compiler else F.linear)
     few = weights.few_rows if for_compiler else library
     functions: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
         "prefill": (Prefill(config, weights, linear=library, head=few), _prefill_example),
         "decode_step": (DecodeStep(config, weights, linear=few, head=few), _decode_example),
     }
+    if for_compiler:
+        functions["decode_rows"] = (DecodeStep(config, weights, linear=library, head=library), _decode_example)
     traced = {}
     with torch.no_grad():
         for name, (module, example) in functions.items():
@@ -62,7 +68,7 @@ def save_graphs(traced: Mapping[str, ExportedProgram], directory: Path, prefix: 
 
 
 def compile_package(
-    traced: Mapping[str, ExportedProgram], directory: Path, prefix: str, on_function: Callable[[str], None]
+    traced: Mapping[str, ExportedProgram], directory: Path, prefix: str, on_share: Callable[[float], None]
 ) -> str:
     """Compile functions into one package; returns the instruction set that it needs.
 
@@ -70,7 +76,7 @@ def compile_package(
         traced: functions, written for the compiler.
         directory: where the package goes.
         prefix: its name.
-        on_function: called with each function's name when it is done.
+        on_share: called after each function with the share of them that is done.
 
     Raises:
         ProgramError: the compiler fails.
@@ -82,18 +88,47 @@ def compile_package(
     options = {"aot_inductor.package": True, "cpp.march": level}
     files: dict[str, Any] = {}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _onednn_takes_inputs():
             warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's to itself
             for name, program in traced.items():
                 arguments = program.example_inputs
                 assert arguments is not None
                 files[name] = aot_compile(program.module(), arguments[0], options=options)
-                on_function(name)
+                on_share(len(files) / len(traced))
         package_aoti(str(directory / package_file(prefix)), files)
     except Exception as error:  # whatever the compiler stumbles over
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ProgramError(f"the program cannot be compiled: {first[0]}") from error
     return level
+
+
+def _fastest_product() -> Multiply:
+    """oneDNN's where the model itself multiplies with it (see model/linear.py)."""
+    return product if uses_onednn(torch.zeros(1, 1), torch.zeros(1, 1)) else F.linear
+
+
+@contextmanager
+def _onednn_takes_inputs() -> Iterator[None]:
+    """Let the compiler take oneDNN's product with any weight.
+
+    It puts that operator in itself, for weights that are constants of a program, and insists on constants when it meets
+    it. These weights are inputs, because they lie in a mapped file.
+    """
+    from torch._inductor import mkldnn_lowerings  # noqa: F401  (enters the operator into the table)
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    if _fastest_product() is not product:
+        yield
+        return
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    before = lowerings[operator]
+    lowerings[operator] = lambda *arguments: TensorBox.create(LinearUnary.create(*arguments))
+    try:
+        yield
+    finally:
+        lowerings[operator] = before
 
 
 def find_compiler() -> str | None:

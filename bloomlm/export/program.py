@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import safe_open
 import bloomlm
 from bloomlm.adapters.apply import adapter_config
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.atomic import directory_beside
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.checkpoint.safetensors_file import write_safetensors
 from bloomlm.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -162,7 +162,7 @@ def _write_pt2(
     else:
         on_stage("compiling", 0.0)
         traced = trace_all(model.config, weights, tensors, for_compiler=True)
-        level = compile_package(traced, directory, prefix, lambda name: on_stage("compiling", 0.5))
+        level = compile_package(traced, directory, prefix, partial(on_stage, "compiling"))
     described = {name: [str(entry.dtype).removeprefix("torch."), list(entry.shape)] for name, entry in entries.items()}
     return {"weights": described, "instruction_set": level}
 
@@ -275,16 +275,11 @@ def _beside(path: Path) -> Iterator[Path]:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".bloomlm-tmp", dir=path.parent))
-    except OSError as error:
-        raise ProgramError(f"{path.parent} cannot be written: {error}") from error
-    try:
-        yield temporary
-        for name in _files_of_older(path):
-            (path.parent / name).unlink(missing_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == f"{path.name}.json"):
-            file.replace(path.parent / file.name)
+        with directory_beside(path) as temporary:
+            yield temporary
+            for name in _files_of_older(path):
+                (path.parent / name).unlink(missing_ok=True)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == f"{path.name}.json"):
+                file.replace(path.parent / file.name)
     except OSError as error:
         raise ProgramError(f"{path} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -3,15 +3,15 @@
 A WeightFormat turns a matrix into the tensors that stand for it, and says in plain tensor arithmetic how they are used.
 That arithmetic is traced and compiled, so it is written for the loops that the compiler makes of it: `few_rows` becomes
 one pass over the weight, row by row, with the conversion to fp32 and the sum in registers (docs/decisions/programs.md
-has the measurements). `many_rows` hands fp32 blocks of the matrix to the library's product, which is the faster one
-from about sixteen rows on.
+has the measurements). `many_rows` hands fp32 blocks of the matrix to a library's product, which is the faster one from
+about six rows on.
 
 Activations are fp32 always: the stored matrix is the only thing that is rounded.
 
 Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,12 +25,14 @@ from bloomlm.model.quantized import quantize_rows, row_blocks
 
 Parts = Mapping[str, Tensor]
 """The tensors that stand for one matrix, by the last part of their names."""
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x W^T of fp32 tensors, by a library: [N, in], [out, in] -> [N, out]."""
 
 SUFFIXES = ("weight", "scale")
 QUANTIZATIONS = ("none", "int8", "int4")
 
-_BLOCK_ROWS = 16_384
-"""Rows of a matrix that many_rows takes to fp32 at a time."""
+_BLOCK_ELEMENTS = 2**21
+"""Of a matrix that many_rows takes to fp32 at a time: 8 MiB, which stay in a processor's caches until they are used."""
 _GROUP_SIZE = 32
 """Weights of a row that share a scale in int4."""
 _SCALE_FACTORS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)
@@ -82,27 +84,33 @@ class Plain:
 
 @dataclass(frozen=True)
 class Int8:
-    """Symmetric int8 with a scale for each row, by its largest absolute value."""
+    """Symmetric int8 with a scale for each half of a row, by its largest absolute value."""
 
     def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
         """Numbers and scales."""
+        if num_in % 2:
+            raise ConfigError(
+                f"int8 takes rows in two halves, and a matrix of this model has rows of {num_in} weights; "
+                "choose --quantization none"
+            )
         return {
             "weight": TensorEntry((num_out, num_in), torch.int8),
-            "scale": TensorEntry((num_out,), torch.float32),
+            "scale": TensorEntry((num_out, 2), torch.float32),
         }
 
     def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
         """Round to the nearest of 255 steps."""
-        weight, scale = quantize_rows(matrix, name)
-        return {"weight": weight, "scale": scale}
+        weight, scale = quantize_rows(matrix.reshape(-1, matrix.shape[1] // 2), name)
+        return {"weight": weight.view(matrix.shape), "scale": scale.view(-1, 2)}
 
     def decode(self, parts: Parts) -> Tensor:
         """The matrix in fp32."""
-        return parts["weight"].float() * parts["scale"][:, None]
+        return (parts["weight"].unflatten(1, (2, -1)).float() * parts["scale"][:, :, None]).flatten(1)
 
     def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
-        """As Plain's; the scale comes once to each sum."""
-        return ((parts["weight"][:, None].float() * settled(x)).sum(-1) * parts["scale"][:, None]).t()
+        """As Plain's, a half of a row at a time; the scales come once to each sum."""
+        weight, x = parts["weight"].unflatten(1, (2, -1)), settled(x).unflatten(1, (2, -1))
+        return ((weight[:, None].float() * x).sum(-1) * parts["scale"][:, None]).sum(-1).t()
 
 
 @dataclass(frozen=True)
@@ -168,14 +176,14 @@ def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
     return Int8() if quantization == "int8" else Int4()
 
 
-def many_rows(weights: WeightFormat, x: Tensor, parts: Parts) -> Tensor:
-    """x W^T through the library's fp32 product, at most _BLOCK_ROWS of the matrix at a time: [N, in] -> [N, out]."""
+def many_rows(weights: WeightFormat, x: Tensor, parts: Parts, *, multiply: Multiply = F.linear) -> Tensor:
+    """x W^T through a library's fp32 product, at most _BLOCK_ELEMENTS of the matrix at a time: [N, in] -> [N, out]."""
     if isinstance(weights, Plain) and weights.dtype is torch.float32:
-        return F.linear(x, parts["weight"])
-    rows = range(0, parts["weight"].shape[0], _BLOCK_ROWS)
+        return multiply(x, parts["weight"])
+    num_out, block_rows = parts["weight"].shape[0], max(1, _BLOCK_ELEMENTS // x.shape[1])
     blocks = [
-        F.linear(x, weights.decode({key: part[start : start + _BLOCK_ROWS] for key, part in parts.items()}))
-        for start in rows
+        multiply(x, weights.decode({key: part[start : start + block_rows] for key, part in parts.items()}))
+        for start in range(0, num_out, block_rows)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 

@@ -11,7 +11,8 @@ from typing import Any
 from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
-VERSION = 1
+VERSION = 2
+"""1 was before compiled packages held decode_rows."""
 FORMATS = ("pt2", "onnx", "openvino", "gguf")
 
 VIRTUAL = "virtual_tokens"

@@ -1,4 +1,4 @@
-"""The pt2 format: two traced functions, compiled ahead of time or not, over memory-mapped weights.
+"""The pt2 format: traced functions, compiled ahead of time or not, over memory-mapped weights.
 
 Shapes: B rows, S slots in use, M slots, N packed tokens, L blocks, H heads, K head_dim, P virtual tokens, V vocabulary.
 """
@@ -7,6 +7,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from bloomlm.runtime.manifest import VIRTUAL, Manifest
 
 _LOG = logging.getLogger(__name__)
 
-ENTRY_POINTS = ("prefill", "decode_step")
+MANY_ROWS = 6
+"""Rows from which a compiled program decodes with decode_rows, which is the faster one then, instead of decode_step."""
 INSTRUCTION_SETS: Mapping[str, frozenset[str]] = {
     "x86-64-v4": frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]),
     "x86-64-v3": frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]),
@@ -66,14 +68,17 @@ class Pt2Model:
         self._virtual = tensors.pop(VIRTUAL, None)
         self.is_compiled = _can_run_compiled(manifest)
         open_function = _open_compiled if self.is_compiled else _open_graph
-        self._prefill, self._decode_step = (open_function(directory, prefix, name, tensors) for name in ENTRY_POINTS)
+        open_named = partial(open_function, directory, prefix, weights=tensors)
+        self._prefill, self._decode_step = open_named("prefill"), open_named("decode_step")
+        self._decode_rows = open_named("decode_rows") if self.is_compiled else self._decode_step
 
     def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["Pt2Batch", Tensor]:
         """Read the prompts, without computing on pads outside of attention."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         num_virtual = self.manifest.num_virtual_tokens
         num_slots = num_virtual + int(lengths.max())
-        batch = Pt2Batch(self._decode_step, self._empty_cache(len(prompts), num_slots + max_new_tokens))
+        cache = self._empty_cache(len(prompts), num_slots + max_new_tokens)
+        batch = Pt2Batch(self._decode_step, self._decode_rows, cache)
         batch.starts = num_slots - num_virtual - lengths
         batch.num_slots = num_slots
         if self._virtual is not None:
@@ -92,8 +97,8 @@ class Pt2Model:
 class Pt2Batch:
     """Rows in a cache that decode_step writes into."""
 
-    def __init__(self, decode_step: Function, cache: list[Tensor]) -> None:
-        self._decode_step = decode_step
+    def __init__(self, decode_step: Function, decode_rows: Function, cache: list[Tensor]) -> None:
+        self._decode_step, self._decode_rows = decode_step, decode_rows
         self.cache = cache
         """Keys and values by block, [B, H, M, K] each."""
         self.starts = torch.empty(0, dtype=torch.int64)
@@ -106,7 +111,8 @@ class Pt2Batch:
         """Give every row one more token."""
         assert self.num_slots < len(self.slots), "the loop asked for room for fewer tokens"
         self.num_slots += 1
-        return self._decode_step(tokens, self.starts, self.slots[: self.num_slots], self.cache)
+        decode = self._decode_rows if len(tokens) >= MANY_ROWS else self._decode_step
+        return decode(tokens, self.starts, self.slots[: self.num_slots], self.cache)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows."""

@@ -16,15 +16,19 @@ from bloomlm.adapters.apply import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
+from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.cli import main as cli
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
+from bloomlm.export.compile import trace_all
 from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
+from bloomlm.export.store import weight_entries
 from bloomlm.export.weights import Int4, Int8, Plain, many_rows, weight_format
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
 from bloomlm.runtime.manifest import Manifest
 from bloomlm.runtime.pt2 import INSTRUCTION_SETS, instruction_set
@@ -123,14 +127,14 @@ def test_quantised_programs_keep_their_bounds(
     result = export_program(loaded.model, loaded.tokenizer, path, source="tiny", quantization=quantization)
     assert result.parity is not None
     assert result.parity.logits_error > 0 and result.parity.perplexity_change < limit
-    bits = {"int8": 8.5, "int4": 4.8}[quantization]
+    bits = {"int8": 8.7, "int4": 4.8}[quantization]
     assert result.files["bloom.safetensors"] < loaded.model.config.num_parameters * bits / 8
 
 
 def test_a_program_that_differs_is_not_written(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bloomlm.export.compile, "many_rows", lambda *given: 1.01 * many_rows(*given))
+    monkeypatch.setattr(bloomlm.export.compile, "many_rows", lambda *given, **named: 1.01 * many_rows(*given, **named))
     with pytest.raises(ProgramError, match="differs from the model: logits error"):
         export_program(loaded.model, loaded.tokenizer, tmp_path / "bloom", source="tiny")
     assert list(tmp_path.iterdir()) == []
@@ -149,6 +153,31 @@ def test_products_of_few_and_many_rows_are_the_decoded_matrix(weights: Plain | I
     torch.testing.assert_close(many_rows(weights, x, parts).double(), expected, rtol=1e-5, atol=1e-5)
     error = (weights.decode(parts) - matrix).norm() / matrix.norm()
     assert error <= {"weight": 0.003}.get("".join(parts), 0.012 if isinstance(weights, Int8) else 0.12)
+
+
+@pytest.mark.parametrize(
+    ("for_compiler", "onednn", "expected"),
+    [
+        (False, True, {"prefill": "linear", "decode_step": "linear"}),
+        (True, False, {"prefill": "linear", "decode_step": None, "decode_rows": "linear"}),
+        (True, True, {"prefill": "onednn", "decode_step": None, "decode_rows": "onednn"}),
+    ],
+)
+def test_which_library_multiplies(
+    monkeypatch: pytest.MonkeyPatch, for_compiler: bool, onednn: bool, expected: dict[str, str | None]
+) -> None:
+    """Uncompiled functions need no operator that a PyTorch may lack."""
+    if onednn and not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)):
+        pytest.skip("there is no oneDNN")
+    monkeypatch.setattr(bloomlm.export.compile, "uses_onednn", lambda *_: onednn)
+    config, weights = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), Plain(torch.float32)
+    entries = weight_entries(config, weights, num_virtual=0)
+    tensors = {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+    operators = {"aten.linear.default": "linear", "mkldnn._linear_pointwise.default": "onednn"}
+    for name, program in trace_all(config, weights, tensors, for_compiler=for_compiler).items():
+        found = {operators.get(str(node.target)) for node in program.graph.nodes} - {None}
+        assert found == {expected.pop(name)} - {None}, name
+    assert not expected
 
 
 def test_int4_places_zeros_and_extremes() -> None:
@@ -173,6 +202,7 @@ def test_int4_refuses_what_it_cannot_hold() -> None:
         (lambda p: p.with_suffix(".json").write_text("{"), "no JSON"),
         (lambda p: p.with_suffix(".json").write_text("{}"), "does not describe an exported program"),
         (lambda p: edit(p, version=99), "version 99"),
+        (lambda p: edit(p, version=1), "is of version 1, this bloomlm runs version 2; export the program again"),
         (lambda p: edit(p, format="tflite"), "damaged: format 'tflite'"),
         (lambda p: edit(p, unknown=1), "unexpected keyword argument 'unknown'"),
         (lambda p: tamper(p, n_head=5), "damaged or was edited"),
@@ -316,3 +346,14 @@ def test_limits_of_parity() -> None:
         ).check("float32")
     with pytest.raises(ProgramError, match="other tokens at 2 positions"):
         Parity(**values, clear_tokens_differ=2, model_perplexity=1, program_perplexity=1).check("float32")
+
+
+def test_others_may_write_beside_an_export(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Writers remove what killed ones left behind; an export that is still going on is no such thing."""
+
+    def write(stage: str, share: float) -> None:
+        atomic_write(tmp_path / "notes.txt", stage)
+
+    export_program(loaded.model, loaded.tokenizer, tmp_path / "bloom", source="tiny", verify=False, on_stage=write)
+    Program(tmp_path / "bloom")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

@@ -1,7 +1,11 @@
-"""The compiled package: one small program, compiled once for all tests of this file."""
+"""The compiled package: small programs, compiled once for all tests of this file."""
 
 import dataclasses
 import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from bloomlm.export.parity import compare
 from bloomlm.export.program import export_program
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
 from bloomlm.runtime.pt2 import Pt2Model
 from tests.edited_manifest import edit
@@ -22,15 +27,27 @@ from tests.tiny_checkpoint import random_model
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
 
 CONFIG = BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=2)
-PROMPTS = [[5], list(range(6, 40)), [10, 11]]  # more slots than the widest vector has numbers
+PROMPTS = [[5], list(range(6, 40)), [10, 11], [12] * 9, [13, 14, 15], list(range(50, 67)), [16], [17, 18]]
+"""Of unequal length, one with more slots than the widest vector has numbers."""
+LIMITS = {"none": (0.0, 1e-5), "int8": (1e-4, 0.05)}
+"""Error of the logits against the model, at least and at most."""
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=LIMITS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "bloom"
     tokenizer = load("builtin:tiny").tokenizer
-    result = export_program(random_model(CONFIG), tokenizer, path, source="small", quantization="int8", verify=False)
-    assert result.is_compiled
+    shares: list[float] = []
+    result = export_program(
+        random_model(CONFIG),
+        tokenizer,
+        path,
+        source="small",
+        quantization=request.param,
+        verify=False,
+        on_stage=lambda stage, share: shares.append(share) if stage == "compiling" else None,
+    )
+    assert result.is_compiled and shares == pytest.approx([0, 1 / 3, 2 / 3, 1])
     return path
 
 
@@ -39,23 +56,49 @@ def uncompiled(path: Path) -> Pt2Model:
     return Pt2Model(dataclasses.replace(program.manifest, instruction_set=None), path.parent, path.name)
 
 
-def test_compiled_equals_uncompiled(exported: Path) -> None:
+@pytest.mark.parametrize("rows", [range(8), range(4), [0, 1, 2], [2, 0], [1]], ids=len)
+def test_compiled_equals_uncompiled_and_the_model(exported: Path, rows: Sequence[int]) -> None:
     program = Program(exported)
     assert program.model.is_compiled
-    forced = torch.randint(4, CONFIG.vocab_size, (3, 7), generator=torch.Generator().manual_seed(1))
-    for rows in ([0, 1, 2], [1], [2, 0]):  # a strided column of ids each step, as the comparison cuts it
-        prompts = [PROMPTS[row] for row in rows]
-        found = compare(uncompiled(exported), program.model, prompts, forced[rows])
-        assert found.logits_error < 1e-5
-        model = BloomLanguageModel(random_model(CONFIG))
-        assert 1e-4 < compare(model, program.model, prompts, forced[rows]).logits_error < 0.05  # int8's own
+    forced = torch.randint(4, CONFIG.vocab_size, (len(rows), 7), generator=torch.Generator().manual_seed(1))
+    prompts = [PROMPTS[row] for row in rows]
+    assert compare(uncompiled(exported), program.model, prompts, forced).logits_error < 1e-5
+    model = BloomLanguageModel(random_model(CONFIG))
+    least, most = LIMITS[program.manifest.quantization]
+    assert least <= compare(model, program.model, prompts, forced).logits_error < most
 
 
-def test_the_cache_is_written_in_place(exported: Path) -> None:
+@pytest.mark.skipif(not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)), reason="there is no oneDNN")
+def test_products_with_many_rows_go_to_onednn(exported: Path) -> None:
+    with zipfile.ZipFile(exported.with_suffix(".pt2")) as package:
+        calling = {
+            Path(name).parent.name
+            for name in package.namelist()
+            if name.endswith(".so") and b"aoti_torch_cpu__linear_pointwise" in package.read(name)
+        }
+    assert calling == {"prefill", "decode_rows"}
+
+
+def test_the_runtime_needs_no_compiler(exported: Path) -> None:
+    code = """
+import sys
+from bloomlm.runtime import Program
+program = Program(sys.argv[1])
+print([completion.tokens for completion in program.generate(["The", "A", "1", "def main():"], max_new_tokens=5)])
+sys.exit(", ".join({"torch._inductor", "torch._dynamo", "bloomlm.model"} & set(sys.modules)) or 0)
+"""
+    result = subprocess.run([sys.executable, "-c", code, exported], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = Program(exported).generate(["The", "A", "1", "def main():"], max_new_tokens=5)
+    assert result.stdout == f"{[completion.tokens for completion in expected]}\n"
+
+
+@pytest.mark.parametrize("num_rows", [3, 8])
+def test_the_cache_is_written_in_place(exported: Path, num_rows: int) -> None:
     program = Program(exported)
-    batch, _ = program.model.prefill(PROMPTS, 4)
+    batch, _ = program.model.prefill(PROMPTS[:num_rows], 4)
     before = [(part.data_ptr(), part.clone()) for part in batch.cache]
-    batch.decode_step(torch.tensor([7, 8, 9]))
+    batch.decode_step(torch.arange(7, 7 + num_rows))
     for part, (address, old) in zip(batch.cache, before, strict=True):
         assert part.data_ptr() == address
         slot = batch.num_slots - 1

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 90
+TIMEOUT_SECONDS = 180
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.preload"])
@@ -105,6 +105,7 @@ def _serve(connection: Connection) -> None:
                     world_size=world_size,
                     timeout=timedelta(seconds=TIMEOUT_SECONDS - 10),
                 )
+                dist.barrier()  # a rank that fails at once would close connections that others are still making
             result = True, function(*arguments)
             if store is not None:
                 dist.destroy_process_group()

@@ -88,6 +88,7 @@ def attempt(adapter_name: str, output_dir: Path) -> None:
         tensors, _ = trainer.state()
         trainer.load_state(tensors, load_training_state(checkpoint, tensors))
     train(trainer, LoopConfig(max_steps=MAX_STEPS, save_steps=3), Saver(trainer, output_dir))
+    prune_checkpoints(output_dir, 2)  # the last kill may have come between the last save and its pruning
     with atomic_directory(output_dir / "final") as directory:
         torch.save(dict(trainer.model.named_parameters()), directory / "weights.pt")
 

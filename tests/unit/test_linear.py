@@ -8,7 +8,7 @@ from bloomlm.model.linear import Linear, linear, uses_onednn
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 32), (8, 32), (2, 3, 32), (0, 32)])
+@pytest.mark.parametrize("shape", [(1, 32), (2, 32), (5, 32), (6, 32), (16, 32), (17, 32), (2, 3, 32), (0, 32)])
 def test_values_and_gradients_equal_those_of_float64(shape: tuple[int, ...], has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, requires_grad=True)
@@ -64,7 +64,7 @@ def test_an_exported_program_has_no_operator_of_ours() -> None:
     assert targets == ["aten.linear.default"]
 
 
-@pytest.mark.parametrize("shape", [(8, 32), (2, 3, 32), (0, 32)])
+@pytest.mark.parametrize("shape", [(4, 32), (8, 32), (17, 32), (2, 3, 32), (0, 32)])
 def test_gelu_in_one_pass_has_the_values_of_two(shape: tuple[int, ...]) -> None:
     layer, x = Linear(32, 80), 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate="tanh")

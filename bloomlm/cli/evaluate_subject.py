@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from bloomlm.api import load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
+from bloomlm.cli.loading import load_named
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.evaluation.config import EvaluateConfig
 from bloomlm.evaluation.evaluated import Evaluated
@@ -37,18 +37,7 @@ def load_subject(config: EvaluateConfig, device: torch.device, mesh: Mesh) -> Su
 
 
 def _load_model(config: EvaluateConfig, device: torch.device, mesh: Mesh) -> Subject:
-    assert config.model_name_or_path is not None
-    loaded = load(
-        config.model_name_or_path,
-        lora_path=config.lora_path,
-        prefix_path=config.prefix_path,
-        prefix_layout=config.prefix_layout,
-        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
-        paddle_tokenization=config.paddle_tokenization,
-        dtype=config.dtype,
-        device=device,
-        mesh=mesh,
-    )
+    loaded = load_named(config, prefix_path=config.prefix_path, dtype=config.dtype, device=device, mesh=mesh)
     weight = loaded.model.transformer.word_embeddings.weight
     description = {
         "name": config.model_name_or_path,

@@ -7,8 +7,9 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from bloomlm.api import DTYPES, load
+from bloomlm.api import DTYPES
 from bloomlm.cli.completion import about
+from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.export.parity import Parity
@@ -70,14 +71,7 @@ def export(config: ExportConfig) -> None:
     if config.max_length < 1:
         raise ConfigError(f"--max_length is {config.max_length}; it must be at least 1")
     messages = Console(stderr=True, highlight=False, markup=False)
-    loaded = load(
-        config.model_name_or_path,
-        lora_path=config.lora_path,
-        prefix_path=config.prefix_path,
-        prefix_layout=config.prefix_layout,
-        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
-        paddle_tokenization=config.paddle_tokenization,
-    )
+    loaded = load_named(config, prefix_path=config.prefix_path)
     columns = TextColumn("{task.description:10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
         task = progress.add_task("reading", total=1.0)

@@ -6,10 +6,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from bloomlm.api import DTYPES, load
+from bloomlm.api import DTYPES
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.bytes_display import BytesDisplay
+from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.parallel.launch import joined_ranks, world_size
@@ -72,14 +73,7 @@ def merge(config: MergeConfig) -> None:
 
 
 def _merge(config: MergeConfig, output: Path, max_shard_size_bytes: int, mesh: Mesh) -> None:
-    loaded = load(
-        config.model_name_or_path,
-        lora_path=config.lora_path,
-        prefix_layout=config.prefix_layout,
-        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
-        paddle_tokenization=config.paddle_tokenization,
-        mesh=mesh,
-    )
+    loaded = load_named(config, mesh=mesh)
     dtype = None if config.dtype is None else DTYPES[config.dtype]
     with BytesDisplay(Console(stderr=True, quiet=not mesh.is_main)) as display:
         merge_to_directory(

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from bloomlm.api import LoadedModel, load
+from bloomlm.api import LoadedModel
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.together import on_main
@@ -23,6 +23,7 @@ from bloomlm.cli.completion import (
     run_completions,
 )
 from bloomlm.cli.device import find_device
+from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.cli.predict_prompts import Prompts
 from bloomlm.errors import ConfigError
@@ -111,17 +112,7 @@ def _load_and_predict(config: PredictConfig, generation: GenerationConfig, devic
     prompts = on_main(lambda: prompts_of(config), mesh)
     if prompts is None and config.save_onepiece_model_path is None:
         raise ConfigError(NO_PROMPTS)
-    loaded = load(
-        config.model_name_or_path,
-        lora_path=config.lora_path,
-        prefix_path=config.prefix_path,
-        prefix_layout=config.prefix_layout,
-        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
-        paddle_tokenization=config.paddle_tokenization,
-        dtype=config.dtype,
-        device=device,
-        mesh=mesh,
-    )
+    loaded = load_named(config, prefix_path=config.prefix_path, dtype=config.dtype, device=device, mesh=mesh)
     if config.save_onepiece_model_path is not None:
         _save(config.save_onepiece_model_path, loaded)
     if prompts is not None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bloomlm.errors import ProgramError
-from bloomlm.export.graph import DecodeStep, Prefill
+from bloomlm.export.graph import DecodeStep, Prefill, Product, slot_attention
+from bloomlm.export.kernels import attend, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import Multiply, WeightFormat, many_rows
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import product, uses_onednn
@@ -33,23 +34,26 @@ _MOST = 1 << 24
 def trace_all(
     config: BloomConfig, weights: WeightFormat, tensors: Mapping[str, Tensor], *, for_compiler: bool
 ) -> dict[str, ExportedProgram]:
-    """Trace prefill and decode_step, and for the compiler decode_rows, which is decode_step for many rows.
+    """Trace prefill and decode_step.
 
     Args:
         config: the model's shape.
         weights: how matrices are kept.
         tensors: the weights, in the order that programs take them.
-        for_compiler: write the products with few rows as loops for the compiler, and the others for the library that
-            is the fastest here; else all of them as F.linear, which every PyTorch has.
+        for_compiler: take the products that are the fastest here; else F.linear for all, which every PyTorch has.
     """
-    library = partial(many_rows, weights, multiply=_fastest_product() if for_compiler else F.linear)
-    few = weights.few_rows if for_compiler else library
+    library: Product = partial(many_rows, decode=weights.decode)
+    few, attention = library, slot_attention
+    if for_compiler:
+        library = partial(many_rows, decode=weights.decode, multiply=_fastest_product())
+        few = library
+        if compiler_options() is not None:
+            library = partial(many_rows, decode=decoded_of, multiply=_fastest_product())
+            few, attention = few_rows_of, attend
     functions: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
         "prefill": (Prefill(config, weights, linear=library, head=few), _prefill_example),
-        "decode_step": (DecodeStep(config, weights, linear=few, head=few), _decode_example),
+        "decode_step": (DecodeStep(config, weights, linear=few, head=few, attention=attention), _decode_example),
     }
-    if for_compiler:
-        functions["decode_rows"] = (DecodeStep(config, weights, linear=library, head=library), _decode_example)
     traced = {}
     with torch.no_grad():
         for name, (module, example) in functions.items():
@@ -85,7 +89,7 @@ def compile_package(
     from torch._inductor.package.package import package_aoti
 
     level = instruction_set()
-    options = {"aot_inductor.package": True, "cpp.march": level}
+    options = {"aot_inductor.package": True, "cpp.march": level, **(compiler_options() or {})}
     files: dict[str, Any] = {}
     try:
         with warnings.catch_warnings(), _onednn_takes_inputs():

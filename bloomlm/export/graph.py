@@ -12,6 +12,7 @@ H heads, K head_dim, D hidden, V vocabulary, C position columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ _PAD_COLUMN, _PAD_SCORE = COLUMNS - 1, -1.0e5
 Weights = Mapping[str, Tensor]
 Product = Callable[[Tensor, Parts], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Graph(nn.Module):
@@ -142,7 +144,16 @@ class Prefill(Graph):
 
 
 class DecodeStep(Graph):
-    """Gives every row one more token."""
+    """Gives every row one more token.
+
+    Args:
+        attention: slot_attention, or what computes the same.
+        others: as Graph's.
+    """
+
+    def __init__(self, *args: Any, attention: Attention, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.attention = attention
 
     def forward(
         self, tokens: Tensor, starts: Tensor, used: Tensor, cache: Sequence[Tensor], weights: Weights
@@ -153,7 +164,7 @@ class DecodeStep(Graph):
             tokens: [B] int64, which go into slot S - 1.
             starts, used, cache, weights: as Prefill's, S counting the new tokens.
         """
-        num_slots, head_dim = used.shape[0], self.config.head_dim
+        num_slots = used.shape[0]
         torch._check(num_slots <= cache[0].shape[2])
         bias = weights[SLOPES][:, None] * (used - (num_slots - 1)).float()
         bias = torch.where((used < starts[:, None])[:, None], -torch.inf, bias)  # [B, H, S]
@@ -161,9 +172,7 @@ class DecodeStep(Graph):
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = cache[2 * layer], cache[2 * layer + 1]
             keys[:, :, used[-1:]], values[:, :, used[-1:]] = key[:, :, None], value[:, :, None]
-            keys, values = keys.narrow(2, 0, num_slots), values.narrow(2, 0, num_slots)
-            scores = (query[:, :, None] * keys).sum(-1) * head_dim**-0.5 + bias
-            return (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
+            return self.attention(query, keys, values, bias)
 
         return self.logits(self.run(tokens, weights, attend), weights)
 
@@ -206,6 +215,21 @@ class Step(Graph):
 
         hidden = self.run(tokens.flatten(), self.tensors, attend)  # type: ignore[arg-type]
         return self.logits(hidden.unflatten(0, (num_rows, num_new))[:, -1], self.tensors), grown  # type: ignore[arg-type]
+
+
+def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention of one new token a row over the first S slots of the cache: [B, H * K].
+
+    Args:
+        query: [B, H, K].
+        keys: [B, H, M, K], S <= M.
+        values: [B, H, M, K].
+        bias: [B, H, S] what is added to the scores: ALiBi, and -inf for pads.
+    """
+    num_slots, head_dim = bias.shape[2], query.shape[2]
+    keys, values = keys.narrow(2, 0, num_slots), values.narrow(2, 0, num_slots)
+    scores = (query[:, :, None] * keys).sum(-1) * head_dim**-0.5 + bias
+    return (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
 
 
 def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:

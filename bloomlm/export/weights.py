@@ -1,12 +1,7 @@
-"""How an exported program keeps a matrix, and multiplies with it: fp32, 16 bits, int8 or int4.
+"""How an exported program keeps a matrix: fp32, 16 bits, int8 or int4; and the product with it for many rows.
 
-A WeightFormat turns a matrix into the tensors that stand for it, and says in plain tensor arithmetic how they are used.
-That arithmetic is traced and compiled, so it is written for the loops that the compiler makes of it: `few_rows` becomes
-one pass over the weight, row by row, with the conversion to fp32 and the sum in registers (docs/decisions/programs.md
-has the measurements). `many_rows` hands fp32 blocks of the matrix to a library's product, which is the faster one from
-about six rows on.
-
-Activations are fp32 always: the stored matrix is the only thing that is rounded.
+A WeightFormat turns a matrix into the tensors that stand for it, and back. `many_rows` hands fp32 blocks of the matrix
+to a library's product; few_rows.py has the product for few rows.
 
 Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
 """
@@ -27,6 +22,8 @@ Parts = Mapping[str, Tensor]
 """The tensors that stand for one matrix, by the last part of their names."""
 Multiply = Callable[[Tensor, Tensor], Tensor]
 """x W^T of fp32 tensors, by a library: [N, in], [out, in] -> [N, out]."""
+Decode = Callable[[Parts], Tensor]
+"""The matrix in fp32 that parts stand for."""
 
 SUFFIXES = ("weight", "scale")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -54,10 +51,6 @@ class WeightFormat(Protocol):
         """The matrix in fp32, or the rows of it that parts hold."""
         ...
 
-    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
-        """x W^T for few rows, to be compiled: [N, in] -> [N, out]."""
-        ...
-
 
 @dataclass(frozen=True)
 class Plain:
@@ -76,10 +69,6 @@ class Plain:
     def decode(self, parts: Parts) -> Tensor:
         """The matrix in fp32."""
         return parts["weight"].float()
-
-    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
-        """A dot product for each row of the matrix and each row of x."""
-        return (parts["weight"][:, None].float() * settled(x)).sum(-1).t()
 
 
 @dataclass(frozen=True)
@@ -106,11 +95,6 @@ class Int8:
     def decode(self, parts: Parts) -> Tensor:
         """The matrix in fp32."""
         return (parts["weight"].unflatten(1, (2, -1)).float() * parts["scale"][:, :, None]).flatten(1)
-
-    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
-        """As Plain's, a half of a row at a time; the scales come once to each sum."""
-        weight, x = parts["weight"].unflatten(1, (2, -1)), settled(x).unflatten(1, (2, -1))
-        return ((weight[:, None].float() * x).sum(-1) * parts["scale"][:, None]).sum(-1).t()
 
 
 @dataclass(frozen=True)
@@ -155,14 +139,6 @@ class Int4:
         numbers = torch.cat((packed & 15, packed >> 4), dim=1).float() - 8.0
         return (numbers * parts["scale"][:, None].float()).flatten(1)
 
-    def few_rows(self, x: Tensor, parts: Parts) -> Tensor:
-        """As Plain's, both halves of a byte in one pass."""
-        groups = parts["scale"].shape[1]
-        low, high = settled(x).unflatten(1, (2, -1, groups)).unbind(1)
-        packed, scale = parts["weight"].unflatten(1, (-1, groups))[:, None], parts["scale"][:, None, None].float()
-        products = ((packed & 15).float() - 8.0) * low + ((packed >> 4).float() - 8.0) * high
-        return (products * scale).sum((-1, -2)).t()
-
 
 def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
     """The format that flags name.
@@ -176,13 +152,27 @@ def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
     return Int8() if quantization == "int8" else Int4()
 
 
-def many_rows(weights: WeightFormat, x: Tensor, parts: Parts, *, multiply: Multiply = F.linear) -> Tensor:
-    """x W^T through a library's fp32 product, at most _BLOCK_ELEMENTS of the matrix at a time: [N, in] -> [N, out]."""
-    if isinstance(weights, Plain) and weights.dtype is torch.float32:
+def format_of(dtype: torch.dtype) -> WeightFormat:
+    """The format that keeps its numbers in this dtype."""
+    if dtype is torch.int8:
+        return Int8()
+    return Int4() if dtype is torch.uint8 else Plain(dtype)
+
+
+def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F.linear) -> Tensor:
+    """x W^T through a library's fp32 product: [N, in] -> [N, out].
+
+    Args:
+        x: [N, in].
+        parts: the matrix.
+        decode: takes it to fp32, at most _BLOCK_ELEMENTS at a time.
+        multiply: the product.
+    """
+    if parts["weight"].dtype is torch.float32:
         return multiply(x, parts["weight"])
     num_out, block_rows = parts["weight"].shape[0], max(1, _BLOCK_ELEMENTS // x.shape[1])
     blocks = [
-        multiply(x, weights.decode({key: part[start : start + block_rows] for key, part in parts.items()}))
+        multiply(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
         for start in range(0, num_out, block_rows)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
@@ -204,8 +194,3 @@ def nearest_int4(block: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tenso
         best_error = torch.where(better, error, best_error)
         best_numbers, best_scale = torch.where(better, numbers, best_numbers), torch.where(better, scale, best_scale)
     return best_numbers, best_scale[:, 0].to(scale_dtype)
-
-
-def settled(x: Tensor) -> Tensor:
-    """x [N, in], which the compiler shall compute once and keep, not anew for each row of a matrix."""
-    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))

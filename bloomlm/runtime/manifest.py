@@ -12,7 +12,7 @@ from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
 VERSION = 2
-"""1 was before compiled packages held decode_rows."""
+"""1 was before int8 had a scale for each half of a row."""
 FORMATS = ("pt2", "onnx", "openvino", "gguf")
 
 VIRTUAL = "virtual_tokens"

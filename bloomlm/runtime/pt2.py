@@ -20,8 +20,6 @@ from bloomlm.runtime.manifest import VIRTUAL, Manifest
 
 _LOG = logging.getLogger(__name__)
 
-MANY_ROWS = 6
-"""Rows from which a compiled program decodes with decode_rows, which is the faster one then, instead of decode_step."""
 INSTRUCTION_SETS: Mapping[str, frozenset[str]] = {
     "x86-64-v4": frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]),
     "x86-64-v3": frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]),
@@ -70,7 +68,6 @@ class Pt2Model:
         open_function = _open_compiled if self.is_compiled else _open_graph
         open_named = partial(open_function, directory, prefix, weights=tensors)
         self._prefill, self._decode_step = open_named("prefill"), open_named("decode_step")
-        self._decode_rows = open_named("decode_rows") if self.is_compiled else self._decode_step
 
     def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["Pt2Batch", Tensor]:
         """Read the prompts, without computing on pads outside of attention."""
@@ -78,7 +75,7 @@ class Pt2Model:
         num_virtual = self.manifest.num_virtual_tokens
         num_slots = num_virtual + int(lengths.max())
         cache = self._empty_cache(len(prompts), num_slots + max_new_tokens)
-        batch = Pt2Batch(self._decode_step, self._decode_rows, cache)
+        batch = Pt2Batch(self._decode_step, cache)
         batch.starts = num_slots - num_virtual - lengths
         batch.num_slots = num_slots
         if self._virtual is not None:
@@ -97,8 +94,8 @@ class Pt2Model:
 class Pt2Batch:
     """Rows in a cache that decode_step writes into."""
 
-    def __init__(self, decode_step: Function, decode_rows: Function, cache: list[Tensor]) -> None:
-        self._decode_step, self._decode_rows = decode_step, decode_rows
+    def __init__(self, decode_step: Function, cache: list[Tensor]) -> None:
+        self._decode_step = decode_step
         self.cache = cache
         """Keys and values by block, [B, H, M, K] each."""
         self.starts = torch.empty(0, dtype=torch.int64)
@@ -111,8 +108,7 @@ class Pt2Batch:
         """Give every row one more token."""
         assert self.num_slots < len(self.slots), "the loop asked for room for fewer tokens"
         self.num_slots += 1
-        decode = self._decode_rows if len(tokens) >= MANY_ROWS else self._decode_step
-        return decode(tokens, self.starts, self.slots[: self.num_slots], self.cache)
+        return self._decode_step(tokens, self.starts, self.slots[: self.num_slots], self.cache)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows."""

@@ -11,6 +11,7 @@ import torch
 
 import bloomlm.export.compile
 import bloomlm.export.program
+import bloomlm.export.weights
 import bloomlm.runtime.manifest
 from bloomlm.adapters.apply import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
@@ -24,7 +25,7 @@ from bloomlm.export.compile import trace_all
 from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
 from bloomlm.export.store import weight_entries
-from bloomlm.export.weights import Int4, Int8, Plain, many_rows, weight_format
+from bloomlm.export.weights import Int4, Int8, Plain, format_of, many_rows, weight_format
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -141,43 +142,59 @@ def test_a_program_that_differs_is_not_written(
 
 
 @pytest.mark.parametrize("weights", [Plain(torch.float32), Plain(torch.bfloat16), Int8(), Int4()], ids=str)
-def test_products_of_few_and_many_rows_are_the_decoded_matrix(weights: Plain | Int8 | Int4) -> None:
+@pytest.mark.parametrize("num_out", [40, 3])
+def test_products_are_those_of_the_decoded_matrix(
+    monkeypatch: pytest.MonkeyPatch, weights: Plain | Int8 | Int4, num_out: int
+) -> None:
+    monkeypatch.setattr(bloomlm.export.weights, "_BLOCK_ELEMENTS", 16 * 96)  # 40 rows are three blocks
     random = torch.Generator().manual_seed(0)
-    matrix = torch.randn(40, 96, generator=random)
+    matrix = torch.randn(num_out, 96, generator=random)
     x = torch.randn(5, 96, generator=random)
     parts = weights.encode(matrix, "w")
-    for key, entry in weights.entries(40, 96).items():
+    for key, entry in weights.entries(num_out, 96).items():
         assert (tuple(parts[key].shape), parts[key].dtype) == (entry.shape, entry.dtype)
+    assert format_of(parts["weight"].dtype) == weights
     expected = x.double() @ weights.decode(parts).double().t()
-    torch.testing.assert_close(weights.few_rows(x, parts).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(many_rows(weights, x, parts).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(many_rows(x, parts, decode=weights.decode).double(), expected, rtol=1e-5, atol=1e-5)
     error = (weights.decode(parts) - matrix).norm() / matrix.norm()
     assert error <= {"weight": 0.003}.get("".join(parts), 0.012 if isinstance(weights, Int8) else 0.12)
 
 
 @pytest.mark.parametrize(
-    ("for_compiler", "onednn", "expected"),
+    ("for_compiler", "onednn", "options", "prefill", "decode_step"),
     [
-        (False, True, {"prefill": "linear", "decode_step": "linear"}),
-        (True, False, {"prefill": "linear", "decode_step": None, "decode_rows": "linear"}),
-        (True, True, {"prefill": "onednn", "decode_step": None, "decode_rows": "onednn"}),
+        (False, True, {}, {"linear"}, {"linear"}),
+        (True, False, {}, {"linear", "few_rows"}, {"few_rows"}),
+        (True, True, {}, {"onednn", "few_rows"}, {"few_rows"}),
+        (True, True, None, {"onednn"}, {"onednn"}),
     ],
 )
 def test_which_library_multiplies(
-    monkeypatch: pytest.MonkeyPatch, for_compiler: bool, onednn: bool, expected: dict[str, str | None]
+    monkeypatch: pytest.MonkeyPatch,
+    for_compiler: bool,
+    onednn: bool,
+    options: dict[str, object] | None,
+    prefill: set[str],
+    decode_step: set[str],
 ) -> None:
     """Uncompiled functions need no operator that a PyTorch may lack."""
     if onednn and not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)):
         pytest.skip("there is no oneDNN")
     monkeypatch.setattr(bloomlm.export.compile, "uses_onednn", lambda *_: onednn)
+    monkeypatch.setattr(bloomlm.export.compile, "compiler_options", lambda: options)
     config, weights = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), Plain(torch.float32)
     entries = weight_entries(config, weights, num_virtual=0)
     tensors = {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-    operators = {"aten.linear.default": "linear", "mkldnn._linear_pointwise.default": "onednn"}
-    for name, program in trace_all(config, weights, tensors, for_compiler=for_compiler).items():
-        found = {operators.get(str(node.target)) for node in program.graph.nodes} - {None}
-        assert found == {expected.pop(name)} - {None}, name
-    assert not expected
+    operators = {
+        "aten.linear.default": "linear",
+        "mkldnn._linear_pointwise.default": "onednn",
+        "bloomlm.few_rows.default": "few_rows",
+    }
+    found = {
+        name: {operators.get(str(node.target)) for node in program.graph.nodes} - {None}
+        for name, program in trace_all(config, weights, tensors, for_compiler=for_compiler).items()
+    }
+    assert found == {"prefill": prefill, "decode_step": decode_step}
 
 
 def test_int4_places_zeros_and_extremes() -> None:

@@ -31,6 +31,8 @@ PROMPTS = [[5], list(range(6, 40)), [10, 11], [12] * 9, [13, 14, 15], list(range
 """Of unequal length, one with more slots than the widest vector has numbers."""
 LIMITS = {"none": (0.0, 1e-5), "int8": (1e-4, 0.05)}
 """Error of the logits against the model, at least and at most."""
+COMPILED_LIMITS = {"none": 1e-5, "int8": 5e-4}
+"""Of the compiled program against the uncompiled one; with int8 matrices it takes activations to 16 bits."""
 
 
 @pytest.fixture(scope="module", params=LIMITS)
@@ -47,7 +49,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         verify=False,
         on_stage=lambda stage, share: shares.append(share) if stage == "compiling" else None,
     )
-    assert result.is_compiled and shares == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert result.is_compiled and shares == pytest.approx([0, 1 / 2, 1])
     return path
 
 
@@ -62,21 +64,23 @@ def test_compiled_equals_uncompiled_and_the_model(exported: Path, rows: Sequence
     assert program.model.is_compiled
     forced = torch.randint(4, CONFIG.vocab_size, (len(rows), 7), generator=torch.Generator().manual_seed(1))
     prompts = [PROMPTS[row] for row in rows]
-    assert compare(uncompiled(exported), program.model, prompts, forced).logits_error < 1e-5
+    quantization = program.manifest.quantization
+    between = compare(uncompiled(exported), program.model, prompts, forced)
+    assert between.logits_error < COMPILED_LIMITS[quantization]
     model = BloomLanguageModel(random_model(CONFIG))
-    least, most = LIMITS[program.manifest.quantization]
+    least, most = LIMITS[quantization]
     assert least <= compare(model, program.model, prompts, forced).logits_error < most
 
 
 @pytest.mark.skipif(not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)), reason="there is no oneDNN")
-def test_products_with_many_rows_go_to_onednn(exported: Path) -> None:
+def test_prompts_go_to_onednn(exported: Path) -> None:
     with zipfile.ZipFile(exported.with_suffix(".pt2")) as package:
         calling = {
             Path(name).parent.name
             for name in package.namelist()
             if name.endswith(".so") and b"aoti_torch_cpu__linear_pointwise" in package.read(name)
         }
-    assert calling == {"prefill", "decode_rows"}
+    assert calling == {"prefill"}
 
 
 def test_the_runtime_needs_no_compiler(exported: Path) -> None:

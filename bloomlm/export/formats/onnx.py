@@ -81,7 +81,7 @@ def write_openvino(directory: Path, prefix: str, model: BloomForCausalLM) -> Non
 
 def _step(model: BloomForCausalLM) -> Step:
     weights = Plain(torch.float32)
-    library = partial(many_rows, weights)
+    library = partial(many_rows, decode=weights.decode)
     step = Step(model.config, weights, linear=library, head=library).eval()
     for name, tensor in named_tensors(model, weights):
         name, _, layer = name.partition("@")

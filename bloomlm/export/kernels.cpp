@@ -20,6 +20,7 @@ namespace bloomlm {
 constexpr int64_t kSegment = 1024;       // columns: four rows of x fit into the first cache, sums of int8 into 32 bits
 constexpr int64_t kGroup = 12;           // rows of a matrix that stay in the cache
 constexpr int64_t kMostRows = 4;         // rows of x in a tile, whose sums all lie in registers
+constexpr int64_t kInt8Parts = 4;        // of a row, each with a scale
 constexpr int64_t kFarBytes = 16 << 10;  // from one place of reading to the next
 
 // A tile's arithmetic: 8 products of floats, or 32-bit sums of 16 products of 16-bit numbers.
@@ -41,7 +42,7 @@ inline float total(__m256 v) {
 }
 inline float total(__m256i v) { return total(_mm256_cvtepi32_ps(v)); }  // all eight may exceed 32 bits
 
-// What meets in a product: float rows and float matrices, or 16-bit rows and int8 matrices with scales for each half.
+// What meets in a product: float rows and float matrices, or 16-bit rows and int8 matrices with scales for parts.
 template <class X, class W>
 struct Operands {
   const X* x;
@@ -202,18 +203,18 @@ struct Matrix {
   void decode_row(int64_t row, float* values) const;
 };
 
-// int8: a scale for each half of a row. int4: column j and j + ins / 2 in byte j, and a scale for every G-th column.
+// int8: a scale for each part of a row. int4: column j and j + ins / 2 in byte j, and a scale for every G-th column.
 inline void Matrix::decode_row(int64_t row, float* values) const {
   const int64_t start = row * ins, half = ins / 2, groups = ins / 32;
   const auto* bytes = static_cast<const int8_t*>(data) + start;
   const auto* nibbles = static_cast<const uint8_t*>(data) + row * half;
   const auto* bits = static_cast<const uint16_t*>(data) + start;
-  const auto* scales = static_cast<const float*>(scale) + 2 * row;
+  const auto* scales = static_cast<const float*>(scale) + kInt8Parts * row;
   const auto* group_scales = static_cast<const uint16_t*>(scale) + row * groups;
   switch (format) {
     case kInt8:
-      for (int64_t i = 0; i < half; ++i) values[i] = scales[0] * bytes[i];
-      for (int64_t i = half; i < ins; ++i) values[i] = scales[1] * bytes[i];
+      for (int64_t part = 0, i = 0; part < kInt8Parts; ++part)
+        for (const int64_t end = (part + 1) * ins / kInt8Parts; i < end; ++i) values[i] = scales[part] * bytes[i];
       break;
     case kInt4:
       for (int64_t first = 0; first < half; first += groups) {
@@ -242,11 +243,11 @@ inline void product(const float* x, const Matrix& matrix, int64_t rows, float* r
                                  outs);
   if (matrix.format == Matrix::kInt8) {
     std::vector<int16_t> shorts(rows * ins);
-    std::vector<float> scales(rows * 2);
+    std::vector<float> scales(rows * kInt8Parts);
     for (int64_t row = 0; row < rows; ++row)
-      to_shorts(x + row * ins, ins, 2, shorts.data() + row * ins, scales.data() + row * 2);
+      to_shorts(x + row * ins, ins, kInt8Parts, shorts.data() + row * ins, scales.data() + row * kInt8Parts);
     return product<int16_t, int8_t>({shorts.data(), scales.data(), static_cast<const int8_t*>(matrix.data),
-                                     static_cast<const float*>(matrix.scale), ins, 2}, rows, results, outs);
+                                     static_cast<const float*>(matrix.scale), ins, kInt8Parts}, rows, results, outs);
   }
 #pragma omp parallel
   {

@@ -34,7 +34,8 @@ def decoded(weight: Tensor, scale: Tensor | None = None) -> Tensor:
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x W^T: [N, in] -> [N, out].
 
-    For an int8 matrix the C++ takes each half of a row of x to 16-bit numbers with one scale, and sums whole numbers.
+    For an int8 matrix the C++ takes each quarter of a row of x to 16-bit numbers with one scale, and sums
+    whole numbers.
     """
     return F.linear(x, decoded(weight, scale))
 

@@ -11,8 +11,8 @@ from typing import Any
 from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
-VERSION = 2
-"""1 was before int8 had a scale for each half of a row."""
+VERSION = 3
+"""Before, int8 had one scale or two for a row; now it has four."""
 FORMATS = ("pt2", "onnx", "openvino", "gguf")
 
 VIRTUAL = "virtual_tokens"

@@ -23,7 +23,7 @@ FORMATS: dict[str, WeightFormat] = {
     "int8": Int8(),
     "int4": Int4(),
 }
-SHAPES = [(200, 96), (43, 2208)]
+SHAPES = [(200, 96), (43, 4416)]
 """Many short rows, and rows of more than one segment; neither is a multiple of a tile or of a vector."""
 MATRICES = [(name, shape) for name in FORMATS for shape in SHAPES]
 
@@ -96,7 +96,7 @@ def attention_inputs(rows: int, slots: int, room: int) -> list[tuple[Tensor, ...
 
 def in_16_bits(x: Tensor) -> Tensor:
     """What few_rows makes of activations that meet int8, with the same roundings to whole numbers."""
-    halves = x.unflatten(1, (2, -1))
+    halves = x.unflatten(1, (4, -1))
     largest = halves.abs().amax(-1, keepdim=True)
     return ((halves * (32767 / largest)).round().double() * (largest.double() / 32767)).flatten(1)
 

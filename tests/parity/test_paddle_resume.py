@@ -142,7 +142,7 @@ def test_adapter_training_goes_on_exactly(kind: str, monkeypatch: pytest.MonkeyP
     assert largest_difference(trained, {n: p for n, p in expected.named_parameters() if n in trained}) < 2e-5
     for key, tensors in (("exp_avg", expected_state.exp_avg), ("exp_avg_sq", expected_state.exp_avg_sq)):
         found = adam_tensors(model, optimizer, key)
-        assert largest_difference(found, {name: tensor.read() for name, tensor in tensors.items()}) < 1e-7
+        assert largest_difference(found, {name: tensor.read() for name, tensor in tensors.items()}) < 3e-7
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])

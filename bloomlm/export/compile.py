@@ -42,14 +42,14 @@ def trace_all(
         tensors: the weights, in the order that programs take them.
         for_compiler: take the products that are the fastest here; else F.linear for all, which every PyTorch has.
     """
-    library: Product = partial(many_rows, decode=weights.decode)
-    few, attention = library, slot_attention
-    if for_compiler:
-        library = partial(many_rows, decode=weights.decode, multiply=_fastest_product())
-        few = library
-        if compiler_options() is not None:
-            library = partial(many_rows, decode=decoded_of, multiply=_fastest_product())
-            few, attention = few_rows_of, attend
+    has_kernels = for_compiler and compiler_options() is not None
+    library = partial(
+        many_rows,
+        decode=decoded_of if has_kernels else weights.decode,
+        multiply=_fastest_product() if for_compiler else F.linear,
+    )
+    few: Product = few_rows_of if has_kernels else library
+    attention = attend if has_kernels else slot_attention
     functions: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
         "prefill": (Prefill(config, weights, linear=library, head=few), _prefill_example),
         "decode_step": (DecodeStep(config, weights, linear=few, head=few, attention=attention), _decode_example),

@@ -264,6 +264,21 @@ inline void product(const float* x, const Matrix& matrix, int64_t rows, float* r
   }
 }
 
+// The sum over slots of factor * weight * values, for V vectors of columns from `column` on.
+template <int V>
+inline void weighted_sum(const float* weights, const float* values, int64_t slots, int64_t head_dim, int64_t column,
+                         float factor, float* result) {
+  __m256 sums[V] = {};
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const __m256 weight = _mm256_set1_ps(weights[slot]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j)
+      sums[j] = add_product(sums[j], weight, load(values + slot * head_dim + column + 8 * j));
+  }
+  for (int j = 0; j < V; ++j)
+    _mm256_storeu_ps(result + column + 8 * j, _mm256_mul_ps(sums[j], _mm256_set1_ps(factor)));
+}
+
 // softmax(q k^T / sqrt(K) + bias) v for one head of one row. `scores` is room for S numbers.
 inline void attend(const float* query, const float* keys, const float* values, const float* bias, int64_t slots,
                    int64_t head_dim, float* scores, float* result) {
@@ -292,23 +307,9 @@ inline void attend(const float* query, const float* keys, const float* values, c
   for (int64_t slot = 0; slot < slots; ++slot) sum += scores[slot] = std::exp(scores[slot] - largest);
   const float inverse = 1.0f / sum;
   int64_t i = 0;
-  for (; i + 8 * kVectors <= head_dim; i += 8 * kVectors) {
-    __m256 sums[kVectors] = {};
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const __m256 score = _mm256_set1_ps(scores[slot]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j)
-        sums[j] = add_product(sums[j], score, load(values + slot * head_dim + i + 8 * j));
-    }
-    for (int j = 0; j < kVectors; ++j)
-      _mm256_storeu_ps(result + i + 8 * j, _mm256_mul_ps(sums[j], _mm256_set1_ps(inverse)));
-  }
-  for (; i + 8 <= head_dim; i += 8) {
-    __m256 sums = _mm256_setzero_ps();
-    for (int64_t slot = 0; slot < slots; ++slot)
-      sums = add_product(sums, _mm256_set1_ps(scores[slot]), load(values + slot * head_dim + i));
-    _mm256_storeu_ps(result + i, _mm256_mul_ps(sums, _mm256_set1_ps(inverse)));
-  }
+  for (; i + 8 * kVectors <= head_dim; i += 8 * kVectors)
+    weighted_sum<kVectors>(scores, values, slots, head_dim, i, inverse, result);
+  for (; i < whole; i += 8) weighted_sum<1>(scores, values, slots, head_dim, i, inverse, result);
   for (; i < head_dim; ++i) {
     float sums = 0.0f;
     for (int64_t slot = 0; slot < slots; ++slot) sums += scores[slot] * values[slot * head_dim + i];

@@ -1,7 +1,7 @@
 """How an exported program keeps a matrix: fp32, 16 bits, int8 or int4; and the product with it for many rows.
 
 A WeightFormat turns a matrix into the tensors that stand for it, and back. `many_rows` hands fp32 blocks of the matrix
-to a library's product; few_rows.py has the product for few rows.
+to a library's product; kernels.py has the product for few rows.
 
 Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
 """

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from bloomlm.errors import ProgramError
 from bloomlm.export.graph import DecodeStep, Prefill, Product, slot_attention
-from bloomlm.export.kernels import attend, compiler_options, decoded_of, few_rows_of
+from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import Multiply, WeightFormat, many_rows
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import product, uses_onednn

@@ -1,7 +1,7 @@
 """How an exported program keeps a matrix: fp32, 16 bits, int8 or int4; and the product with it for many rows.
 
 A WeightFormat turns a matrix into the tensors that stand for it, and back. `many_rows` hands fp32 blocks of the matrix
-to a library's product; kernels.py has the product for few rows.
+to a library's product; kernels/ has the product for few rows.
 
 Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
 """
@@ -31,7 +31,7 @@ QUANTIZATIONS = ("none", "int8", "int4")
 _BLOCK_ELEMENTS = 2**21
 """Of a matrix that many_rows takes to fp32 at a time: 8 MiB, which stay in a processor's caches until they are used."""
 _INT8_PARTS = 4
-"""Of a row, each with a scale. kernels.cpp knows them too."""
+"""Of a row, each with a scale. kernels/matrix.h has the same number."""
 _GROUP_SIZE = 32
 """Weights of a row that share a scale in int4."""
 _SCALE_FACTORS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)

@@ -9,7 +9,7 @@ from torch.export import Dim
 
 from bloomlm.export.compile import compile_package, find_compiler
 from bloomlm.export.graph import slot_attention
-from bloomlm.export.kernels import attend, compiler_options, decoded_of, few_rows_of
+from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import Int4, Int8, Plain, WeightFormat
 
 pytestmark = pytest.mark.skipif(

@@ -1,11 +1,12 @@
-"""C++ of compiled programs: products with few rows of activations, matrices taken to fp32, attention of a new token.
+"""The operators of compiled programs: each in Python, as its own oracle, and their C++ for the compiler.
 
-The compiler's own loops take a matrix to fp32 once for every row of activations, on AVX2 a number at a time; libraries
-read a weight that is not packed for them at a fraction of the memory's speed. kernels.cpp reads weights and cache once,
-at that speed (docs/decisions/programs.md has the measurements). It is compiled into each function of a package: the
-compiler is told of operators, and where it would declare their C functions, this defines them.
+The compiler's own loops convert a matrix to fp32 once for every row of activations, and on AVX2 one number at a time.
+Libraries read a weight that is not packed for them at a fraction of the memory's speed. The C++ in this directory reads
+weights and cache once, at that speed (docs/decisions/programs.md has the measurements). It becomes part of each
+function of a package: the compiler accepts declarations of C functions for operators that it does not know, and is
+given their definitions instead.
 
-Each operator is Python too: the oracle of the C++. Shapes are those of graph.py.
+Shapes are those of graph.py.
 """
 
 from collections.abc import Mapping
@@ -20,12 +21,13 @@ from bloomlm.export.graph import slot_attention
 from bloomlm.export.weights import Parts, format_of
 from bloomlm.runtime.pt2 import instruction_set
 
-SOURCE = "kernels.cpp"
+_SOURCES = ("vectors.h", "tensors.h", "matrix.h", "few_rows.cpp", "decoded.cpp", "attend.cpp")
+"""Headers before the files that include them: they are joined into one text."""
 
 
 @torch.library.custom_op("bloomlm::decoded", mutates_args=())
 def decoded(weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """A matrix [out, in] in fp32 from what stands for it."""
+    """The matrix [out, in] in fp32 that a weight and its scale stand for."""
     parts = {"weight": weight} if scale is None else {"weight": weight, "scale": scale}
     return format_of(weight.dtype).decode(parts).clone()
 
@@ -34,15 +36,15 @@ def decoded(weight: Tensor, scale: Tensor | None = None) -> Tensor:
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x W^T: [N, in] -> [N, out].
 
-    For an int8 matrix the C++ takes each quarter of a row of x to 16-bit numbers with one scale, and sums
-    whole numbers.
+    For an int8 matrix the C++ rounds x to 16-bit numbers, with a scale for each quarter of a row, and adds the
+    products as whole numbers.
     """
     return F.linear(x, decoded(weight, scale))
 
 
 @torch.library.custom_op("bloomlm::attend", mutates_args=())
 def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """See slot_attention."""
+    """slot_attention as an operator."""
     return slot_attention(query, keys, values, bias)
 
 
@@ -75,17 +77,26 @@ def decoded_of(parts: Parts) -> Tensor:
 
 
 def compiler_options() -> Mapping[str, Any] | None:
-    """What the compiler must be told; None where it cannot be: an older PyTorch, or a processor without AVX2."""
+    """Options that make the compiler use the C++ here.
+
+    None where that is impossible: PyTorch is too old to accept C functions for operators, or there is no AVX2.
+    """
     from torch._inductor import config
 
     if instruction_set() not in ("x86-64-v3", "x86-64-v4") or not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
         return None
-    source = files("bloomlm.export").joinpath(SOURCE).read_text(encoding="utf-8")
-    # put between `extern` and `;`, in a block of extern "C"
-    definitions = f'"C++" {{\n{source}\n}}'
+    # the compiler writes each text between `extern` and `;` inside a block of extern "C"
+    definitions = f'"C++" {{\n{_cpp_source()}\n}}'
     operators = [getattr(torch.ops.bloomlm, name).default for name in ("few_rows", "decoded", "attend")]
     return {
         "aot_inductor.custom_ops_to_c_shims": {operator: [] for operator in operators} | {operators[0]: [definitions]},
-        # of the file that the definitions are in
+        # the optimisation level of the file that the definitions become part of
         "aot_inductor.compile_wrapper_opt_level": "O3",
     }
+
+
+def _cpp_source() -> str:
+    """All of the C++ as one text, without the includes of one another."""
+    directory = files("bloomlm.export.kernels")
+    lines = [line for name in _SOURCES for line in directory.joinpath(name).read_text(encoding="utf-8").splitlines()]
+    return "\n".join(line for line in lines if not line.startswith('#include "'))

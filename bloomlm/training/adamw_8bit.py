@@ -57,6 +57,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     self._update_large(parameter, state, group)
 
     def _update_small(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+        assert parameter.grad is not None
         self._kernels.optimizer_update_32bit(
             "adam",
             parameter.grad,

@@ -32,8 +32,8 @@ from bloomlm.parallel.mesh import Degrees, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.plan import Workload, training_memory
 from bloomlm.parallel.traffic import Traffic, sent_bytes, step_traffic
+from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.loop import peak_memory_bytes
-from bloomlm.training.loss import MAX_CHUNK_BYTES
 from bloomlm.training.meter import memory_by_kind
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision

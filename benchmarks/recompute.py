@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> dict:
     from bloomlm.adapters.lora import LoraConfig
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
-    from bloomlm.data.loader import IGNORE_INDEX
     from bloomlm.model.documents import Documents
-    from bloomlm.training.loss import linear_cross_entropy
+    from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
+    from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
     keep_freed_memory()  # as every command does
     model = load_model(random_model(args.size), memory_map=False).train()

@@ -46,9 +46,9 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.adapters.prefix import PrefixConfig
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
-    from bloomlm.data.loader import IGNORE_INDEX
     from bloomlm.model.documents import Documents
-    from bloomlm.training.loss import linear_cross_entropy
+    from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
+    from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
     from bloomlm.training.meter import StepFlops
 
     keep_freed_memory()  # as every command does

@@ -17,16 +17,16 @@ from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.cli.evaluate_display import EvaluationDisplay
 from bloomlm.cli.evaluate_subject import Subject
 from bloomlm.data.examples import load_examples
+from bloomlm.evaluation.answer_scores import score_generations
 from bloomlm.evaluation.config import EvaluateConfig
-from bloomlm.evaluation.generations import PROTOCOL as GENERATION
-from bloomlm.evaluation.generations import answer_all, answer_metrics
-from bloomlm.evaluation.metric import Metric
+from bloomlm.evaluation.metrics import Metric
 from bloomlm.evaluation.partial_file import PartialFile
 from bloomlm.evaluation.plan import Plan, Protocol
 from bloomlm.evaluation.plans import make_plan, sha256_of
+from bloomlm.evaluation.protocols.generation import PROTOCOL as GENERATION
+from bloomlm.evaluation.protocols.generation import answer_all, answer_metrics
 from bloomlm.evaluation.report import Report
 from bloomlm.evaluation.run import run_plan
-from bloomlm.generation.answer_scores import score_generations
 from bloomlm.parallel.launch import check_agreement
 
 DEFAULT_LENGTH = 512
@@ -142,7 +142,7 @@ class EvaluationRun:
 
     def tasks(self) -> Report:
         """Tasks of lm-eval."""
-        from bloomlm.evaluation.lm_eval_tasks import run_tasks  # an extra
+        from bloomlm.evaluation.protocols.lm_eval_tasks import run_tasks  # an extra
 
         config, subject = self._config, self._subject
         started = time.perf_counter()

@@ -21,10 +21,10 @@ from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
 from bloomlm.parallel.mesh import Degrees, check_model_divides
 from bloomlm.parallel.plan import Workload, prediction_memory, training_memory
 from bloomlm.parallel.traffic import Links, step_time, step_traffic
+from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.build import adapter_from_flags
 from bloomlm.training.checks import Machine, degrees_of, resolve_setup
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.loss import MAX_CHUNK_BYTES
 from bloomlm.training.meter import StepFlops
 from bloomlm.training.precision import precision_from_flags
 

@@ -18,10 +18,9 @@ import torch
 from bloomlm.data.examples import Example
 from bloomlm.data.packing import TokenBudget, TokenPlan
 from bloomlm.errors import ConfigError, TrainingError
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
 # N packed tokens of a batch.
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

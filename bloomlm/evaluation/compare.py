@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.metric import Metric, error_of
+from bloomlm.evaluation.metrics import Metric, error_of
 from bloomlm.evaluation.report import Report
 
 

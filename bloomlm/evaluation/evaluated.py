@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from bloomlm.evaluation.scorer import Scorer
-from bloomlm.evaluation.step_scorer import StepScorer
-from bloomlm.evaluation.window_scorer import WindowScorer
+from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.scoring.step_scorer import StepScorer
+from bloomlm.evaluation.scoring.window_scorer import WindowScorer
 from bloomlm.generation import decode, loop
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.loop import DecodeText, Generation, LanguageModel

@@ -24,9 +24,9 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.copies import join_shares
 from bloomlm.evaluation.evaluated import Evaluated, make_scorer
-from bloomlm.evaluation.generations import generate_batches
+from bloomlm.evaluation.protocols.generation import generate_batches
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH, encode_pairs, rolling_windows
-from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.generation.config import GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh

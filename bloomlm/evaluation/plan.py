@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bloomlm.evaluation.metric import LARGEST_EXPONENT, Metric
-from bloomlm.evaluation.windows import Window, WindowScore
+from bloomlm.evaluation.metrics import LARGEST_EXPONENT, Metric
+from bloomlm.evaluation.scoring.windows import Window, WindowScore
 
 
 @dataclass(frozen=True, kw_only=True)

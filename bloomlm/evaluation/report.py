@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.errors import DataError
-from bloomlm.evaluation.metric import Metric
+from bloomlm.evaluation.metrics import Metric
 
 FORMAT_VERSION = 1
 _INFLUENCES_SUFFIX = ".influences.json"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from bloomlm.evaluation.copies import join_shares
 from bloomlm.evaluation.evaluated import Evaluated, make_scorer
-from bloomlm.evaluation.metric import Metric
+from bloomlm.evaluation.metrics import Metric
 from bloomlm.evaluation.partial_file import PartialFile
 from bloomlm.evaluation.plan import Plan, Totals
-from bloomlm.evaluation.windows import WindowScore
+from bloomlm.evaluation.scoring.windows import WindowScore
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 OnProgress = Callable[[int, Totals], None]

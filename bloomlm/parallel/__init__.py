@@ -27,4 +27,5 @@ launch.py        join and leave together         tensor_parallel.py   a part of 
 parallelize.py   the order of it all             data_parallel.py     FSDP, replicated copies, the global norm
 gather.py        whole tensors out of parts      collectives.py       exchanges and their gradients
 plan.py          what a rank will hold           traffic.py           what it will send, and how long that takes
+vocabulary_loss.py and vocabulary_scores.py: the head with its cross entropy, where ranks share the vocabulary
 """

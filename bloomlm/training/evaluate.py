@@ -7,7 +7,7 @@ from typing import Any
 from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader, Examples
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.generation.answer_scores import score_generations
+from bloomlm.evaluation.answer_scores import score_generations
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.generation.decode import generate
 from bloomlm.model.bloom import BloomForCausalLM

@@ -24,7 +24,7 @@ from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.launch import agreed
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
-from bloomlm.training.loss import score_tokens
+from bloomlm.parallel.vocabulary_scores import score_tokens
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepResult, Totals, Trainer
 

@@ -26,7 +26,7 @@ from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
 from bloomlm.parallel.gather import global_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
-from bloomlm.training.loss import linear_cross_entropy
+from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.training.optimizer import (
     AdamWConfig,
     Schedule,

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "bloomlm"
 ROWS = [
     {"cli"},
     {"api"},
-    {"training", "evaluation", "export"},
+    {"training", "export"},
+    {"evaluation"},
     {"runtime"},  # runs what export writes, and says in its manifest what that is
     {"generation", "checkpoint", "data"},
     {"adapters", "parallel"},

@@ -25,8 +25,8 @@ from bloomlm.errors import ConfigError
 from bloomlm.evaluation.config import EvaluateConfig
 from bloomlm.evaluation.copies import free_memory
 from bloomlm.evaluation.report import Report, read_report
-from bloomlm.evaluation.scorer import Scorer
-from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
+from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from tests.distributed.pool import RankPool
 from tests.tiny_bloom import write_adapter, write_bloom

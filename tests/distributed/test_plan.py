@@ -16,7 +16,7 @@ from bloomlm.parallel.mesh import Degrees, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.plan import Workload, activation_bytes, parameter_bytes, training_memory
 from bloomlm.parallel.traffic import Traffic, step_traffic
-from bloomlm.training.loss import MAX_CHUNK_BYTES
+from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.meter import memory_by_kind
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision

@@ -21,7 +21,8 @@ from bloomlm.parallel.layout import tp_dim
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
-from bloomlm.training.loss import linear_cross_entropy, score_tokens
+from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
+from bloomlm.parallel.vocabulary_scores import score_tokens
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import batch_loss
 from tests.distributed.models import Case, assert_close, some_examples, tiny_model

@@ -8,7 +8,7 @@ from bloomlm.api import LoadedModel, load
 from bloomlm.evaluation.lambada import read_passages
 from bloomlm.evaluation.plan import Plan
 from bloomlm.evaluation.protocols import reference
-from bloomlm.evaluation.scorer import Scorer
+from bloomlm.evaluation.scoring.eager_scorer import Scorer
 from bloomlm.evaluation.wikitext import read_text
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import FIXTURES, needs_fixtures

@@ -26,10 +26,10 @@ from bloomlm.cli.evaluate import command as evaluate_command  # noqa: E402
 from bloomlm.errors import ConfigError  # noqa: E402
 from bloomlm.evaluation.lambada import Passage  # noqa: E402
 from bloomlm.evaluation.lm_eval_adapter import BloomLM, generation_config  # noqa: E402
-from bloomlm.evaluation.metric import Metric  # noqa: E402
+from bloomlm.evaluation.metrics import Metric  # noqa: E402
 from bloomlm.evaluation.plan import Plan  # noqa: E402
 from bloomlm.evaluation.protocols import lm_eval as protocol  # noqa: E402
-from bloomlm.evaluation.scorer import Scorer  # noqa: E402
+from bloomlm.evaluation.scoring.eager_scorer import Scorer  # noqa: E402
 from bloomlm.generation.config import Greedy, Sampling  # noqa: E402
 
 MAX_LENGTH = 48

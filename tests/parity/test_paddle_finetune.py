@@ -17,7 +17,8 @@ import torch
 
 import bloomlm
 from bloomlm.adapters.apply import FullTuning, apply_adapter
-from bloomlm.data.loader import IGNORE_INDEX, Batch
+from bloomlm.data.loader import Batch
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from bloomlm.training import build, optimizer
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from bloomlm.errors import ConfigError
-from bloomlm.generation.answer_scores import bleu_tokenizer, score_generations, split_words
+from bloomlm.evaluation.answer_scores import bleu_tokenizer, score_generations, split_words
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bloomlm.cli.evaluate import command
 from bloomlm.errors import BloomlmError, ConfigError, DataError
 from bloomlm.evaluation import evaluated, named_data
 from bloomlm.evaluation.config import EvaluateConfig, check_config
-from bloomlm.evaluation.scorer import Scorer
+from bloomlm.evaluation.scoring.eager_scorer import Scorer
 from tests.tiny_bloom import write_adapter, write_bloom
 
 WIKI = " \n = The Sea = \n \n The sea , and the rain @-@ fed river ; 1 @,@ 234 ( in all ) . \n"

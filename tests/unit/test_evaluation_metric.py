@@ -7,7 +7,7 @@ import pytest
 
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
-from bloomlm.evaluation.metric import Metric, exponential, linear, mean, ratio
+from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
 from bloomlm.evaluation.report import Report, influences_path, read_report
 
 

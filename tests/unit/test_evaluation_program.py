@@ -14,16 +14,16 @@ from click.testing import CliRunner
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
 from bloomlm.cli.evaluate import command
-from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.report import Report, read_report
-from bloomlm.evaluation.step_scorer import StepScorer
-from bloomlm.evaluation.windows import Window, continuation_window
+from bloomlm.evaluation.scoring.step_scorer import StepScorer
+from bloomlm.evaluation.scoring.windows import Window, continuation_window
 from bloomlm.export.program import export_program
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from tests.tiny_bloom import write_adapter, write_bloom
 from tests.tiny_checkpoint import random_model
 

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from bloomlm.api import load
-from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.evaluation.lambada import Passage, read_passages
-from bloomlm.evaluation.metric import Metric
+from bloomlm.evaluation.metrics import Metric
 from bloomlm.evaluation.plan import Plan, Totals
 from bloomlm.evaluation.plans import make_plan
 from bloomlm.evaluation.protocols import gptq, lm_eval, reference
 from bloomlm.evaluation.protocols.reference import sliding_windows
-from bloomlm.evaluation.scorer import Scorer
+from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.scoring.windows import WindowScore
 from bloomlm.evaluation.wikitext import detokenize, read_text, split_documents, split_rows
-from bloomlm.evaluation.windows import WindowScore
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from tests.bloom_tokenizer import make_tokenizer
 from tests.tiny_checkpoint import random_model
 

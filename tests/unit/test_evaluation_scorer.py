@@ -8,14 +8,13 @@ import torch
 
 from bloomlm.adapters.apply import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation import scorer as scorer_module
-from bloomlm.evaluation.scorer import Scorer
-from bloomlm.evaluation.shared_prefix import Branched, Packed, find_branches, join_documents
-from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
-from bloomlm.generation.label_scores import score_labels
+from bloomlm.evaluation.scoring import eager_scorer
+from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.scoring.shared_prefix import Branched, Packed, find_branches, join_documents
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX, score_labels
 from tests.tiny_checkpoint import random_model
 
 VOCAB = 101
@@ -108,7 +107,7 @@ def test_head_sees_scored_positions_only(
         rows.append(len(hidden))
         return score_labels(hidden, weight, labels, **options)
 
-    monkeypatch.setattr(scorer_module, "score_labels", counting)
+    monkeypatch.setattr(eager_scorer, "score_labels", counting)
     Scorer(model, max_batch_tokens=200).score_all(windows)
     assert sum(rows) == sum(window.num_scored for window in windows)
 

@@ -18,7 +18,7 @@ from bloomlm.cli.finetune import command
 from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import collate
 from bloomlm.errors import CheckpointError, ConfigError
-from bloomlm.generation.answer_scores import score_generations
+from bloomlm.evaluation.answer_scores import score_generations
 from bloomlm.training.build import build_trainer, load_to_train
 from bloomlm.training.checkpoints import CheckpointWriter
 from bloomlm.training.config import TrainingConfig

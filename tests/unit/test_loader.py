@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bloomlm.data.examples import Example, load_examples
-from bloomlm.data.loader import IGNORE_INDEX, Batch, BatchLoader, collate
+from bloomlm.data.loader import Batch, BatchLoader, collate
 from bloomlm.data.packing import TokenBudget
 from bloomlm.errors import ConfigError, TrainingError
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from tests.bloom_tokenizer import make_tokenizer
 
 

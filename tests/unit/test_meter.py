@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.data.loader import IGNORE_INDEX, Batch
+from bloomlm.data.loader import Batch
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from bloomlm.training.meter import BatchMeter, StepFlops, measure_peak_flops, memory_by_kind
 from bloomlm.training.optimizer import AdamWConfig, build_schedule
 from bloomlm.training.precision import Precision

@@ -21,7 +21,8 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
 from bloomlm.model.linear import Linear, linear
 from bloomlm.model.quantized import dequantize_rows, quantize_rows
-from bloomlm.training.loss import linear_cross_entropy, score_tokens
+from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
+from bloomlm.parallel.vocabulary_scores import score_tokens
 from tests.tiny_checkpoint import random_model
 
 CONFIG = BloomConfig(vocab_size=70, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)

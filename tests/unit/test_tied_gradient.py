@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
-from bloomlm.training.loss import linear_cross_entropy
+from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from tests.paddle_files import make_model
 
 TOKENS = torch.tensor([5, 9, 5, 3, 7, 9, 2])

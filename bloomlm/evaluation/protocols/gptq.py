@@ -12,10 +12,10 @@ import numpy as np
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
-from bloomlm.evaluation.metric import Metric, exponential, linear, mean
+from bloomlm.evaluation.metrics import Metric, exponential, linear, mean
 from bloomlm.evaluation.plan import Plan, Protocol, running_perplexity
+from bloomlm.evaluation.scoring.windows import Window, WindowScore
 from bloomlm.evaluation.wikitext import notices_about, split_rows
-from bloomlm.evaluation.windows import Window, WindowScore
 
 PROTOCOL = Protocol(name="gptq", version="1", source="GPTQ's bloom.py: WikiText-2, windows of 2048")
 SEQ_LENGTH = 2048

@@ -19,10 +19,10 @@ import numpy as np
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
 from bloomlm.evaluation.lambada import Passage
-from bloomlm.evaluation.metric import Metric, exponential, linear, mean, ratio
+from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
 from bloomlm.evaluation.plan import Plan, Protocol, running_accuracy, running_perplexity
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.evaluation.wikitext import detokenize, notices_about, split_documents
-from bloomlm.evaluation.windows import Window, WindowScore, continuation_window
 
 PROTOCOL = Protocol(
     name="lm_eval",

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.evaluation.lambada import Passage
-from bloomlm.evaluation.metric import Metric, exponential, linear, mean, ratio
+from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
 from bloomlm.evaluation.plan import Plan, Protocol, running_accuracy, running_perplexity
+from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
 from bloomlm.evaluation.wikitext import detokenize
-from bloomlm.evaluation.windows import Tokens, Window, WindowScore, continuation_window
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
 PROTOCOL = Protocol(
     name="reference",

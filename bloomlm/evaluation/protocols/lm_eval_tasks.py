@@ -9,7 +9,7 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.evaluated import Evaluated
 from bloomlm.evaluation.lm_eval_adapter import BloomLM
-from bloomlm.evaluation.metric import Metric
+from bloomlm.evaluation.metrics import Metric
 from bloomlm.evaluation.plan import Protocol
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH
 from bloomlm.parallel.mesh import ALONE, Mesh

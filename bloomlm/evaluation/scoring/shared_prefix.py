@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bloomlm.adapters.apply import adapter_config
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.evaluation.windows import Tokens, Window
+from bloomlm.evaluation.scoring.windows import Tokens, Window
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bloomlm.generation.label_scores import score_labels
+from bloomlm.parallel.vocabulary_scores import score_labels
 
 VOCAB = 101
 

@@ -20,29 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.data.loader import IGNORE_INDEX
-from bloomlm.generation.label_scores import score_labels
 from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
 from bloomlm.parallel.collectives import TensorParallelGroup
+from bloomlm.parallel.vocabulary_scores import labelled_rows
 
 MAX_CHUNK_BYTES = 256 * 2**20
 """Default size of a chunk's fp32 logits."""
 FP16_HEADROOM = 256.0
 """fp16 only: logit gradients are multiplied by this, hidden states divided. Probabilities down to 2e-7 stay normal
 numbers and their products stay far from 65504, whatever the loss scale is."""
-
-
 _BLOCK = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenScore:
-    """Sums over the rows that have a label."""
-
-    loss: Tensor
-    """Cross entropy, scalar fp32."""
-    num_correct: Tensor
-    """Rows whose likeliest token is the label, scalar int64."""
 
 
 def linear_cross_entropy(
@@ -76,7 +63,7 @@ def linear_cross_entropy(
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
     """
-    hidden, labels = _labelled(hidden, labels)
+    hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
         # part of the graph, as every loss, with a gradient wherever others have one
         return (hidden.sum() + weight[:1].sum() if weight.requires_grad else hidden.sum()) * 0.0
@@ -93,35 +80,6 @@ def linear_cross_entropy(
         gradient_memory,
     )
     return loss
-
-
-def score_tokens(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    weight_scale: Tensor | None = None,
-    ranks: TensorParallelGroup | None = None,
-) -> TokenScore:
-    """Cross entropy and hits for an evaluation; no gradients.
-
-    Args:
-        hidden: [M, D].
-        weight: [V, D].
-        labels: [M] int64, IGNORE_INDEX where a row has none.
-        weight_scale: [V] where the weight is int8.
-        ranks: that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
-    """
-    hidden, labels = _labelled(hidden, labels)
-    scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, ranks=ranks)
-    return TokenScore(loss=-scores.log_probs.sum(), num_correct=scores.is_likeliest.sum())
-
-
-def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    if len(rows) == len(labels):
-        return hidden, labels
-    return hidden.index_select(0, rows), labels[rows]
 
 
 def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.copies import free_memory, is_out_of_memory, own_share
-from bloomlm.evaluation.window_scorer import WindowScorer
-from bloomlm.evaluation.windows import Tokens, Window, WindowScore
+from bloomlm.evaluation.scoring.window_scorer import WindowScorer
+from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore
 from bloomlm.generation.loop import LanguageModel
 from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bloomlm.data.loader import IGNORE_INDEX
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
 Tokens = npt.NDArray[np.int64]
 

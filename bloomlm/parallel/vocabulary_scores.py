@@ -18,6 +18,8 @@ from torch import Tensor
 from bloomlm.model.linear import linear
 from bloomlm.parallel.collectives import TensorParallelGroup
 
+IGNORE_INDEX = -100
+"""The label of a position from which nothing is predicted."""
 _CPU_BLOCK_ELEMENTS = 2**21
 """Logits at a time: 8 MiB in fp32, which a processor's cache holds."""
 _GPU_BLOCK_ELEMENTS = 2**26
@@ -34,6 +36,16 @@ class LabelScores:
     """[M] natural logarithm of the label's probability."""
     is_likeliest: Tensor
     """[M] bool: no token is likelier than the label, and of equals it has the lowest id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScore:
+    """Sums over the rows that have a label."""
+
+    loss: Tensor
+    """Cross entropy, scalar fp32."""
+    num_correct: Tensor
+    """Rows whose likeliest token is the label, scalar int64."""
 
 
 @torch.no_grad()
@@ -81,6 +93,36 @@ def score_labels(
         likeliest = ranks.min(likeliest.masked_fill(row_max < whole_max, nowhere))
         row_max = whole_max
     return LabelScores(log_probs=label_z - row_max - row_sum.log(), is_likeliest=likeliest == labels)
+
+
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    ranks: TensorParallelGroup | None = None,
+) -> TokenScore:
+    """Cross entropy and hits for an evaluation; no gradients.
+
+    Args:
+        hidden: [M, D].
+        weight: [V, D].
+        labels: [M] int64, IGNORE_INDEX where a row has none.
+        weight_scale: [V] where the weight is int8.
+        ranks: that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
+    """
+    hidden, labels = labelled_rows(hidden, labels)
+    scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, ranks=ranks)
+    return TokenScore(loss=-scores.log_probs.sum(), num_correct=scores.is_likeliest.sum())
+
+
+def labelled_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that have a label, [M, D] and [M], as they are where all have one."""
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if len(rows) == len(labels):
+        return hidden, labels
+    return hidden.index_select(0, rows), labels[rows]
 
 
 def _block_columns(num_rows: int, device: torch.device) -> int:

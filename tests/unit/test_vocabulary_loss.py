@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bloomlm.training.loss import linear_cross_entropy, score_tokens
+from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
+from bloomlm.parallel.vocabulary_scores import score_tokens
 
 M, D, V = 13, 8, 50
 
@@ -90,7 +91,7 @@ def test_frozen_weight_gets_no_gradient_and_costs_no_product(monkeypatch: pytest
 
 def test_without_grad_mode_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs()
-    monkeypatch.setattr("bloomlm.training.loss._Head.add_gradients", None)
+    monkeypatch.setattr("bloomlm.parallel.vocabulary_loss._Head.add_gradients", None)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             loss = linear_cross_entropy(hidden, weight, labels)
@@ -147,7 +148,7 @@ def test_fp16_gradients_neither_overflow_nor_vanish() -> None:
 
 
 def test_chunks_are_equal_in_size() -> None:
-    from bloomlm.training.loss import _Head
+    from bloomlm.parallel.vocabulary_loss import _Head
 
     head = _Head(torch.zeros(10, 2), torch.zeros(V, 2), 8 * V * 4)
     assert [(s.start, s.stop) for s in head.chunks()] == [(0, 5), (5, 10)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.copies import join_shares
-from bloomlm.evaluation.windows import Window, WindowScore
+from bloomlm.evaluation.scoring.windows import Window, WindowScore
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 _UNSCORED = WindowScore(log_prob=0.0, num_scored=0, num_likeliest=0)

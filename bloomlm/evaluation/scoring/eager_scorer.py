@@ -13,16 +13,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from bloomlm.data.loader import IGNORE_INDEX
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.copies import free_memory, is_out_of_memory, own_share
-from bloomlm.evaluation.shared_prefix import Branched, Branches, Packed, find_branches, join_documents, num_slots
-from bloomlm.evaluation.window_scorer import WindowScorer
-from bloomlm.evaluation.windows import Window, WindowScore
-from bloomlm.generation.label_scores import score_labels
+from bloomlm.evaluation.scoring.shared_prefix import (
+    Branched,
+    Branches,
+    Packed,
+    find_branches,
+    join_documents,
+    num_slots,
+)
+from bloomlm.evaluation.scoring.window_scorer import WindowScorer
+from bloomlm.evaluation.scoring.windows import Window, WindowScore
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
+from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX, score_labels
 
 _LOG = logging.getLogger(__name__)
 _CPU_BATCH_BYTES = 24 * 2**20

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from bloomlm.data.examples import ExampleSet
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.evaluation.answer_scores import GenerationScores
 from bloomlm.evaluation.copies import free_memory, is_out_of_memory, join_shares, own_share
 from bloomlm.evaluation.evaluated import Evaluated, generate
-from bloomlm.evaluation.metric import Metric, mean
+from bloomlm.evaluation.metrics import Metric, mean
 from bloomlm.evaluation.partial_file import PartialFile
 from bloomlm.evaluation.plan import Protocol
-from bloomlm.generation.answer_scores import GenerationScores
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.loop import DecodeText, Generation
 from bloomlm.parallel.mesh import ALONE, Mesh

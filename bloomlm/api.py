@@ -178,7 +178,7 @@ def load(
             raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
         dtype = DTYPES[dtype]
     directory = resolve_source(str(name_or_path)).directory
-    tokenizer = Tokenizer.from_directory(directory, paddle_tokenization=paddle_tokenization)
+    tokenizer = Tokenizer.from_directory(directory, as_gpt2=paddle_tokenization)
     model = load_model(directory, dtype=dtype, device=device, mesh=mesh)
     for path, kind in ((lora_path, LoraConfig), (prefix_path, PrefixConfig)):
         if path is not None:

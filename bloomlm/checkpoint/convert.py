@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bloomlm.checkpoint.atomic import sync
 from bloomlm.checkpoint.huggingface import EMBEDDING
-from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_directory
+from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
 from bloomlm.checkpoint.paddle.writer import check_degree, paddle_bytes, write_paddle_model
 from bloomlm.checkpoint.reader import check_entries, open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks

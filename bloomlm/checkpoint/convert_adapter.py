@@ -16,7 +16,7 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.checkpoint.adapter import read_adapter
 from bloomlm.checkpoint.adapter_base import adapter_base_config
 from bloomlm.checkpoint.convert import FileForm, check_ranks, leave_page_cache
-from bloomlm.checkpoint.output import WritesItself, output_directory
+from bloomlm.checkpoint.output_directory import WritesItself, output_directory
 from bloomlm.checkpoint.paddle.adapter_writer import write_paddle_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.peft import PlainAdapter, hold_adapter, save_adapter

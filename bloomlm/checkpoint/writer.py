@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write
-from bloomlm.checkpoint.output import Report, no_report
+from bloomlm.checkpoint.output_directory import Report, no_report
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, name_some
 from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bloomlm.checkpoint.output import Report
+from bloomlm.checkpoint.output_directory import Report
 from bloomlm.training.progress import size
 
 LINE_SECONDS = 2.0

@@ -14,14 +14,14 @@ from bloomlm.api import DTYPES
 from bloomlm.checkpoint.adapter import find_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
 from bloomlm.checkpoint.convert_adapter import convert_adapter, open_adapter_conversion
-from bloomlm.checkpoint.output import WritesItself
+from bloomlm.checkpoint.output_directory import WritesItself
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import find_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.options import config_command
-from bloomlm.data.paddle_tokenizer import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_paddle_tokenizer
+from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_gpt2_files
 from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.training.progress import size
@@ -168,7 +168,7 @@ class _PaddleTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write them."""
-        self._tokenizer.save_paddle(directory)
+        self._tokenizer.save_with_gpt2_files(directory)
 
 
 class _PaddleTokenizerFiles:
@@ -186,7 +186,7 @@ class _PaddleTokenizerFiles:
 
 def _find_tokenizer(directory: Path, config: ConvertConfig) -> WritesItself | None:
     """What the directory has, to be written in the form asked for; None without any."""
-    is_paddle = find_paddle_tokenizer(directory) and not (directory / TOKENIZER_FILE).is_file()
+    is_paddle = find_gpt2_files(directory) and not (directory / TOKENIZER_FILE).is_file()
     if config.paddle_tokenization and not (is_paddle and config.to == "hf"):
         raise ConfigError(
             f"--paddle_tokenization makes a tokenizer.json of vocab.json and merges.txt, with --to {config.to} of "
@@ -196,7 +196,7 @@ def _find_tokenizer(directory: Path, config: ConvertConfig) -> WritesItself | No
         return _PaddleTokenizerFiles(directory)
     if not (is_paddle or (directory / TOKENIZER_FILE).is_file()):
         return None
-    tokenizer = Tokenizer.from_directory(directory, paddle_tokenization=config.paddle_tokenization)
+    tokenizer = Tokenizer.from_directory(directory, as_gpt2=config.paddle_tokenization)
     return _PaddleTokenizer(tokenizer) if config.to == "paddle" else tokenizer
 
 

@@ -8,7 +8,7 @@ import click
 import torch
 from rich.console import Console
 
-from bloomlm.checkpoint.together import main_first
+from bloomlm.checkpoint.main_rank import main_first
 from bloomlm.cli.device import find_device
 from bloomlm.cli.evaluate_runs import EvaluationRun
 from bloomlm.cli.evaluate_subject import load_subject

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from bloomlm.api import LoadedModel
+from bloomlm.checkpoint.main_rank import on_main
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.checkpoint.together import on_main
 from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.completion import (
     NO_PROMPTS,

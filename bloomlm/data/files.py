@@ -46,8 +46,8 @@ class FileRows:
     """The rows of one file.
 
     Args:
-        path: a .jsonl file (one object a line), a .json file (a list of objects, or one object a line as PaddleNLP
-            has it) or a .csv file (comma, first line the names); UTF-8, with or without a byte order mark.
+        path: a .jsonl file (one object a line), a .json file (a list of objects, or one object a line)
+            or a .csv file (comma, first line the names); UTF-8, with or without a byte order mark.
 
     Raises:
         DataError: the file is not there or cannot be read, or it is of another kind.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from bloomlm.data.files import Row
 from bloomlm.errors import ConfigError, DataError
 
-# PaddleNLP's DuReader prompt: answer and context are given, the question is asked for.
+# The prompt for DuReader's question generation: answer and context are given, the question is asked for.
 QUESTION_GENERATION_PROMPT = "答案：{title}，上下文：{source}在已知答案的前提下，问题："
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -178,7 +178,7 @@ def _optional_text(row: Row, name: str) -> str:
 
 def _text(row: Row, name: str) -> str:
     value = row.fields[name]
-    if isinstance(value, list) and name in ("src", "tgt"):  # PaddleNLP writes one turn as a list of one
+    if isinstance(value, list) and name in ("src", "tgt"):  # some files write one turn as a list of one
         if len(value) != 1:
             raise DataError(
                 f"{row.where}: {name!r} is a list of {len(value)}; an example here has one turn. "

@@ -18,7 +18,7 @@ from bloomlm.errors import ConfigError, DataError
 BUILTIN_PREFIX = "builtin:"
 
 _SUFFIXES = (".jsonl", ".json", ".csv")
-# What the dev split is called: PaddleNLP's files and the hub's data sets.
+# The dev split has one name in directories of files (dev.json) and others on the hub.
 _SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 

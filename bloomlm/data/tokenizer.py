@@ -12,20 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from bloomlm.data.paddle_tokenizer import build_tokenizer_json, find_paddle_tokenizer, write_paddle_tokenizer
+from bloomlm.data.gpt2_files import MERGES_FILE, VOCAB_FILE, build_tokenizer_json, find_gpt2_files, write_gpt2_files
 from bloomlm.errors import CheckpointError
-
-# B prompts of a batch, T tokens of the longest.
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-PADDLE_CLASS = "BloomTokenizer"
 
 # What BLOOM calls its special tokens; used where neither JSON file beside tokenizer.json names another.
 DEFAULT_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -84,35 +79,33 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_directory(cls, directory: str | Path, *, paddle_tokenization: bool = False) -> "Tokenizer":
+    def from_directory(cls, directory: str | Path, *, as_gpt2: bool = False) -> "Tokenizer":
         """Read a tokenizer from the directory of a checkpoint.
 
         Args:
             directory: holds tokenizer.json and, as far as they exist, tokenizer_config.json and
-                special_tokens_map.json, which name the special tokens; or vocab.json and merges.txt, PaddleNLP's form.
-            paddle_tokenization: with PaddleNLP's form, cut texts into words as it did, not as BLOOM was trained.
+                special_tokens_map.json, which name the special tokens; or GPT-2's vocab.json and merges.txt instead.
+            as_gpt2: read vocab.json and merges.txt as GPT-2's tokenizer does (see build_tokenizer_json), and not as
+                BLOOM was trained.
 
         Raises:
             CheckpointError: a file is missing or damaged, or a special token has no id.
         """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        is_paddle = not path.is_file() and find_paddle_tokenizer(directory)
-        if not (path.is_file() or is_paddle):
+        has_gpt2_files = not path.is_file() and find_gpt2_files(directory)
+        if not (path.is_file() or has_gpt2_files):
             raise CheckpointError(_missing_message(directory))
-        if paddle_tokenization and not is_paddle:
+        if as_gpt2 and not has_gpt2_files:
             raise CheckpointError(
-                f"{directory} holds {TOKENIZER_FILE}, which says how texts are cut; leave out paddle_tokenization"
+                f"{directory} holds {TOKENIZER_FILE}, which says how texts are cut into words; only {VOCAB_FILE} and "
+                f"{MERGES_FILE} alone can be read as GPT-2's tokenizer reads them"
             )
         config = _read_json_object(directory / TOKENIZER_CONFIG_FILE)
         special_tokens = _named_special_tokens(config, _read_json_object(directory / SPECIAL_TOKENS_FILE))
-        if is_paddle:
-            content = build_tokenizer_json(
-                directory,
-                special_tokens,
-                paddle_tokenization=paddle_tokenization,
-                add_prefix_space=bool(config.get("add_prefix_space", False)),
-            )
+        if has_gpt2_files:
+            prefix_space = bool(config.get("add_prefix_space", False))
+            content = build_tokenizer_json(directory, special_tokens, as_gpt2=as_gpt2, add_prefix_space=prefix_space)
         else:
             content = path.read_bytes()
         return cls(content, config=config, special_tokens=special_tokens, name=str(directory))
@@ -164,24 +157,6 @@ class Tokenizer:
         """True for <unk>, <s>, </s>, <pad> and other tokens marked special."""
         return int(token_id) in self._special_ids
 
-    def pad_left(self, sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Prompts of unequal length as one array, padded on the left so that all end together.
-
-        Args:
-            sequences: B lists of ids.
-
-        Returns:
-            ids [B, T] and attention mask [B, T] (1 where a token is, 0 where a pad is).
-        """
-        longest = max(map(len, sequences), default=0)
-        ids = np.full((len(sequences), longest), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            start = longest - len(sequence)
-            ids[row, start:] = sequence
-            mask[row, start:] = 1
-        return ids, mask
-
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json (byte for byte as read), tokenizer_config.json and special_tokens_map.json.
 
@@ -190,18 +165,18 @@ class Tokenizer:
         """
         self._save(Path(directory), _CONFIG_DEFAULTS | self._config | self._special_tokens)
 
-    def save_paddle(self, directory: str | Path) -> None:
-        """Write what save does, and vocab.json and merges.txt, which are what PaddleNLP reads.
+    def save_with_gpt2_files(self, directory: str | Path) -> None:
+        """Write what save does, and vocab.json and merges.txt for programs that read those.
 
         Args:
             directory: as for save.
 
         Raises:
-            CheckpointError: PaddleNLP has no such tokenizer.
+            CheckpointError: the tokenizer is not byte-level BPE.
         """
-        config = _CONFIG_DEFAULTS | self._config | self._special_tokens | {"tokenizer_class": PADDLE_CLASS}
+        config = _CONFIG_DEFAULTS | self._config | self._special_tokens | {"tokenizer_class": "BloomTokenizer"}
         self._save(Path(directory), config)
-        write_paddle_tokenizer(Path(directory), self._json)
+        write_gpt2_files(Path(directory), self._json)
 
     def _save(self, directory: Path, config: Mapping[str, Any]) -> None:
         (directory / TOKENIZER_FILE).write_bytes(self._json)

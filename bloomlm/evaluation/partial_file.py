@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from bloomlm.checkpoint.atomic import atomic_write
-from bloomlm.checkpoint.together import on_main
+from bloomlm.checkpoint.main_rank import on_main
 from bloomlm.errors import CheckpointError
 from bloomlm.parallel.mesh import ALONE, Mesh
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bloomlm.errors import DataError
 
-# Every rule in its order. Source: Megatron-LM's zero-shot evaluation, from which PaddleNLP's script and lm-eval have
+# Every rule in its order. Source: Megatron-LM's zero-shot evaluation, from which run_eval.py and lm-eval have
 # theirs; the second one looks for literal slashes, a slip of the original that comparable numbers need.
 _RULES: tuple[tuple[str | re.Pattern[str], str], ...] = (
     ("s '", "s'"),

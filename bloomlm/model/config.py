@@ -8,7 +8,7 @@ from typing import Any
 from bloomlm.errors import ConfigError
 
 # Field -> the keys under which config.json files hold it, the one that we write first. BLOOM's own files of 2022 say
-# n_embed and num_attention_heads, transformers has used both spellings of each since, PaddleNLP's say hidden_size.
+# n_embed and num_attention_heads, transformers has used both spellings of each since, other programs' say hidden_size.
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size", "n_embed", "n_embd"),

@@ -6,10 +6,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from bloomlm.adapters.apply import adapter_config
+from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.paddle.structure import AdapterStructure, write_structure
 from bloomlm.checkpoint.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.reader import open_reader, read_config
-from bloomlm.checkpoint.together import one_directory
 from bloomlm.checkpoint.training_state import (
     checkpoint_directory,
     checkpoint_path,

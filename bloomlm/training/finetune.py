@@ -12,10 +12,10 @@ from rich.console import Console
 
 import bloomlm
 from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.main_rank import main_first, on_main
 from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.checkpoint.together import main_first, on_main
 from bloomlm.checkpoint.training_state import checkpoint_step
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.data.loader import Examples
@@ -100,7 +100,7 @@ def _assemble(
         fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=config.scale_loss
     )
     source = resolve_source(config.model_name_or_path).directory
-    tokenizer = Tokenizer.from_directory(source, paddle_tokenization=config.paddle_tokenization)
+    tokenizer = Tokenizer.from_directory(source, as_gpt2=config.paddle_tokenization)
     begun = read_begun(config, source, checkpoint)
     config = with_recorded_flags(config, begun)
     # the main rank first: it tokenises, and the others find that in the cache

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write, sync
+from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.paddle.optimizer import find_paddle_checkpoint
-from bloomlm.checkpoint.together import one_directory
 from bloomlm.checkpoint.training_state import (
     checkpoint_path,
     checkpoint_step,

@@ -179,7 +179,7 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(["convert", "--input", str(FIXTURES / BASE), "--output", str(tmp_path / "hf"), *flags])
         assert not stopped.value.code
-        expected = Tokenizer.from_directory(FIXTURES / BASE, paddle_tokenization=is_paddles)
+        expected = Tokenizer.from_directory(FIXTURES / BASE, as_gpt2=is_paddles)
         theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
         for text in ("Hello world 123, it's 4x4!", "x=1;y=2.5", "\u5c0f\u660e\u6709\u5341\u4e2a"):
             assert theirs(text)["input_ids"] == expected.encode(text)

@@ -13,7 +13,7 @@ from bloomlm.checkpoint.paddle.model import find_paddle, open_paddle
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.checkpoint.reader import read_config, read_into_model
-from bloomlm.data.paddle_tokenizer import build_tokenizer_json
+from bloomlm.data.gpt2_files import build_tokenizer_json
 from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.decode import generate
@@ -216,7 +216,7 @@ PADDLE_IDS = {
 
 def test_tokenizer_repeats_paddlenlps_ids() -> None:
     directory = FIXTURES / "tokenizer_v512"
-    content = build_tokenizer_json(directory, DEFAULT_SPECIAL_TOKENS, paddle_tokenization=True)
+    content = build_tokenizer_json(directory, DEFAULT_SPECIAL_TOKENS, as_gpt2=True)
     tokenizer = Tokenizer(content, config={}, special_tokens=DEFAULT_SPECIAL_TOKENS, name="v512")
     for text, ids in PADDLE_IDS.items():
         assert tokenizer.encode(text) == ids

@@ -89,8 +89,11 @@ def test_what_we_save_opens_in_transformers(pair, tmp_path):
     assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2, 3)
     assert (ours.unk_token_id, ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (0, 1, 2, 3)
     batch = theirs(["the", "the cat and"], padding=True)
-    ids, mask = ours.pad_left([ours.encode("the"), ours.encode("the cat and")])
-    assert (batch["input_ids"], batch["attention_mask"]) == (ids.tolist(), mask.tolist())
+    shorter, longer = ours.encode("the"), ours.encode("the cat and")
+    pads = len(longer) - len(shorter)
+    assert pads > 0
+    assert batch["input_ids"] == [[3] * pads + shorter, longer]
+    assert batch["attention_mask"] == [[0] * pads + [1] * len(shorter), [1] * len(longer)]
 
 
 def test_we_open_what_transformers_saves(pair, tmp_path):

@@ -165,13 +165,6 @@ def test_truncation_and_padding_of_the_file_do_not_act(tmp_path):
     assert tokenizer.encode_batch(["the"]) == [[THE]]
 
 
-def test_pad_left():
-    ids, mask = make_tokenizer().pad_left([[7, 8, 9], [5], []])
-    assert ids.tolist() == [[7, 8, 9], [3, 3, 5], [3, 3, 3]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
-    assert ids.dtype == mask.dtype == np.int64
-
-
 def test_save_keeps_the_tokenizer_and_what_its_config_said(tmp_path):
     source = write_tokenizer(tmp_path / "a")
     config = {"eos_token": "<pad>", "model_max_length": 99, "padding_side": "right"}

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.output import Report, no_report
+from bloomlm.checkpoint.output_directory import Report, no_report
 from bloomlm.checkpoint.paddle.state import VARIABLE_NAMES
 from bloomlm.checkpoint.safetensors_file import num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import TensorEntry

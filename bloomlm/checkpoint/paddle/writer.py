@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.output import Report, no_report
+from bloomlm.checkpoint.output_directory import Report, no_report
 from bloomlm.checkpoint.paddle.model import STATE_FILE
 from bloomlm.checkpoint.paddle.names import (
     BLOCK_NORMS,

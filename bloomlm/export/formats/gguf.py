@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.merge import merged_parameters
-from bloomlm.data.paddle_tokenizer import BLOOM_WORDS
+from bloomlm.data.gpt2_files import BLOOM_WORDS
 from bloomlm.errors import CheckpointError, ProgramError
 from bloomlm.export.weights import nearest_int4
 from bloomlm.model.bloom import BloomForCausalLM

@@ -1,8 +1,8 @@
-"""PaddleNLP's tokenizer files, vocab.json and merges.txt, as one tokenizer.json.
+"""GPT-2's two tokenizer files, vocab.json and merges.txt, as one tokenizer.json.
 
-The two files say how bytes merge into tokens, and not how a text is first cut into words. PaddleNLP cut it with GPT-2's
-expression, BLOOM was trained with its own, and the ids differ around digits, punctuation and mixed scripts: BLOOM's is
-the default here, and PaddleNLP's is for results that must repeat its own.
+The two files say how bytes merge into tokens, but not how a text is first cut into words. BLOOM was trained with a
+regular expression of its own; GPT-2's tokenizer and the programs that copied it have another, and the ids differ around
+digits, punctuation and mixed scripts. BLOOM's is the default here; GPT-2's reading is for a model that learned with it.
 """
 
 import json
@@ -17,36 +17,48 @@ MERGES_FILE = "merges.txt"
 ADDED_TOKENS_FILE = "added_tokens.json"
 HEADER = "#version"
 
-# Of bigscience/bloom's tokenizer.json: runs of anything but white space, brackets, bars and sentence punctuation.
+# From bigscience/bloom's tokenizer.json: runs of anything but white space, brackets, bars and sentence punctuation.
 BLOOM_WORDS = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
+_BYTE_LEVEL: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+_BPE: dict[str, Any] = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+}
 
-def find_paddle_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer in PaddleNLP's form."""
+
+def find_gpt2_files(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer in GPT-2's two files."""
     return (directory / VOCAB_FILE).is_file() and (directory / MERGES_FILE).is_file()
 
 
 def build_tokenizer_json(
-    directory: Path,
-    special_tokens: Mapping[str, str],
-    *,
-    paddle_tokenization: bool = False,
-    add_prefix_space: bool = False,
+    directory: Path, special_tokens: Mapping[str, str], *, as_gpt2: bool = False, add_prefix_space: bool = False
 ) -> bytes:
     """The tokenizer.json that says the same as vocab.json and merges.txt.
 
     Args:
         directory: holds both files, and added_tokens.json if there are added tokens.
         special_tokens: text of each special token, by "unk_token", "bos_token" and so on.
-        paddle_tokenization: cut texts into words by GPT-2's expression, and lose the first and the last line of
-            merges.txt whatever they hold, as PaddleNLP did.
+        as_gpt2: read the files as GPT-2's tokenizer does: cut texts into words by its regular expression, and leave
+            out the first line and what follows the last line end of merges.txt, whatever they hold.
         add_prefix_space: put a space before every text, as tokenizer_config.json may say.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     vocabulary = _read_ids(directory / VOCAB_FILE)
-    merges = list(read_merges(directory / MERGES_FILE, paddle_tokenization=paddle_tokenization))
+    merges = list(read_merges(directory / MERGES_FILE, as_gpt2=as_gpt2))
     if unknown := [line for line in merges if not {*line.split(" "), line.replace(" ", "")} <= vocabulary.keys()]:
         raise CheckpointError(
             f"{directory / MERGES_FILE}: merges of tokens that {VOCAB_FILE} does not have, {unknown[0]!r} first; the "
@@ -55,13 +67,6 @@ def build_tokenizer_json(
     added_path = directory / ADDED_TOKENS_FILE
     added = _read_ids(added_path) if added_path.is_file() else {}
     specials = {token: vocabulary[token] for token in special_tokens.values() if token in vocabulary}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    if paddle_tokenization:
-        pre_tokenizer: dict[str, Any] = byte_level | {"add_prefix_space": add_prefix_space, "use_regex": True}
-    else:
-        split = {"type": "Split", "pattern": {"Regex": BLOOM_WORDS}, "behavior": "Isolated", "invert": False}
-        steps = [split, byte_level | {"add_prefix_space": add_prefix_space}]
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
     content = {
         "version": "1.0",
         "truncation": None,
@@ -71,17 +76,12 @@ def build_tokenizer_json(
             for token, token_id in sorted((specials | added).items(), key=lambda item: item[1])
         ],
         "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": byte_level | {"trim_offsets": False},
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": special_tokens.get("unk_token") if paddle_tokenization else None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
+        "pre_tokenizer": _pre_tokenizer(as_gpt2=as_gpt2, add_prefix_space=add_prefix_space),
+        "post_processor": _BYTE_LEVEL | {"trim_offsets": False},
+        "decoder": _BYTE_LEVEL,
+        "model": _BPE
+        | {
+            "unk_token": special_tokens.get("unk_token") if as_gpt2 else None,
             "vocab": vocabulary,
             "merges": merges,
         },
@@ -89,10 +89,10 @@ def build_tokenizer_json(
     return json.dumps(content, ensure_ascii=False).encode("utf-8")
 
 
-def write_paddle_tokenizer(directory: Path, tokenizer_json: bytes) -> None:
+def write_gpt2_files(directory: Path, tokenizer_json: bytes) -> None:
     """Write the vocab.json, merges.txt and added_tokens.json that say the same as a tokenizer.json.
 
-    They cannot say how texts are cut into words, which PaddleNLP does in its own way.
+    They cannot say how texts are cut into words.
 
     Args:
         directory: where to.
@@ -105,13 +105,14 @@ def write_paddle_tokenizer(directory: Path, tokenizer_json: bytes) -> None:
     model = content.get("model") or {}
     if model.get("type") != "BPE":
         raise CheckpointError(
-            f"a tokenizer of type {model.get('type')!r} has no form in PaddleNLP's files; expected BPE, as BLOOM's is"
+            f"a tokenizer of type {model.get('type')!r} cannot be written as {VOCAB_FILE} and {MERGES_FILE}; "
+            "expected BPE, as BLOOM's is"
         )
     vocabulary = model["vocab"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
     others = {token: token_id for token, token_id in added.items() if token not in vocabulary}
-    # PaddleNLP leaves out the first line and what follows the last line end, whatever they hold
+    # a header and a line end, because GPT-2's reading drops the first line and what follows the last line end
     merges = "\n".join([f"{HEADER}: 0.2", *pairs, ""])
     (directory / VOCAB_FILE).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (directory / MERGES_FILE).write_text(merges, encoding="utf-8")
@@ -119,22 +120,22 @@ def write_paddle_tokenizer(directory: Path, tokenizer_json: bytes) -> None:
         (directory / ADDED_TOKENS_FILE).write_text(json.dumps(others, ensure_ascii=False), encoding="utf-8")
 
 
-def read_merges(path: Path, *, paddle_tokenization: bool = False) -> Iterable[str]:
+def read_merges(path: Path, *, as_gpt2: bool = False) -> Iterable[str]:
     """The merges of a merges.txt, best first, as "left right".
 
     Args:
         path: the file; its first line may be a header, its last may lack a line end.
-        paddle_tokenization: leave out the first line and what follows the last line end, as PaddleNLP does: of a file
-            that PaddleNLP's own converter wrote, without header and line end, that loses two merges.
+        as_gpt2: leave out the first line and what follows the last line end, as GPT-2's tokenizer does. A file without
+            header and line end loses two merges so.
 
     Raises:
-        CheckpointError: it is no UTF-8 text, or a line is no pair.
+        CheckpointError: it is not UTF-8 text, or a line is not a pair.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if paddle_tokenization:
+    if as_gpt2:
         lines = lines[1:-1]
     elif lines[0].startswith(HEADER):
         lines = lines[1:]
@@ -144,6 +145,15 @@ def read_merges(path: Path, *, paddle_tokenization: bool = False) -> Iterable[st
             yield " ".join(pair)
         elif pair:
             raise CheckpointError(f"{path}: line {number} of its merges is {line!r}; expected two tokens")
+
+
+def _pre_tokenizer(*, as_gpt2: bool, add_prefix_space: bool) -> dict[str, Any]:
+    """What cuts a text into words, and these into characters of the byte alphabet."""
+    bytes_of_words = _BYTE_LEVEL | {"add_prefix_space": add_prefix_space}
+    if as_gpt2:
+        return bytes_of_words | {"use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": BLOOM_WORDS}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, bytes_of_words]}
 
 
 def _added_token(token: str, token_id: int, *, is_special: bool) -> dict[str, Any]:

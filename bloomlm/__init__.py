@@ -17,6 +17,7 @@ from bloomlm.errors import (
     ProgramError,
     TrainingError,
 )
+from bloomlm.version import __version__
 
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from bloomlm.model.bloom import BloomForCausalLM
     from bloomlm.model.config import BloomConfig
     from bloomlm.training.config import TrainingConfig
-
-__version__ = "0.1.0"
 
 # Public name -> the module that has it.
 _LAZY = {

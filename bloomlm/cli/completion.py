@@ -5,9 +5,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +16,7 @@ from bloomlm.cli.predict_output import CompletionPrinter, ResultFile, TokenPrint
 from bloomlm.cli.predict_prompts import Prompts, read_prompts
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.flags import Flags, flag
 from bloomlm.generation.completion import Completion
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.loop import OnToken
@@ -51,85 +52,48 @@ class Completer(Protocol):
         ...
 
 
-def about(section: str, help: str, **more: Any) -> dict[str, Any]:
-    """Metadata of a flag's field, see options.py."""
-    return {"section": section, "help": help, **more}
-
-
 @dataclass(frozen=True, kw_only=True)
-class CompletionFlags:
+class CompletionFlags(Flags):
     """Prompts, decoding and output."""
 
-    prompt: tuple[str, ...] = field(
-        default=(), metadata=about("prompts", "a text to continue; repeat the flag for more", repeatable=True)
+    prompt: tuple[str, ...] = flag("prompts", (), "a text to continue; repeat the flag for more", repeatable=True)
+    data_file: str | None = flag(
+        "prompts", None, ".txt (a prompt on each line), .jsonl, .json or .csv (rows as in training), or builtin:dates"
     )
-    data_file: str | None = field(
-        default=None,
-        metadata=about(
-            "prompts", ".txt (a prompt on each line), .jsonl, .json or .csv (rows as in training), or builtin:dates"
-        ),
+    prompt_template: str | None = flag(
+        "prompts", None, "makes the prompt of each row, e.g. '{instruction}\\n{input}\\nAnswer:'"
     )
-    prompt_template: str | None = field(
-        default=None,
-        metadata=about("prompts", "makes the prompt of each row, e.g. '{instruction}\\n{input}\\nAnswer:'"),
+    src_length: int = flag("prompts", 200, "most tokens of a prompt; the end of a longer one is dropped")
+
+    output_file: Path | None = flag(
+        "output", None, "write JSON lines: prompt, completion, finish_reason, tokens; a stopped run goes on from there"
     )
-    src_length: int = field(
-        default=200, metadata=about("prompts", "most tokens of a prompt; the end of a longer one is dropped")
+    stream: bool = flag("output", False, "show each completion while it comes, one prompt after another")
+
+    decode_strategy: Literal["greedy", "sampling", "beam_search"] = flag(
+        "decoding", "greedy", "how the next token is chosen"
+    )
+    min_new_tokens: int | None = flag("decoding", None, "tokens before </s> is allowed")
+    stop: tuple[str, ...] = flag(
+        "decoding", (), r"a text that ends a completion (\n: line end); repeat the flag for more", repeatable=True
+    )
+    repetition_penalty: float | None = flag(
+        "decoding", None, "above 1.0 makes tokens that occurred less likely (1.0: off)"
+    )
+    no_repeat_ngram_size: int | None = flag("decoding", None, "no run of this many tokens occurs twice (0: off)")
+    num_return_sequences: int | None = flag("decoding", None, "completions of each prompt: samples or beams")
+    temperature: float | None = flag("sampling", None, "below 1.0 plays safe, above 1.0 takes risks [default: 1.0]")
+    top_k: int | None = flag("sampling", None, "draw from the k most likely tokens (0: all) [default: 0]")
+    top_p: float | None = flag(
+        "sampling", None, "draw from the most likely tokens that add up to this probability [default: 1.0]"
+    )
+    seed: int | None = flag("sampling", None, "start of the random numbers [default: 20]")
+    num_beams: int | None = flag("beam search", None, "continuations followed at once [default: 4]")
+    length_penalty: float | None = flag(
+        "beam search", None, "score = log-probability / length ** this; above 0 favours long ones [default: 1.0]"
     )
 
-    output_file: Path | None = field(
-        default=None,
-        metadata=about(
-            "output", "write JSON lines: prompt, completion, finish_reason, tokens; a stopped run goes on from there"
-        ),
-    )
-    stream: bool = field(
-        default=False, metadata=about("output", "show each completion while it comes, one prompt after another")
-    )
-
-    decode_strategy: Literal["greedy", "sampling", "beam_search"] = field(
-        default="greedy", metadata=about("decoding", "how the next token is chosen")
-    )
-    min_new_tokens: int | None = field(default=None, metadata=about("decoding", "tokens before </s> is allowed"))
-    stop: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "decoding", r"a text that ends a completion (\n: line end); repeat the flag for more", repeatable=True
-        ),
-    )
-    repetition_penalty: float | None = field(
-        default=None, metadata=about("decoding", "above 1.0 makes tokens that occurred less likely (1.0: off)")
-    )
-    no_repeat_ngram_size: int | None = field(
-        default=None, metadata=about("decoding", "no run of this many tokens occurs twice (0: off)")
-    )
-    num_return_sequences: int | None = field(
-        default=None, metadata=about("decoding", "completions of each prompt: samples or beams")
-    )
-    temperature: float | None = field(
-        default=None, metadata=about("sampling", "below 1.0 plays safe, above 1.0 takes risks [default: 1.0]")
-    )
-    top_k: int | None = field(
-        default=None, metadata=about("sampling", "draw from the k most likely tokens (0: all) [default: 0]")
-    )
-    top_p: float | None = field(
-        default=None,
-        metadata=about("sampling", "draw from the most likely tokens that add up to this probability [default: 1.0]"),
-    )
-    seed: int | None = field(default=None, metadata=about("sampling", "start of the random numbers [default: 20]"))
-    num_beams: int | None = field(
-        default=None, metadata=about("beam search", "continuations followed at once [default: 4]")
-    )
-    length_penalty: float | None = field(
-        default=None,
-        metadata=about(
-            "beam search", "score = log-probability / length ** this; above 0 favours long ones [default: 1.0]"
-        ),
-    )
-
-    batch_size: int = field(
-        default=2, metadata=about("computing", "prompts computed at once; changes the speed, not the results")
-    )
+    batch_size: int = flag("computing", 2, "prompts computed at once; changes the speed, not the results")
 
     def generation_of(self, max_new_tokens: int) -> GenerationConfig:
         """What to generate and how.

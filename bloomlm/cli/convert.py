@@ -2,9 +2,9 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -24,56 +24,33 @@ from bloomlm.cli.options import config_command
 from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_gpt2_files
 from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.flags import REQUIRED, Dtype, Flags, ModelFlags, PrefixLayoutName, flag, same_flag
 from bloomlm.training.progress import size
 
 PADDLE_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
 
 
-def _about(section: str, help: str) -> dict[str, Any]:
-    return {"section": section, "help": help}
-
-
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Flags):
     """What to convert, and into what."""
 
-    input: str = field(metadata=_about("files", "the model or adapter: a directory, builtin:tiny, or a hub name"))
-    output: str = field(metadata=_about("files", "directory to write; an older model or adapter in it is replaced"))
-    to: Literal["hf", "paddle"] = field(
-        default="hf", metadata=_about("files", "hf: transformers' and PEFT's files; paddle: PaddleNLP 2.6's")
+    input: str = flag("files", REQUIRED, "the model or adapter: a directory, builtin:tiny, or a hub name")
+    output: str = flag("files", REQUIRED, "directory to write; an older model or adapter in it is replaced")
+    to: Literal["hf", "paddle"] = flag("files", "hf", "hf: transformers' and PEFT's files; paddle: PaddleNLP 2.6's")
+    dtype: Dtype | None = flag("files", None, "precision to write  [default: the stored one, so that no bit changes]")
+    max_shard_size: str | None = flag(
+        "files", None, "largest weight file of a model  [default: 5GB with hf, one file with paddle]"
     )
-    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
-        default=None, metadata=_about("files", "precision to write  [default: the stored one, so that no bit changes]")
+    tensor_parallel_degree: int = flag("files", 1, "with paddle: ranks to cut the weights for, a file each")
+    verify: bool = flag("files", False, "read what was written back from the disk and compare it")
+    base_model_name_or_path: str | None = flag(
+        "adapters", None, "the base model, to check against and to name in PEFT's files; its weights are not read"
     )
-    max_shard_size: str | None = field(
-        default=None,
-        metadata=_about("files", "largest weight file of a model  [default: 5GB with hf, one file with paddle]"),
+    prefix_layout: PrefixLayoutName | None = same_flag(ModelFlags, "prefix_layout", section="adapters")
+    trained_tensor_parallel_degree: int | None = same_flag(
+        ModelFlags, "trained_tensor_parallel_degree", section="adapters"
     )
-    tensor_parallel_degree: int = field(
-        default=1, metadata=_about("files", "with paddle: ranks to cut the weights for, a file each")
-    )
-    verify: bool = field(
-        default=False, metadata=_about("files", "read what was written back from the disk and compare it")
-    )
-    base_model_name_or_path: str | None = field(
-        default=None,
-        metadata=_about(
-            "adapters", "the base model, to check against and to name in PEFT's files; its weights are not read"
-        ),
-    )
-    prefix_layout: Literal["old", "new"] | None = field(
-        default=None, metadata=_about("adapters", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
-    )
-    trained_tensor_parallel_degree: int | None = field(
-        default=None,
-        metadata=_about("adapters", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
-    )
-    paddle_tokenization: bool = field(
-        default=False,
-        metadata=_about(
-            "tokenizer", "with vocab.json and merges.txt: tokenizer.json shall cut words as PaddleNLP did, not as BLOOM"
-        ),
-    )
+    paddle_tokenization: bool = same_flag(ModelFlags, "paddle_tokenization", section="tokenizer")
 
 
 def convert(config: ConvertConfig) -> None:

@@ -1,7 +1,7 @@
 """`bloomlm demo`: the main job from end to end on the built-in model and data, in a few minutes on a CPU."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from bloomlm.cli.options import config_command
 from bloomlm.data.examples import Example, load_examples
 from bloomlm.data.splits import open_dataset
 from bloomlm.errors import DataError
+from bloomlm.flags import Flags, flag
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 
@@ -24,15 +25,11 @@ NUM_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Flags):
     """What the demo can be told."""
 
-    output_dir: str = field(
-        default="demo", metadata={"section": "demo", "help": "where adapter, report and picture are written"}
-    )
-    num_train_epochs: float = field(
-        default=4.0, metadata={"section": "demo", "help": "passes through the 5,320 training dates"}
-    )
+    output_dir: str = flag("demo", "demo", "directory for the adapter, the report and the picture")
+    num_train_epochs: float = flag("demo", 4.0, "passes through the 5,320 training dates", above=0)
 
 
 def demo(config: DemoConfig) -> None:

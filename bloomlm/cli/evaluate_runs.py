@@ -12,7 +12,6 @@ import click
 import torch
 from rich.console import Console
 
-import bloomlm
 from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.cli.evaluate_display import EvaluationDisplay
 from bloomlm.cli.evaluate_subject import Subject
@@ -28,6 +27,7 @@ from bloomlm.evaluation.protocols.generation import answer_all, answer_metrics
 from bloomlm.evaluation.report import Report
 from bloomlm.evaluation.run import run_plan
 from bloomlm.parallel.launch import check_agreement
+from bloomlm.version import __version__
 
 DEFAULT_LENGTH = 512
 """Tokens of a prompt and of an answer, as in fine-tuning."""
@@ -191,7 +191,7 @@ class EvaluationRun:
                 "device": self._subject.device,
                 "processes": mesh.degrees.world_size,
                 "tensor_parallel_degree": mesh.degrees.tp,
-                "bloomlm": bloomlm.__version__,
+                "bloomlm": __version__,
                 "torch": torch.__version__,
             },
             notices=notices,

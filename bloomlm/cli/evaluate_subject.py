@@ -37,7 +37,7 @@ def load_subject(config: EvaluateConfig, device: torch.device, mesh: Mesh) -> Su
 
 
 def _load_model(config: EvaluateConfig, device: torch.device, mesh: Mesh) -> Subject:
-    loaded = load_named(config, prefix_path=config.prefix_path, dtype=config.dtype, device=device, mesh=mesh)
+    loaded = load_named(config, dtype=config.dtype, device=device, mesh=mesh)
     weight = loaded.model.transformer.word_embeddings.weight
     description = {
         "name": config.model_name_or_path,

@@ -1,6 +1,6 @@
 """`bloomlm export`: turn a model, its adapter folded in, into a program that runs without the model's code."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -8,56 +8,32 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from bloomlm.api import DTYPES
-from bloomlm.cli.completion import about
 from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.export.parity import Parity
 from bloomlm.export.program import ExportResult, export_program
+from bloomlm.flags import Dtype, ModelFlags, flag
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(ModelFlags):
     """The flags of `bloomlm export`."""
 
-    model_name_or_path: str = field(
-        metadata=about("model", "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m")
+    output_path: Path = flag(
+        "program",
+        Path("inference/bloom"),
+        "directory and prefix: inference/bloom writes inference/bloom.* and the tokenizer",
     )
-    lora_path: str | None = field(default=None, metadata=about("model", "LoRA adapter to add into the weights"))
-    prefix_path: str | None = field(
-        default=None, metadata=about("model", "prefix adapter, whose virtual tokens begin every cache")
+    dtype: Dtype | None = flag("program", None, "precision that matrices are kept in  [default: the model's]")
+    quantization: Literal["none", "int8", "int4"] = flag(
+        "program", "none", "keep matrices in 8 or 4 bits, which is faster and less exact"
     )
-    prefix_layout: Literal["old", "new"] | None = field(
-        default=None, metadata=about("model", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
+    format: Literal["pt2", "onnx", "openvino", "gguf"] = flag(
+        "program", "pt2", "what will run it: PyTorch (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)"
     )
-    trained_tensor_parallel_degree: int | None = field(
-        default=None,
-        metadata=about("model", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
-    )
-    paddle_tokenization: bool = field(
-        default=False,
-        metadata=about("model", "with vocab.json and merges.txt: cut words as PaddleNLP did, not as BLOOM"),
-    )
-    output_path: Path = field(
-        default=Path("inference/bloom"),
-        metadata=about("program", "directory and prefix: inference/bloom writes inference/bloom.* and the tokenizer"),
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
-        default=None, metadata=about("program", "precision that matrices are kept in  [default: the model's]")
-    )
-    quantization: Literal["none", "int8", "int4"] = field(
-        default="none", metadata=about("program", "keep matrices in 8 or 4 bits, which is faster and less exact")
-    )
-    format: Literal["pt2", "onnx", "openvino", "gguf"] = field(
-        default="pt2",
-        metadata=about("program", "what will run it: PyTorch (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)"),
-    )
-    max_length: int = field(
-        default=128, metadata=about("program", "tokens that infer generates where it is not told otherwise")
-    )
-    no_verify: bool = field(
-        default=False, metadata=about("program", "leave out the comparison with the model at the end")
-    )
+    max_length: int = flag("program", 128, "tokens that infer generates where it is not told otherwise", minimum=1)
+    no_verify: bool = flag("program", False, "leave out the comparison with the model at the end")
 
 
 def export(config: ExportConfig) -> None:
@@ -68,10 +44,8 @@ def export(config: ExportConfig) -> None:
     """
     if config.quantization != "none" and config.dtype is not None:
         raise ConfigError(f"--dtype has no effect with --quantization {config.quantization}; leave out one of them")
-    if config.max_length < 1:
-        raise ConfigError(f"--max_length is {config.max_length}; it must be at least 1")
     messages = Console(stderr=True, highlight=False, markup=False)
-    loaded = load_named(config, prefix_path=config.prefix_path)
+    loaded = load_named(config)
     columns = TextColumn("{task.description:10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
         task = progress.add_task("reading", total=1.0)

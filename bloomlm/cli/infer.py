@@ -4,7 +4,7 @@ Imports neither the model's nor the checkpoints' code: it runs where bloomlm.run
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,6 @@ import torch
 from bloomlm.cli.completion import (
     NO_PROMPTS,
     CompletionFlags,
-    about,
     check_completion_flags,
     prompts_of,
     run_completions,
@@ -21,39 +20,36 @@ from bloomlm.cli.completion import (
 from bloomlm.cli.options import config_command
 from bloomlm.cli.predict_prompts import Prompts
 from bloomlm.errors import ConfigError
+from bloomlm.flags import REQUIRED, Flags, flag
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.runtime.manifest import Manifest
 from bloomlm.runtime.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ProgramFlags:
+class _ProgramFlags(Flags):
     """Where the program comes from, listed before the others."""
 
-    model_dir: Path = field(metadata=about("program", "directory that bloomlm export wrote into"))
-    model_prefix: str = field(default="bloom", metadata=about("program", "name of the program in it"))
-    backend: Literal["auto", "pt2", "onnx_runtime", "openvino", "llama_cpp"] = field(
-        default="auto", metadata=about("program", "what runs it; auto: what its format is for")
+    model_dir: Path = flag("program", REQUIRED, "directory that bloomlm export wrote into")
+    model_prefix: str = flag("program", "bloom", "name of the program in it")
+    backend: Literal["auto", "pt2", "onnx_runtime", "openvino", "llama_cpp"] = flag(
+        "program", "auto", "what runs it; auto: what its format is for"
     )
-    device: Literal["cpu", "gpu"] = field(default="cpu", metadata=about("program", "where it runs"))
-    verify_weights: bool = field(
-        default=False, metadata=about("program", "read all weights and compare their checksums first")
-    )
+    device: Literal["cpu", "gpu"] = flag("program", "cpu", "where it runs")
+    verify_weights: bool = flag("program", False, "read all weights and compare their checksums first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig(CompletionFlags, _ProgramFlags):
     """The flags of `bloomlm infer`."""
 
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata=about(
-            "decoding",
-            "most tokens to generate, </s> included  [default: as exported]",
-            aliases=("max_length", "tgt_length"),
-        ),
+    max_new_tokens: int | None = flag(
+        "decoding",
+        None,
+        "most tokens to generate, </s> included  [default: as exported]",
+        aliases=("max_length", "tgt_length"),
     )
-    cpu_threads: int | None = field(default=None, metadata=about("computing", "threads  [default: all cores]"))
+    cpu_threads: int | None = flag("computing", None, "threads  [default: all cores]", minimum=1)
 
 
 def infer(config: InferConfig) -> None:
@@ -65,8 +61,6 @@ def infer(config: InferConfig) -> None:
     if config.device == "gpu":
         raise ConfigError("--device gpu: exported programs run on the CPU; use bloomlm predict on a GPU")
     if config.cpu_threads is not None:
-        if config.cpu_threads < 1:
-            raise ConfigError(f"--cpu_threads is {config.cpu_threads}; it must be at least 1")
         torch.set_num_threads(config.cpu_threads)
     path = config.model_dir / config.model_prefix
     manifest = Manifest.read(config.model_dir / f"{config.model_prefix}.json")

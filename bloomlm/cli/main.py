@@ -9,9 +9,9 @@ from typing import NoReturn
 
 import click
 
-import bloomlm
 from bloomlm.allocator import keep_freed_memory
 from bloomlm.errors import BloomlmError
+from bloomlm.version import __version__
 
 # verb -> (its module, the line that `bloomlm --help` shows). The module holds `command`.
 VERBS = {
@@ -63,7 +63,7 @@ class _Verbs(click.Group):
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"bloomlm {bloomlm.__version__}")
+        click.echo(f"bloomlm {__version__}")
         ctx.exit()
 
 

@@ -1,8 +1,7 @@
 """`bloomlm merge`: many files into one, another precision, an adapter into its base."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -13,49 +12,18 @@ from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
+from bloomlm.flags import REQUIRED, Dtype, ModelFlags, flag
 from bloomlm.parallel.launch import joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(ModelFlags):
     """What to merge, and into what."""
 
-    model_name_or_path: str = field(
-        metadata={"section": "merge", "help": "the base: builtin:tiny, a directory, or a hub name"}
-    )
-    output_path: str = field(
-        metadata={"section": "merge", "help": "directory to write; an older model in it is replaced"}
-    )
-    lora_path: str | None = field(
-        default=None,
-        metadata={"section": "merge", "help": "LoRA adapter to add into the weights, in fp32, rounded once"},
-    )
-    prefix_layout: Literal["old", "new"] | None = field(
-        default=None,
-        metadata={"section": "merge", "help": "of a prefix in PaddleNLP's files, which can be read but not merged"},
-    )
-    trained_tensor_parallel_degree: int | None = field(
-        default=None,
-        metadata={
-            "section": "merge",
-            "help": "ranks that trained a LoRA in PaddleNLP's files, where they do not tell",
-        },
-    )
-    paddle_tokenization: bool = field(
-        default=False,
-        metadata={
-            "section": "merge",
-            "help": "with vocab.json and merges.txt: tokenizer.json shall cut words as PaddleNLP did, not as BLOOM",
-        },
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
-        default=None, metadata={"section": "merge", "help": "precision to write  [default: the base's]"}
-    )
-    max_shard_size: str = field(
-        default="5GB",
-        metadata={"section": "merge", "help": "largest weight file; a larger model is written in several"},
-    )
+    output_path: str = flag("output", REQUIRED, "directory to write; an older model in it is replaced")
+    dtype: Dtype | None = flag("output", None, "precision to write  [default: the base's]")
+    max_shard_size: str = flag("output", "5GB", "largest weight file; a larger model is written in several")
 
 
 def merge(config: MergeConfig) -> None:

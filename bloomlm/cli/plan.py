@@ -2,9 +2,9 @@
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from bloomlm.checkpoint.source import BUILTIN_PREFIX, resolve_source
 from bloomlm.cli.options import config_command
 from bloomlm.cli.plan_output import Fit, Plan, show_plan, write_plan
 from bloomlm.errors import ConfigError
+from bloomlm.flags import REQUIRED, Dtype, Flags, flag, same_flag
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
 from bloomlm.parallel.mesh import Degrees, check_model_divides
@@ -35,66 +36,53 @@ MOST_AT_ONCE = 2**16
 """No larger batch is tried."""
 
 
-def _as_in_finetune(name: str, **more: Any) -> Any:
-    """The flag of `bloomlm finetune` of that name."""
-    flag = next(item for item in fields(TrainingConfig) if item.name == name)
-    return field(default=flag.default, metadata={**flag.metadata, **more})
-
-
-def _flag(section: str, default: Any, help: str) -> Any:
-    return field(default=default, metadata={"section": section, "help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Flags):
     """The job. Flags that `bloomlm finetune` has too mean the same here."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "section": "model",
-            "help": "bigscience/bloom-560m ... bigscience/bloom and bloomz names (nothing is fetched), builtin:tiny, a "
-            "directory, or a config.json",
-            "aliases": ("model",),
-        }
+    model_name_or_path: str = flag(
+        "model",
+        REQUIRED,
+        "bigscience/bloom-560m ... bigscience/bloom and bloomz names (nothing is fetched), builtin:tiny, a "
+        "directory, or a config.json",
+        aliases=("model",),
     )
 
-    num_processes: int | None = _flag(
+    num_processes: int | None = flag(
         "parallelism", None, "of the job  [default: tensor_parallel_degree x sharding_parallel_degree]"
     )
-    tensor_parallel_degree: int = _as_in_finetune("tensor_parallel_degree")
-    sharding_parallel_degree: int = _as_in_finetune("sharding_parallel_degree")
-    sharding: Literal["", "stage1", "stage2", "stage3"] = _as_in_finetune("sharding")
+    tensor_parallel_degree: int = same_flag(TrainingConfig, "tensor_parallel_degree")
+    sharding_parallel_degree: int = same_flag(TrainingConfig, "sharding_parallel_degree")
+    sharding: Literal["", "stage1", "stage2", "stage3"] = same_flag(TrainingConfig, "sharding")
 
-    src_length: int = _as_in_finetune("src_length", help="tokens of each prompt")
-    tgt_length: int = _as_in_finetune("tgt_length", help="tokens of each target, and of what is generated")
+    src_length: int = same_flag(TrainingConfig, "src_length", help="tokens of each prompt")
+    tgt_length: int = same_flag(TrainingConfig, "tgt_length", help="tokens of each target, and of what is generated")
 
-    per_device_train_batch_size: int = _as_in_finetune("per_device_train_batch_size")
-    gradient_accumulation_steps: int = _as_in_finetune("gradient_accumulation_steps")
-    label_smoothing: float = _as_in_finetune("label_smoothing")
+    per_device_train_batch_size: int = same_flag(TrainingConfig, "per_device_train_batch_size")
+    gradient_accumulation_steps: int = same_flag(TrainingConfig, "gradient_accumulation_steps")
+    label_smoothing: float = same_flag(TrainingConfig, "label_smoothing")
 
-    fp16: bool = _as_in_finetune("fp16")
-    bf16: bool = _as_in_finetune("bf16")
-    fp16_opt_level: Literal["O1", "O2"] = _as_in_finetune("fp16_opt_level")
-    recompute: bool = _as_in_finetune("recompute")
+    fp16: bool = same_flag(TrainingConfig, "fp16")
+    bf16: bool = same_flag(TrainingConfig, "bf16")
+    fp16_opt_level: Literal["O1", "O2"] = same_flag(TrainingConfig, "fp16_opt_level")
+    recompute: bool = same_flag(TrainingConfig, "recompute")
 
-    lora: bool = _as_in_finetune("lora")
-    r: int = _as_in_finetune("r")
-    target_modules: tuple[str, ...] = _as_in_finetune("target_modules")
-    prefix_tuning: bool = _as_in_finetune("prefix_tuning")
-    num_prefix_tokens: int = _as_in_finetune("num_prefix_tokens")
-    prefix_projection: bool = _as_in_finetune("prefix_projection")
+    lora: bool = same_flag(TrainingConfig, "lora")
+    r: int = same_flag(TrainingConfig, "r")
+    target_modules: tuple[str, ...] = same_flag(TrainingConfig, "target_modules")
+    prefix_tuning: bool = same_flag(TrainingConfig, "prefix_tuning")
+    num_prefix_tokens: int = same_flag(TrainingConfig, "num_prefix_tokens")
+    prefix_projection: bool = same_flag(TrainingConfig, "prefix_projection")
 
-    dtype: Literal["float32", "float16", "bfloat16"] = _flag("prediction", "bfloat16", "precision of the weights")
-    batch_size: int = _flag("prediction", 1, "sequences generated at once")
+    dtype: Dtype = flag("prediction", "bfloat16", "precision of the weights")
+    batch_size: int = flag("prediction", 1, "sequences generated at once")
 
-    flops_per_second: float = _flag("speed", 4e14, "matrix products of a process, as they are reached")
-    node_bandwidth: float = _flag("speed", 3e11, "bytes a second that a process sends to one of the same machine")
-    network_bandwidth: float = _flag("speed", 2.5e10, "bytes a second that a process sends to another machine")
-    processes_per_node: int = _flag("speed", 8, "processes of a machine")
+    flops_per_second: float = flag("speed", 4e14, "matrix products of a process, as they are reached")
+    node_bandwidth: float = flag("speed", 3e11, "bytes a second that a process sends to one of the same machine")
+    network_bandwidth: float = flag("speed", 2.5e10, "bytes a second that a process sends to another machine")
+    processes_per_node: int = flag("speed", 8, "processes of a machine")
 
-    output_file: Path | None = field(
-        default=None, metadata={"section": "output", "help": "also write the plan as JSON to this file"}
-    )
+    output_file: Path | None = flag("output", None, "also write the plan as JSON to this file")
 
 
 def plan(config: PlanConfig) -> None:

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -17,7 +16,6 @@ from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.completion import (
     NO_PROMPTS,
     CompletionFlags,
-    about,
     check_completion_flags,
     prompts_of,
     run_completions,
@@ -27,60 +25,22 @@ from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.cli.predict_prompts import Prompts
 from bloomlm.errors import ConfigError
+from bloomlm.flags import DeviceFlags, ModelFlags, flag
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.launch import joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelFlags:
-    """Where the model comes from, listed before the others."""
-
-    model_name_or_path: str = field(
-        metadata=about("model", "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m")
-    )
-    lora_path: str | None = field(
-        default=None, metadata=about("model", "directory or hub name of a LoRA adapter (PEFT's or PaddleNLP's files)")
-    )
-    prefix_path: str | None = field(
-        default=None,
-        metadata=about("model", "directory or hub name of a prefix adapter (PEFT's or PaddleNLP's files)"),
-    )
-    prefix_layout: Literal["old", "new"] | None = field(
-        default=None, metadata=about("model", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
-    )
-    trained_tensor_parallel_degree: int | None = field(
-        default=None,
-        metadata=about("model", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
-    )
-    paddle_tokenization: bool = field(
-        default=False,
-        metadata=about("model", "with vocab.json and merges.txt: cut words as PaddleNLP did, not as BLOOM"),
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
-        default=None, metadata=about("model", "precision of the weights; by default that of the files")
-    )
-    device: str | None = field(
-        default=None, metadata=about("model", "cpu, gpu, cuda:1, ...; by default a GPU if there is one")
-    )
-    save_onepiece_model_path: Path | None = field(
-        default=None, metadata=about("model", "write the model, its LoRA adapter merged in, into this directory")
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig(CompletionFlags, _ModelFlags):
+class PredictConfig(CompletionFlags, DeviceFlags, ModelFlags):
     """The flags of `bloomlm predict`."""
 
-    max_new_tokens: int = field(
-        default=200,
-        metadata=about("decoding", "most tokens to generate, </s> included", aliases=("tgt_length",)),
+    save_onepiece_model_path: Path | None = flag(
+        "model", None, "write the model, its LoRA adapter merged in, into this directory"
     )
-    tensor_parallel_degree: int = field(
-        default=-1,
-        metadata=about(
-            "computing", "under torchrun: processes that compute one copy of the model together [default: all]"
-        ),
+    max_new_tokens: int = flag("decoding", 200, "most tokens to generate, </s> included", aliases=("tgt_length",))
+    tensor_parallel_degree: int = flag(
+        "computing", -1, "under torchrun: processes that compute one copy of the model together [default: all]"
     )
 
 
@@ -112,7 +72,7 @@ def _load_and_predict(config: PredictConfig, generation: GenerationConfig, devic
     prompts = on_main(lambda: prompts_of(config), mesh)
     if prompts is None and config.save_onepiece_model_path is None:
         raise ConfigError(NO_PROMPTS)
-    loaded = load_named(config, prefix_path=config.prefix_path, dtype=config.dtype, device=device, mesh=mesh)
+    loaded = load_named(config, dtype=config.dtype, device=device, mesh=mesh)
     if config.save_onepiece_model_path is not None:
         _save(config.save_onepiece_model_path, loaded)
     if prompts is not None:

@@ -1,15 +1,11 @@
 """The flags of `bloomlm evaluate`, and what cannot be asked for together."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from bloomlm.errors import ConfigError
-
-
-def _about(section: str, help: str) -> dict[str, str]:
-    return {"section": section, "help": help}
-
+from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
 
 _ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leave the flag out"
 _NOT_OF_PROGRAMS = {
@@ -28,116 +24,53 @@ _NOT_OF_PROGRAMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(DeviceFlags, ModelFlags):
     """What to evaluate on what."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata=_about("model", "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m")
+    model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
+    model_type: str | None = flag("model", None, "bloom; PaddleNLP's command gives it")
+    load_autodist: bool = flag("model", False, "the directory holds PaddleNLP's auto_dist files")
+    model_dir: Path | None = flag(
+        "model", None, "instead of --model_name_or_path: directory that bloomlm export wrote a program into"
     )
-    model_type: str | None = field(default=None, metadata=_about("model", "bloom; PaddleNLP's command gives it"))
-    lora_path: str | None = field(
-        default=None, metadata=_about("model", "directory or hub name of a LoRA adapter (PEFT's or PaddleNLP's files)")
-    )
-    prefix_path: str | None = field(
-        default=None,
-        metadata=_about("model", "directory or hub name of a prefix adapter (PEFT's or PaddleNLP's files)"),
-    )
-    prefix_layout: Literal["old", "new"] | None = field(
-        default=None, metadata=_about("model", "of a prefix in PaddleNLP's files: old to August 2023, new after it")
-    )
-    trained_tensor_parallel_degree: int | None = field(
-        default=None,
-        metadata=_about("model", "ranks that trained an adapter in PaddleNLP's files, where they do not tell"),
-    )
-    paddle_tokenization: bool = field(
-        default=False,
-        metadata=_about("model", "with vocab.json and merges.txt: cut words as PaddleNLP did, not as BLOOM"),
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
-        default=None, metadata=_about("model", "precision of the weights; by default that of the files")
-    )
-    device: str | None = field(
-        default=None, metadata=_about("model", "cpu, gpu, cuda:1, ...; by default a GPU if there is one")
-    )
-    load_autodist: bool = field(
-        default=False, metadata=_about("model", "the directory holds PaddleNLP's auto_dist files")
-    )
-    model_dir: Path | None = field(
-        default=None,
-        metadata=_about("model", "instead of --model_name_or_path: directory that bloomlm export wrote a program into"),
-    )
-    model_prefix: str = field(default="bloom", metadata=_about("model", "name of the program in it"))
+    model_prefix: str = flag("model", "bloom", "name of the program in it")
 
-    eval_path: str | None = field(
-        default=None,
-        metadata=_about(
-            "data", "wiki.valid.tokens, lambada_test.jsonl, ...; or wikitext-2, wikitext-103 or lambada from the hub"
-        ),
+    eval_path: str | None = flag(
+        "data", None, "wiki.valid.tokens, lambada_test.jsonl, ...; or wikitext-2, wikitext-103 or lambada from the hub"
     )
-    cloze_eval: bool | None = field(
-        default=None, metadata=_about("data", "guess last words (LAMBADA); by default so for .jsonl files")
+    cloze_eval: bool | None = flag("data", None, "guess last words (LAMBADA); by default so for .jsonl files")
+    limit: int | None = flag("data", None, "evaluate the first so many examples, documents or windows only")
+
+    protocol: Literal["reference", "lm_eval", "gptq"] = flag(
+        "protocol", "reference", "whose definition: PaddleNLP's run_eval.py, lm-eval's tasks, or GPTQ's perplexity"
     )
-    limit: int | None = field(
-        default=None, metadata=_about("data", "evaluate the first so many examples, documents or windows only")
+    seq_length: int | None = flag("protocol", None, "most tokens the model sees [default: 512; lm_eval and gptq: 2048]")
+    overlapping_eval: int | None = flag(
+        "protocol", None, "reference, WikiText: tokens from one window to the next [default: 32]"
     )
 
-    protocol: Literal["reference", "lm_eval", "gptq"] = field(
-        default="reference",
-        metadata=_about("protocol", "whose definition: PaddleNLP's run_eval.py, lm-eval's tasks, or GPTQ's perplexity"),
-    )
-    seq_length: int | None = field(
-        default=None, metadata=_about("protocol", "most tokens the model sees [default: 512; lm_eval and gptq: 2048]")
-    )
-    overlapping_eval: int | None = field(
-        default=None,
-        metadata=_about("protocol", "reference, WikiText: tokens from one window to the next [default: 32]"),
-    )
+    do_generation: bool = flag("generation", False, "answer the rows of eval_path (src and tgt) and score the answers")
+    src_length: int | None = flag("generation", None, "most tokens of a prompt, as in training [default: 512]")
+    tgt_length: int | None = flag("generation", None, "most tokens of an answer, </s> included [default: 512]")
+    prompt_template: str | None = flag("generation", None, "makes the prompt of each row, as in training")
 
-    do_generation: bool = field(
-        default=False, metadata=_about("generation", "answer the rows of eval_path (src and tgt) and score the answers")
-    )
-    src_length: int | None = field(
-        default=None, metadata=_about("generation", "most tokens of a prompt, as in training [default: 512]")
-    )
-    tgt_length: int | None = field(
-        default=None, metadata=_about("generation", "most tokens of an answer, </s> included [default: 512]")
-    )
-    prompt_template: str | None = field(
-        default=None, metadata=_about("generation", "makes the prompt of each row, as in training")
-    )
+    tasks: tuple[str, ...] = flag("lm-eval", (), "tasks that lm-eval runs (pip install 'bloomlm[lm_eval]')")
+    num_fewshot: int | None = flag("lm-eval", None, "worked examples before each question; by default the task's own")
+    include_path: Path | None = flag("lm-eval", None, "directory with more tasks of your own")
 
-    tasks: tuple[str, ...] = field(
-        default=(), metadata=_about("lm-eval", "tasks that lm-eval runs (pip install 'bloomlm[lm_eval]')")
+    output_file: Path | None = flag(
+        "output", None, "write the report (.json, and .md beside it); a stopped evaluation goes on from there"
     )
-    num_fewshot: int | None = field(
-        default=None, metadata=_about("lm-eval", "worked examples before each question; by default the task's own")
-    )
-    include_path: Path | None = field(default=None, metadata=_about("lm-eval", "directory with more tasks of your own"))
+    compare: tuple[str, ...] = flag("output", (), "two reports, side by side; nothing is evaluated")
+    logging_steps: int = flag("output", 10, "without a terminal: batches from one line of progress to the next")
 
-    output_file: Path | None = field(
-        default=None,
-        metadata=_about(
-            "output", "write the report (.json, and .md beside it); a stopped evaluation goes on from there"
-        ),
+    batch_size: int = flag(
+        "computing", 8, "windows of seq_length tokens at once; changes the speed, and is halved when memory runs out"
     )
-    compare: tuple[str, ...] = field(
-        default=(), metadata=_about("output", "two reports, side by side; nothing is evaluated")
+    tensor_parallel_degree: int = flag(
+        "computing", 1, "processes that share a model; the others have copies and take other examples"
     )
-    logging_steps: int = field(
-        default=10, metadata=_about("output", "without a terminal: batches from one line of progress to the next")
-    )
-
-    batch_size: int = field(
-        default=8,
-        metadata=_about(
-            "computing", "windows of seq_length tokens at once; changes the speed, and is halved when memory runs out"
-        ),
-    )
-    tensor_parallel_degree: int = field(
-        default=1,
-        metadata=_about("computing", "processes that share a model; the others have copies and take other examples"),
-    )
-    seed: int | None = field(default=None, metadata=_about("computing", "accepted; an evaluation draws nothing"))
+    seed: int | None = flag("computing", None, "accepted; an evaluation draws nothing")
 
     @property
     def is_lambada(self) -> bool:
@@ -185,7 +118,7 @@ def _check_model(config: EvaluateConfig) -> None:
     if config.model_dir is not None:
         _check_program(config)
         return
-    if config.model_name_or_path is None:
+    if not config.model_name_or_path:
         raise ConfigError(
             "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an exported "
             "program"
@@ -201,7 +134,7 @@ def _check_model(config: EvaluateConfig) -> None:
 
 def _check_program(config: EvaluateConfig) -> None:
     """Refuse what says how to load a model where a program is given, which has all that in it."""
-    if config.model_name_or_path is not None:
+    if config.model_name_or_path:
         raise ConfigError(
             f"found --model_dir {config.model_dir} and --model_name_or_path {config.model_name_or_path}; give one: an "
             "exported program or a model"

@@ -13,7 +13,6 @@ import safetensors
 import torch
 from safetensors import safe_open
 
-import bloomlm
 from bloomlm.adapters.apply import adapter_config
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.atomic import directory_beside
@@ -34,6 +33,7 @@ from bloomlm.runtime.manifest import VIRTUAL, Manifest, describe_file
 from bloomlm.runtime.program import Program
 from bloomlm.runtime.pt2 import weights_file
 from bloomlm.runtime.step import virtual_file
+from bloomlm.version import __version__
 
 _LOG = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         format=format,
-        bloomlm_version=bloomlm.__version__,
+        bloomlm_version=__version__,
         library_versions={"torch": torch.__version__, "safetensors": safetensors.__version__},
         source=source,
         fingerprint=model_fingerprint(model),

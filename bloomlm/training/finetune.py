@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import bloomlm
 from bloomlm.checkpoint.adapter import load_adapter
 from bloomlm.checkpoint.main_rank import main_first, on_main
 from bloomlm.checkpoint.merge import merge_to_directory
@@ -47,6 +46,7 @@ from bloomlm.training.report import (
 from bloomlm.training.resume import Begun, read_begun, restore_begun, with_recorded_flags
 from bloomlm.training.step import StepResult, Trainer, steps_per_epoch
 from bloomlm.training.summary import FinetuneResult, describe_parameters, print_summary, run_title
+from bloomlm.version import __version__
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -105,7 +105,7 @@ def _assemble(
     config = with_recorded_flags(config, begun)
     # the main rank first: it tokenises, and the others find that in the cache
     examples = main_first(lambda: load_run_examples(config, tokenizer), mesh)
-    check_agreement({"examples": examples.fingerprint, "version": bloomlm.__version__}, mesh)
+    check_agreement({"examples": examples.fingerprint, "version": __version__}, mesh)
     model = load_to_train(config, source, precision, checkpoint, begun.structure, mesh)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(

@@ -17,7 +17,8 @@ ROWS = [
     {"generation", "checkpoint", "data"},
     {"adapters", "parallel"},
     {"model"},
-    {"errors", "assets", "allocator"},
+    {"flags"},
+    {"errors", "assets", "allocator", "version"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 FILES = sorted(

@@ -1,0 +1,127 @@
+"""How the fields of a config dataclass become flags, and the flags that several verbs share.
+
+    @dataclass(frozen=True, kw_only=True)
+    class ToyConfig(Flags):
+        output_dir: str = flag("output", REQUIRED, "directory to write")
+        top_p: float = flag("decoding", 1.0, "draw from the likeliest tokens of this probability", minimum=0, maximum=1)
+
+cli/options.py builds the command from such a class. This file imports the standard library only, so that training and
+evaluation can declare their flags without the command line.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+from bloomlm.errors import ConfigError
+
+REQUIRED: Any = MISSING
+"""The default of a flag that the user must give."""
+
+# Name in a field's metadata -> the words of the message, and the test. NaN passes none of them.
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "minimum": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+PrefixLayoutName = Literal["old", "new"]
+
+
+def flag(
+    section: str,
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    repeatable: bool = False,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that says how it appears as a flag.
+
+    Args:
+        section: the heading under which --help lists it.
+        default: its value where it is not given, or REQUIRED.
+        help: one line, with the unit; --help adds the default.
+        aliases: other spellings, such as ("prefix",).
+        repeatable: the flag is given once for each text of the tuple, which may hold commas.
+        minimum, maximum: the range of a number, its ends included; None is always allowed.
+        above, below: the same, its ends excluded.
+    """
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(
+        default=default,
+        metadata={"section": section, "help": help, "aliases": aliases, "repeatable": repeatable, **given},
+    )
+
+
+def same_flag(config_class: type[Any], name: str, **changes: Any) -> Any:
+    """The field of another config, for a flag that means the same in two verbs.
+
+    Args:
+        config_class: has the field.
+        name: of the field in both classes.
+        changes: `default`, or arguments of `flag` that differ.
+    """
+    original = next(item for item in fields(config_class) if item.name == name)
+    default = changes.pop("default", original.default)
+    return field(default=default, metadata={**original.metadata, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Base of every config. A config whose numbers are out of range cannot be made.
+
+    Raises:
+        ConfigError: a value is outside the range that its flag declares.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            bounds = [
+                (word, holds, item.metadata[name]) for name, (word, holds) in _BOUNDS.items() if name in item.metadata
+            ]
+            if value is not None and not all(holds(value, bound) for _, holds, bound in bounds):
+                expected = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
+                raise ConfigError(f"--{item.name} is {value}; expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(Flags):
+    """Which model and adapter to load, and how to read their files."""
+
+    model_name_or_path: str = flag(
+        "model", REQUIRED, "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m"
+    )
+    lora_path: str | None = flag("model", None, "directory or hub name of a LoRA adapter (PEFT's or PaddleNLP's files)")
+    prefix_path: str | None = flag(
+        "model", None, "directory or hub name of a prefix adapter (PEFT's or PaddleNLP's files)"
+    )
+    prefix_layout: PrefixLayoutName | None = flag(
+        "model", None, "layout of a prefix in PaddleNLP's files: old until August 2023, new since then"
+    )
+    trained_tensor_parallel_degree: int | None = flag(
+        "model",
+        None,
+        "number of ranks that trained an adapter in PaddleNLP's files, where the files do not say",
+        minimum=1,
+    )
+    paddle_tokenization: bool = flag(
+        "model", False, "with vocab.json and merges.txt: split words as PaddleNLP did, not as BLOOM does"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlags(Flags):
+    """In which precision and on which device a loaded model computes."""
+
+    dtype: Dtype | None = flag("model", None, "precision of the weights  [default: as in the files]")
+    device: str | None = flag("model", None, "cpu, gpu, cuda:1, ...  [default: a GPU if there is one]")

@@ -1,0 +1,3 @@
+"""The version of bloomlm, which pyproject.toml has too."""
+
+__version__ = "0.1.0"

@@ -1,12 +1,6 @@
 """Turns a config dataclass into the flags of a command.
 
-Each field becomes one flag of the same name. What the flag says about itself lies in the field's metadata:
-
-    help        one line, with the unit; the default is added here
-    section     the heading under which --help lists it
-    aliases     other spellings, e.g. ("prefix",)
-    repeatable  True: given once for each text of the tuple, which may hold commas
-
+Each field becomes one flag of the same name; its help, section and aliases are in the field's metadata, see flags.py.
 A boolean is given as `--x`, `--x True` or `--x False`; dashes and underscores are the same; `--config run.yaml`
 takes the same names, and a flag on the command line wins over the file. Knows nothing of what the fields mean.
 """

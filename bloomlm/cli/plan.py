@@ -49,7 +49,7 @@ class PlanConfig(Flags):
     )
 
     num_processes: int | None = flag(
-        "parallelism", None, "of the job  [default: tensor_parallel_degree x sharding_parallel_degree]"
+        "parallelism", None, "of the job  [default: tensor_parallel_degree x sharding_parallel_degree]", minimum=1
     )
     tensor_parallel_degree: int = same_flag(TrainingConfig, "tensor_parallel_degree")
     sharding_parallel_degree: int = same_flag(TrainingConfig, "sharding_parallel_degree")
@@ -75,12 +75,16 @@ class PlanConfig(Flags):
     prefix_projection: bool = same_flag(TrainingConfig, "prefix_projection")
 
     dtype: Dtype = flag("prediction", "bfloat16", "precision of the weights")
-    batch_size: int = flag("prediction", 1, "sequences generated at once")
+    batch_size: int = flag("prediction", 1, "sequences generated at once", minimum=1)
 
-    flops_per_second: float = flag("speed", 4e14, "matrix products of a process, as they are reached")
-    node_bandwidth: float = flag("speed", 3e11, "bytes a second that a process sends to one of the same machine")
-    network_bandwidth: float = flag("speed", 2.5e10, "bytes a second that a process sends to another machine")
-    processes_per_node: int = flag("speed", 8, "processes of a machine")
+    flops_per_second: float = flag("speed", 4e14, "matrix products of a process, as they are reached", minimum=1)
+    node_bandwidth: float = flag(
+        "speed", 3e11, "bytes a second that a process sends to one of the same machine", minimum=1
+    )
+    network_bandwidth: float = flag(
+        "speed", 2.5e10, "bytes a second that a process sends to another machine", minimum=1
+    )
+    processes_per_node: int = flag("speed", 8, "processes of a machine", minimum=1)
 
     output_file: Path | None = flag("output", None, "also write the plan as JSON to this file")
 
@@ -195,12 +199,6 @@ def find_config(name: str) -> BloomConfig:
 
 
 def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degrees]:
-    for name in ("num_processes", "batch_size", "flops_per_second", "node_bandwidth", "network_bandwidth"):
-        value = getattr(config, name)
-        if value is not None and not value >= 1:
-            raise ConfigError(f"--{name} is {value}; expected at least 1")
-    if config.processes_per_node < 1:
-        raise ConfigError(f"--processes_per_node is {config.processes_per_node}; expected at least 1")
     if config.sharding and config.num_processes is None and config.sharding_parallel_degree < 1:
         raise ConfigError(f"--sharding {config.sharding}: among how many processes? Add --num_processes")
     shared = {item.name for item in fields(TrainingConfig)} & {item.name for item in fields(config)}

@@ -50,6 +50,16 @@ def test_import_direction(path: Path) -> None:
         assert ROW_OF[own] < ROW_OF[part], f"{path} imports {part}, which is not below {own}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_part_imports_the_whole(path: Path) -> None:
+    """The package's own names are made of its parts; a part that took them from there would import in a circle."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert "bloomlm" not in [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module == "bloomlm":
+            assert all((PACKAGE / alias.name).is_dir() for alias in node.names)
+
+
 def test_importing_bloomlm_loads_no_torch() -> None:
     code = "import sys, bloomlm, bloomlm.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,9 @@ import click
 import pytest
 
 from bloomlm.cli import main as cli
-from bloomlm.cli.options import build_config, config_command
+from bloomlm.cli.options import build_config, config_command, config_flags
 from bloomlm.errors import ConfigError, DataError
+from bloomlm.flags import Flags, flag, same_flag
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +112,46 @@ def test_bad_run_files_are_named(content: str, message: str, tmp_path: Path) -> 
         build_config(Toy, {"out_dir": "x"}, run)
     with pytest.raises(ConfigError, match="cannot read --config"):
         build_config(Toy, {"out_dir": "x"}, tmp_path / "absent.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranged(Flags):
+    share: float | None = flag("numbers", None, "a share", minimum=0, below=1)
+    count: int = flag("numbers", 1, "a count", minimum=1)
+    epsilon: float = flag("numbers", 0.5, "a small number", above=0, maximum=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 0.0, "count": 1, "epsilon": 1.0}, None),
+        ({"share": 1.0}, "--share is 1.0; expected at least 0 and below 1"),
+        ({"share": -0.1}, "--share is -0.1; expected at least 0 and below 1"),
+        ({"count": 0}, "--count is 0; expected at least 1"),
+        ({"epsilon": 0.0}, "--epsilon is 0.0; expected above 0 and at most 1"),
+        ({"epsilon": 1.5}, "--epsilon is 1.5; expected above 0 and at most 1"),
+        ({"epsilon": float("nan")}, "--epsilon is nan; expected above 0 and at most 1"),
+    ],
+)
+def test_no_config_is_made_of_numbers_out_of_range(values: dict[str, float], message: str | None) -> None:
+    if message is None:
+        assert vars(Ranged(**values)) == values
+        return
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        Ranged(**values)
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        build_config(Ranged, values, None)
+
+
+def test_the_same_flag_in_another_config_takes_changes() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Other(Flags):
+        count: int = same_flag(Ranged, "count", default=3, help="another count")
+
+    [other] = config_flags(Other)
+    assert (other.default, other.help, other.section) == (3, "another count", "numbers")
+    with pytest.raises(ConfigError, match="--count is 0; expected at least 1"):
+        Other(count=0)
 
 
 def test_help_is_grouped_and_shows_defaults() -> None:

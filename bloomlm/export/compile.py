@@ -23,7 +23,7 @@ from bloomlm.export.kernels.operators import attend, compiler_options, decoded_o
 from bloomlm.export.weights import Multiply, WeightFormat, many_rows
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import product, uses_onednn
-from bloomlm.runtime.pt2 import graph_file, instruction_set, package_file
+from bloomlm.runtime.formats.pt2 import graph_file, instruction_set, package_file
 
 _LOG = logging.getLogger(__name__)
 

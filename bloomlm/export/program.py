@@ -28,10 +28,10 @@ from bloomlm.export.store import virtual_tokens, weight_entries, write_weights
 from bloomlm.export.weights import WeightFormat, weight_format
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.runtime.llama_cpp import gguf_file
+from bloomlm.runtime.formats.gguf import gguf_file
+from bloomlm.runtime.formats.pt2 import weights_file
 from bloomlm.runtime.manifest import VIRTUAL, Manifest, describe_file
 from bloomlm.runtime.program import Program
-from bloomlm.runtime.pt2 import weights_file
 from bloomlm.runtime.step import virtual_file
 from bloomlm.version import __version__
 
@@ -77,7 +77,7 @@ def export_program(
         tokenizer: written beside it.
         path: directory and prefix, e.g. inference/bloom; an older program of this name is replaced.
         source: what the model is called.
-        format: one of runtime.manifest.FORMATS.
+        format: one of runtime.formats.FORMATS.
         dtype: precision of the matrices; None: the model's. onnx and openvino: float32 only.
         quantization: none, int8 or int4; onnx and openvino: none only.
         max_new_tokens: tokens that the program generates where nothing else is said.

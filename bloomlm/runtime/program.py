@@ -9,14 +9,9 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ProgramError
 from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.loop import LanguageModel, OnToken, generate
-from bloomlm.runtime.llama_cpp import LlamaCppModel, gguf_file
+from bloomlm.generation.loop import OnToken, generate
+from bloomlm.runtime.formats import FORMATS
 from bloomlm.runtime.manifest import Manifest
-from bloomlm.runtime.pt2 import Pt2Model, weights_file
-from bloomlm.runtime.step import StepModel
-
-BACKENDS = {"pt2": "pt2", "onnx_runtime": "onnx", "openvino": "openvino", "llama_cpp": "gguf"}
-"""What runs programs here, and the format that each runs."""
 
 
 class Program:
@@ -36,17 +31,23 @@ class Program:
     def __init__(self, path: str | Path, *, backend: str = "auto", verify_weights: bool = False) -> None:
         path = Path(path)
         directory, prefix = path.parent, path.name
-        self.manifest = Manifest.read(directory / f"{prefix}.json")
-        if backend != "auto" and BACKENDS.get(backend) != self.manifest.format:
+        manifest_path = directory / f"{prefix}.json"
+        self.manifest = Manifest.read(manifest_path)
+        form = FORMATS.get(self.manifest.format)
+        if form is None:
+            raise ProgramError(
+                f"{manifest_path} is damaged: format {self.manifest.format!r} is none of {', '.join(FORMATS)}"
+            )
+        if backend not in ("auto", form.backend):
             raise ProgramError(
                 f"{path} is a program in the format {self.manifest.format}, which backend {backend} does not run; "
                 "leave --backend at auto"
             )
-        large = (weights_file(prefix), f"{prefix}.onnx.data", f"{prefix}.bin", gguf_file(prefix))
-        self.manifest.check_files(directory, hash_file=lambda name: verify_weights or name not in large)
+        large_file = form.large_file(prefix)
+        self.manifest.check_files(directory, hash_file=lambda name: verify_weights or name != large_file)
         self.tokenizer = Tokenizer.from_directory(directory)
         self._check_tokenizer(directory)
-        self.model = _open_model(self.manifest, directory, prefix)
+        self.model = form.open(self.manifest, directory, prefix)
 
     def generate(
         self, prompts: str | Sequence[str], *, batch_size: int = 8, src_length: int | None = None, **options: Any
@@ -97,11 +98,3 @@ class Program:
                 f"{directory} holds another tokenizer than the program was exported with; copy the tokenizer's files "
                 "of the same export, or export programs with different tokenizers into directories of their own"
             )
-
-
-def _open_model(manifest: Manifest, directory: Path, prefix: str) -> LanguageModel:
-    if manifest.format == "pt2":
-        return Pt2Model(manifest, directory, prefix)
-    if manifest.format == "gguf":
-        return LlamaCppModel(manifest, directory, prefix)
-    return StepModel(manifest, directory, prefix)

@@ -1,4 +1,4 @@
-"""The onnx and openvino formats: one function that takes new tokens and a cache, and gives the grown cache back.
+"""What the onnx and openvino formats share: a function of new tokens and a cache, which returns the grown cache.
 
 Prompts are read one by one, without pads, and decoded together, padded on the left.
 
@@ -15,22 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bloomlm.errors import BackendMissingError, ProgramError
+from bloomlm.errors import ProgramError
 from bloomlm.runtime.manifest import VIRTUAL, Manifest
 
 Array = npt.NDArray[Any]
 Run = Callable[[list[Array]], list[Array]]
 """[tokens [B, T], starts [B], cache ...] -> [logits [B, V], grown cache ...]."""
-
-
-def onnx_file(prefix: str) -> str:
-    """Name of an ONNX file."""
-    return f"{prefix}.onnx"
-
-
-def openvino_file(prefix: str) -> str:
-    """Name of an OpenVINO file."""
-    return f"{prefix}.xml"
 
 
 def virtual_file(prefix: str) -> str:
@@ -51,18 +41,22 @@ def output_names(num_blocks: int) -> list[str]:
 class StepModel:
     """A program of these formats, as the decoding loop wants it."""
 
-    def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
-        """Load the function.
+    def __init__(self, manifest: Manifest, directory: Path, prefix: str, run: Run) -> None:
+        """Read the virtual tokens.
+
+        Args:
+            manifest: of the program, its files checked.
+            directory: where it lies.
+            prefix: its name.
+            run: the function, loaded by its runtime.
 
         Raises:
-            ProgramError: its runtime cannot load the file.
-            BackendMissingError: its runtime is not installed.
+            ProgramError: the virtual tokens cannot be read.
         """
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.special_tokens.get("eos_token_id")
-        open_function = _open_onnx if manifest.format == "onnx" else _open_openvino
-        self._run = open_function(directory, prefix, manifest)
+        self._run = run
         self._virtual = _read_virtual(directory / virtual_file(prefix), manifest)
 
     def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["StepBatch", Tensor]:
@@ -102,46 +96,6 @@ class StepBatch:
         self._starts = self._starts[chosen]
 
 
-def _open_onnx(directory: Path, prefix: str, manifest: Manifest) -> Run:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendMissingError(
-            "backend onnx_runtime needs onnxruntime; install it with pip install 'bloomlm[onnx]'"
-        ) from error
-    path = directory / onnx_file(prefix)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no base of their own
-        raise ProgramError(f"{path} cannot be loaded by onnxruntime: {_first_line(error)}") from error
-    names = input_names(manifest.n_layer)
-
-    def run(given: list[Array]) -> list[Array]:
-        out: list[Array] = session.run(None, dict(zip(names, given, strict=True)))
-        return out
-
-    return run
-
-
-def _open_openvino(directory: Path, prefix: str, manifest: Manifest) -> Run:
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendMissingError(
-            "backend openvino needs OpenVINO; install it with pip install 'bloomlm[openvino]'"
-        ) from error
-    path = directory / openvino_file(prefix)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    try:
-        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-    except Exception as error:  # its errors share no base of their own
-        raise ProgramError(f"{path} cannot be loaded by OpenVINO: {_first_line(error)}") from error
-    # a copy: the arrays it gives are its own memory, which the next step overwrites
-    return lambda given: [np.array(part) for part in request.infer(given).values()]
-
-
 def _read_virtual(path: Path, manifest: Manifest) -> list[Array]:
     """The cache before a prompt: virtual tokens' keys and values by block, [1, H, P, K]; P may be 0."""
     if not manifest.num_virtual_tokens:
@@ -155,5 +109,6 @@ def _read_virtual(path: Path, manifest: Manifest) -> list[Array]:
     return [np.ascontiguousarray(part)[None] for part in virtual.reshape(-1, *virtual.shape[2:])]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -31,8 +31,8 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
+from bloomlm.runtime.formats.pt2 import INSTRUCTION_SETS, instruction_set
 from bloomlm.runtime.manifest import Manifest
-from bloomlm.runtime.pt2 import INSTRUCTION_SETS, instruction_set
 from tests.edited_manifest import edit, tamper
 from tests.tiny_checkpoint import random_model
 

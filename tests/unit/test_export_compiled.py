@@ -20,7 +20,7 @@ from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
-from bloomlm.runtime.pt2 import Pt2Model
+from bloomlm.runtime.formats.pt2 import Pt2Model
 from tests.edited_manifest import edit
 from tests.tiny_checkpoint import random_model
 

@@ -18,7 +18,9 @@ from bloomlm.export.store import named_tensors
 from bloomlm.export.weights import Plain, many_rows
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.runtime.step import input_names, onnx_file, openvino_file, output_names
+from bloomlm.runtime.formats.onnx import onnx_file
+from bloomlm.runtime.formats.openvino import openvino_file
+from bloomlm.runtime.step import input_names, output_names
 
 _MOST = 1 << 24
 

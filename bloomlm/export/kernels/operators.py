@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bloomlm.export.graph import slot_attention
 from bloomlm.export.weights import Parts, format_of
-from bloomlm.runtime.pt2 import instruction_set
+from bloomlm.runtime.formats.pt2 import instruction_set
 
 _SOURCES = ("vectors.h", "tensors.h", "matrix.h", "few_rows.cpp", "decoded.cpp", "attend.cpp")
 """Headers before the files that include them: they are joined into one text."""

@@ -4,7 +4,6 @@ Shapes: B rows, S slots in use, M slots, N packed tokens, L blocks, H heads, K h
 """
 
 import logging
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bloomlm.errors import ProgramError
+from bloomlm.runtime.formats.base import ProgramFormat
 from bloomlm.runtime.manifest import VIRTUAL, Manifest
 
 _LOG = logging.getLogger(__name__)
@@ -213,7 +213,4 @@ def _put_virtual(cache: Sequence[Tensor], virtual: Tensor, starts: Tensor) -> No
             tensor[row, :, start : start + virtual.shape[3]] = virtual[index // 2, index % 2]
 
 
-def weights_bytes(manifest: Manifest) -> int:
-    """Size of the weights' data."""
-    sizes = (math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in manifest.weights.values())
-    return sum(sizes)
+PT2 = ProgramFormat(name="pt2", backend="pt2", large_file=weights_file, open=Pt2Model)

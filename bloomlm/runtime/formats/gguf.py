@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import BackendMissingError, GenerationError, ProgramError
+from bloomlm.runtime.formats.base import ProgramFormat
 from bloomlm.runtime.manifest import Manifest
 
 _LOG = logging.getLogger(__name__)
@@ -235,3 +236,6 @@ def _library() -> tuple[Any, list[str]]:
         llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
     return llama_cpp, _messages
+
+
+GGUF = ProgramFormat(name="gguf", backend="llama_cpp", large_file=gguf_file, open=LlamaCppModel)

@@ -1,0 +1,12 @@
+"""The formats of exported programs: one file for each, and this table. bloomlm.export.formats has the other side."""
+
+from collections.abc import Mapping
+
+from bloomlm.runtime.formats.base import ProgramFormat
+from bloomlm.runtime.formats.gguf import GGUF
+from bloomlm.runtime.formats.onnx import ONNX
+from bloomlm.runtime.formats.openvino import OPENVINO
+from bloomlm.runtime.formats.pt2 import PT2
+
+FORMATS: Mapping[str, ProgramFormat] = {form.name: form for form in (PT2, ONNX, OPENVINO, GGUF)}
+"""By name."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from bloomlm.checkpoint.paddle.lora import PaddleLora
@@ -17,9 +16,6 @@ from bloomlm.checkpoint.paddle.structure import structure_of
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from tests.tiny_checkpoint import random_model
-
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "paddlenlp"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="../shared/fixtures/paddlenlp is not there")
 
 # 6 heads of 4, a vocabulary and a width that 2 and 3 ranks divide, 2 blocks: sizes unlike any fixture's.
 CONFIG = BloomConfig(vocab_size=66, hidden_size=24, n_layer=2, n_head=6)

@@ -1,4 +1,4 @@
-"""Every file that PaddleNLP wrote for us, converted there and back: the same tensors, and PaddleNLP's own logits."""
+"""Files that PaddleNLP wrote, converted there and back: the same tensors, and PaddleNLP's own logits."""
 
 import pickle
 import warnings
@@ -20,11 +20,10 @@ from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.cli.main import main
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import FIXTURES, needs_fixtures
+from tests.paddle_fixtures import FIXTURES
 from tests.parity.test_paddle_fixtures import ADAPTERS, BASE, LORA, MODELS, PREFIX, REF, TP, difference
 
 pytestmark = [
-    needs_fixtures,
     pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 TOLERANCE = 5e-5

@@ -11,7 +11,7 @@ from bloomlm.evaluation.protocols import reference
 from bloomlm.evaluation.scoring.eager_scorer import Scorer
 from bloomlm.evaluation.wikitext import read_text
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import FIXTURES, needs_fixtures
+from tests.paddle_fixtures import FIXTURES
 from tests.parity.conftest import make_pair
 
 SEQ_LENGTH = 64
@@ -36,7 +36,6 @@ def printed(bloom: LoadedModel, plan: Plan) -> str:
     return plan.line(plan.metrics(Scorer(bloom.model, max_batch_tokens=8 * SEQ_LENGTH).score_all(plan.windows)))
 
 
-@needs_fixtures
 @pytest.mark.parametrize("overlapping_eval", [16, 32, 64])
 def test_wikitext_line_is_the_printed_one(bloom: LoadedModel, overlapping_eval: int) -> None:
     text = read_text(FIXTURES / "eval_data" / "wiki.valid.tokens")
@@ -44,7 +43,6 @@ def test_wikitext_line_is_the_printed_one(bloom: LoadedModel, overlapping_eval: 
     assert printed(bloom, plan) == expected_lines()[f"overlapping_eval={overlapping_eval}"]
 
 
-@needs_fixtures
 def test_lambada_line_is_the_printed_one(bloom: LoadedModel) -> None:
     passages = read_passages(FIXTURES / "eval_data" / "lambada_mixed.jsonl")
     plan = reference.lambada(passages, bloom.tokenizer, seq_length=SEQ_LENGTH)

@@ -1,4 +1,4 @@
-"""Wherever a path is taken, PaddleNLP's directories do: model, tokenizer and adapters through bloomlm.load."""
+"""bloomlm.load takes PaddleNLP's directories wherever it takes a path: model, tokenizer and adapters."""
 
 from pathlib import Path
 
@@ -8,9 +8,7 @@ import torch
 
 import bloomlm
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
-
-FIXTURES = Path(__file__).parents[2].parent / "shared" / "fixtures" / "paddlenlp"
-pytestmark = pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs the files that PaddleNLP wrote, in ../shared")
+from tests.paddle_fixtures import FIXTURES
 
 MODEL = FIXTURES / "models" / "bloom_h64_l3_a4"
 REFERENCE = FIXTURES / "ref" / "bloom_h64_l3_a4"

@@ -20,10 +20,10 @@ from bloomlm.adapters.apply import FullTuning, apply_adapter
 from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
 from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import FIXTURES, needs_fixtures, resume_paddle_adapter
+from tests.paddle_files import resume_paddle_adapter
+from tests.paddle_fixtures import FIXTURES, needs_full_checkpoint, present
 from tests.parity.test_paddle_fixtures import BASE, PAD, load_base
 
-pytestmark = needs_fixtures
 CHECKPOINTS = "checkpoints/ft_A{}/checkpoint-{}"
 LEARNING_RATE, WARMUP_STEPS, TOTAL_STEPS, DECAY_RATIO, WEIGHT_DECAY = 1e-3, 1, 4, 0.1, 0.1
 
@@ -105,11 +105,21 @@ def adam_tensors(model: BloomForCausalLM, optimizer: torch.optim.AdamW, key: str
     return {name: optimizer.state[p][key] for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_full_training_ends_in_the_checkpoint() -> None:
+def train_fully() -> tuple[BloomForCausalLM, torch.optim.AdamW, list[float]]:
+    """All four steps of the full run; also the differences from the recorded losses."""
     model = load_base(BASE)
     apply_adapter(model, FullTuning())
     optimizer = build_adamw(model, None)
-    assert max(replay(model, optimizer, "A_full", range(4))) < 5e-5
+    return model, optimizer, replay(model, optimizer, "A_full", range(4))
+
+
+def test_full_training_repeats_the_losses() -> None:
+    assert max(train_fully()[2]) < 5e-5
+
+
+@needs_full_checkpoint
+def test_full_training_ends_in_the_checkpoint() -> None:
+    model, optimizer, _ = train_fully()
     directory = FIXTURES / CHECKPOINTS.format("", 4)
     state = read_paddle_training_state(directory, model.config)
     assert (state.updates, state.learning_rate) == (4, pytest.approx(learning_rate(4)))
@@ -122,7 +132,7 @@ def test_full_training_ends_in_the_checkpoint() -> None:
     assert largest_difference(found, {name: expected_model[name] for name in found}) < 1e-4
 
 
-def resume(kind: str, step: int) -> tuple[BloomForCausalLM, PaddleTrainingState]:
+def resume(kind: str, step: int = 2) -> tuple[BloomForCausalLM, PaddleTrainingState]:
     directory = FIXTURES / CHECKPOINTS.format(f"_{kind}", step)
     model = load_base(BASE)
     resume_paddle_adapter(model, read_paddle_adapter(directory, model.config))
@@ -131,11 +141,22 @@ def resume(kind: str, step: int) -> tuple[BloomForCausalLM, PaddleTrainingState]
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_adapter_training_goes_on_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, state = resume(kind, 2)
+    model, state = resume(kind)
     assert (state.updates, state.learning_rate) == (2, pytest.approx(learning_rate(2)))
+    with paddles_frozen_layer_norm(monkeypatch):
+        assert max(replay(model, build_adamw(model, state), f"A_{kind}", range(2, 4))) < 5e-6
+
+
+LAST_CHECKPOINTS = present(*(CHECKPOINTS.format(f"_{kind}", 4) for kind in ("lora", "prefix")))
+
+
+@pytest.mark.parametrize("last", LAST_CHECKPOINTS)
+def test_adapter_training_ends_in_the_last_checkpoint(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = "lora" if "lora" in last else "prefix"
+    model, state = resume(kind)
     optimizer = build_adamw(model, state)
     with paddles_frozen_layer_norm(monkeypatch):
-        assert max(replay(model, optimizer, f"A_{kind}", range(2, 4))) < 5e-6
+        replay(model, optimizer, f"A_{kind}", range(2, 4))
     expected, expected_state = resume(kind, 4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Adam divides by small gradients, which makes more of rounding than the losses show; processors differ
@@ -147,7 +168,7 @@ def test_adapter_training_goes_on_exactly(kind: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_correct_gradients_stay_close(kind: str) -> None:
-    model, state = resume(kind, 2)
+    model, state = resume(kind)
     first, second = replay(model, build_adamw(model, state), f"A_{kind}", range(2, 4))
     assert first < 5e-6
     assert second < 5e-3

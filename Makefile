@@ -21,6 +21,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_step.py --tuning full

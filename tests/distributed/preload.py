@@ -7,5 +7,7 @@ import torch.distributed.tensor
 
 import bloomlm.cli.evaluate_runs
 import bloomlm.training.finetune  # noqa: F401
+from tests.short_runs import shorten_runs
 
 torch.set_num_threads(1)
+shorten_runs()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from bloomlm.errors import CheckpointError
@@ -19,6 +20,7 @@ from bloomlm.training.progress import duration, size
 from bloomlm.training.report import Reporter, train_metrics, write_generations, write_picture, write_results
 from bloomlm.training.step import StepResult
 from bloomlm.training.summary import FinetuneResult, next_commands, print_summary
+from tests.short_runs import save_figure
 
 
 def step_log(step: int, **changes: Any) -> StepLog:
@@ -225,7 +227,7 @@ def test_generations_file_is_json_lines_in_all_scripts(tmp_path: Path) -> None:
 
 
 def test_picture_is_drawn_from_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(Figure, "savefig", save_figure)
     log: list[dict[str, Any]] = [
         {"step": 1, "loss": 3.0, "learning_rate": 1e-3},
         {"step": 2, "skipped": "the loss is nan"},

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from common import memory_bytes
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict:
     """One side of one row: a step to warm up, then args.steps."""
     import torch
 
-    from bloomlm.adapters.apply import FullTuning, apply_adapter
+    from bloomlm.adapters.base import FullTuning, apply_adapter
     from bloomlm.adapters.lora import LoraConfig
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bloomlm.adapters.apply import FullTuning, apply_adapter
+from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.allocator import keep_freed_memory
 from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader

@@ -41,7 +41,7 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     """Yield each step's loss and the operations that it needs, one optimizer update each."""
     import torch
 
-    from bloomlm.adapters.apply import FullTuning, apply_adapter
+    from bloomlm.adapters.base import FullTuning, apply_adapter
     from bloomlm.adapters.lora import LoraConfig
     from bloomlm.adapters.prefix import PrefixConfig
     from bloomlm.allocator import keep_freed_memory

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bloomlm.adapters.apply import adapter_config
-from bloomlm.adapters.lora import LoraConfig
-from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.adapter import load_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model
@@ -180,7 +178,7 @@ def load(
     directory = resolve_source(str(name_or_path)).directory
     tokenizer = Tokenizer.from_directory(directory, as_gpt2=paddle_tokenization)
     model = load_model(directory, dtype=dtype, device=device, mesh=mesh)
-    for path, kind in ((lora_path, LoraConfig), (prefix_path, PrefixConfig)):
+    for path, flag in ((lora_path, "lora_path"), (prefix_path, "prefix_path")):
         if path is not None:
             load_adapter(
                 model,
@@ -189,7 +187,7 @@ def load(
                 trained_tensor_parallel_degree=trained_tensor_parallel_degree,
                 mesh=mesh,
             )
-            _check_kind(model, path, kind)
+            _check_kind(model, path, flag)
     return LoadedModel(model.eval(), tokenizer, mesh)
 
 
@@ -237,7 +235,8 @@ def finetune(**options: Any) -> "FinetuneResult":
     return run(TrainingConfig(**options))
 
 
-def _check_kind(model: BloomForCausalLM, path: str | Path, expected: type[LoraConfig] | type[PrefixConfig]) -> None:
-    if not isinstance(adapter_config(model), expected):
-        wanted, other = ("LoRA", "prefix_path") if expected is LoraConfig else ("prefix", "lora_path")
-        raise AdapterError(f"{path} holds no {wanted} adapter; give it as {other}")
+def _check_kind(model: BloomForCausalLM, path: str | Path, flag: str) -> None:
+    adapter = adapter_of(model)
+    assert adapter is not None
+    if adapter.path_flag != flag:
+        raise AdapterError(f"{path} holds a {adapter.kind} adapter; give it as {adapter.path_flag}, not as {flag}")

@@ -13,6 +13,8 @@
 Programming mistakes inside bloomlm stay `assert`s and ordinary exceptions.
 """
 
+import collections.abc
+
 
 class BloomlmError(Exception):
     """Base of every error that bloomlm raises on purpose."""
@@ -48,3 +50,10 @@ class BackendMissingError(ProgramError):
 
 class TrainingError(BloomlmError, RuntimeError):
     """A training run that cannot go on."""
+
+
+def name_some(names: collections.abc.Iterable[str], limit: int = 5) -> str:
+    """The first names of a list, in order, and how many more there are, for a message."""
+    ordered = list(names)
+    more = f", and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

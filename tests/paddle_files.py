@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from bloomlm.checkpoint.paddle.adapter import plain_adapter
 from bloomlm.checkpoint.paddle.lora import PaddleLora
 from bloomlm.checkpoint.paddle.optimizer import PREFIX_MODULE
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
 from bloomlm.checkpoint.paddle.structure import structure_of
+from bloomlm.checkpoint.peft import install_adapter
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from tests.tiny_checkpoint import random_model
@@ -96,6 +98,11 @@ def write_json(path: Path, content: Any) -> None:
 def random_arrays(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> State:
     generator = np.random.default_rng(seed)
     return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def install_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:
+    """Put an adapter in as an ordinary LoRA or prefix."""
+    install_adapter(model, plain_adapter(adapter, model.config))
 
 
 def resume_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:

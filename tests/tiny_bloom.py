@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from bloomlm.adapters.apply import Adapter, apply_adapter, trainable_state_dict
+from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.atomic import atomic_directory
 from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.model.config import BloomConfig
 from tests.bloom_tokenizer import make_tokenizer
-from tests.tiny_checkpoint import random_model
+from tests.tiny_checkpoint import learned_tensors, random_model
 
 
 def write_bloom(directory: Path, eos_scale: float = 1.0) -> Path:
@@ -31,7 +31,7 @@ def write_adapter(directory: Path, base: Path, adapter: Adapter) -> Path:
     model = load_model(base)
     generator = torch.Generator().manual_seed(5)
     apply_adapter(model, adapter, generator)
-    for tensor in trainable_state_dict(model).values():
+    for tensor in learned_tensors(model).values():
         tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     with atomic_directory(directory) as temporary:
         save_adapter(model, temporary, str(base))

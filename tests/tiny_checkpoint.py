@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from bloomlm.checkpoint.merge import merged_parameters
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -28,6 +30,19 @@ def write_random_model(directory: Path, dtype: torch.dtype = torch.float32, **op
     directory.mkdir(parents=True, exist_ok=True)
     write_model(directory, model.config, model.named_parameters(), **options)
     return model
+
+
+def learned_tensors(model: BloomForCausalLM) -> dict[str, Tensor]:
+    """Name -> every parameter that learns, detached and sharing the model's memory."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def merged_model(model: BloomForCausalLM) -> BloomForCausalLM:
+    """A plain model of the same weights with the adapter added in."""
+    with torch.device("meta"):
+        plain = BloomForCausalLM(model.config)
+    plain.load_state_dict(dict(merged_parameters(model)), assign=True)
+    return plain.eval()
 
 
 def assert_equal_models(found: BloomForCausalLM, expected: BloomForCausalLM) -> None:

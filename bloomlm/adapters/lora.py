@@ -1,33 +1,51 @@
-"""LoRA: a frozen linear layer plus a trained low-rank update.
+"""LoRA: trained low-rank updates beside frozen linear layers.
 
-Source: Hu et al., https://arxiv.org/abs/2106.09685: y = x W^T + b + scaling * dropout(x) A^T B^T with
-scaling = lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732).
-
-Shapes: N tokens, R lora rank.
+Source: Hu et al., https://arxiv.org/abs/2106.09685; the scaling is lora_alpha / r, or lora_alpha / sqrt(r) for
+rank-stabilised LoRA (https://arxiv.org/abs/2312.03732).
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.errors import AdapterError, ConfigError
-from bloomlm.model.linear import Linear
+from bloomlm.adapters.base import Adapter, PeftForm, refuse_other_keys
+from bloomlm.adapters.lora_linear import LoRALinear
+from bloomlm.errors import AdapterError, ConfigError, name_some
+from bloomlm.model.bloom import BloomForCausalLM
 
 T = TypeVar("T", int, float)
 
 BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+PEFT_PREFIX = "base_model.model."
+PEFT_KEYS = {
+    "alpha_pattern",
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
+PEFT_BIASES = ("none", "all", "lora_only")
+# Ways to draw the first weights that leave the base model's weights alone; the others (pissa, olora, ...) do not.
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Adapter):
     """Which layers get an update, and of what rank."""
+
+    kind = "LoRA"
+    path_flag = "lora_path"
+    accepts_int8 = True
 
     r: int = 4
     """Rank of the update."""
@@ -72,6 +90,126 @@ class LoraConfig:
         alpha = _match(self.alpha_pattern, module_name, self.alpha)
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
+    def describe(self) -> str:
+        """Rank and layers."""
+        return f"{self.kind} of rank {self.r} on {', '.join(self.target_modules)}"
+
+    def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
+        """Put an update beside each of its layers."""
+        for name, linear in self._targets(model):
+            parent, _, attribute = name.rpartition(".")
+            layer = LoRALinear.from_linear(linear, self, name, generator, device)
+            setattr(model.get_submodule(parent), attribute, layer)
+        for name in self.replaced_names:
+            model.get_parameter(name).requires_grad_(True)
+
+    def layers(self, model: BloomForCausalLM) -> Iterator[tuple[str, LoRALinear]]:
+        """Full name and layer of every layer with an update."""
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear):
+                yield name, module
+
+    def parameter_names(self, model: BloomForCausalLM) -> list[str]:
+        """Those of the updates, and replaced_names."""
+        return [f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names] + [
+            *self.replaced_names
+        ]
+
+    def merged(
+        self, model: BloomForCausalLM, name: str, whole: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """The weight of a layer with its update added; other parameters as they are."""
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(module, LoRALinear) and attribute == "weight":
+            return module.merged_weight(whole, dtype)
+        return model.get_parameter(name)
+
+    def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
+        """PEFT names an update's matrices as modules, and a bias of a layer with an update one module deeper."""
+        updates = {f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names}
+        return {
+            name: f"{PEFT_PREFIX}{name}.weight" if name in updates else self._bias_key(name)
+            for name in self.parameter_names(model)
+        }
+
+    def to_peft(self, model: BloomForCausalLM) -> PeftForm:
+        """adapter_config.json and the updates.
+
+        Raises:
+            AdapterError: other parameters than biases learned too.
+        """
+        if others := [name for name in self.replaced_names if not name.endswith(".bias")]:
+            raise AdapterError(
+                f"PEFT's files cannot hold {name_some(others)}, which this adapter trained beside its updates; merge "
+                "it into its base model instead"
+            )
+        values = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": _whole(self.alpha),
+            "lora_dropout": self.lora_dropout,
+            "target_modules": list(self.target_modules),
+            "use_rslora": self.use_rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in self.alpha_pattern.items()},
+            "bias": "all" if self.replaced_names else "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "revision": None,
+        }
+        tensors = {key: model.get_parameter(name) for name, key in self.peft_keys(model).items()}
+        return PeftForm(values=values, tensors=tensors, own_tensors={})
+
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
+        """The configuration; which biases learned too is seen in the keys of the weights."""
+        refuse_other_keys(values, PEFT_KEYS)
+        bias = values.get("bias", "none")
+        if bias not in PEFT_BIASES:
+            raise AdapterError(f"bias is {bias!r}; expected one of {', '.join(PEFT_BIASES)}")
+        if values.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
+            raise AdapterError(
+                f"init_lora_weights is {values['init_lora_weights']!r}, which changes the base model too; convert the "
+                "adapter with PEFT (save_pretrained's path_initial_model_for_weight_conversion)"
+            )
+        try:
+            for pattern in (*(values.get("rank_pattern") or {}), *(values.get("alpha_pattern") or {})):
+                re.compile(pattern)
+            config = cls(
+                r=int(values["r"]),
+                lora_alpha=float(values["lora_alpha"]),
+                lora_dropout=float(values.get("lora_dropout") or 0.0),
+                target_modules=_chosen_linears(values.get("target_modules"), model),
+                use_rslora=bool(values.get("use_rslora")),
+                rank_pattern={str(k): int(v) for k, v in (values.get("rank_pattern") or {}).items()},
+                alpha_pattern={str(k): float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
+            )
+        except (KeyError, TypeError, AttributeError, re.error) as error:
+            raise AdapterError(f"its configuration lacks a value, or has one of another kind: {error!r}") from error
+        if bias == "none":
+            return config
+        biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+        replaced_names = tuple(name for name in biases if config._bias_key(name) in keys)
+        if not replaced_names:
+            raise AdapterError(f"bias is {bias!r}, and its weights hold no biases; save it again with PEFT")
+        return dataclasses.replace(config, replaced_names=replaced_names)
+
+    def _targets(self, model: BloomForCausalLM) -> list[tuple[str, nn.Linear]]:
+        return [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in self.target_modules
+        ]
+
+    def _bias_key(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        deeper = ".base_layer" if module.rpartition(".")[2] in self.target_modules else ""
+        return f"{PEFT_PREFIX}{module}{deeper}.{kind}"
+
 
 def _match(pattern_values: Mapping[str, T], module_name: str, default: T) -> T:
     """First pattern that equals the name's end at a dot, as PEFT reads rank_pattern and alpha_pattern."""
@@ -81,84 +219,37 @@ def _match(pattern_values: Mapping[str, T], module_name: str, default: T) -> T:
     return default
 
 
-class LoRALinear(Linear):
-    """A linear layer whose weight and bias keep their names, with lora_A [R, in] and lora_B [out, R] beside them."""
+def _chosen_linears(target_modules: object, model: BloomForCausalLM) -> tuple[str, ...]:
+    """The block linears that PEFT's target_modules chooses: names' ends, a regular expression, or "all-linear"."""
+    module_names = [name for name, _ in model.named_modules() if name]
+    linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(target_modules, str):
+        pattern = target_modules
+        if pattern.lower() == "all-linear":
+            chosen = set(linear_names)
+        else:
+            chosen = {name for name in (*module_names, "lm_head") if re.fullmatch(pattern, name)}
+    elif isinstance(target_modules, list) and target_modules:
+        ends = tuple(f".{name}" for name in target_modules)
+        chosen = {name for name in (*module_names, "lm_head") if f".{name}".endswith(ends)}
+    else:
+        raise AdapterError(f"target_modules is {target_modules!r}; expected a list of names or an expression")
+    if others := sorted(chosen - set(linear_names)):
+        raise AdapterError(
+            f"target_modules {target_modules!r} chooses {name_some(others)}; bloomlm's LoRA covers the linear layers "
+            f"of the blocks only ({', '.join(BLOCK_LINEARS)})"
+        )
+    targets = tuple(end for end in BLOCK_LINEARS if any(name.rpartition(".")[2] == end for name in chosen))
+    if not targets:
+        raise AdapterError(f"target_modules {target_modules!r} chooses no layer of the model")
+    if left_out := [name for name in linear_names if name.rpartition(".")[2] in targets and name not in chosen]:
+        raise AdapterError(
+            f"target_modules {target_modules!r} leaves out {name_some(left_out)}; bloomlm's LoRA covers a kind of "
+            "layer in all blocks or in none"
+        )
+    return targets
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_B_learns: Tensor | None
-    """[out, R] boolean: entries of lora_B that learn, where the others stay zero; None: all of them."""
-    config: LoraConfig
-    scaling: float
 
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        config: LoraConfig,
-        module_name: str,
-        generator: torch.Generator | None = None,
-        device: torch.device | None = None,
-    ) -> "LoRALinear":
-        """Wrap a layer, sharing its weight and bias; the update starts at zero.
-
-        Args:
-            linear: the layer; its parameters stop learning.
-            config: rank, scaling, dropout.
-            module_name: full name in the model, for the patterns.
-            generator: randomness for lora_A.
-            device: where lora_A and lora_B go; None: where the weight is.
-        """
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.weight.requires_grad_(False)
-        layer.bias.requires_grad_(False)
-        lora_rank = config.rank_of(module_name)
-        device, dtype = device or linear.weight.device, linear.bias.dtype
-        layer.lora_A = nn.Parameter(torch.empty(lora_rank, linear.in_features, dtype=dtype, device=device))
-        layer.lora_B = nn.Parameter(torch.zeros(linear.out_features, lora_rank, dtype=dtype, device=device))
-        layer.register_buffer("lora_B_learns", None, persistent=False)
-        # kaiming_uniform with a = sqrt(5), as PEFT draws it: uniform within 1 / sqrt(in)
-        bound = 1 / math.sqrt(linear.in_features)
-        with torch.no_grad():
-            layer.lora_A.uniform_(-bound, bound, generator=generator)
-        if isinstance(linear, Linear):
-            layer.exchange, layer.weight_scale = linear.exchange, linear.weight_scale
-        layer.config = config
-        layer.scaling = config.scaling_of(module_name)
-        layer.train(linear.training)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in] -> [N, out]."""
-        with self.exchange.input_randomness() if self.training and self.config.lora_dropout else nullcontext():
-            update = F.dropout(x, self.config.lora_dropout, self.training)
-        low_rank = self.exchange.between(F.linear(update.to(self.lora_A.dtype), self.lora_A))
-        base = super().forward(x)
-        lora_b: Tensor = self.lora_B
-        if self.lora_B_learns is not None:
-            lora_b = torch.where(self.lora_B_learns, lora_b, 0.0)  # no gradient for the others
-        if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
-            return base + (F.linear(low_rank, lora_b) * self.scaling).to(base.dtype)
-        # one kernel multiplies, scales and adds in place: nothing needs base's old value again
-        return base.addmm_(low_rank, lora_b.t(), alpha=self.scaling)
-
-    def delta(self) -> Tensor:
-        """[out, in] fp32: what the update adds to the weight."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
-
-    def merge(self) -> nn.Linear:
-        """The inverse of from_linear: a plain layer with the update added in fp32 and rounded once.
-
-        Raises:
-            AdapterError: the weight is int8, whose steps are larger than most updates.
-        """
-        if self.weight_scale is not None:
-            raise AdapterError("an int8 weight cannot take LoRA's update; load the model without int8 and merge there")
-        with torch.device("meta"):
-            linear = Linear(self.in_features, self.out_features)
-        with torch.no_grad():
-            self.weight.copy_(self.weight.float() + self.delta())
-        linear.weight, linear.bias, linear.exchange = self.weight, self.bias, self.exchange
-        return linear.train(self.training)
+def _whole(number: float) -> int | float:
+    """3.0 -> 3, as PEFT types its alphas."""
+    return int(number) if float(number).is_integer() else number

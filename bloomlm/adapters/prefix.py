@@ -6,21 +6,35 @@ Source: Li and Liang, https://arxiv.org/abs/2101.00190; parameter names and the 
 Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, G width of the projection.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bloomlm.errors import ConfigError
+from bloomlm.adapters.base import Adapter, AdapterModule, PeftForm, refuse_other_keys
+from bloomlm.errors import AdapterError, ConfigError
+from bloomlm.model.attention import VirtualTokens
+from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.model.exchange import WHOLE, Exchange
 from bloomlm.model.linear import Linear
+
+PREFIX = "transformer.prefix."
+"""Where the encoder's parameters lie in a model."""
+PROMPT_EMBEDDINGS = "prompt_embeddings"
+PEFT_KEYS = {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixConfig:
+class PrefixConfig(Adapter):
     """How many virtual tokens, and whether an MLP makes their keys and values."""
+
+    kind = "prefix"
+    path_flag = "prefix_path"
+    cannot_merge = "its virtual tokens are no weights; save it as it is"
+    own_file = "prefix_projection.safetensors"
 
     num_prefix_tokens: int = 10
     """Virtual tokens before every sequence (P)."""
@@ -36,20 +50,111 @@ class PrefixConfig:
         if width is not None and width < 1:
             raise ConfigError(f"prefix_projection_hidden_size is {width}; expected at least 1")
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """num_prefix_tokens."""
+        return self.num_prefix_tokens
 
-class PrefixEncoder(nn.Module):
+    def describe(self) -> str:
+        """Number of tokens, and whether a projection gives them."""
+        return f"prefix of {self.num_prefix_tokens} tokens{' and their projection' if self.prefix_projection else ''}"
+
+    def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
+        """Put an encoder before the blocks."""
+        embedding = model.transformer.word_embeddings.weight
+        with torch.device("meta"):
+            encoder = PrefixEncoder(self, model.config)
+        encoder.to_empty(device=device or embedding.device).to(embedding.dtype)
+        encoder.init_weights(model.config.initializer_range, generator)
+        model.transformer.prefix = encoder.train(model.training)
+
+    def parameter_names(self, model: BloomForCausalLM) -> list[str]:
+        """Those of the encoder."""
+        return [PREFIX + name for name, _ in self._encoder(model).named_parameters()]
+
+    def plain(self, model: BloomForCausalLM, tensors: Mapping[str, Tensor]) -> tuple[Adapter, Mapping[str, Tensor]]:
+        """The adapter of a PrefixEncoder that is of no subclass."""
+        config, own = self._encoder(model).plain({name.removeprefix(PREFIX): tensors[name] for name in tensors})
+        return config, {PREFIX + name: tensor for name, tensor in own.items()}
+
+    def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
+        """PEFT keeps the keys and values alone, which are the parameter of an encoder without projection."""
+        return {f"{PREFIX}embedding.weight": PROMPT_EMBEDDINGS}
+
+    def to_peft(self, model: BloomForCausalLM) -> PeftForm:
+        """adapter_config.json, the keys and values, and, of a projection, what learns."""
+        encoder = self._encoder(model)
+        with torch.no_grad():
+            given = encoder.flat()
+        config, parameters = encoder.plain(dict(encoder.named_parameters()))
+        values = {
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "num_virtual_tokens": config.num_prefix_tokens,
+            **_sizes(model.config),
+            "encoder_hidden_size": config.prefix_projection_hidden_size or model.config.hidden_size,
+            # false even where we learn through one: for training, true lets PEFT build an MLP that the file has not
+            "prefix_projection": False,
+            "revision": None,
+        }
+        own_tensors = parameters if config.prefix_projection else {}
+        return PeftForm(values=values, tensors={PROMPT_EMBEDDINGS: given}, own_tensors=own_tensors)
+
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
+        """The configuration as one without projection: PEFT stores what the projection gave."""
+        refuse_other_keys(values, PEFT_KEYS)
+        for key, value in _sizes(model.config).items():
+            if values.get(key, value) not in (value, None):
+                raise AdapterError(f"{key} is {values[key]}; the model needs {value}, so it was made for another one")
+        num_tokens = values.get("num_virtual_tokens")
+        if not isinstance(num_tokens, int):
+            raise AdapterError(f"num_virtual_tokens is {num_tokens!r}; expected a whole number")
+        return cls(num_prefix_tokens=num_tokens)
+
+    def with_own_tensors(
+        self, own_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model_config: BloomConfig
+    ) -> tuple[Adapter, Mapping[str, Tensor]]:
+        """The embedding and the MLP that gave the keys and values."""
+        first = own_tensors.get("transform.0.weight")
+        width = None if first is None else len(first)
+        config = dataclasses.replace(self, prefix_projection=True, prefix_projection_hidden_size=width)
+        with torch.device("meta"):
+            encoder = PrefixEncoder(config, model_config)
+        expected = {name: tuple(p.shape) for name, p in encoder.named_parameters()}
+        found = {name: tuple(tensor.shape) for name, tensor in own_tensors.items()}
+        if found != expected:
+            raise AdapterError(f"{self.own_file} holds tensors of the shapes {found}; expected {expected}")
+        encoder.load_state_dict({name: tensor.float() for name, tensor in own_tensors.items()}, assign=True)
+        with torch.no_grad():
+            given = encoder.flat()
+        flat = tensors[f"{PREFIX}embedding.weight"]
+        # what rounding to the file's precision may change: the values have been through two matrix products
+        dtypes = (tensor.dtype for tensor in (flat, *own_tensors.values()))
+        tolerance = 32 * torch.finfo(min(dtypes, key=lambda dtype: dtype.itemsize)).eps
+        if not torch.allclose(given, flat.float(), rtol=tolerance, atol=tolerance * float(given.abs().max())):
+            raise AdapterError(
+                f"{self.own_file} does not give the {PROMPT_EMBEDDINGS} of PEFT's file: they belong to two adapters; "
+                f"remove {self.own_file} to use and train the embeddings as they are"
+            )
+        return config, {PREFIX + name: tensor for name, tensor in own_tensors.items()}
+
+    def _encoder(self, model: BloomForCausalLM) -> "PrefixEncoder":
+        encoder = model.transformer.prefix
+        assert isinstance(encoder, PrefixEncoder)
+        return encoder
+
+
+class PrefixEncoder(VirtualTokens, AdapterModule):
     """The virtual tokens' keys and values, learned directly or through embedding -> linear -> tanh -> linear."""
 
     def __init__(self, config: PrefixConfig, model_config: BloomConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config.num_prefix_tokens, range(model_config.n_head))
+        self.config: PrefixConfig = config
         self.head_shape = (model_config.n_layer, 2, model_config.n_head, model_config.head_dim)
         hidden_size = model_config.hidden_size
         flat_size = 2 * model_config.n_layer * hidden_size
-        self.heads = range(model_config.n_head)
-        """The heads whose keys and values are needed here."""
-        self.exchange: Exchange = WHOLE
-        """Of the virtual tokens, before the heads are chosen."""
         self.transform: nn.Sequential | None = None
         if config.prefix_projection:
             width = config.prefix_projection_hidden_size or hidden_size
@@ -87,3 +192,13 @@ class PrefixEncoder(nn.Module):
         flat = self.exchange.enter(self.flat()).unflatten(1, self.head_shape)
         blocks = flat[:, :, :, self.heads.start : self.heads.stop].permute(1, 2, 3, 0, 4)
         return [(block[0], block[1]) for block in blocks.unbind(0)]
+
+
+def _sizes(model_config: BloomConfig) -> dict[str, int]:
+    """What PEFT's configuration says of the base model."""
+    return {
+        "num_layers": model_config.n_layer,
+        "num_attention_heads": model_config.n_head,
+        "token_dim": model_config.hidden_size,
+        "num_transformer_submodules": 1,
+    }

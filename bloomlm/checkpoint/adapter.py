@@ -4,13 +4,13 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from bloomlm.adapters.lora import LoraConfig
 from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, plain_adapter, read_paddle_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.peft import CONFIG_FILE, PlainAdapter, install_adapter, read_peft_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.parallel.layout import tp_part
+from bloomlm.model.config import BloomConfig
+from bloomlm.parallel.layout import is_of_base, tp_part
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter
 
@@ -41,28 +41,27 @@ def load_adapter(
         AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
     """
     adapter = read_adapter(
-        model,
         directory,
+        model.config,
         prefix_layout=prefix_layout,
         trained_tensor_parallel_degree=trained_tensor_parallel_degree,
     )
-    if isinstance(adapter.config, LoraConfig) and mesh.degrees.tp > 1:
-        # parameters of the model itself, which is cut already
-        rank, degree = mesh.tp_rank, mesh.degrees.tp
-        own = {n: tp_part(n, rank, degree).of(adapter.tensors[n]) for n in adapter.config.replaced_names}
-        adapter = replace(adapter, tensors={**adapter.tensors, **own})
+    # the model is cut already, and so must be those of its own parameters that the adapter brings
+    of_base = [name for name in adapter.tensors if is_of_base(name)]
+    own = {name: tp_part(name, mesh.tp_rank, mesh.degrees.tp).of(adapter.tensors[name]) for name in of_base}
+    adapter = replace(adapter, tensors={**adapter.tensors, **own})
     install_adapter(model, adapter)
     cut_adapter(model, mesh)
 
 
 def read_adapter(
-    model: BloomForCausalLM,
     directory: Path,
+    model_config: BloomConfig,
     *,
     prefix_layout: PrefixLayout | None = None,
     trained_tensor_parallel_degree: int | None = None,
 ) -> PlainAdapter:
-    """Read an adapter, as load_adapter does; a base model on the meta device will do.
+    """Read an adapter of a base model, as load_adapter does.
 
     Raises:
         AdapterError: as load_adapter.
@@ -76,14 +75,14 @@ def read_adapter(
     if is_paddle and not is_peft:
         adapter = read_paddle_adapter(
             directory,
-            model.config,
+            model_config,
             prefix_layout=prefix_layout,
             trained_tensor_parallel_degree=trained_tensor_parallel_degree,
         )
-        return plain_adapter(adapter, model.config)
+        return plain_adapter(adapter, model_config)
     if prefix_layout is not None or trained_tensor_parallel_degree is not None:
         raise AdapterError(
             f"{directory} is not read as an adapter in PaddleNLP's files; leave out prefix_layout and "
             "trained_tensor_parallel_degree, which say how to read those"
         )
-    return read_peft_adapter(model, directory)
+    return read_peft_adapter(directory, model_config)

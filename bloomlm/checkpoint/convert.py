@@ -17,9 +17,9 @@ from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report,
 from bloomlm.checkpoint.paddle.writer import check_degree, paddle_bytes, write_paddle_model
 from bloomlm.checkpoint.reader import check_entries, open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
-from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, name_some
+from bloomlm.checkpoint.tensor_reader import Rows, TensorReader
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
-from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.lora import LoraConfig
 from bloomlm.checkpoint.adapter import read_adapter
 from bloomlm.checkpoint.adapter_base import adapter_base_config
 from bloomlm.checkpoint.convert import FileForm, check_ranks, leave_page_cache
@@ -74,8 +73,8 @@ def open_adapter_conversion(
     else:
         model_config = read_config(resolve_source(base_model_name_or_path).directory)
     adapter = read_adapter(
-        _empty_model(model_config),
         directory,
+        model_config,
         prefix_layout=prefix_layout,
         trained_tensor_parallel_degree=trained_tensor_parallel_degree,
     )
@@ -128,21 +127,18 @@ def convert_adapter(
 def _verify(conversion: AdapterConversion, directory: Path) -> None:
     for path in directory.iterdir():
         leave_page_cache(path)
-    written, is_lora = conversion.adapter, isinstance(conversion.adapter.config, LoraConfig)
-    layout = PrefixLayout.NEW if conversion.form is FileForm.PADDLE and not is_lora else None
-    found = read_adapter(_empty_model(conversion.model_config), directory, prefix_layout=layout)
+    written = conversion.adapter
+    has_layout = conversion.form is FileForm.PADDLE and written.config.num_virtual_tokens > 0
+    layout = PrefixLayout.NEW if has_layout else None
+    found = read_adapter(directory, conversion.model_config, prefix_layout=layout)
     for name, tensor in written.tensors.items():
-        is_scaled = math.isclose(_scaling(found, name), _scaling(written, name))
+        module_name = name.rpartition(".")[0]
+        is_scaled = math.isclose(found.config.scaling_of(module_name), written.config.scaling_of(module_name))
         if not _equal_bits(found.tensors[name], tensor) or not is_scaled:
             raise CheckpointError(
                 f"{name} was written, and reads back differently; nothing was put in place. Is the disk or the memory "
                 "of this machine damaged?"
             )
-
-
-def _scaling(adapter: PlainAdapter, name: str) -> float:
-    """Of the module whose tensor it is; a prefix has none."""
-    return adapter.config.scaling_of(name.rpartition(".")[0]) if isinstance(adapter.config, LoraConfig) else 1.0
 
 
 def _equal_bits(one: Tensor, other: Tensor) -> bool:

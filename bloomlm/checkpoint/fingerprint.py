@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.apply import adapter_config
+from bloomlm.adapters.base import adapter_of
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.gather import own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
@@ -26,7 +26,7 @@ def model_fingerprint(model: BloomForCausalLM, mesh: Mesh = ALONE) -> str:
         mesh: those ranks.
     """
     config = {key: value for key, value in vars(model.config).items() if key not in ("extra", "dtype")}
-    digest = hashlib.sha256(repr((sorted(config.items()), adapter_config(model))).encode())
+    digest = hashlib.sha256(repr((sorted(config.items()), adapter_of(model))).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {whole_shape(name, parameter, mesh)} {parameter.dtype}".encode())
         digest.update(_sample(name, parameter.detach(), mesh).cpu().numpy().tobytes())

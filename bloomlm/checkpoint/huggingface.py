@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile
-from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
-from bloomlm.errors import CheckpointError
+from bloomlm.checkpoint.tensor_reader import TensorEntry
+from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.gather import Bounds
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.lora import LoRALinear
+from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.quantized import row_blocks
 from bloomlm.parallel.gather import without_shards
+from bloomlm.parallel.layout import is_of_base
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 
@@ -44,8 +44,9 @@ def merge_to_directory(
         AdapterError: the model has a prefix, which cannot be merged, or int8 weights, which it would spoil.
         CheckpointError: the directory holds something else, or cannot be written.
     """
-    if model.transformer.prefix is not None:
-        raise AdapterError("a prefix adapter cannot be merged: its virtual tokens are no weights; save it as it is")
+    adapter = adapter_of(model)
+    if adapter is not None and adapter.cannot_merge is not None:
+        raise AdapterError(f"a {adapter.kind} adapter cannot be merged: {adapter.cannot_merge}")
     if model.transformer.is_quantized:
         raise AdapterError(
             "the model's weights were rounded to int8 when it was loaded; load it without that, and the adapter into it"
@@ -68,30 +69,18 @@ def merged_bytes(model: BloomForCausalLM, dtype: torch.dtype | None = None) -> i
 
 
 def merged_parameters(model: BloomForCausalLM, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """A plain model's parameters, LoRA added in, one at a time.
+    """A plain model's parameters, the adapter added in, one at a time; those of one that cannot be merged are left out.
 
     Args:
-        model: with LoRA, or plain.
+        model: with or without an adapter.
         dtype: precision of a merged weight; None: that of the weight.
 
     Yields:
         Published name and tensor.
     """
-    updates = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    adapter = adapter_of(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in updates:
-                weight, layer = without_shards(parameter), updates[name]
-                lora_a, lora_b = without_shards(layer.lora_A), without_shards(layer.lora_B)
-                yield name, _merged(weight, lora_a, lora_b, layer.scaling, dtype or parameter.dtype)
-            elif not name.endswith((".lora_A", ".lora_B")):
-                yield name, parameter
-
-
-def _merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Some rows at a time in fp32, each rounded once."""
-    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    lora_a = lora_a.float()
-    for rows in row_blocks(weight):
-        merged[rows] = weight[rows].float() + scaling * (lora_b[rows].float() @ lora_a)
-    return merged
+            if is_of_base(name):
+                merged_dtype = dtype or parameter.dtype
+                yield name, parameter if adapter is None else adapter.merged(model, name, without_shards, merged_dtype)

@@ -8,7 +8,6 @@ Source: the files that peft 0.21 writes and its reading of them (LoraModel, Pref
 Shapes: R lora rank, P virtual tokens, L blocks, D hidden.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,33 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bloomlm.adapters.apply import adapter_config, apply_adapter
-from bloomlm.adapters.lora import LoraConfig, LoRALinear
-from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
+from bloomlm.adapters.base import Adapter, adapter_of, apply_adapter, set_parameter
+from bloomlm.adapters.kinds import KINDS_BY_PEFT_TYPE
 from bloomlm.checkpoint.huggingface import TensorFile, TorchFile
-from bloomlm.checkpoint.peft_config import (
-    lora_config_from_peft,
-    lora_config_to_peft,
-    prefix_config_from_peft,
-    prefix_config_to_peft,
-)
 from bloomlm.checkpoint.reader import check_entries
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.gather import whole_tensor
-from bloomlm.parallel.layout import PREFIX
+from bloomlm.parallel.layout import is_of_base
 from bloomlm.parallel.mesh import Mesh
-from bloomlm.parallel.tensor_parallel import is_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OLD_WEIGHTS_FILE = "adapter_model.bin"
-PROJECTION_FILE = "prefix_projection.safetensors"
-KEY_PREFIX = "base_model.model."
-PROMPT_EMBEDDINGS = "prompt_embeddings"
 
 
 def save_adapter(model: BloomForCausalLM, directory: Path, base_model_name_or_path: str | None) -> None:
@@ -57,24 +46,15 @@ def save_adapter(model: BloomForCausalLM, directory: Path, base_model_name_or_pa
         AdapterError: the model has no adapter, or one that PEFT's files cannot hold.
         CheckpointError: the files cannot be written.
     """
-    config = adapter_config(model)
-    if isinstance(config, LoraConfig):
-        values = lora_config_to_peft(config)
-        tensors = {_key(name): tensor for name, tensor in _lora_tensors(model).items()}
-        tensors |= {_bias_key(name, config): model.get_parameter(name) for name in config.replaced_names}
-    elif isinstance(config, PrefixConfig):
-        encoder = model.transformer.prefix
-        assert isinstance(encoder, PrefixEncoder)
-        with torch.no_grad():
-            tensors = {PROMPT_EMBEDDINGS: encoder.flat()}
-        config, parameters = encoder.plain(dict(encoder.named_parameters()))
-        values = prefix_config_to_peft(config, model.config)
-        if config.prefix_projection:
-            write_safetensors(directory / PROJECTION_FILE, parameters, {"format": "pt"})
-    else:
+    adapter = adapter_of(model)
+    if adapter is None:
         raise AdapterError("the model has no adapter to save; write the model itself instead")
-    write_safetensors(directory / WEIGHTS_FILE, tensors, {"format": "pt"})
-    values["base_model_name_or_path"] = base_model_name_or_path
+    form = adapter.to_peft(model)
+    write_safetensors(directory / WEIGHTS_FILE, form.tensors, {"format": "pt"})
+    if form.own_tensors:
+        assert adapter.own_file is not None
+        write_safetensors(directory / adapter.own_file, form.own_tensors, {"format": "pt"})
+    values = {**form.values, "base_model_name_or_path": base_model_name_or_path}
     text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
     try:
         (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -92,67 +72,43 @@ def gather_adapter(model: BloomForCausalLM, mesh: Mesh) -> BloomForCausalLM:
     Raises:
         AdapterError: the model has no adapter.
     """
-    config = adapter_config(model)
-    if config is None:
+    adapter = adapter_of(model)
+    if adapter is None:
         raise AdapterError("the model has no adapter to save; write the model itself instead")
-    replaced = config.replaced_names if isinstance(config, LoraConfig) else ()
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if is_adapter(name) or name in replaced:
-            whole = whole_tensor(name, parameter, mesh)
-            assert whole is not None
-            tensors[name.removeprefix(PREFIX)] = whole
-    if isinstance(model.transformer.prefix, PrefixEncoder):
-        config, tensors = model.transformer.prefix.plain(tensors)
-    with torch.device("meta"):
-        holder = BloomForCausalLM(model.config)
-    hold_adapter(holder, PlainAdapter(config=config, tensors=tensors))
+    tensors: dict[str, Tensor] = {}
+    for name in adapter.parameter_names(model):
+        whole = whole_tensor(name, model.get_parameter(name), mesh)
+        assert whole is not None
+        tensors[name] = whole
+    plain, tensors_of_plain = adapter.plain(model, tensors)
+    holder = _empty_model(model.config)
+    hold_adapter(holder, PlainAdapter(config=plain, tensors=tensors_of_plain))
     return holder
-
-
-def load_adapter(model: BloomForCausalLM, directory: Path) -> None:
-    """Install an adapter from PEFT's files or from ours; its parameters can be trained further.
-
-    Args:
-        model: the base model, without an adapter; unchanged after an error.
-        directory: holds adapter_config.json and adapter_model.safetensors (or .bin).
-
-    Raises:
-        AdapterError: files are missing, damaged or do not fit the model, or hold what bloomlm cannot do.
-    """
-    install_adapter(model, read_peft_adapter(model, directory))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainAdapter:
     """An adapter apart from its model."""
 
-    config: LoraConfig | PrefixConfig
+    config: Adapter
     """What it is."""
     tensors: Mapping[str, Tensor]
-    """LoRA: under the names in the model (NAME.lora_A [R, in], NAME.lora_B [out, R], replaced parameters); a prefix:
-    under those in PrefixEncoder."""
+    """Its whole parameters under their names in the model."""
 
 
-def read_peft_adapter(model: BloomForCausalLM, directory: Path) -> PlainAdapter:
+def read_peft_adapter(directory: Path, model_config: BloomConfig) -> PlainAdapter:
     """Read an adapter from PEFT's files or from ours.
 
     Args:
-        model: the base model; one on the meta device will do.
         directory: holds adapter_config.json and adapter_model.safetensors (or .bin).
+        model_config: of the base model.
 
     Raises:
         AdapterError: files are missing, damaged or do not fit the model, or hold what bloomlm cannot do.
     """
     values = read_peft_config(directory)
-    kind = values.get("peft_type")
     try:
-        file = open_peft_weights(directory)
-        if kind == "LORA":
-            return _read_lora(model, values, file)
-        if kind == "PREFIX_TUNING":
-            return _read_prefix(model, values, file, directory / PROJECTION_FILE)
-        raise AdapterError(f"its peft_type is {kind!r}; bloomlm reads LORA and PREFIX_TUNING")
+        return _read(directory, values, model_config)
     except (CheckpointError, ConfigError) as error:
         raise AdapterError(f"the adapter in {directory}: {error}") from error
 
@@ -170,13 +126,11 @@ def install_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
         AdapterError: the model has an adapter already.
     """
     apply_adapter(model, adapter.config, _private_generator(model))
-    holder = _holder(model, adapter)
     for name, tensor in adapter.tensors.items():
-        parameter = holder.get_parameter(name)
-        is_models_own = isinstance(adapter.config, LoraConfig) and name in adapter.config.replaced_names
-        dtype = parameter.dtype if is_models_own else torch.promote_types(parameter.dtype, tensor.dtype)
+        parameter = model.get_parameter(name)
+        dtype = parameter.dtype if is_of_base(name) else torch.promote_types(parameter.dtype, tensor.dtype)
         owned = torch.empty(tensor.shape, dtype=dtype, device=parameter.device).copy_(tensor)
-        _set_parameter(holder, name, owned, requires_grad=parameter.requires_grad)
+        set_parameter(model, name, owned, requires_grad=parameter.requires_grad)
 
 
 def hold_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
@@ -187,9 +141,8 @@ def hold_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
         adapter: one of that model.
     """
     apply_adapter(model, adapter.config, torch.Generator(), torch.device("cpu"))
-    holder = _holder(model, adapter)
     for name, tensor in adapter.tensors.items():
-        _set_parameter(holder, name, tensor, requires_grad=False)
+        set_parameter(model, name, tensor, requires_grad=False)
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
@@ -229,99 +182,30 @@ def open_peft_weights(directory: Path) -> TensorFile:
     raise AdapterError(f"there is neither {WEIGHTS_FILE} nor {OLD_WEIGHTS_FILE}")
 
 
-def _read_lora(model: BloomForCausalLM, values: Mapping[str, Any], file: TensorFile) -> PlainAdapter:
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    config = lora_config_from_peft(values, [name for name, _ in model.named_modules() if name], list(linears))
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, linear in linears.items():
-        if name.rpartition(".")[2] in config.target_modules:
-            lora_rank = config.rank_of(name)
-            expected[f"{name}.lora_A"] = (lora_rank, linear.in_features)
-            expected[f"{name}.lora_B"] = (linear.out_features, lora_rank)
-    keys = {name: _key(name) for name in expected}
-    if values.get("bias", "none") != "none":
-        for name, parameter in model.named_parameters():
-            key = _bias_key(name, config)
-            if name.endswith(".bias") and key in file.entries:
-                keys[name], expected[name] = key, tuple(parameter.shape)
-        replaced_names = tuple(name for name in keys if name.endswith(".bias"))
-        if not replaced_names:
-            raise AdapterError(f"bias is {values['bias']!r}, and its weights hold no biases; save it again with PEFT")
-        config = dataclasses.replace(config, replaced_names=replaced_names)
-    check_entries({keys[name]: shape for name, shape in expected.items()}, file.entries)
-    return PlainAdapter(config=config, tensors={name: file.read(key) for name, key in keys.items()})
+def _read(directory: Path, values: Mapping[str, Any], model_config: BloomConfig) -> PlainAdapter:
+    file = open_peft_weights(directory)
+    kind = KINDS_BY_PEFT_TYPE.get(str(values.get("peft_type")))
+    if kind is None:
+        known = " and ".join(KINDS_BY_PEFT_TYPE)
+        raise AdapterError(f"its peft_type is {values.get('peft_type')!r}; bloomlm reads {known}")
+    model = _empty_model(model_config)
+    adapter: Adapter = kind.from_peft(values, file.entries.keys(), model)
+    apply_adapter(model, adapter)
+    keys = adapter.peft_keys(model)
+    check_entries({key: tuple(model.get_parameter(name).shape) for name, key in keys.items()}, file.entries)
+    tensors: Mapping[str, Tensor] = {name: file.read(key) for name, key in keys.items()}
+    if adapter.own_file is not None and (directory / adapter.own_file).is_file():
+        own = SafetensorsFile(directory / adapter.own_file)
+        own_tensors = {name: own.read(name) for name in own.entries}
+        adapter, tensors = adapter.with_own_tensors(own_tensors, tensors, model_config)
+    return PlainAdapter(config=adapter, tensors=tensors)
 
 
-def _read_prefix(
-    model: BloomForCausalLM, values: Mapping[str, Any], file: TensorFile, projection: Path
-) -> PlainAdapter:
-    config = prefix_config_from_peft(values, model.config)
-    flat_shape = (config.num_prefix_tokens, 2 * model.config.n_layer * model.config.hidden_size)
-    check_entries({PROMPT_EMBEDDINGS: flat_shape}, file.entries)
-    flat = file.read(PROMPT_EMBEDDINGS)
-    tensors = {"embedding.weight": flat}
-    if projection.is_file():
-        config, tensors = _read_projection(projection, config, model, flat)
-    return PlainAdapter(config=config, tensors=tensors)
-
-
-def _read_projection(
-    path: Path, config: PrefixConfig, model: BloomForCausalLM, flat: Tensor
-) -> tuple[PrefixConfig, dict[str, Tensor]]:
-    """The embedding and the MLP that gave the flat [P, 2 * L * D] prefix."""
-    file = SafetensorsFile(path)
-    width = file.entries["transform.0.weight"].shape[0] if "transform.0.weight" in file.entries else None
-    config = dataclasses.replace(config, prefix_projection=True, prefix_projection_hidden_size=width)
+def _empty_model(config: BloomConfig) -> BloomForCausalLM:
     with torch.device("meta"):
-        encoder = PrefixEncoder(config, model.config)
-    check_entries({name: tuple(p.shape) for name, p in encoder.named_parameters()}, file.entries)
-    tensors = {name: file.read(name) for name in file.entries}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            _set_parameter(encoder, name, tensor.float(), requires_grad=False)
-        given = encoder.flat()
-    # what rounding to the file's precision may change: the values have been through two matrix products
-    tolerance = 32 * torch.finfo(min((t.dtype for t in (flat, *tensors.values())), key=lambda d: d.itemsize)).eps
-    if not torch.allclose(given, flat.float(), rtol=tolerance, atol=tolerance * float(given.abs().max())):
-        raise AdapterError(
-            f"{path.name} does not give the prompt_embeddings of {WEIGHTS_FILE}: they belong to two adapters; "
-            f"remove {path.name} to use and train the embeddings as they are"
-        )
-    return config, tensors
-
-
-def _key(name: str) -> str:
-    return f"{KEY_PREFIX}{name}.weight"
-
-
-def _bias_key(name: str, config: LoraConfig) -> str:
-    """What PEFT calls a bias of the base model, which in a layer with an update lies one module deeper."""
-    module, _, kind = name.rpartition(".")
-    deeper = ".base_layer" if module.rpartition(".")[2] in config.target_modules else ""
-    return f"{KEY_PREFIX}{module}{deeper}.{kind}"
-
-
-def _lora_tensors(model: BloomForCausalLM) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            tensors[f"{name}.lora_A"] = module.lora_A
-            tensors[f"{name}.lora_B"] = module.lora_B
-    return tensors
-
-
-def _holder(model: BloomForCausalLM, adapter: PlainAdapter) -> nn.Module:
-    """The part of a model at which the names of an installed adapter's tensors begin."""
-    holder = model if isinstance(adapter.config, LoraConfig) else model.transformer.prefix
-    assert holder is not None
-    return holder
+        return BloomForCausalLM(config)
 
 
 def _private_generator(model: BloomForCausalLM) -> torch.Generator:
     """Fresh weights are drawn only to be replaced: the program's own randomness shall not notice."""
     return torch.Generator(model.transformer.word_embeddings.weight.device)
-
-
-def _set_parameter(module: nn.Module, name: str, tensor: Tensor, requires_grad: bool) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(module.get_submodule(parent), attribute, nn.Parameter(tensor, requires_grad=requires_grad))

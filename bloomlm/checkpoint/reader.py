@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from bloomlm.checkpoint import huggingface
 from bloomlm.checkpoint.paddle import model as paddle_model
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, name_some
-from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader
+from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import Linear
 from bloomlm.model.quantized import quantize_rows
 from bloomlm.parallel.gather import holding, own_bounds, whole_shape
+from bloomlm.parallel.layout import is_of_base
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
-from bloomlm.parallel.tensor_parallel import is_adapter
 
 __all__ = ["TensorEntry", "TensorReader", "load_model", "open_reader", "read_config", "read_into_model"]
 
@@ -165,7 +165,7 @@ def read_into_model(
     Raises:
         CheckpointError: tensors are missing, unknown, misshapen or no floating-point numbers.
     """
-    expected = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
+    expected = {name: parameter for name, parameter in model.named_parameters() if is_of_base(name)}
     check_entries({name: whole_shape(name, p, mesh) for name, p in expected.items()}, reader.entries)
     dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
     device = torch.device(device)

@@ -4,7 +4,7 @@ A format (huggingface.py, ...) turns its own names, layouts and files into this;
 knows no format.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,10 +62,3 @@ class TensorReader(Protocol):
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
         """The part of a tensor within bounds of every dimension; the same."""
         ...
-
-
-def name_some(names: Iterable[str], limit: int = 5) -> str:
-    """The first names of a list, in order, and how many more there are, for a message."""
-    ordered = list(names)
-    more = f", and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from bloomlm.adapters.lora import LoraConfig
 from bloomlm.api import DTYPES
 from bloomlm.checkpoint.adapter import find_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
@@ -121,10 +120,7 @@ def _convert_adapter(
     )
     convert_adapter(conversion, output, tokenizer=tokenizer, verify=config.verify)
     adapter = conversion.adapter.config
-    if isinstance(adapter, LoraConfig):
-        return f"LoRA of rank {adapter.r} on {', '.join(adapter.target_modules)}", "lora_path"
-    projection = " and their projection" if adapter.prefix_projection else ""
-    return f"prefix of {adapter.num_prefix_tokens} tokens{projection}", "prefix_path"
+    return adapter.describe(), adapter.path_flag
 
 
 def _check_apart(directory: Path, output: Path) -> None:

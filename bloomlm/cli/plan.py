@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from bloomlm.adapters.apply import Adapter, apply_adapter
+from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.api import DTYPES
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.source import BUILTIN_PREFIX, resolve_source

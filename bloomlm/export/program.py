@@ -13,8 +13,6 @@ import safetensors
 import torch
 from safetensors import safe_open
 
-from bloomlm.adapters.apply import adapter_config
-from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.atomic import directory_beside
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.checkpoint.safetensors_file import write_safetensors
@@ -196,8 +194,7 @@ def _manifest(
 
 def num_virtual_tokens(model: BloomForCausalLM) -> int:
     """Virtual tokens of the model's prefix; 0 without one."""
-    adapter = adapter_config(model)
-    return adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
+    return model.transformer.num_virtual_tokens
 
 
 def special_tokens(model: BloomForCausalLM) -> dict[str, int | None]:

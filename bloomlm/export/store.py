@@ -12,7 +12,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.prefix import PrefixEncoder
 from bloomlm.checkpoint.merge import merged_parameters
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes
 from bloomlm.checkpoint.tensor_reader import TensorEntry
@@ -92,7 +91,7 @@ def write_weights(
 def virtual_tokens(model: BloomForCausalLM) -> Tensor | None:
     """Keys and values [L, 2, H, P, K] in fp32 that a prefix adapter puts before every prompt; None without one."""
     prefix = model.transformer.prefix
-    if not isinstance(prefix, PrefixEncoder):
+    if prefix is None:
         return None
     with torch.no_grad():
         return torch.stack([torch.stack(block) for block in prefix()]).float()
@@ -104,8 +103,6 @@ def named_tensors(
     """Every tensor of a program but the virtual tokens, as NAME or NAME@BLOCK, blocks in order."""
     yield SLOPES, torch.tensor(head_slopes(model.config.n_head))
     for name, parameter in merged_parameters(model, torch.float32):
-        if name.startswith("transformer.prefix."):
-            continue
         *_, module, kind = name.split(".")
         layer = f"@{name.split('.')[2]}" if name.startswith("transformer.h.") else ""
         if parameter.dim() == 1:

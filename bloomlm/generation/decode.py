@@ -12,8 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.apply import adapter_config
-from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.generation import loop
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.loop import DecodeText, FinishReason, Generation, OnToken
@@ -38,12 +36,10 @@ def prefill(model: BloomForCausalLM, prompts: Sequence[Sequence[int]], max_new_t
     weight = model.transformer.word_embeddings.weight
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
-    adapter = adapter_config(model)
-    num_virtual = adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
     cache = KVCache(
         model.config,
         len(prompts),
-        num_virtual + longest + max_new_tokens,
+        model.transformer.num_virtual_tokens + longest + max_new_tokens,
         dtype=model.transformer.dtype,
         device=weight.device,
         n_head=len(model.transformer.heads),

@@ -12,11 +12,12 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bloomlm.model import flex
 from bloomlm.model.alibi import key_columns
 from bloomlm.model.documents import Documents
+from bloomlm.model.exchange import WHOLE, Exchange
 from bloomlm.model.kv_cache import KVCache
 
 SHORT_TOKENS = 128
@@ -61,6 +62,22 @@ def attend(
             _fill(kv_cache, layer, fused, documents, virtual)
         out = _attend_documents(fused, documents, scale, virtual, dropout)
     return out[..., :head_dim].flatten(1)
+
+
+class VirtualTokens(nn.Module):
+    """What gives every block the keys and values of tokens that stand before each document."""
+
+    def __init__(self, num_tokens: int, heads: range) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.heads = heads
+        """The heads whose keys and values are needed here."""
+        self.exchange: Exchange = WHOLE
+        """Of the keys and values, before the heads are chosen."""
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """For each block the keys and values, [H, P, K] each, of the heads that are needed here."""
+        raise NotImplementedError
 
 
 def with_columns(tensor: Tensor, columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bloomlm.model.alibi import fused_columns, head_slopes
-from bloomlm.model.attention import attend, virtual_with_columns, with_columns
+from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
@@ -171,9 +171,7 @@ class BloomModel(nn.Module):
         self.word_embeddings_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.h = nn.ModuleList(BloomBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.prefix: nn.Module | None = None
-        """Where set: a module that returns, for each block, the keys and values ([H, P, K] each) of virtual tokens
-        that stand before every document."""
+        self.prefix: VirtualTokens | None = None
         self.heads = range(config.n_head)
         """The heads that are computed here."""
         self.recompute = False
@@ -183,6 +181,11 @@ class BloomModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The format that is computed in without autocast; the weights', except for int8 ones."""
         return self.ln_f.weight.dtype
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens of the prefix (P); 0 without one."""
+        return 0 if self.prefix is None else self.prefix.num_tokens
 
     @property
     def is_quantized(self) -> bool:
@@ -207,7 +210,7 @@ class BloomModel(nn.Module):
         cached = kv_cache is not None and kv_cache.length > 0
         virtual = self.prefix() if self.prefix is not None and not cached else [None] * len(self.h)
         if kv_cache is not None:
-            num_virtual = 0 if virtual[0] is None else virtual[0][0].shape[1]
+            num_virtual = 0 if cached else self.num_virtual_tokens
             kv_cache.check_room(num_virtual + documents.padded_shape[1])
         columns = self._columns(tokens.device, documents, kv_cache)
         x = self.word_embeddings_layernorm(self.word_embeddings(tokens).to(self.dtype))

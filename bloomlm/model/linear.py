@@ -155,6 +155,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features)
         self.register_buffer("weight_scale", None, persistent=False)
 
+    @property
+    def update_matrices(self) -> tuple[Tensor, ...]:
+        """Matrices of an update that an adapter computes beside the weight's product, first to last; () without one."""
+        return ()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         exchange = self.exchange

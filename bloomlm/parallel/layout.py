@@ -5,7 +5,7 @@ pair in each direction (Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.
 query_key_value are (head, 3, head_dim), so an equal contiguous cut gives every rank whole heads. The embedding, which
 is the head too, is cut by rows of the vocabulary. What is not cut lies whole on every rank.
 
-Adapters take their cut from what they belong to: see `tp_dim`.
+What an adapter puts beside a weight is cut with that weight: see UPDATE_LAYOUT.
 """
 
 import re
@@ -35,6 +35,14 @@ LAYOUT: dict[str, int | None] = {
 }
 PATTERNS = {re.compile(re.escape(name).replace(r"\.L\.", r"\.\d+\.")): dim for name, dim in LAYOUT.items()}
 
+# What an adapter puts beside a linear layer's weight -> for each dimension along which that weight may be cut, its own
+# dimension that is cut with it. Where the weight is cut along another one, it lies whole on every rank.
+UPDATE_LAYOUT = {
+    "lora_A": {1: 1},
+    "lora_B": {0: 0},
+    "lora_B_learns": {0: 0},
+}
+
 # The prefix's projection is an MLP like a block's, and cut like one; its embedding lies whole on every rank.
 PREFIX = "transformer.prefix."
 PREFIX_LAYOUT: dict[str, int | None] = {
@@ -49,10 +57,8 @@ PREFIX_LAYOUT: dict[str, int | None] = {
 def tp_dim(name: str) -> int | None:
     """The dimension along which tensor-parallel ranks cut a parameter; None: each has all of it.
 
-    lora_B [out, R] is cut where the base weight is cut by outputs, lora_A [R, in] where it is cut by inputs.
-
     Args:
-        name: of a parameter of BLOOM, of LoRA (BASE.lora_A) or of a prefix, as of model.named_parameters().
+        name: of a parameter of BLOOM or of an adapter, as of model.named_parameters().
 
     Raises:
         KeyError: there is no such parameter.
@@ -60,13 +66,18 @@ def tp_dim(name: str) -> int | None:
     if name.startswith(PREFIX):
         return PREFIX_LAYOUT[name.removeprefix(PREFIX)]
     base, _, kind = name.rpartition(".")
-    if kind in ("lora_A", "lora_B"):
-        base_dim = tp_dim(f"{base}.weight")
-        return base_dim if base_dim == {"lora_A": 1, "lora_B": 0}[kind] else None
+    if kind in UPDATE_LAYOUT:
+        weight_dim = tp_dim(f"{base}.weight")
+        return None if weight_dim is None else UPDATE_LAYOUT[kind].get(weight_dim)
     for pattern, dim in PATTERNS.items():
         if pattern.fullmatch(name):
             return dim
     raise KeyError(f"{name} is no parameter of BLOOM or of its adapters")
+
+
+def is_of_base(name: str) -> bool:
+    """Whether BLOOM itself has a parameter of this name; a model's others are those of its adapter."""
+    return any(pattern.fullmatch(name) for pattern in PATTERNS)
 
 
 @dataclass(frozen=True)

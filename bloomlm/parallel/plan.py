@@ -14,7 +14,6 @@ tokens, R lora rank.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -151,8 +150,8 @@ class PlannedLinear:
     @property
     def lora_rank(self) -> int:
         """0 without LoRA."""
-        lora_a = getattr(self.layer, "lora_A", None)
-        return 0 if lora_a is None else len(lora_a)
+        matrices = self.layer.update_matrices
+        return len(matrices[0]) if matrices else 0
 
 
 def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
@@ -166,12 +165,6 @@ def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
             learns = any(parameter.requires_grad for parameter in module.parameters())
             needs_gradient = needs_gradient or learns or model.transformer.prefix is not None
     return blocks
-
-
-def num_virtual_tokens(model: BloomForCausalLM) -> int:
-    """Tokens of its prefix (P)."""
-    prefix = model.transformer.prefix
-    return 0 if prefix is None else int(cast(Any, prefix).config.num_prefix_tokens)
 
 
 def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list[int]:
@@ -188,7 +181,7 @@ def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list
     half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
     norm = hidden * stream + _STATISTICS
     # queries, keys, values and results; the logarithm of each sum in fp32
-    attended = load.num_tokens + load.num_documents * num_virtual_tokens(model)
+    attended = load.num_tokens + load.num_documents * model.transformer.num_virtual_tokens
     attention = attended * heads * (4 * width * half + _FP32)
     inputs = {"query_key_value": hidden, "dense": part, "dense_h_to_4h": hidden, "dense_4h_to_h": 4 * part}
     sizes = []
@@ -258,7 +251,7 @@ def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, 
     """
     config = model.config
     dtype = model.transformer.dtype
-    slots = num_tokens + num_virtual_tokens(model)
+    slots = num_tokens + model.transformer.num_virtual_tokens
     heads = config.n_head // tp_degree
     cache = KVCache(config, batch_size, slots, dtype=dtype, device="meta", n_head=heads)
     per_token = (3 * config.hidden_size + 8 * config.hidden_size // tp_degree) * dtype.itemsize
@@ -298,8 +291,10 @@ def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int
         needed = linear.needs_input_gradient and not load.recompute
         # the product of a column that is cut makes its own copy
         cached = linear.layer.weight.requires_grad and not (load.recompute and linear.is_column and tp_degree > 1)
+        # what goes into an update's second matrix comes from its first, which learns
+        second = linear.layer.update_matrices[1:]
         for kind, parameter in linear.layer.named_parameters():
-            if kind == "lora_B" or (parameter.dim() == 2 and (cached or needed)):
+            if any(parameter is matrix for matrix in second) or (parameter.dim() == 2 and (cached or needed)):
                 numel += rank_numel(f"{linear.name}.{kind}", parameter, degrees)
     return numel * half
 

@@ -11,7 +11,8 @@ Shapes: N packed tokens, D hidden, V vocabulary, R lora rank.
 """
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,8 @@ from bloomlm.parallel.collectives import (
     own_randomness,
     sum_over_ranks,
 )
-from bloomlm.parallel.layout import PREFIX, Part, tp_dim, tp_part
+from bloomlm.parallel.layout import Part, is_of_base, tp_dim, tp_part
 from bloomlm.parallel.mesh import Mesh, check_model_divides
-
-ADAPTER_ENDS = (".lora_A", ".lora_B")
 
 
 class ColumnExchange(Exchange):
@@ -113,17 +112,13 @@ def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
     if degree == 1:
         return
     ranks = tp_group(mesh)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and not name.startswith(PREFIX):
-            exchange = ColumnExchange(ranks) if tp_dim(f"{name}.weight") == 0 else RowExchange(ranks)
-            module.exchange = exchange
     heads, vocabulary = (Part(0, ranks.rank, degree).bounds(n) for n in (model.config.n_head, model.config.vocab_size))
     model.transformer.heads = range(*heads)
     embedding = model.transformer.word_embeddings
     embedding.__class__ = VocabParallelEmbedding
     cast(VocabParallelEmbedding, embedding).ranks = ranks
     cast(VocabParallelEmbedding, embedding).first_token = vocabulary[0]
-    _cut(model, ranks, adapter=False)
+    _cut(model, ranks, of_base=True)
 
 
 def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
@@ -134,30 +129,15 @@ def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
         mesh: the same.
 
     Raises:
-        ConfigError: the width of a prefix's projection cannot be divided among so many ranks.
+        ConfigError: a layer of the adapter's own cannot be divided among so many ranks.
     """
     if mesh.degrees.tp == 1:
         return
     ranks = tp_group(mesh)
-    prefix = cast(Any, model.transformer.prefix)
-    if prefix is not None:
+    if (prefix := model.transformer.prefix) is not None:
         prefix.heads = model.transformer.heads
         prefix.exchange = ColumnExchange(ranks)
-        if prefix.transform is not None:
-            width = prefix.transform[0].out_features
-            if width % ranks.degree:
-                raise ConfigError(
-                    f"the prefix's projection is {width} wide, which {ranks.degree} tensor-parallel ranks cannot "
-                    "divide; choose a prefix_projection_hidden_size that they can"
-                )
-            prefix.transform[0].exchange = ColumnExchange(ranks)
-            prefix.transform[2].exchange = RowExchange(ranks)
-    _cut(model, ranks, adapter=True)
-    for name, learns in list(model.named_buffers()):
-        if name.endswith(".lora_B_learns"):  # cut like the lora_B whose entries it is about
-            parent, _, attribute = name.rpartition(".")
-            part = tp_part(f"{parent}.lora_B", ranks.rank, ranks.degree)
-            setattr(model.get_submodule(parent), attribute, part.of(learns))
+    _cut(model, ranks, of_base=False)
 
 
 def tp_group(mesh: Mesh) -> TensorParallelGroup:
@@ -171,18 +151,22 @@ def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None
     return embedding.ranks if isinstance(embedding, VocabParallelEmbedding) else None
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
-    return name.startswith(PREFIX) or name.endswith(ADAPTER_ENDS)
-
-
-def _cut(model: nn.Module, ranks: TensorParallelGroup, *, adapter: bool) -> None:
-    for name, parameter in list(model.named_parameters()):
-        if is_adapter(name) is not adapter:
-            continue
+def _cut(model: nn.Module, ranks: TensorParallelGroup, *, of_base: bool) -> None:
+    """Leave this rank its part of the base model's or the adapter's layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and is_of_base(f"{name}.weight") is of_base:
+            module.exchange = ColumnExchange(ranks) if tp_dim(f"{name}.weight") == 0 else RowExchange(ranks)
+    for name, tensor in list(chain(model.named_parameters(), model.named_buffers())):
         part = tp_part(name, ranks.rank, ranks.degree)
-        if part.dim is None:
+        if part.dim is None or is_of_base(name) is not of_base:
             continue
-        own = part.of(parameter.detach()).clone(memory_format=torch.contiguous_format)
+        if tensor.shape[part.dim] % ranks.degree:
+            raise ConfigError(
+                f"{name} of the adapter has the shape {list(tensor.shape)}, which {ranks.degree} tensor-parallel ranks "
+                "cannot divide; choose a width of its layers that they can"
+            )
+        own = part.of(tensor.detach()).clone(memory_format=torch.contiguous_format)
+        if isinstance(tensor, nn.Parameter):
+            own = nn.Parameter(own, requires_grad=tensor.requires_grad)
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, nn.Parameter(own, requires_grad=parameter.requires_grad))
+        setattr(model.get_submodule(parent), attribute, own)

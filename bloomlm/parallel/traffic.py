@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import Degrees
-from bloomlm.parallel.plan import GRADIENT_BYTES, Workload, block_linears, num_virtual_tokens, rank_numel
+from bloomlm.parallel.plan import GRADIENT_BYTES, Workload, block_linears, rank_numel
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 _FP32, _FP64, _INT64 = 4, 8, 8
@@ -191,7 +191,7 @@ def _prefix_numel(model: BloomForCausalLM) -> int:
     prefix = cast(Any, model.transformer.prefix)
     if prefix is None:
         return 0
-    flat = num_virtual_tokens(model) * 2 * model.config.n_layer * model.config.hidden_size
+    flat = model.transformer.num_virtual_tokens * 2 * model.config.n_layer * model.config.hidden_size
     if prefix.transform is None:
         return flat
     return 2 * flat + int(prefix.embedding.weight.numel())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.paddle.structure import AdapterStructure
@@ -64,7 +64,7 @@ def load_to_train(
             apply_adapter(model, adapter, generator, device)
 
     model = load_model(
-        checkpoint if checkpoint is not None and isinstance(adapter, FullTuning) else source,
+        checkpoint if checkpoint is not None and adapter.trains_base else source,
         dtype=precision.weights_dtype,
         device=device,
         memory_map=False,

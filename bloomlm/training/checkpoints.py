@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from bloomlm.adapters.apply import adapter_config
+from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.paddle.structure import AdapterStructure, write_structure
 from bloomlm.checkpoint.peft import gather_adapter, save_adapter
@@ -85,7 +85,7 @@ class CheckpointWriter:
     def write_learned(self, directory: Path) -> None:
         """Write the whole model, or its adapter, and the tokenizer into a directory; every rank must come here."""
         model, mesh = self._trainer.model, self._trainer.mesh
-        if adapter_config(model) is None:
+        if adapter_of(model) is None:
             write_model(
                 directory,
                 model.config,
@@ -115,7 +115,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     Raises:
         CheckpointError, TrainingError: it does not fit.
     """
-    if adapter_config(trainer.model) is None:
+    if adapter_of(trainer.model) is None:
         _read_weights(trainer, checkpoint)
     tensors, _ = trainer.state()
     trainer.load_state(tensors, load_training_state(checkpoint, tensors))

@@ -12,15 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
-from bloomlm.adapters.apply import adapter_config
-from bloomlm.adapters.lora import LoRALinear
-from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import Batch
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.linear import linear
+from bloomlm.model.linear import Linear, linear
 from bloomlm.training.step import Batches, Trainer
 
 
@@ -28,23 +24,23 @@ class StepFlops:
     """Floating-point operations of forward and backward passes of a model as it is set up to learn."""
 
     def __init__(self, model: BloomForCausalLM) -> None:
-        config, adapter = model.config, adapter_config(model)
-        self._num_virtual = adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
+        config = model.config
+        self._num_virtual = model.transformer.num_virtual_tokens
         embedding = model.transformer.word_embeddings.weight
         self._per_token = self._forward_per_token = 0
         # the gradient of a layer's input is needed where something in front of it learns
         needs_input_gradient = embedding.requires_grad
         for block in model.transformer.h:
             for module in block.modules():
-                if not isinstance(module, nn.Linear):
+                if not isinstance(module, Linear):
                     continue
                 passes = 1 + needs_input_gradient + module.weight.requires_grad
                 self._per_token += 2 * module.weight.numel() * passes
                 self._forward_per_token += 2 * module.weight.numel()
-                if isinstance(module, LoRALinear):
-                    low_rank = module.lora_A.numel() * (2 + needs_input_gradient) + module.lora_B.numel() * 3
-                    self._per_token += 2 * low_rank
-                    self._forward_per_token += 2 * (module.lora_A.numel() + module.lora_B.numel())
+                for number, matrix in enumerate(module.update_matrices):
+                    # the gradient of what comes from a matrix that learns is always needed
+                    self._per_token += 2 * matrix.numel() * (2 + (needs_input_gradient or number > 0))
+                    self._forward_per_token += 2 * matrix.numel()
                 learns = any(parameter.requires_grad for parameter in module.parameters())
                 needs_input_gradient = needs_input_gradient or learns or self._num_virtual > 0
         # queries with keys and weights with values, each once forward and twice backward

@@ -25,8 +25,7 @@ from bloomlm.checkpoint.paddle.optimizer import (
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.paddle.structure import AdapterStructure, LoraStructure, read_structure
 from bloomlm.checkpoint.reader import read_config
-from bloomlm.checkpoint.tensor_reader import name_some
-from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.parallel.gather import global_tensor
 from bloomlm.training.checkpoints import restore
 from bloomlm.training.config import TrainingConfig, default_of

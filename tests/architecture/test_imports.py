@@ -74,3 +74,21 @@ def test_package_never_imports_test_dependencies() -> None:
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             assert not {name.split(".")[0] for name in names} & {"transformers", "peft", "paddle"}, path
+
+
+def test_only_adapters_test_for_a_kind_of_adapter() -> None:
+    """Others ask the adapter (adapters/base.py), so that a new kind needs no change of theirs."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    kinds = {
+        node.name
+        for path, tree in trees.items()
+        if path.parent == PACKAGE / "adapters"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"LoraConfig", "PrefixConfig", "FullTuning", "LoRALinear", "PrefixEncoder"} <= kinds
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("isinstance", "issubclass"):
+                tested = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                assert not tested & kinds or path.parent == PACKAGE / "adapters", f"{path}:{node.lineno}"

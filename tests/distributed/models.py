@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter, trainable_state_dict
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.data.examples import Example
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.precision import Precision
+from tests.tiny_checkpoint import learned_tensors
 
 CONFIG = BloomConfig(vocab_size=48, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
 LENGTHS = [(3, 9), (5, 2), (1, 4), (6, 12), (2, 2), (4, 7), (2, 10), (7, 3)]
@@ -55,7 +56,7 @@ def tiny_model(case: Case) -> BloomForCausalLM:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     apply_adapter(model, case.adapter, generator)
     if not isinstance(case.adapter, FullTuning):
-        for tensor in trainable_state_dict(model).values():
+        for tensor in learned_tensors(model).values():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     model.transformer.recompute = case.recompute
     return model.to(case.precision.weights_dtype)

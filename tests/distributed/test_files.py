@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from bloomlm.adapters.apply import adapter_config, apply_adapter
+from bloomlm.adapters.base import adapter_of, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint import safetensors_file
+from bloomlm.checkpoint.adapter import load_adapter
 from bloomlm.checkpoint.main_rank import one_directory
-from bloomlm.checkpoint.peft import gather_adapter, load_adapter, save_adapter
+from bloomlm.checkpoint.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import atomic_directory, write_model
 from bloomlm.errors import CheckpointError, ConfigError
@@ -209,7 +210,7 @@ def test_adapter_files_are_those_of_one_rank(ranks: RankPool, tmp_path: Path, na
         assert (tmp_path / "ranks" / path.name).read_bytes() == path.read_bytes(), path.name
     fresh = tiny_model(Case())
     load_adapter(fresh, tmp_path / "ranks")
-    assert type(adapter_config(fresh)) is type(ADAPTERS[name])
+    assert type(adapter_of(fresh)) is type(ADAPTERS[name])
 
 
 def load_with_adapter(directory: Path, name: str, degrees: Degrees) -> tuple[dict[str, torch.Tensor], list[bool]]:

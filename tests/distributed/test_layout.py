@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.paddle.names import model_cuts

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.apply import FullTuning
+from bloomlm.adapters.base import FullTuning
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import collate

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.reader import load_model

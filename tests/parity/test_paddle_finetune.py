@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import bloomlm
-from bloomlm.adapters.apply import FullTuning, apply_adapter
+from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.data.loader import Batch
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from bloomlm.training import build, optimizer

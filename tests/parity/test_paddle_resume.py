@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.adapters.apply import FullTuning, apply_adapter
+from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
 from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
 from bloomlm.model.bloom import BloomForCausalLM

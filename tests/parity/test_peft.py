@@ -12,16 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bloomlm.adapters.apply import adapter_config, apply_adapter, trainable_state_dict
-from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig, LoRALinear
+from bloomlm.adapters.base import adapter_of, apply_adapter
+from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
+from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.adapter import load_adapter
 from bloomlm.checkpoint.merge import merge_to_directory
-from bloomlm.checkpoint.peft import load_adapter, save_adapter
+from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.parity.conftest import make_pair
 from tests.parity.test_checkpoint_transformers import assert_equal_logits, logits_of
+from tests.tiny_checkpoint import learned_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -57,7 +60,7 @@ def open_theirs(base: Path, directory: Path) -> Any:
 def with_adapter(base: Path, config: LoraConfig | PrefixConfig) -> BloomForCausalLM:
     model = load_model(base)
     apply_adapter(model, config)
-    randomise(trainable_state_dict(model).values())
+    randomise(learned_tensors(model).values())
     return model
 
 
@@ -128,7 +131,7 @@ def test_peft_opens_lora_that_we_write(base: Path, tmp_path: Path, config: LoraC
     again = load_model(base)
     load_adapter(again, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(again), logits_of(ours), rtol=0, atol=0)
-    found = adapter_config(again)
+    found = adapter_of(again)
     assert isinstance(found, LoraConfig) and found.alpha == config.alpha
     assert (found.rank_pattern, found.alpha_pattern) == (config.rank_pattern, config.alpha_pattern)
     assert set(found.target_modules) == set(config.target_modules)
@@ -171,7 +174,7 @@ def test_fp32_adapter_on_a_bf16_model_keeps_its_precision(base: Path, tmp_path: 
     theirs = write_theirs(base, tmp_path / "adapter", config, torch.bfloat16)
     ours = load_model(base, dtype=torch.bfloat16)
     load_adapter(ours, tmp_path / "adapter")
-    assert {p.dtype for p in trainable_state_dict(ours).values()} == {torch.float32}
+    assert {p.dtype for p in learned_tensors(ours).values()} == {torch.float32}
     assert_equal_logits(ours, theirs, torch.bfloat16)
 
 
@@ -200,7 +203,7 @@ def test_lora_that_we_cannot_run_is_refused_by_its_key(
     ours = load_model(base)
     with pytest.raises(AdapterError, match=key):
         load_adapter(ours, tmp_path / "adapter")
-    assert adapter_config(ours) is None
+    assert adapter_of(ours) is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,7 @@ def test_we_open_a_prefix_that_peft_writes(base: Path, tmp_path: Path, prefix_pr
     load_adapter(ours, tmp_path / "adapter")
     assert_equal_logits(ours, theirs)
     assert (logits_of(ours) - without).abs().max() > 0.1
-    assert adapter_config(ours) == PrefixConfig(num_prefix_tokens=5)
+    assert adapter_of(ours) == PrefixConfig(num_prefix_tokens=5)
     assert_equal_logits(open_theirs(base, save(ours, tmp_path / "again")), theirs)
 
 
@@ -244,13 +247,13 @@ def test_prefix_resumes_with_its_projection(base: Path, tmp_path: Path, dtype: t
     config = PrefixConfig(num_prefix_tokens=3, prefix_projection=True, prefix_projection_hidden_size=20)
     ours = load_model(base, dtype=dtype)
     apply_adapter(ours, config)
-    randomise(trainable_state_dict(ours).values())
+    randomise(learned_tensors(ours).values())
     again = load_model(base, dtype=dtype)
     state = torch.random.get_rng_state()
     load_adapter(again, save(ours, tmp_path / "adapter"))
     assert torch.equal(torch.random.get_rng_state(), state)  # loading draws nothing from the run's randomness
-    assert adapter_config(again) == config
-    expected, found = trainable_state_dict(ours), trainable_state_dict(again)
+    assert adapter_of(again) == config
+    expected, found = learned_tensors(ours), learned_tensors(again)
     assert found.keys() == expected.keys() and len(found) == 5
     assert all(torch.equal(found[k], expected[k]) and found[k].dtype == dtype for k in found)
 
@@ -328,7 +331,7 @@ def test_merged_directory_is_the_adapted_model_rounded_once(base: Path, tmp_path
     config = LoraConfig(r=3, target_modules=BLOCK_LINEARS)
     ours = load_model(base, dtype=dtype)
     apply_adapter(ours, config)
-    randomise(trainable_state_dict(ours).values())
+    randomise(learned_tensors(ours).values())
     before = {name: p.clone() for name, p in ours.named_parameters()}
     merge_to_directory(ours, tmp_path / "merged")
     assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())

@@ -1,18 +1,22 @@
 """LoRA and prefix adapters against explicit matrices."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from bloomlm.adapters.apply import FullTuning, adapter_config, apply_adapter, merge_adapter, trainable_state_dict
-from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig, LoRALinear
+from bloomlm.adapters.base import FullTuning, adapter_of, apply_adapter
+from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
+from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+from tests.tiny_checkpoint import learned_tensors, merged_model
 
 
 def tiny_model(seed: int = 0) -> BloomForCausalLM:
@@ -24,7 +28,7 @@ def tiny_model(seed: int = 0) -> BloomForCausalLM:
 def randomise(model: BloomForCausalLM) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in trainable_state_dict(model).values():
+        for parameter in learned_tensors(model).values():
             parameter.copy_(0.3 * torch.randn_like(parameter))
 
 
@@ -34,10 +38,10 @@ def test_lora_starts_at_the_base_model_and_learns_only_its_matrices() -> None:
     model = tiny_model()
     apply_adapter(model, LoraConfig(r=3, target_modules=BLOCK_LINEARS))
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=0)
-    names = {name.rpartition(".")[2] for name in trainable_state_dict(model)}
+    names = {name.rpartition(".")[2] for name in learned_tensors(model)}
     assert names == {"lora_A", "lora_B"}
-    assert len(trainable_state_dict(model)) == 2 * 4 * model.config.n_layer
-    assert adapter_config(model) == LoraConfig(r=3, target_modules=BLOCK_LINEARS)
+    assert len(learned_tensors(model)) == 2 * 4 * model.config.n_layer
+    assert adapter_of(model) == LoraConfig(r=3, target_modules=BLOCK_LINEARS)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -73,9 +77,8 @@ def test_lora_output_gradients_and_merge_equal_explicit_weights(use_rslora: bool
     torch.testing.assert_close(layer.lora_A.grad, layer.scaling * layer.lora_B.t() @ weight_grad, rtol=1e-4, atol=1e-6)
     assert layer.weight.grad is None
 
-    merge_adapter(model)
-    assert adapter_config(model) is None
-    torch.testing.assert_close(model.state_dict(), explicit.state_dict(), rtol=1e-6, atol=1e-6)
+    merged = merged_model(model)
+    torch.testing.assert_close(merged.state_dict(), explicit.state_dict(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -122,7 +125,7 @@ def test_prefix_is_the_same_padded_packed_and_cached() -> None:
 def test_full_tuning_learns_everything() -> None:
     model = tiny_model().requires_grad_(False)
     apply_adapter(model, FullTuning())
-    assert set(trainable_state_dict(model)) == set(model.state_dict())
+    assert set(learned_tensors(model)) == set(model.state_dict())
 
 
 def test_lora_dropout_acts_in_training_only() -> None:
@@ -135,7 +138,7 @@ def test_lora_dropout_acts_in_training_only() -> None:
     assert torch.equal(model.eval()(ids), expected)
 
 
-def test_mistakes_are_named() -> None:
+def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="word_embeddings"):
         LoraConfig(target_modules=("word_embeddings",))
     with pytest.raises(ConfigError, match="r is 0"):
@@ -143,10 +146,8 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="num_prefix_tokens is 0"):
         PrefixConfig(num_prefix_tokens=0)
     model = tiny_model()
-    with pytest.raises(AdapterError, match="no adapter"):
-        merge_adapter(model)
     apply_adapter(model, PrefixConfig())
     with pytest.raises(AdapterError, match="virtual tokens"):
-        merge_adapter(model)
+        merge_to_directory(model, tmp_path / "merged")
     with pytest.raises(AdapterError, match="already"):
         apply_adapter(model, LoraConfig())

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from bloomlm.adapters.apply import FullTuning, apply_adapter
+from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.model.documents import Documents
 from bloomlm.training.build import compile_blocks

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import GenerationError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling

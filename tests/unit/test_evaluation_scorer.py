@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.scoring import eager_scorer

@@ -13,7 +13,7 @@ import bloomlm.export.compile
 import bloomlm.export.program
 import bloomlm.export.weights
 import bloomlm.runtime.manifest
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load

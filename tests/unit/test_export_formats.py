@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
 from bloomlm.errors import ConfigError, ProgramError

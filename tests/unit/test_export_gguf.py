@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.api import LoadedModel, load
 from bloomlm.cli import main as cli

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import Batch

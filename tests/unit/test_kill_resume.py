@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.training_state import (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bloomlm.adapters.apply import Adapter, FullTuning, apply_adapter, trainable_state_dict
+from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.examples import Example
@@ -26,6 +26,7 @@ from bloomlm.training.loop import LoopConfig, StepLog, evaluate_loss, train
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, StepResult, Trainer, step_seed, steps_per_epoch
+from tests.tiny_checkpoint import learned_tensors
 
 V = 40
 LENGTHS = [(3, 9), (5, 2), (1, 4), (6, 12), (2, 2), (4, 7), (2, 10), (7, 3)]
@@ -132,7 +133,7 @@ def test_gradients_are_those_of_each_example_alone(
 ) -> None:
     model = tiny_model(adapter)
     with torch.no_grad():
-        for parameter in trainable_state_dict(model).values():
+        for parameter in learned_tensors(model).values():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     loss, expected = oracle_gradients(model, some_examples())
     trainer = some_trainer(model, batch_size=batch_size, gradient_accumulation_steps=3, max_grad_norm=0.0)
@@ -211,7 +212,7 @@ def test_only_the_adapter_moves() -> None:
         for _ in range(2):
             trainer.run_step()
         moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
-        assert moved == set(trainable_state_dict(model))
+        assert moved == set(learned_tensors(model))
 
 
 def test_learning_rate_of_the_step_is_used() -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomlm.adapters.apply import apply_adapter, trainable_state_dict
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.cli.main import main
+from tests.tiny_checkpoint import learned_tensors
 
 
 def run(*arguments: str) -> int:
@@ -22,7 +23,7 @@ def test_lora_is_added_in_fp32_and_rounded_once(tmp_path: Path) -> None:
     model = load_model("builtin:tiny", dtype=torch.float32)
     apply_adapter(model, LoraConfig(r=3, target_modules=BLOCK_LINEARS))
     with torch.no_grad():
-        for tensor in trainable_state_dict(model).values():
+        for tensor in learned_tensors(model).values():
             tensor.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     (tmp_path / "lora").mkdir()
     save_adapter(model, tmp_path / "lora", "builtin:tiny")
@@ -32,7 +33,8 @@ def test_lora_is_added_in_fp32_and_rounded_once(tmp_path: Path) -> None:
     assert len(list(output.glob("model-*.safetensors"))) > 1
     merged, layer = load_model(output), model.transformer.h[1].mlp.dense_h_to_4h
     assert merged.transformer.h[1].mlp.dense_h_to_4h.weight.dtype is torch.float16
-    expected = (layer.weight + layer.delta()).to(torch.float16)
+    update = layer.scaling * (layer.lora_B @ layer.lora_A)
+    expected = (layer.weight + update).to(torch.float16)
     assert torch.equal(merged.transformer.h[1].mlp.dense_h_to_4h.weight, expected)
 
 

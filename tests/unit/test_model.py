@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.apply import apply_adapter
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.model.alibi import fused_columns, head_slopes, key_columns, query_columns
 from bloomlm.model.attention import _groups, attend, virtual_with_columns, with_columns

@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from bloomlm.adapters.apply import adapter_config, apply_adapter, merge_adapter
+from bloomlm.adapters.base import adapter_of, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.adapter import load_adapter as load_any_adapter
+from bloomlm.checkpoint.adapter import load_adapter
 from bloomlm.checkpoint.paddle.adapter import (
     find_paddle_adapter,
-    install_paddle_adapter,
     read_paddle_adapter,
 )
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
-from bloomlm.checkpoint.peft import load_adapter, save_adapter
+from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import (
     CONFIG,
     State,
+    install_paddle_adapter,
     logits,
     make_model,
     random_arrays,
@@ -31,6 +31,7 @@ from tests.paddle_files import (
     write,
     write_json,
 )
+from tests.tiny_checkpoint import merged_model
 
 D, L, H, K = CONFIG.hidden_size, CONFIG.n_layer, CONFIG.n_head, CONFIG.head_dim
 QKV = "bloom.h.{}.self_attention.query_key_value"
@@ -113,8 +114,7 @@ def assert_equals_merged(directory: Path, deltas: dict[str, np.ndarray], **optio
     again = make_model()
     load_adapter(again, saved)
     torch.testing.assert_close(logits(again), expected, atol=2e-4, rtol=1e-4)
-    merge_adapter(model)
-    torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged_model(model)), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -128,7 +128,7 @@ def test_era_a(tmp_path: Path, slots: list[bool]) -> None:
     assert_equals_merged(tmp_path, deltas)
     model = make_model()
     install_paddle_adapter(model, read_paddle_adapter(tmp_path, CONFIG))
-    config = adapter_config(model)
+    config = adapter_of(model)
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha) == (sum(slots) * R, sum(slots) * ALPHA)
 
@@ -403,7 +403,7 @@ def test_projection_survives_the_new_layout_only(tmp_path: Path) -> None:
     for layout, kept in ((PrefixLayout.OLD, False), (PrefixLayout.NEW, True)):
         model = make_model()
         install_paddle_adapter(model, read_paddle_adapter(tmp_path, CONFIG, prefix_layout=layout))
-        config = adapter_config(model)
+        config = adapter_of(model)
         assert isinstance(config, PrefixConfig)
         assert config.prefix_projection is kept
         resumed = make_model()
@@ -456,10 +456,10 @@ def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
     save_adapter(with_prefix := make_model_with_prefix(), tmp_path, "base")
     model = make_model()
     with pytest.warns(UserWarning, match="PEFT's is read, the other is not"):
-        load_any_adapter(model, tmp_path)
+        load_adapter(model, tmp_path)
     torch.testing.assert_close(logits(model), logits(with_prefix))
     with pytest.warns(UserWarning), pytest.raises(AdapterError, match="is not read as an adapter in PaddleNLP's files"):
-        load_any_adapter(make_model(), tmp_path, trained_tensor_parallel_degree=2)
+        load_adapter(make_model(), tmp_path, trained_tensor_parallel_degree=2)
 
 
 def make_model_with_prefix() -> BloomForCausalLM:
@@ -481,7 +481,7 @@ def test_a_prefix_that_learned_on_is_saved_as_what_it_gives(tmp_path: Path, layo
     again = make_model()
     load_adapter(again, saved)
     torch.testing.assert_close(logits(again), logits(model))
-    config = adapter_config(again)
+    config = adapter_of(again)
     assert isinstance(config, PrefixConfig) and not config.prefix_projection
 
 

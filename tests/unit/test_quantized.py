@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import bloomlm.model.quantized as quantized
-from bloomlm.adapters.apply import FullTuning, apply_adapter, merge_adapter, trainable_state_dict
+from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.merge import merge_to_directory
@@ -23,7 +23,7 @@ from bloomlm.model.linear import Linear, linear
 from bloomlm.model.quantized import dequantize_rows, quantize_rows
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
-from tests.tiny_checkpoint import random_model
+from tests.tiny_checkpoint import learned_tensors, merged_model, random_model
 
 CONFIG = BloomConfig(vocab_size=70, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
 LENGTHS = (5, 9)
@@ -57,7 +57,7 @@ def dequantized(checkpoint: Path, dtype: torch.dtype = torch.float32) -> BloomFo
 def with_lora(model: BloomForCausalLM) -> BloomForCausalLM:
     apply_adapter(model, LoraConfig(r=3, target_modules=BLOCK_LINEARS))
     generator = torch.Generator().manual_seed(1)
-    for parameter in trainable_state_dict(model).values():
+    for parameter in learned_tensors(model).values():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
 
@@ -122,7 +122,7 @@ def test_equals_an_fp32_model_of_the_same_values(checkpoint: Path, block_element
         torch.testing.assert_close(model(ids), exact(ids), rtol=1e-5, atol=1e-5)
     (loss, gradients), (exact_loss, exact_gradients) = step(with_lora(model), 0.1), step(with_lora(exact), 0.1)
     torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=0)
-    assert gradients.keys() == exact_gradients.keys() == {*trainable_state_dict(model)}
+    assert gradients.keys() == exact_gradients.keys() == {*learned_tensors(model)}
     for name, gradient in exact_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
@@ -182,7 +182,7 @@ def test_what_int8_cannot_do_is_said(checkpoint: Path, tmp_path: Path) -> None:
             apply_adapter(load_model(checkpoint, int8=True), adapter)
     model = with_lora(load_model(checkpoint, int8=True))
     with pytest.raises(AdapterError, match="int8 weight cannot take"):
-        merge_adapter(model)
+        merged_model(model)
     with pytest.raises(AdapterError, match="rounded to int8"):
         merge_to_directory(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from bloomlm.adapters.prefix import PREFIX
 from bloomlm.checkpoint.paddle.adapter_files import LORA_CONFIG_FILE, PREFIX_CONFIG_FILE
 from bloomlm.checkpoint.paddle.lora import PaddleLora, read_paddle_lora
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout, read_paddle_prefix
-from bloomlm.checkpoint.peft import PlainAdapter, install_adapter
+from bloomlm.checkpoint.peft import PlainAdapter
 from bloomlm.errors import AdapterError
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
 
@@ -61,17 +61,4 @@ def plain_adapter(adapter: PaddleLora | PaddlePrefix, model_config: BloomConfig)
     if isinstance(adapter, PaddleLora):
         return PlainAdapter(config=adapter.config, tensors=adapter.plain(adapter.stored))
     config, tensors = adapter.plain(model_config)
-    return PlainAdapter(config=config, tensors=tensors)
-
-
-def install_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:
-    """Put an adapter into a model as an ordinary LoRA or prefix, which can be saved in PEFT's files.
-
-    Args:
-        model: its base model, without an adapter; parameters that the adapter replaces (trained biases) are replaced.
-        adapter: what read_paddle_adapter gave.
-
-    Raises:
-        AdapterError: the model has an adapter already.
-    """
-    install_adapter(model, plain_adapter(adapter, model.config))
+    return PlainAdapter(config=config, tensors={PREFIX + name: tensor for name, tensor in tensors.items()})

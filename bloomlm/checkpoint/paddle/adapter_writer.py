@@ -4,25 +4,26 @@ Source: the files that PaddleNLP 2.6 wrote, and the configuration keys of its Lo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bloomlm.adapters.base import Adapter
 from bloomlm.adapters.lora import LoraConfig
-from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
+from bloomlm.adapters.prefix import PREFIX, PrefixConfig, PrefixEncoder
 from bloomlm.checkpoint.paddle.adapter_files import LORA_CONFIG_FILE, LORA_STEM, PREFIX_CONFIG_FILE, PREFIX_STEM
 from bloomlm.checkpoint.paddle.lora import PARTS, Blocks, lora_cuts
 from bloomlm.checkpoint.paddle.names import LINEARS, MODEL_PREFIX, is_linear_weight, model_cuts, stored_name
 from bloomlm.checkpoint.paddle.prefix import NAMES, Arrangement, PrefixLayout, prefix_cuts
 from bloomlm.checkpoint.paddle.state_writer import PaddleStateWriter
 from bloomlm.checkpoint.peft import PlainAdapter
-from bloomlm.checkpoint.tensor_reader import name_some
 from bloomlm.checkpoint.writer import write_json
-from bloomlm.errors import AdapterError, CheckpointError, ConfigError
+from bloomlm.errors import AdapterError, CheckpointError, ConfigError, name_some
 from bloomlm.model.config import BloomConfig
 
 PRE_CACHES_FILE = "pre_caches.npy"
@@ -63,10 +64,10 @@ def write_paddle_adapter(
         CheckpointError: it cannot be written.
     """
     try:
-        if isinstance(adapter.config, LoraConfig):
-            _write_lora(directory, adapter.config, adapter.tensors, model_config, tensor_parallel_degree)
-        else:
-            _write_prefix(directory, adapter.config, adapter.tensors, model_config, tensor_parallel_degree)
+        write = _WRITERS.get(type(adapter.config))
+        if write is None:
+            raise AdapterError(f"PaddleNLP 2.6 has no {adapter.config.kind}; write PEFT's files (--to hf)")
+        write(directory, adapter.config, adapter.tensors, model_config, tensor_parallel_degree)
     except OSError as error:
         raise CheckpointError(f"the adapter cannot be written to {directory}: {error}") from error
 
@@ -145,6 +146,7 @@ def _write_prefix(
     arrangement = Arrangement(layout=PrefixLayout.NEW, tp_degree=tp_degree, head_shape=head_shape)
     # where each of PaddleNLP's columns stands in the flat prefix
     places = arrangement.columns().argsort()
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     own = dict(tensors)
     if config.prefix_projection:
         own |= {name: tensors[name][places] for name in ("transform.2.weight", "transform.2.bias")}
@@ -217,6 +219,12 @@ def _write_states(directory: Path, stem: str, stored: Mapping[str, _Stored], tp_
                     piece = piece.narrow(entry.dim, tp_rank * length, length)
                 writer.write(name, piece, piece.dtype)
             writer.finish({name: entry.variable for name, entry in stored.items()})
+
+
+_WRITERS: dict[type[Adapter], Callable[[Path, Any, Mapping[str, Tensor], BloomConfig, int], None]] = {
+    LoraConfig: _write_lora,
+    PrefixConfig: _write_prefix,
+}
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -34,8 +34,7 @@ from bloomlm.checkpoint.paddle.adapter_files import (
 from bloomlm.checkpoint.paddle.array import LazyTensor
 from bloomlm.checkpoint.paddle.names import Cut, model_cuts, published_name, published_tensors
 from bloomlm.checkpoint.paddle.ranks import RankTensors, join_pieces
-from bloomlm.checkpoint.tensor_reader import name_some
-from bloomlm.errors import AdapterError, CheckpointError
+from bloomlm.errors import AdapterError, CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
 PARTS = (".lora_A", ".lora_B")

@@ -22,8 +22,8 @@ from bloomlm.checkpoint.paddle.program import read_program_weights
 from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks
 from bloomlm.checkpoint.paddle.safetensors import is_paddle_safetensors, open_paddle_safetensors
 from bloomlm.checkpoint.paddle.state import read_paddle_state
-from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, name_some
-from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
+from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
 from bloomlm.parallel.gather import Bounds
 

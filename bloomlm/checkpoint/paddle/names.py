@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bloomlm.checkpoint.paddle.array import LazyTensor, Transposed
-from bloomlm.checkpoint.tensor_reader import name_some
-from bloomlm.errors import CheckpointError
+from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.layout import tp_dim
 

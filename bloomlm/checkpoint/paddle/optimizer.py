@@ -25,8 +25,7 @@ from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
 from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks, missing_numbers
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state, split_tensors
 from bloomlm.checkpoint.paddle.structure import AdapterStructure, structure_of
-from bloomlm.checkpoint.tensor_reader import name_some
-from bloomlm.errors import CheckpointError
+from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
 MODEL_STEM = "model_state"

@@ -32,8 +32,7 @@ from bloomlm.checkpoint.paddle.adapter_files import (
 from bloomlm.checkpoint.paddle.array import LazyTensor, Transposed
 from bloomlm.checkpoint.paddle.names import Cut
 from bloomlm.checkpoint.paddle.ranks import RankTensors, join_pieces
-from bloomlm.checkpoint.tensor_reader import name_some
-from bloomlm.errors import AdapterError, CheckpointError
+from bloomlm.errors import AdapterError, CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
 PAST_KEY_VALUES_FILE = "past_key_values.pdparams"  # written until 2023-05-29

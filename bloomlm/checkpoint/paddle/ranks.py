@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from bloomlm.checkpoint.paddle.array import Joined, LazyTensor, Replicated
 from bloomlm.checkpoint.paddle.names import EMBEDDING, Cut, model_cuts
-from bloomlm.checkpoint.tensor_reader import name_some
-from bloomlm.errors import CheckpointError
+from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from bloomlm.adapters.apply import apply_adapter
-from bloomlm.adapters.lora import LoraConfig, LoRALinear
+from bloomlm.adapters.base import apply_adapter
+from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.paddle.lora import Blocks, PaddleLora
 from bloomlm.checkpoint.paddle.prefix import Arrangement, PaddlePrefix, PaddlePrefixEncoder, PrefixLayout
@@ -51,9 +51,7 @@ class LoraStructure:
             AdapterError: it has an adapter already.
         """
         apply_adapter(model, self.config, _private_generator(model, device), device)
-        for name, module in model.named_modules():
-            if not isinstance(module, LoRALinear):
-                continue
+        for name, module in self.config.layers(model):
             if name not in self.blocks:  # PaddleNLP gave this block none: its update stays zero
                 module.lora_A.requires_grad_(False)
                 module.lora_B.requires_grad_(False)

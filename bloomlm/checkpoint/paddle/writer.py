@@ -22,10 +22,10 @@ from bloomlm.checkpoint.paddle.names import (
     stored_name,
 )
 from bloomlm.checkpoint.paddle.state_writer import PaddleStateWriter
-from bloomlm.checkpoint.tensor_reader import TensorEntry, name_some
+from bloomlm.checkpoint.tensor_reader import TensorEntry
 from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.checkpoint.writer import OTHER_FILES_KEYS, generation_config, plan_shards, write_json
-from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.config import BloomConfig
 
 

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bloomlm.adapters.apply import adapter_config
-from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.evaluation.scoring.windows import Tokens, Window
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
@@ -170,12 +168,10 @@ class Branched:
         return out
 
     def _cache(self, model: BloomForCausalLM, device: torch.device) -> KVCache:
-        adapter = adapter_config(model)
-        num_virtual = adapter.num_prefix_tokens if isinstance(adapter, PrefixConfig) else 0
         return KVCache(
             model.config,
             len(self._lengths),
-            num_virtual + max(self._lengths) + self._rests.shape[1],
+            model.transformer.num_virtual_tokens + max(self._lengths) + self._rests.shape[1],
             dtype=model.transformer.dtype,
             device=device,
             n_head=len(model.transformer.heads),

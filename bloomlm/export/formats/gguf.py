@@ -23,6 +23,7 @@ from bloomlm.export.weights import nearest_int4
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.quantized import row_blocks
+from bloomlm.parallel.layout import is_of_base
 
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -76,7 +77,7 @@ def write_gguf(
     _add_sizes(writer, model.config, name, gguf.LlamaFileType[_file_type(kind.name)])
     _add_tokenizer(writer, gguf.TokenType, json.loads(tokenizer_json), model.config)
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith((".lora_A", ".lora_B")):
+        if not is_of_base(parameter_name):
             continue
         raw = kind if parameter.dim() == 2 else gguf.GGMLQuantizationType.F32
         shape = gguf.quant_shape_to_byte_shape(tuple(parameter.shape), raw)

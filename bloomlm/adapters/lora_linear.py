@@ -1,0 +1,112 @@
+"""A frozen linear layer with a trained low-rank update beside it.
+
+Source: Hu et al., https://arxiv.org/abs/2106.09685: y = x W^T + b + scaling * dropout(x) A^T B^T.
+
+Shapes: N tokens, R lora rank.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bloomlm.adapters.base import AdapterModule
+from bloomlm.errors import AdapterError
+from bloomlm.model.linear import Linear
+from bloomlm.model.quantized import row_blocks
+
+if TYPE_CHECKING:
+    from bloomlm.adapters.lora import LoraConfig
+
+
+class LoRALinear(Linear, AdapterModule):
+    """A linear layer whose weight and bias keep their names, with lora_A [R, in] and lora_B [out, R] beside them."""
+
+    own_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    """Its parameters that the base model's layer does not have."""
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_B_learns: Tensor | None
+    """[out, R] boolean: entries of lora_B that learn, where the others stay zero; None: all of them."""
+    config: "LoraConfig"
+    scaling: float
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: "LoraConfig",
+        module_name: str,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> "LoRALinear":
+        """Wrap a layer, sharing its weight and bias; the update starts at zero.
+
+        Args:
+            linear: the layer; its parameters stop learning.
+            config: rank, scaling, dropout.
+            module_name: full name in the model, for the patterns.
+            generator: randomness for lora_A.
+            device: where lora_A and lora_B go; None: where the weight is.
+        """
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight.requires_grad_(False)
+        layer.bias.requires_grad_(False)
+        lora_rank = config.rank_of(module_name)
+        device, dtype = device or linear.weight.device, linear.bias.dtype
+        layer.lora_A = nn.Parameter(torch.empty(lora_rank, linear.in_features, dtype=dtype, device=device))
+        layer.lora_B = nn.Parameter(torch.zeros(linear.out_features, lora_rank, dtype=dtype, device=device))
+        layer.register_buffer("lora_B_learns", None, persistent=False)
+        # kaiming_uniform with a = sqrt(5), as PEFT draws it: uniform within 1 / sqrt(in)
+        bound = 1 / math.sqrt(linear.in_features)
+        with torch.no_grad():
+            layer.lora_A.uniform_(-bound, bound, generator=generator)
+        if isinstance(linear, Linear):
+            layer.exchange, layer.weight_scale = linear.exchange, linear.weight_scale
+        layer.config = config
+        layer.scaling = config.scaling_of(module_name)
+        layer.train(linear.training)
+        return layer
+
+    @property
+    def update_matrices(self) -> tuple[Tensor, ...]:
+        """lora_A and lora_B."""
+        return self.lora_A, self.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        with self.exchange.input_randomness() if self.training and self.config.lora_dropout else nullcontext():
+            update = F.dropout(x, self.config.lora_dropout, self.training)
+        low_rank = self.exchange.between(F.linear(update.to(self.lora_A.dtype), self.lora_A))
+        base = super().forward(x)
+        lora_b: Tensor = self.lora_B
+        if self.lora_B_learns is not None:
+            lora_b = torch.where(self.lora_B_learns, lora_b, 0.0)  # no gradient for the others
+        if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
+            return base + (F.linear(low_rank, lora_b) * self.scaling).to(base.dtype)
+        # one kernel multiplies, scales and adds in place: nothing needs base's old value again
+        return base.addmm_(low_rank, lora_b.t(), alpha=self.scaling)
+
+    def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """[out, in] the weight with the update added, some rows at a time in fp32, each rounded once.
+
+        Args:
+            whole: gathers what this rank and others share out.
+            dtype: of the result.
+
+        Raises:
+            AdapterError: the weight is int8, whose steps are larger than most updates.
+        """
+        if self.weight_scale is not None:
+            raise AdapterError("an int8 weight cannot take an update; load the model without int8 and merge there")
+        weight, lora_a, lora_b = whole(self.weight), whole(self.lora_A).float(), whole(self.lora_B)
+        merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for rows in row_blocks(weight):
+            merged[rows] = weight[rows].float() + self.scaling * (lora_b[rows].float() @ lora_a)
+        return merged

@@ -1,4 +1,7 @@
-"""`bloomlm finetune` of which rank 1 is killed, or raises, during its third step when torchrun starts it first."""
+"""`bloomlm finetune` with a fault of rank 1 during its third step, when torchrun starts it first.
+
+The first argument is the fault: "kill", "raise" or "none".
+"""
 
 import os
 import signal
@@ -7,17 +10,21 @@ from typing import Any
 
 from bloomlm.cli.main import main
 from bloomlm.training.step import Trainer
+from tests.short_runs import shorten_runs
 
+fault = sys.argv[1]
 real = Trainer.run_step
 
 
 def run_step(trainer: Trainer) -> Any:
     if trainer.step == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        if sys.argv[1] == "kill":
+        if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("a fault of rank 1")
+        if fault == "raise":
+            raise RuntimeError("a fault of rank 1")
     return real(trainer)
 
 
+shorten_runs()
 Trainer.run_step = run_step  # type: ignore[method-assign]
 main(sys.argv[2:])

@@ -49,14 +49,15 @@ def nodes() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def run_job(nodes: list[str], *arguments: str) -> list[tuple[int, str]]:
-    """Two processes on each node; status and stderr of each torchrun."""
+def run_job(nodes: list[str], fault: str, *arguments: str) -> list[tuple[int, str]]:
+    """`bloomlm finetune` on two processes of each node; status and stderr of each torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": CABLE}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
     torchrun += ["--master-addr", ADDRESSES[0], "--master-port", "29400"]
+    command = ["tests/distributed/killed_run.py", fault, "finetune"]
     jobs = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, *torchrun, "--node-rank", str(number), *arguments],
+            ["ip", "netns", "exec", name, *torchrun, "--node-rank", str(number), *command, *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -88,10 +89,10 @@ def test_a_job_on_two_nodes_dies_and_goes_on(nodes: list[str], tmp_path: Path, d
     """Tensor parallelism on each node, FSDP between them; a rank is killed in the third step."""
     output_dir = tmp_path / "run"
     words = [*command_line(output_dir, data), "--per_device_train_batch_size", "2", "--sharding", "stage3"]
-    died = run_job(nodes, "tests/distributed/killed_run.py", "kill", "finetune", *words)
+    died = run_job(nodes, "kill", *words)
     assert all(status != 0 for status, _ in died)
     assert (output_dir / "checkpoint-2").is_dir() and not (output_dir / "checkpoint-3").exists()
-    went_on = run_job(nodes, "-m", "bloomlm", "finetune", *words)
+    went_on = run_job(nodes, "none", *words)
     assert [status for status, _ in went_on] == [0, 0], went_on
     assert "going on from" in went_on[0][1]
     assert "going on from" not in went_on[1][1]  # rank 0 alone talks

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bloomlm.adapters.base import adapter_of
-from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.adapters.load import load_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from bloomlm.checkpoint.adapters.peft import install_adapter
 from bloomlm.checkpoint.paddle.adapter import plain_adapter
 from bloomlm.checkpoint.paddle.lora import PaddleLora
 from bloomlm.checkpoint.paddle.optimizer import PREFIX_MODULE
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
 from bloomlm.checkpoint.paddle.structure import structure_of
-from bloomlm.checkpoint.peft import install_adapter
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from tests.tiny_checkpoint import random_model

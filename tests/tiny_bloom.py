@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from bloomlm.adapters.base import Adapter, apply_adapter
+from bloomlm.checkpoint.adapters.peft import save_adapter
 from bloomlm.checkpoint.atomic import atomic_directory
-from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.model.config import BloomConfig

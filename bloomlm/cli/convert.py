@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from bloomlm.api import DTYPES
-from bloomlm.checkpoint.adapter import find_adapter
+from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
+from bloomlm.checkpoint.adapters.load import find_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
-from bloomlm.checkpoint.convert_adapter import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.output_directory import WritesItself
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import find_model

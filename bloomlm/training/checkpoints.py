@@ -6,9 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from bloomlm.adapters.base import adapter_of
+from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.paddle.structure import AdapterStructure, write_structure
-from bloomlm.checkpoint.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.training_state import (
     checkpoint_directory,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.adapters.load import load_adapter
 from bloomlm.checkpoint.main_rank import main_first, on_main
 from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.checkpoint.reader import load_model

@@ -13,7 +13,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
 LONG_FILES = {
     "checkpoint/paddle/array.py",
     "checkpoint/paddle/unpickler.py",
-    "checkpoint/peft.py",
     "parallel/plan.py",
     "training/checks.py",
     "training/finetune.py",

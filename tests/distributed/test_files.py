@@ -11,9 +11,9 @@ from bloomlm.adapters.base import adapter_of, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint import safetensors_file
-from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.adapters.load import load_adapter
+from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.main_rank import one_directory
-from bloomlm.checkpoint.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import atomic_directory, write_model
 from bloomlm.errors import CheckpointError, ConfigError

@@ -16,9 +16,9 @@ from bloomlm.adapters.base import adapter_of, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.adapters.load import load_adapter
+from bloomlm.checkpoint.adapters.peft import save_adapter
 from bloomlm.checkpoint.merge import merge_to_directory
-from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM

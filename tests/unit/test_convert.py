@@ -21,10 +21,10 @@ from torch import Tensor
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint import convert as convert_module
-from bloomlm.checkpoint import convert_adapter as convert_adapter_module
-from bloomlm.checkpoint.adapter import load_adapter, read_adapter
+from bloomlm.checkpoint.adapters import convert as convert_adapter_module
+from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
+from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
-from bloomlm.checkpoint.convert_adapter import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import Rows

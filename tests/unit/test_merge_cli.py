@@ -7,7 +7,7 @@ import torch
 
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
-from bloomlm.checkpoint.peft import save_adapter
+from bloomlm.checkpoint.adapters.peft import save_adapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.cli.main import main
 from tests.tiny_checkpoint import learned_tensors

@@ -11,13 +11,13 @@ from torch import nn
 from bloomlm.adapters.base import adapter_of, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.adapter import load_adapter
+from bloomlm.checkpoint.adapters.load import load_adapter
+from bloomlm.checkpoint.adapters.peft import save_adapter
 from bloomlm.checkpoint.paddle.adapter import (
     find_paddle_adapter,
     read_paddle_adapter,
 )
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
-from bloomlm.checkpoint.peft import save_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import (

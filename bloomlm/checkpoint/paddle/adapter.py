@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from bloomlm.adapters.prefix import PREFIX
+from bloomlm.checkpoint.adapters.peft import PlainAdapter
 from bloomlm.checkpoint.paddle.adapter_files import LORA_CONFIG_FILE, PREFIX_CONFIG_FILE
 from bloomlm.checkpoint.paddle.lora import PaddleLora, read_paddle_lora
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout, read_paddle_prefix
-from bloomlm.checkpoint.peft import PlainAdapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.config import BloomConfig
 

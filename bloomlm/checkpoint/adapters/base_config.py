@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, open_peft_weights, read_peft_config
 from bloomlm.checkpoint.paddle.adapter_files import (
     LORA_CONFIG_FILE,
     LORA_STEM,
@@ -13,7 +14,6 @@ from bloomlm.checkpoint.paddle.adapter_files import (
     read_adapter_files,
     whole_number,
 )
-from bloomlm.checkpoint.peft import CONFIG_FILE, open_peft_weights, read_peft_config
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.config import BloomConfig
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.adapter import read_adapter
-from bloomlm.checkpoint.adapter_base import adapter_base_config
+from bloomlm.checkpoint.adapters.base_config import adapter_base_config
+from bloomlm.checkpoint.adapters.load import read_adapter
+from bloomlm.checkpoint.adapters.peft import PlainAdapter, hold_adapter, save_adapter
 from bloomlm.checkpoint.convert import FileForm, check_ranks, leave_page_cache
 from bloomlm.checkpoint.output_directory import WritesItself, output_directory
 from bloomlm.checkpoint.paddle.adapter_writer import write_paddle_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
-from bloomlm.checkpoint.peft import PlainAdapter, hold_adapter, save_adapter
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.source import resolve_source

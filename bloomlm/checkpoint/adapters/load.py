@@ -4,9 +4,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, PlainAdapter, install_adapter, read_peft_adapter
 from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, plain_adapter, read_paddle_adapter
 from bloomlm.checkpoint.paddle.prefix import PrefixLayout
-from bloomlm.checkpoint.peft import CONFIG_FILE, PlainAdapter, install_adapter, read_peft_adapter
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig

@@ -57,3 +57,8 @@ def name_some(names: collections.abc.Iterable[str], limit: int = 5) -> str:
     ordered = list(names)
     more = f", and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its class where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -107,8 +107,3 @@ def _read_virtual(path: Path, manifest: Manifest) -> list[Array]:
     except (OSError, SafetensorError) as error:
         raise ProgramError(f"{path} cannot be opened as the virtual tokens of this program: {error}") from error
     return [np.ascontiguousarray(part)[None] for part in virtual.reshape(-1, *virtual.shape[2:])]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the error's name where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -27,8 +27,6 @@ LONG_FUNCTIONS = {
     "data/examples.py load_examples",
     "evaluation/protocols/lm_eval.py wikitext",
     "evaluation/protocols/reference.py wikitext",
-    "export/formats/gguf.py write_gguf",
-    "export/program.py export_program",
     "generation/loop.py _beam_search",
     "generation/loop.py _decode",
     "training/build.py build_trainer",

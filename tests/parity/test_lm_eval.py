@@ -248,7 +248,7 @@ def test_tasks_are_handed_over(task_directory: Path) -> None:
 
 
 def test_tasks_are_run_on_exported_programs(task_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
+    monkeypatch.setattr(bloomlm.export.formats.pt2, "find_compiler", lambda: None)
     loaded = load("builtin:tiny", dtype="float32")
     path = task_directory / "program" / "bloom"
     bloomlm.export.program.export_program(loaded.model, loaded.tokenizer, path, source="tiny", verify=False)

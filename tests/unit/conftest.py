@@ -11,5 +11,5 @@ import bloomlm.export.program
 def no_compiler() -> Iterator[None]:
     """Exports are not compiled, which takes minutes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bloomlm.export.program, "find_compiler", lambda: None)
+        patch.setattr(bloomlm.export.formats.pt2, "find_compiler", lambda: None)
         yield

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bloomlm.export.compile
+import bloomlm.export.formats.pt2
 import bloomlm.export.program
 import bloomlm.export.weights
 import bloomlm.runtime.manifest
@@ -21,11 +21,11 @@ from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.cli import main as cli
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
-from bloomlm.export.compile import trace_all
+from bloomlm.export.formats.pt2 import trace_all
 from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
-from bloomlm.export.store import weight_entries
 from bloomlm.export.weights import Int4, Int8, Plain, format_of, many_rows, weight_format
+from bloomlm.export.weights_file import weight_entries
 from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -135,7 +135,9 @@ def test_quantised_programs_keep_their_bounds(
 def test_a_program_that_differs_is_not_written(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bloomlm.export.compile, "many_rows", lambda *given, **named: 1.01 * many_rows(*given, **named))
+    monkeypatch.setattr(
+        bloomlm.export.formats.pt2, "many_rows", lambda *given, **named: 1.01 * many_rows(*given, **named)
+    )
     with pytest.raises(ProgramError, match="differs from the model: logits error"):
         export_program(loaded.model, loaded.tokenizer, tmp_path / "bloom", source="tiny")
     assert list(tmp_path.iterdir()) == []
@@ -180,8 +182,8 @@ def test_which_library_multiplies(
     """Uncompiled functions need no operator that a PyTorch may lack."""
     if onednn and not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)):
         pytest.skip("there is no oneDNN")
-    monkeypatch.setattr(bloomlm.export.compile, "uses_onednn", lambda *_: onednn)
-    monkeypatch.setattr(bloomlm.export.compile, "compiler_options", lambda: options)
+    monkeypatch.setattr(bloomlm.export.formats.pt2, "uses_onednn", lambda *_: onednn)
+    monkeypatch.setattr(bloomlm.export.formats.pt2, "compiler_options", lambda: options)
     config, weights = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), Plain(torch.float32)
     entries = weight_entries(config, weights, num_virtual=0)
     tensors = {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}

@@ -13,7 +13,6 @@ import torch
 
 from bloomlm.api import load
 from bloomlm.errors import ProgramError
-from bloomlm.export.compile import find_compiler
 from bloomlm.export.parity import compare
 from bloomlm.export.program import export_program
 from bloomlm.generation.decode import BloomLanguageModel
@@ -21,6 +20,7 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
 from bloomlm.runtime.formats.pt2 import Pt2Model
+from bloomlm.runtime.torch_internals import find_compiler
 from tests.edited_manifest import edit
 from tests.tiny_checkpoint import random_model
 

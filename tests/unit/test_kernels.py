@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from bloomlm.export.compile import compile_package, find_compiler
+from bloomlm.export.formats.pt2 import compile_functions
 from bloomlm.export.graph import slot_attention
 from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import Int4, Int8, Plain, WeightFormat
+from bloomlm.runtime.formats.pt2 import instruction_set
+from bloomlm.runtime.torch_internals import find_compiler, open_package
 
 pytestmark = pytest.mark.skipif(
     find_compiler() is None or compiler_options() is None, reason="there is no C++ compiler, or no AVX2"
@@ -48,8 +50,6 @@ class Compiled:
     """Everything, compiled."""
 
     def __init__(self, directory: Path) -> None:
-        from torch._C._aoti import AOTIModelPackageLoader
-
         random = torch.Generator().manual_seed(0)
         matrices = [(name, torch.randn(shape, generator=random)) for name, shape in MATRICES]
         for _, matrix in matrices:
@@ -63,12 +63,12 @@ class Compiled:
             [({0: batch}, {0: batch, 2: room}, {0: batch, 2: room}, {0: batch, 2: slots})] * len(HEAD_DIMS),
         )
         traced = torch.export.export(Everything(), arguments, dynamic_shapes=sizes)
-        compile_package({"everything": traced}, directory, "p", lambda share: None)
-        self._loader = AOTIModelPackageLoader(str(directory / "p.pt2"), "everything", False, 1, -1)
+        compile_functions({"everything": traced}, directory / "p.pt2", instruction_set(), lambda share: None)
+        self._run = open_package(directory / "p.pt2", "everything")
 
     def __call__(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> tuple[Outputs, list[Tensor]]:
         flat = [tensor for part in self.parts for tensor in part.values()]
-        out = self._loader.boxed_run([*xs, *flat, *(tensor for given in attentions for tensor in given)])
+        out = self._run([*xs, *flat, *(tensor for given in attentions for tensor in given)])
         products = {key: (out[2 * index], out[2 * index + 1]) for index, key in enumerate(MATRICES)}
         return products, out[2 * len(MATRICES) :]
 

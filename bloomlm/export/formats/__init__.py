@@ -1,1 +1,12 @@
-"""Programs for other people's runtimes, each written by that runtime's own library, which is an extra."""
+"""The formats of exported programs: one file for each, and this table. bloomlm.runtime.formats has the other side."""
+
+from collections.abc import Mapping
+
+from bloomlm.export.formats.base import ExportFormat
+from bloomlm.export.formats.gguf import GGUF
+from bloomlm.export.formats.onnx import ONNX
+from bloomlm.export.formats.openvino import OPENVINO
+from bloomlm.export.formats.pt2 import PT2
+
+FORMATS: Mapping[str, ExportFormat] = {form.name: form for form in (PT2, ONNX, OPENVINO, GGUF)}
+"""By name."""

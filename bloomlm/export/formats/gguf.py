@@ -1,14 +1,14 @@
-"""GGUF, for llama.cpp and what is built on it; written by the `gguf` package, a matrix at a time.
+"""The gguf format, for llama.cpp and the programs built on it; written by the `gguf` package, a matrix at a time.
 
-llama.cpp keeps the queries, keys and values of a block one after another, BLOOM head by head; and it takes the
-tokenizer's vocabulary and merges out of the same file. Source of names and keys: the `gguf` package's tables and the
-BLOOM graph of llama.cpp.
+llama.cpp keeps all queries of a block, then all keys, then all values; BLOOM keeps them head by head. llama.cpp reads
+the tokenizer's vocabulary and merges from the same file. Names and keys are from the `gguf` package's tables and from
+the BLOOM graph of llama.cpp.
 
 Shapes: H heads, K head_dim, D hidden.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from bloomlm.checkpoint.merge import merged_parameters
 from bloomlm.data.gpt2_files import BLOOM_WORDS
+from bloomlm.data.tokenizer import TOKENIZER_FILE
 from bloomlm.errors import CheckpointError, ProgramError
+from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.weights import nearest_int4
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.quantized import row_blocks
 from bloomlm.parallel.layout import is_of_base
+from bloomlm.runtime.formats.gguf import gguf_file
 
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -39,66 +42,37 @@ _OUTER_NAMES = {
     "ln_f": "output_norm",
 }
 _QUANTIZED = {"int8": "Q8_0", "int4": "Q4_0"}
-_PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BLOCK_SIZE = 32
 """Neighbouring weights that share a scale in Q8_0 and Q4_0."""
 _CONTEXT_TOKENS = 2048
 """What BLOOM was trained on; the file must name a length, ALiBi has none."""
 
 
-def write_gguf(
-    path: Path,
-    model: BloomForCausalLM,
-    tokenizer_json: bytes,
-    *,
-    name: str,
-    dtype: str,
-    quantization: str,
-    on_parameter: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a model with its tokenizer.
-
-    Args:
-        path: a new file.
-        model: plain or with LoRA, which is added in.
-        tokenizer_json: the tokenizer's file.
-        name: of the model.
-        dtype: float32, float16 or bfloat16: precision of the matrices without quantisation.
-        quantization: none, int8 (llama.cpp's Q8_0) or int4 (Q4_0).
-        on_parameter: called after each parameter.
-
-    Raises:
-        ProgramError: the `gguf` package is missing, or llama.cpp has no place for what this model has.
-    """
+def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
+    """Write PREFIX.gguf with the model, LoRA added in, and its tokenizer."""
     gguf = _library()
-    _check(model, tokenizer_json, quantization)
-    kind = gguf.GGMLQuantizationType[_QUANTIZED.get(quantization) or _PLAIN[dtype]]
-    writer = gguf.GGUFWriter(path, "bloom")
-    _add_sizes(writer, model.config, name, gguf.LlamaFileType[_file_type(kind.name)])
-    _add_tokenizer(writer, gguf.TokenType, json.loads(tokenizer_json), model.config)
-    for parameter_name, parameter in model.named_parameters():
-        if not is_of_base(parameter_name):
-            continue
-        raw = kind if parameter.dim() == 2 else gguf.GGMLQuantizationType.F32
-        shape = gguf.quant_shape_to_byte_shape(tuple(parameter.shape), raw)
-        # the library asks for the bytes' shape of quantised tensors, and the numbers' of others
-        of_bytes = raw.name in (*_QUANTIZED.values(), "BF16")
-        size = int(np.prod(shape, dtype=np.int64))
-        item = np.dtype(np.uint8 if of_bytes else np.float16 if raw.name == "F16" else np.float32)
-        writer.add_tensor_info(
-            _tensor_name(parameter_name), shape if of_bytes else tuple(parameter.shape), item, size, raw
-        )
+    tokenizer = json.loads((directory / TOKENIZER_FILE).read_bytes())
+    _check(job.model, tokenizer, job.quantization)
+    kind = gguf.GGMLQuantizationType[_QUANTIZED.get(job.quantization) or _PLAIN[job.dtype]]
+    writer = gguf.GGUFWriter(directory / gguf_file(job.prefix), "bloom")
+    _add_sizes(writer, job.model.config, Path(job.source).name, gguf.LlamaFileType[_file_type(kind.name)])
+    _add_tokenizer(writer, gguf.TokenType, tokenizer, job.model.config)
+    _add_tensor_infos(writer, gguf, job.model, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for parameter_name, merged in merged_parameters(model, torch.float32):
-        tensor = _laid_out(parameter_name, merged.detach().float(), model.config)
-        raw = kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        writer.write_tensor_data(
-            _q4_0(parameter_name, tensor) if raw.name == "Q4_0" else gguf.quantize(tensor.numpy(), raw)
-        )
+    on_parameter = job.count_parameters()
+    for name, merged in merged_parameters(job.model, torch.float32):
+        tensor = _laid_out(name, merged.detach().float(), job.model.config)
+        form = _form(gguf, tensor, kind)
+        writer.write_tensor_data(_q4_0(name, tensor) if form.name == "Q4_0" else gguf.quantize(tensor.numpy(), form))
         on_parameter()
     writer.close()
+    return {}
+
+
+GGUF = ExportFormat(name="gguf", write=_write, has_virtual_tokens=False, float32_limits="llama.cpp")
 
 
 def _library() -> Any:
@@ -111,9 +85,8 @@ def _library() -> Any:
     return gguf
 
 
-def _check(model: BloomForCausalLM, tokenizer_json: bytes, quantization: str) -> None:
-    if model.transformer.prefix is not None:
-        raise ProgramError("GGUF has no place for the virtual tokens of a prefix adapter; export it as --format pt2")
+def _check(model: BloomForCausalLM, tokenizer: Mapping[str, Any], quantization: str) -> None:
+    """Raise ProgramError where llama.cpp cannot hold the model or its tokenizer."""
     if model.config.apply_residual_connection_post_layernorm:
         raise ProgramError(
             "llama.cpp's BLOOM takes residuals before the layer norm only, and this model after it "
@@ -124,7 +97,6 @@ def _check(model: BloomForCausalLM, tokenizer_json: bytes, quantization: str) ->
             f"llama.cpp quantises {_BLOCK_SIZE} neighbouring weights together, and rows of this model have "
             f"{model.config.hidden_size}; export it with --quantization none"
         )
-    tokenizer = json.loads(tokenizer_json)
     steps = tokenizer.get("pre_tokenizer") or {}
     patterns = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
     if BLOOM_WORDS not in patterns or tokenizer.get("model", {}).get("type") != "BPE":
@@ -132,6 +104,25 @@ def _check(model: BloomForCausalLM, tokenizer_json: bytes, quantization: str) ->
             "the tokenizer cuts texts otherwise than BLOOM's, and llama.cpp would cut them as BLOOM's; "
             "export it as --format pt2"
         )
+
+
+def _add_tensor_infos(writer: Any, gguf: Any, model: BloomForCausalLM, kind: Any) -> None:
+    """Announce the name, shape and type of every tensor, which come before the data."""
+    for name, parameter in model.named_parameters():
+        if not is_of_base(name):
+            continue
+        form = _form(gguf, parameter, kind)
+        shape = gguf.quant_shape_to_byte_shape(tuple(parameter.shape), form)
+        # the library expects the shape in bytes for quantised tensors, and in numbers for others
+        in_bytes = form.name in (*_QUANTIZED.values(), "BF16")
+        size = int(np.prod(shape, dtype=np.int64))
+        item = np.dtype(np.uint8 if in_bytes else np.float16 if form.name == "F16" else np.float32)
+        writer.add_tensor_info(_tensor_name(name), shape if in_bytes else tuple(parameter.shape), item, size, form)
+
+
+def _form(gguf: Any, tensor: Tensor, kind: Any) -> Any:
+    """The type that a tensor is kept in: matrices in `kind`, vectors in fp32."""
+    return kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
 
 
 def _add_sizes(writer: Any, config: BloomConfig, name: str, file_type: Any) -> None:
@@ -146,7 +137,7 @@ def _add_sizes(writer: Any, config: BloomConfig, name: str, file_type: Any) -> N
     writer.add_file_type(file_type)
 
 
-def _add_tokenizer(writer: Any, token_type: Any, tokenizer: dict[str, Any], config: BloomConfig) -> None:
+def _add_tokenizer(writer: Any, token_type: Any, tokenizer: Mapping[str, Any], config: BloomConfig) -> None:
     tokens = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     kinds = dict.fromkeys(tokens, token_type.NORMAL)
     for added in tokenizer.get("added_tokens", []):

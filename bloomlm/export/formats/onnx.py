@@ -1,9 +1,9 @@
-"""ONNX, by torch.onnx, and OpenVINO, by its own converter from the ONNX file.
+"""The onnx format, written by torch.onnx.
 
-Both keep matrices in fp32: these runtimes quantise with tools of their own.
+Matrices stay in fp32, because runtimes of ONNX quantise with tools of their own.
 """
 
-import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,31 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from bloomlm.checkpoint.safetensors_file import write_safetensors
 from bloomlm.errors import ProgramError
+from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import Step
-from bloomlm.export.store import named_tensors
 from bloomlm.export.weights import Plain, many_rows
+from bloomlm.export.weights_file import named_tensors, virtual_tokens
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime.formats.onnx import onnx_file
-from bloomlm.runtime.formats.openvino import openvino_file
-from bloomlm.runtime.step import input_names, output_names
+from bloomlm.runtime.manifest import VIRTUAL
+from bloomlm.runtime.step import input_names, output_names, virtual_file
 
 _MOST = 1 << 24
 
 
 def write_onnx(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
-    """Write PREFIX.onnx and, beside it, its weights.
+    """Write PREFIX.onnx and its weights beside it.
 
     Args:
         directory: where to.
         prefix: name of the program.
-        model: plain, with LoRA, which is added in, or with a prefix, which the runtime puts into the cache.
+        model: plain, with LoRA, which is added in, or with a prefix, which is left out.
 
     Raises:
-        ProgramError: torch.onnx's own needs are missing, or it cannot write the model.
+        ProgramError: a library that torch.onnx needs is missing, or it cannot write the model.
     """
     try:
         import onnx  # noqa: F401
@@ -60,27 +62,6 @@ def write_onnx(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
     program.save(str(directory / onnx_file(prefix)), external_data=True)
 
 
-def write_openvino(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
-    """Write PREFIX.xml and PREFIX.bin.
-
-    Args:
-        directory, prefix, model: as write_onnx's.
-
-    Raises:
-        ProgramError: OpenVINO is missing, or it cannot convert the model.
-    """
-    try:
-        import openvino
-    except ImportError as error:
-        raise ProgramError(
-            "--format openvino needs OpenVINO; install it with pip install 'bloomlm[openvino]'"
-        ) from error
-    with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        write_onnx(Path(temporary), prefix, model)
-        converted = openvino.convert_model(Path(temporary) / onnx_file(prefix))
-        openvino.save_model(converted, directory / openvino_file(prefix), compress_to_fp16=False)
-
-
 def _step(model: BloomForCausalLM) -> Step:
     weights = Plain(torch.float32)
     library = partial(many_rows, decode=weights.decode)
@@ -102,3 +83,20 @@ def _example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     cache: list[Tensor] = [torch.zeros(2, config.n_head, 4, config.head_dim) for _ in range(2 * config.n_layer)]
     arguments = (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 2]), cache)
     return arguments, ({0: rows, 1: new}, {0: rows}, [{0: rows, 2: slots}] * len(cache))
+
+
+def write_virtual_tokens(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
+    """Write the keys and values that a prefix adapter puts before every prompt; nothing without one."""
+    virtual = virtual_tokens(model)
+    if virtual is not None:
+        write_safetensors(directory / virtual_file(prefix), {VIRTUAL: virtual}, {})
+
+
+def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
+    job.on_stage("tracing", 0.0)
+    write_onnx(directory, job.prefix, job.model)
+    write_virtual_tokens(directory, job.prefix, job.model)
+    return {}
+
+
+ONNX = ExportFormat(name="onnx", write=_write, dtypes=(torch.float32,), quantizations=("none",))

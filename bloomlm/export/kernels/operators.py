@@ -20,6 +20,7 @@ from torch import Tensor
 from bloomlm.export.graph import slot_attention
 from bloomlm.export.weights import Parts, format_of
 from bloomlm.runtime.formats.pt2 import instruction_set
+from bloomlm.runtime.torch_internals import c_function_options
 
 _SOURCES = ("vectors.h", "tensors.h", "matrix.h", "few_rows.cpp", "decoded.cpp", "attend.cpp")
 """Headers before the files that include them: they are joined into one text."""
@@ -81,18 +82,10 @@ def compiler_options() -> Mapping[str, Any] | None:
 
     None where that is impossible: PyTorch is too old to accept C functions for operators, or there is no AVX2.
     """
-    from torch._inductor import config
-
-    if instruction_set() not in ("x86-64-v3", "x86-64-v4") or not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
+    if instruction_set() not in ("x86-64-v3", "x86-64-v4"):
         return None
-    # the compiler writes each text between `extern` and `;` inside a block of extern "C"
-    definitions = f'"C++" {{\n{_cpp_source()}\n}}'
     operators = [getattr(torch.ops.bloomlm, name).default for name in ("few_rows", "decoded", "attend")]
-    return {
-        "aot_inductor.custom_ops_to_c_shims": {operator: [] for operator in operators} | {operators[0]: [definitions]},
-        # the optimisation level of the file that the definitions become part of
-        "aot_inductor.compile_wrapper_opt_level": "O3",
-    }
+    return c_function_options(operators, _cpp_source())
 
 
 def _cpp_source() -> str:

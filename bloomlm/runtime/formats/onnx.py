@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from bloomlm.errors import BackendMissingError, ProgramError
+from bloomlm.errors import BackendMissingError, ProgramError, first_line
 from bloomlm.generation.loop import LanguageModel
 from bloomlm.runtime.formats.base import ProgramFormat
 from bloomlm.runtime.manifest import Manifest
-from bloomlm.runtime.step import Array, StepModel, first_line, input_names
+from bloomlm.runtime.step import Array, StepModel, input_names
 
 
 def onnx_file(prefix: str) -> str:

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bloomlm.errors import BackendMissingError, ProgramError
+from bloomlm.errors import BackendMissingError, ProgramError, first_line
 from bloomlm.generation.loop import LanguageModel
 from bloomlm.runtime.formats.base import ProgramFormat
 from bloomlm.runtime.manifest import Manifest
-from bloomlm.runtime.step import StepModel, first_line
+from bloomlm.runtime.step import StepModel
 
 
 def openvino_file(prefix: str) -> str:

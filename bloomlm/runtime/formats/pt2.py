@@ -17,6 +17,7 @@ from torch import Tensor
 from bloomlm.errors import ProgramError
 from bloomlm.runtime.formats.base import ProgramFormat
 from bloomlm.runtime.manifest import VIRTUAL, Manifest
+from bloomlm.runtime.torch_internals import open_package
 
 _LOG = logging.getLogger(__name__)
 
@@ -175,22 +176,14 @@ def _map_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def _open_compiled(directory: Path, prefix: str, entry_point: str, weights: Mapping[str, Tensor]) -> Function:
-    # this loader alone, not torch._inductor around it, which takes a second to import
-    from torch._C._aoti import AOTIModelPackageLoader
-
-    path = directory / package_file(prefix)
-    try:
-        loader = AOTIModelPackageLoader(str(path), entry_point, False, 1, -1)
-    except RuntimeError as error:
-        raise ProgramError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    function = open_package(directory / package_file(prefix), entry_point)
     constants = list(weights.values())
 
     def run(*arguments: Any) -> Tensor:
         *tensors, cache = arguments
         # compiled code takes addresses and believes the strides that it was traced with
         inputs = [tensor.contiguous() for tensor in tensors]
-        out: list[Tensor] = loader.boxed_run([*inputs, *cache, *constants])
-        return out[0]
+        return function([*inputs, *cache, *constants])[0]
 
     return run
 

@@ -5,7 +5,7 @@ A model that load_model has mapped goes from file to file: in memory is one matr
 Shapes: L blocks, H heads, K head_dim, P virtual tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,9 +55,8 @@ def write_weights(
     path: Path,
     model: BloomForCausalLM,
     weights: WeightFormat,
-    *,
-    num_virtual: int = 0,
-    on_parameter: Callable[[], None] | None = None,
+    entries: Mapping[str, TensorEntry],
+    on_parameter: Callable[[], None],
 ) -> None:
     """Write the file.
 
@@ -65,13 +64,12 @@ def write_weights(
         path: a new file.
         model: with LoRA, which is added in, with a prefix, whose keys and values are kept, or plain.
         weights: how matrices are kept.
-        num_virtual: virtual tokens of the prefix.
+        entries: what weight_entries returns for the model.
         on_parameter: called after each parameter of the model.
 
     Raises:
         CheckpointError: a weight cannot be kept so, or the file cannot be written.
     """
-    entries = weight_entries(model.config, weights, num_virtual)
     header, starts = build_header(entries, {"format": "pt"})
     try:
         with path.open("xb") as file:

@@ -1,34 +1,63 @@
-"""From functions to files: torch.export with dynamic sizes, then AOTInductor's C++ where there is a compiler.
+"""The pt2 format: traced functions over one weights file, and a package of them compiled where there is a compiler.
 
 Shapes: B rows, S slots in use, M slots of the cache, N packed tokens.
 """
 
 import logging
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from bloomlm.errors import ProgramError
+from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import DecodeStep, Prefill, Product, slot_attention
 from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
-from bloomlm.export.weights import Multiply, WeightFormat, many_rows
+from bloomlm.export.weights import Multiply, WeightFormat, many_rows, weight_format
+from bloomlm.export.weights_file import weight_entries, write_weights
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import product, uses_onednn
-from bloomlm.runtime.formats.pt2 import graph_file, instruction_set, package_file
+from bloomlm.runtime.formats import pt2
+from bloomlm.runtime.manifest import VIRTUAL
+from bloomlm.runtime.torch_internals import compile_package, find_compiler, onednn_takes_inputs
 
 _LOG = logging.getLogger(__name__)
 
 _MOST = 1 << 24
-"""Upper bound that the dynamic sizes are given; a program has none of its own."""
+"""Upper bound of the dynamic sizes, which tracing asks for; programs themselves have none."""
+
+
+def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
+    """Write weights, functions and, where there is a compiler, the package."""
+    weights = weight_format(job.quantization, job.dtype)
+    entries = weight_entries(job.model.config, weights, job.model.transformer.num_virtual_tokens)
+    path = directory / pt2.weights_file(job.prefix)
+    write_weights(path, job.model, weights, entries, on_parameter=job.count_parameters())
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in entries if name != VIRTUAL}
+    job.on_stage("tracing", 0.0)
+    for name, program in trace_all(job.model.config, weights, tensors, for_compiler=False).items():
+        program.example_inputs = None  # they hold the weights
+        torch.export.save(program, directory / pt2.graph_file(job.prefix, name))
+    level = None
+    if find_compiler() is None:
+        _LOG.warning("no C++ compiler was found (g++ or clang++): the program is written uncompiled, which is slower")
+    else:
+        job.on_stage("compiling", 0.0)
+        traced = trace_all(job.model.config, weights, tensors, for_compiler=True)
+        level = pt2.instruction_set()
+        compile_functions(traced, directory / pt2.package_file(job.prefix), level, partial(job.on_stage, "compiling"))
+    described = {name: [str(entry.dtype).removeprefix("torch."), list(entry.shape)] for name, entry in entries.items()}
+    return {"weights": described, "instruction_set": level}
+
+
+PT2 = ExportFormat(name="pt2", write=_write)
 
 
 def trace_all(
@@ -63,84 +92,27 @@ def trace_all(
     return traced
 
 
-def save_graphs(traced: Mapping[str, ExportedProgram], directory: Path, prefix: str) -> list[str]:
-    """Write functions uncompiled, without weights; returns the files' names."""
-    for name, program in traced.items():
-        program.example_inputs = None  # they hold the weights
-        torch.export.save(program, directory / graph_file(prefix, name))
-    return [graph_file(prefix, name) for name in traced]
-
-
-def compile_package(
-    traced: Mapping[str, ExportedProgram], directory: Path, prefix: str, on_share: Callable[[float], None]
-) -> str:
-    """Compile functions into one package; returns the instruction set that it needs.
+def compile_functions(
+    traced: Mapping[str, ExportedProgram], path: Path, level: str, on_share: Callable[[float], None]
+) -> None:
+    """Compile functions into one package.
 
     Args:
-        traced: functions, written for the compiler.
-        directory: where the package goes.
-        prefix: its name.
+        traced: functions by name, traced for the compiler.
+        path: the package to write.
+        level: the instruction set that it may need.
         on_share: called after each function with the share of them that is done.
 
     Raises:
         ProgramError: the compiler fails.
     """
-    from torch._inductor import aot_compile
-    from torch._inductor.package.package import package_aoti
-
-    level = instruction_set()
-    options = {"aot_inductor.package": True, "cpp.march": level, **(compiler_options() or {})}
-    files: dict[str, Any] = {}
-    try:
-        with warnings.catch_warnings(), _onednn_takes_inputs():
-            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's to itself
-            for name, program in traced.items():
-                arguments = program.example_inputs
-                assert arguments is not None
-                files[name] = aot_compile(program.module(), arguments[0], options=options)
-                on_share(len(files) / len(traced))
-        package_aoti(str(directory / package_file(prefix)), files)
-    except Exception as error:  # whatever the compiler stumbles over
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ProgramError(f"the program cannot be compiled: {first[0]}") from error
-    return level
+    with onednn_takes_inputs() if _fastest_product() is product else nullcontext():
+        compile_package(traced, path, instruction_set=level, options=compiler_options() or {}, on_share=on_share)
 
 
 def _fastest_product() -> Multiply:
-    """oneDNN's where the model itself multiplies with it (see model/linear.py)."""
+    """oneDNN's product where the model itself multiplies with it (see model/linear.py)."""
     return product if uses_onednn(torch.zeros(1, 1), torch.zeros(1, 1)) else F.linear
-
-
-@contextmanager
-def _onednn_takes_inputs() -> Iterator[None]:
-    """Let the compiler take oneDNN's product with any weight.
-
-    It puts that operator in itself, for weights that are constants of a program, and insists on constants when it meets
-    it. These weights are inputs, because they lie in a mapped file.
-    """
-    from torch._inductor import mkldnn_lowerings  # noqa: F401  (enters the operator into the table)
-    from torch._inductor.ir import TensorBox
-    from torch._inductor.lowering import lowerings
-    from torch._inductor.mkldnn_ir import LinearUnary
-
-    if _fastest_product() is not product:
-        yield
-        return
-    operator = torch.ops.mkldnn._linear_pointwise.default
-    before = lowerings[operator]
-    lowerings[operator] = lambda *arguments: TensorBox.create(LinearUnary.create(*arguments))
-    try:
-        yield
-    finally:
-        lowerings[operator] = before
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler that PyTorch would call; None where there is none."""
-    from torch._inductor import config
-
-    candidates = config.cpp.cxx if isinstance(config.cpp.cxx, (tuple, list)) else (config.cpp.cxx,)
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
 def _prefill_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -1,0 +1,136 @@
+"""The private parts of PyTorch that programs need; no other file imports from torch._inductor or torch._C.
+
+| here | private names | what for |
+|---|---|---|
+| open_package | torch._C._aoti.AOTIModelPackageLoader | to run compiled functions without the compiler's Python code |
+| compile_package | torch._inductor.aot_compile, package.package_aoti | several functions in one package |
+| c_function_options | torch._inductor.config.aot_inductor | C++ of our own as operators of a compiled program |
+| onednn_takes_inputs | torch._inductor's tables of lowerings | oneDNN's product with weights that are inputs |
+| find_compiler | torch._inductor.config.cpp.cxx | the C++ compiler that PyTorch would call |
+
+Where a PyTorch has no such loader or compiler, open_package and compile_package raise ProgramError; where its compiler
+has no such option, c_function_options returns None and programs call libraries instead. Importing torch._inductor takes
+a second, so every import is inside its function.
+"""
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from bloomlm.errors import ProgramError, first_line
+
+
+def open_package(path: Path, name: str) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Load a compiled function: from a list of all its input tensors, contiguous ones, to its outputs.
+
+    Args:
+        path: a package that compile_package wrote.
+        name: of the function in it.
+
+    Raises:
+        ProgramError: it cannot be loaded.
+    """
+    try:
+        from torch._C._aoti import AOTIModelPackageLoader
+
+        run: Callable[[list[Tensor]], list[Tensor]] = AOTIModelPackageLoader(str(path), name, False, 1, -1).boxed_run
+    except (ImportError, RuntimeError) as error:
+        raise ProgramError(f"{path} cannot be loaded: {first_line(error)}") from error
+    return run
+
+
+def compile_package(
+    functions: Mapping[str, ExportedProgram],
+    path: Path,
+    *,
+    instruction_set: str,
+    options: Mapping[str, Any],
+    on_share: Callable[[float], None],
+) -> None:
+    """Compile functions into one package.
+
+    Args:
+        functions: traced functions by name, with example inputs.
+        path: the package to write.
+        instruction_set: what to compile for, as GCC's -march names it.
+        options: more options of the compiler, such as those of c_function_options.
+        on_share: called after each function with the share of them that is done.
+
+    Raises:
+        ProgramError: the compiler fails.
+    """
+    files: dict[str, Any] = {}
+    options = {"aot_inductor.package": True, "cpp.march": instruction_set, **options}
+    try:
+        from torch._inductor import aot_compile
+        from torch._inductor.package.package import package_aoti
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's use of its own old names
+            for name, program in functions.items():
+                arguments = program.example_inputs
+                assert arguments is not None
+                files[name] = aot_compile(program.module(), arguments[0], options=options)
+                on_share(len(files) / len(functions))
+        package_aoti(str(path), files)
+    except Exception as error:  # the compiler raises errors of every kind
+        raise ProgramError(f"the program cannot be compiled: {first_line(error)}") from error
+
+
+def c_function_options(operators: Sequence[Any], source: str) -> Mapping[str, Any] | None:
+    """Compiler options by which compiled code calls C functions for operators.
+
+    Args:
+        operators: overloads of custom operators, such as torch.ops.bloomlm.attend.default.
+        source: C++ that defines aoti_torch_cpu_NAME with C linkage for each of them.
+
+    Returns:
+        The options; None where this PyTorch has none for it.
+    """
+    from torch._inductor import config
+
+    if not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
+        return None
+    # the compiler writes each text between `extern` and `;` inside a block of extern "C"
+    definitions = f'"C++" {{\n{source}\n}}'
+    return {
+        "aot_inductor.custom_ops_to_c_shims": {operator: [] for operator in operators} | {operators[0]: [definitions]},
+        # the optimisation level of the file that the definitions become part of
+        "aot_inductor.compile_wrapper_opt_level": "O3",
+    }
+
+
+@contextmanager
+def onednn_takes_inputs() -> Iterator[None]:
+    """Let the compiler accept oneDNN's product with any weight.
+
+    The compiler itself inserts that operator for weights that are constants of a program, and refuses others where it
+    meets it. A program's weights are inputs, because they lie in a mapped file.
+    """
+    from torch._inductor import mkldnn_lowerings  # noqa: F401  (registers the operator's lowering)
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    before = lowerings[operator]
+    lowerings[operator] = lambda *arguments: TensorBox.create(LinearUnary.create(*arguments))
+    try:
+        yield
+    finally:
+        lowerings[operator] = before
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that PyTorch would call; None where there is none."""
+    from torch._inductor import config
+
+    candidates = config.cpp.cxx if isinstance(config.cpp.cxx, (tuple, list)) else (config.cpp.cxx,)
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)

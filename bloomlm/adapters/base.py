@@ -75,6 +75,13 @@ class Adapter(ABC):
     def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
         """Put parameters that learn into a model in which nothing does; see apply_adapter."""
 
+    def start_from_weights(self, model: BloomForCausalLM) -> None:  # noqa: B027 (most kinds have no such values)
+        """Set the first values that follow from the base model's weights.
+
+        To be called when the weights have been read into a model in which the adapter was installed before them, as it
+        is where ranks divide the model; `install` does it where the weights are there.
+        """
+
     @abstractmethod
     def parameter_names(self, model: BloomForCausalLM) -> list[str]:
         """Full names of the parameters that belong to it in a model where it is installed."""

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class LoraConfig(Adapter):
     kind = "LoRA"
     path_flag = "lora_path"
     accepts_int8 = True
+    layer_class: ClassVar[type[LoRALinear]] = LoRALinear
+    """What takes the place of a layer."""
 
     r: int = 4
     """Rank of the update."""
@@ -98,7 +100,7 @@ class LoraConfig(Adapter):
         """Put an update beside each of its layers."""
         for name, linear in self._targets(model):
             parent, _, attribute = name.rpartition(".")
-            layer = LoRALinear.from_linear(linear, self, name, generator, device)
+            layer = self.layer_class.from_linear(linear, self, name, generator, device)
             setattr(model.get_submodule(parent), attribute, layer)
         for name in self.replaced_names:
             model.get_parameter(name).requires_grad_(True)

@@ -6,8 +6,7 @@ Shapes: N tokens, R lora rank.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from bloomlm.adapters.base import AdapterModule
 from bloomlm.errors import AdapterError
 from bloomlm.model.linear import Linear
-from bloomlm.model.quantized import row_blocks
+from bloomlm.model.quantized import dequantize_rows, row_blocks
 
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
@@ -81,17 +80,27 @@ class LoRALinear(Linear, AdapterModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
-        with self.exchange.input_randomness() if self.training and self.config.lora_dropout else nullcontext():
-            update = F.dropout(x, self.config.lora_dropout, self.training)
-        low_rank = self.exchange.between(F.linear(update.to(self.lora_A.dtype), self.lora_A))
+        low_rank = self.low_rank(self.dropped(x))
         base = super().forward(x)
-        lora_b: Tensor = self.lora_B
-        if self.lora_B_learns is not None:
-            lora_b = torch.where(self.lora_B_learns, lora_b, 0.0)  # no gradient for the others
         if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
-            return base + (F.linear(low_rank, lora_b) * self.scaling).to(base.dtype)
+            return base + (F.linear(low_rank, self.learning_b()) * self.scaling).to(base.dtype)
         # one kernel multiplies, scales and adds in place: nothing needs base's old value again
-        return base.addmm_(low_rank, lora_b.t(), alpha=self.scaling)
+        return base.addmm_(low_rank, self.learning_b().t(), alpha=self.scaling)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x after dropout in training."""
+        if not (self.training and self.config.lora_dropout):
+            return x
+        with self.exchange.input_randomness():
+            return F.dropout(x, self.config.lora_dropout)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, R]."""
+        return self.exchange.between(F.linear(x.to(self.lora_A.dtype), self.lora_A))
+
+    def learning_b(self) -> Tensor:
+        """[out, R] lora_B, in which entries that do not learn get no gradient."""
+        return self.lora_B if self.lora_B_learns is None else torch.where(self.lora_B_learns, self.lora_B, 0.0)
 
     def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """[out, in] the weight with the update added, some rows at a time in fp32, each rounded once.
@@ -105,8 +114,18 @@ class LoRALinear(Linear, AdapterModule):
         """
         if self.weight_scale is not None:
             raise AdapterError("an int8 weight cannot take an update; load the model without int8 and merge there")
-        weight, lora_a, lora_b = whole(self.weight), whole(self.lora_A).float(), whole(self.lora_B)
+        weight = whole(self.weight)
         merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        for rows in row_blocks(weight):
-            merged[rows] = weight[rows].float() + self.scaling * (lora_b[rows].float() @ lora_a)
+        for rows, updated in self.updated_rows(whole):
+            merged[rows] = updated
         return merged
+
+    def updated_rows(self, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """The weight plus its scaled update in fp32, some rows [n, in] at a time; see merged_weight."""
+        weight, lora_a, lora_b = whole(self.weight), whole(self.lora_A).float(), whole(self.lora_B)
+        for rows in row_blocks(weight):
+            if self.weight_scale is None:
+                base = weight[rows].float()
+            else:
+                base = dequantize_rows(weight[rows], self.weight_scale[rows], torch.float32)
+            yield rows, base + self.scaling * (lora_b[rows].float() @ lora_a)

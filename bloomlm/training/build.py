@@ -75,6 +75,8 @@ def load_to_train(
     )
     if mesh.is_alone:
         install(model)
+    else:
+        adapter.start_from_weights(model)
     model.transformer.recompute = config.recompute
     if config.torch_compile:
         compile_blocks(model)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.adapters.base import Adapter, adapter_of, apply_adapter, set_parameter
-from bloomlm.adapters.kinds import KINDS_BY_PEFT_TYPE
+from bloomlm.adapters.kinds import kind_in_peft
 from bloomlm.checkpoint.huggingface import TensorFile, TorchFile
 from bloomlm.checkpoint.reader import check_entries
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
@@ -184,12 +184,8 @@ def open_peft_weights(directory: Path) -> TensorFile:
 
 def _read(directory: Path, values: Mapping[str, Any], model_config: BloomConfig) -> PlainAdapter:
     file = open_peft_weights(directory)
-    kind = KINDS_BY_PEFT_TYPE.get(str(values.get("peft_type")))
-    if kind is None:
-        known = " and ".join(KINDS_BY_PEFT_TYPE)
-        raise AdapterError(f"its peft_type is {values.get('peft_type')!r}; bloomlm reads {known}")
     model = _empty_model(model_config)
-    adapter: Adapter = kind.from_peft(values, file.entries.keys(), model)
+    adapter: Adapter = kind_in_peft(values).from_peft(values, file.entries.keys(), model)
     apply_adapter(model, adapter)
     keys = adapter.peft_keys(model)
     check_entries({key: tuple(model.get_parameter(name).shape) for name, key in keys.items()}, file.entries)

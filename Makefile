@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/bloomlm demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,11 @@ def exported(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="module")
+def program(exported: Path) -> Program:
+    return Program(exported)
+
+
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Path:
     shutil.copytree(exported.parent, tmp_path / "copy")
@@ -67,15 +73,14 @@ def copied(exported: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_program_writes_what_the_model_writes(loaded: LoadedModel, exported: Path, options: dict) -> None:
-    program = Program(exported)
+def test_program_writes_what_the_model_writes(loaded: LoadedModel, program: Program, options: dict) -> None:
     expected = loaded.generate(PROMPTS, max_new_tokens=24, **options)
     assert program.generate(PROMPTS, max_new_tokens=24, **options) == expected
     assert program.generate(PROMPTS, max_new_tokens=24, batch_size=1, **options) == expected
 
 
-def test_program_knows_its_defaults(exported: Path) -> None:
-    (completion,) = Program(exported).generate("The history of")
+def test_program_knows_its_defaults(program: Program, exported: Path) -> None:
+    (completion,) = program.generate("The history of")
     assert len(completion.tokens) == 7
     manifest = Manifest.read(exported.with_suffix(".json"))
     assert manifest.parity["num_positions"] == 288
@@ -86,6 +91,12 @@ def small_model(vocab_size: int, hidden_size: int = 32, n_head: int = 4, **chang
     return random_model(
         BloomConfig(vocab_size=vocab_size, hidden_size=hidden_size, n_layer=2, n_head=n_head, **changes)
     )
+
+
+def export_small(loaded: LoadedModel, path: Path, **options: Any) -> None:
+    """A program of one small block, for what does not depend on the model."""
+    model = random_model(BloomConfig(vocab_size=loaded.tokenizer.vocab_size, hidden_size=16, n_layer=1, n_head=2))
+    export_program(model, loaded.tokenizer, path, source="small", **options)
 
 
 def logits_error(model: BloomForCausalLM, path: Path) -> float:
@@ -139,7 +150,7 @@ def test_a_program_that_differs_is_not_written(
         bloomlm.export.formats.pt2, "many_rows", lambda *given, **named: 1.01 * many_rows(*given, **named)
     )
     with pytest.raises(ProgramError, match="differs from the model: logits error"):
-        export_program(loaded.model, loaded.tokenizer, tmp_path / "bloom", source="tiny")
+        export_small(loaded, tmp_path / "bloom")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,7 +284,7 @@ def test_a_directory_has_one_tokenizer(loaded: LoadedModel, copied: Path) -> Non
     with pytest.raises(ProgramError, match="holds the program bloom, whose tokenizer is another one"):
         export_program(loaded.model, other, copied.with_name("second"), source="tiny")
     assert not list(copied.parent.glob("*second*"))
-    export_program(loaded.model, loaded.tokenizer, copied.with_name("second"), source="tiny", verify=False)
+    export_small(loaded, copied.with_name("second"), verify=False)
     assert Program(copied.with_name("second")).generate("The") and Program(copied).generate("The")
 
 
@@ -330,15 +341,15 @@ def run(*arguments: object) -> int:
     return int(exit_info.value.code or 0)
 
 
-def test_the_commands(loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bloom.txt").write_text("somebody's notes")
-    flags = ["--model_name_or_path", "builtin:tiny", "--output_path", tmp_path / "bloom", "--dtype", "float32"]
-    assert run("export", *flags, "--max_length", 5) == 0
+def test_the_commands(loaded: LoadedModel, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = copied.with_suffix(".txt")
+    notes.write_text("somebody's notes")
+    flags = ["--model_name_or_path", "builtin:tiny", "--output_path", copied, "--dtype", "float32"]
     assert run("export", *flags, "--max_length", 6) == 0  # over the older one
     printed = capsys.readouterr().out
     assert "of the likeliest tokens equal" in printed and "relative error" in printed
-    assert (tmp_path / "bloom.txt").read_text() == "somebody's notes"
-    infer = ["infer", "--model_dir", tmp_path, "--model_prefix", "bloom", "--prompt", PROMPTS[0]]
+    assert notes.read_text() == "somebody's notes"
+    infer = ["infer", "--model_dir", copied.parent, "--model_prefix", copied.name, "--prompt", PROMPTS[0]]
     (expected,) = loaded.generate(PROMPTS[0], max_new_tokens=6)
     assert run(*infer) == 0
     assert capsys.readouterr().out == f"{PROMPTS[0]}\n{expected.completion}\n"
@@ -373,6 +384,6 @@ def test_others_may_write_beside_an_export(loaded: LoadedModel, tmp_path: Path) 
     def write(stage: str, share: float) -> None:
         atomic_write(tmp_path / "notes.txt", stage)
 
-    export_program(loaded.model, loaded.tokenizer, tmp_path / "bloom", source="tiny", verify=False, on_stage=write)
+    export_small(loaded, tmp_path / "bloom", verify=False, on_stage=write)
     Program(tmp_path / "bloom")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

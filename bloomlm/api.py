@@ -20,7 +20,7 @@ import torch
 
 from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.adapters.load import load_adapter
-from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.importer import PaddleReading
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def load(
     prefix_path: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    prefix_layout: PrefixLayout | str | None = None,
+    prefix_layout: str | None = None,
     trained_tensor_parallel_degree: int | None = None,
     paddle_tokenization: bool = False,
     mesh: Mesh = ALONE,
@@ -166,25 +166,27 @@ def load(
     """
     if lora_path is not None and prefix_path is not None:
         raise ConfigError(f"lora_path {lora_path} and prefix_path {prefix_path}: a model takes one adapter; give one")
+    reading = PaddleReading.from_flags(
+        prefix_layout=prefix_layout,
+        trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+        paddle_tokenization=paddle_tokenization,
+    )
     if lora_path is None and prefix_path is None:
-        given = {"prefix_layout": prefix_layout, "trained_tensor_parallel_degree": trained_tensor_parallel_degree}
-        for name, value in given.items():
-            if value is not None:
-                raise ConfigError(f"{name} says how to read an adapter; give lora_path or prefix_path, or leave it out")
+        for name in reading.adapter_flags:
+            raise ConfigError(f"{name} says how to read an adapter; give lora_path or prefix_path, or leave it out")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
         dtype = DTYPES[dtype]
     directory = resolve_source(str(name_or_path)).directory
-    tokenizer = Tokenizer.from_directory(directory, as_gpt2=paddle_tokenization)
+    tokenizer = Tokenizer.from_directory(directory, as_gpt2=reading.tokenization)
     model = load_model(directory, dtype=dtype, device=device, mesh=mesh)
     for path, flag in ((lora_path, "lora_path"), (prefix_path, "prefix_path")):
         if path is not None:
             load_adapter(
                 model,
                 resolve_source(str(path)).directory,
-                prefix_layout=None if prefix_layout is None else PrefixLayout(prefix_layout),
-                trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+                reading=reading,
                 mesh=mesh,
             )
             _check_kind(model, path, flag)

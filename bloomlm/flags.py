@@ -119,6 +119,12 @@ class ModelFlags(Flags):
     )
 
 
+def reading_flags(config: Any) -> dict[str, Any]:
+    """Those flags of a config that say how to read files of other programs, as keywords of bloomlm.load."""
+    names = ("prefix_layout", "trained_tensor_parallel_degree", "paddle_tokenization")
+    return {name: getattr(config, name) for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceFlags(Flags):
     """In which precision and on which device a loaded model computes."""

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from bloomlm.checkpoint.adapters.peft import install_adapter
-from bloomlm.checkpoint.paddle.adapter import plain_adapter
+from bloomlm.checkpoint.paddle.importer import PaddleReading, open_adapter
 from bloomlm.checkpoint.paddle.lora import PaddleLora
-from bloomlm.checkpoint.paddle.optimizer import PREFIX_MODULE
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
-from bloomlm.checkpoint.paddle.structure import structure_of
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from tests.tiny_checkpoint import random_model
@@ -100,21 +98,22 @@ def random_arrays(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> State
     return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def read_paddle_adapter(directory: Path, config: BloomConfig, **options: Any) -> PaddleLora | PaddlePrefix:
+    """Open an adapter; options are fields of PaddleReading."""
+    return open_adapter(directory, config, PaddleReading(**options))
+
+
 def install_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:
-    """Put an adapter in as an ordinary LoRA or prefix."""
-    install_adapter(model, plain_adapter(adapter, model.config))
+    """Put an adapter in as the ordinary one that computes the same."""
+    install_adapter(model, adapter.plain())
 
 
 def resume_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:
     """Put an adapter in as it learns on; it counts in the precision of the model."""
-    structure_of(adapter).install(model)
-    if isinstance(adapter, PaddleLora):
-        values = adapter.plain(adapter.stored)
-    else:
-        values = {PREFIX_MODULE + name: tensor.read() for name, tensor in adapter.stored.items()}
+    adapter.recorded.install(model)
     with torch.no_grad():
-        for name, value in values.items():
-            model.get_parameter(name).copy_(value)
+        for name, value in adapter.weights().items():
+            model.get_parameter(name).copy_(value.read())
 
 
 def logits(model: BloomForCausalLM, change: Callable[[BloomForCausalLM], None] | None = None) -> torch.Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 from bloomlm.checkpoint.atomic import sync
 from bloomlm.checkpoint.huggingface import EMBEDDING
 from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
-from bloomlm.checkpoint.paddle.writer import check_degree, paddle_bytes, write_paddle_model
-from bloomlm.checkpoint.reader import check_entries, open_reader, read_config
+from bloomlm.checkpoint.paddle.model_writer import check_degree, paddle_bytes, write_paddle_model
+from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
-from bloomlm.checkpoint.tensor_reader import Rows, TensorReader
+from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, check_entries
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM

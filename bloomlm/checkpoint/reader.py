@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.checkpoint import huggingface
-from bloomlm.checkpoint.paddle import model as paddle_model
+from bloomlm.checkpoint.formats import MODEL_FORMATS, config_of_export, find_model
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader
+from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, check_entries
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
 from bloomlm.model.config import BloomConfig
@@ -26,14 +26,8 @@ from bloomlm.parallel.layout import is_of_base
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
 
-__all__ = ["TensorEntry", "TensorReader", "load_model", "open_reader", "read_config", "read_into_model"]
+__all__ = ["TensorEntry", "TensorReader", "find_model", "load_model", "open_reader", "read_config", "read_into_model"]
 
-# (is it there?, open it), asked in this order.
-FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, BloomConfig], TensorReader]], ...] = (
-    (paddle_model.find_paddle, paddle_model.open_paddle),  # first: PaddleNLP wrote a model.safetensors of its own
-    (huggingface.find_safetensors, huggingface.open_safetensors),
-    (huggingface.find_torch, huggingface.open_torch),
-)
 ADAPTER_CONFIG_FILES = ("adapter_config.json", "lora_config.json", "prefix_config.json")
 
 
@@ -49,8 +43,8 @@ def read_config(directory: Path) -> BloomConfig:
     """
     path = directory / "config.json"
     if not path.is_file():
-        if next(directory.glob("*.pdiparams"), None) is not None:
-            return paddle_model.exported_config(directory)
+        if (exported := config_of_export(directory)) is not None:
+            return exported
         hint = ""
         if any((directory / name).is_file() for name in ADAPTER_CONFIG_FILES):
             hint = "; it holds an adapter: name its base model, and give this as --lora_path or --prefix_path"
@@ -66,11 +60,6 @@ def read_config(directory: Path) -> BloomConfig:
     return BloomConfig.from_dict(values)
 
 
-def find_model(directory: Path) -> bool:
-    """Whether a directory holds a model's weights, in whatever format."""
-    return any(is_there(directory) for is_there, _ in FORMATS)
-
-
 def open_reader(directory: Path, config: BloomConfig) -> TensorReader:
     """Open a checkpoint's tensors in whatever format they are.
 
@@ -81,7 +70,7 @@ def open_reader(directory: Path, config: BloomConfig) -> TensorReader:
     Raises:
         CheckpointError: no weights, or damaged ones.
     """
-    for is_there, open_format in FORMATS:
+    for is_there, open_format in MODEL_FORMATS:
         if is_there(directory):
             return open_format(directory, config)
     found = name_some(sorted(path.name for path in directory.iterdir())) or "nothing"
@@ -182,35 +171,6 @@ def read_into_model(
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
     model.config = model.transformer.config = dataclasses.replace(model.config, dtype=str(dtype).removeprefix("torch."))
     return model.eval()
-
-
-def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorEntry]) -> None:
-    """Hold a file's tensors against what its configuration promises.
-
-    Args:
-        expected: name -> shape.
-        found: what is there.
-
-    Raises:
-        CheckpointError: they differ; every kind of difference is named, five tensors of each.
-    """
-    problems = []
-    if missing := [name for name in expected if name not in found]:
-        problems.append(f"{len(missing)} tensors are missing: {name_some(missing)}")
-    if extra := [name for name in found if name not in expected]:
-        problems.append(f"{len(extra)} tensors do not belong to it: {name_some(extra)}")
-    if misshapen := [
-        f"{name} (found {list(found[name].shape)}, expected {list(shape)})"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]:
-        problems.append(f"{len(misshapen)} tensors have the wrong shape: {name_some(misshapen)}")
-    if not_float := [f"{name} ({entry.dtype})" for name, entry in found.items() if not entry.dtype.is_floating_point]:
-        problems.append(
-            f"{len(not_float)} tensors are no floating-point numbers (a quantised checkpoint?): {name_some(not_float)}"
-        )
-    if problems:
-        raise CheckpointError("the weights are not those of its configuration: " + "; ".join(problems))
 
 
 def read_own_parts(

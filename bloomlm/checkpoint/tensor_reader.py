@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bloomlm.errors import CheckpointError, name_some
 from bloomlm.parallel.gather import Bounds
 
 
@@ -39,6 +40,33 @@ class Rows:
             yield self.read_rows(start, min(start + num_rows, self.shape[0]))
 
 
+class LazyTensor(Protocol):
+    """A tensor that is not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it will be read."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        ...
+
+    @property
+    def has_rows_together(self) -> bool:
+        """Whether a slice of dimension 0 is read as fast as its share of the whole."""
+        ...
+
+    def read(self) -> Tensor:
+        """All of it, in memory of its own."""
+        ...
+
+    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
+        """Rows start to stop of dimension dim."""
+        ...
+
+
 class TensorReader(Protocol):
     """The tensors of a checkpoint under their published names ("transformer.h.0.input_layernorm.weight")."""
 
@@ -62,3 +90,32 @@ class TensorReader(Protocol):
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
         """The part of a tensor within bounds of every dimension; the same."""
         ...
+
+
+def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorEntry]) -> None:
+    """Hold a file's tensors against what its configuration promises.
+
+    Args:
+        expected: name -> shape.
+        found: what is there.
+
+    Raises:
+        CheckpointError: they differ; every kind of difference is named, five tensors of each.
+    """
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"{len(missing)} tensors are missing: {name_some(missing)}")
+    if extra := [name for name in found if name not in expected]:
+        problems.append(f"{len(extra)} tensors do not belong to it: {name_some(extra)}")
+    if misshapen := [
+        f"{name} (found {list(found[name].shape)}, expected {list(shape)})"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]:
+        problems.append(f"{len(misshapen)} tensors have the wrong shape: {name_some(misshapen)}")
+    if not_float := [f"{name} ({entry.dtype})" for name, entry in found.items() if not entry.dtype.is_floating_point]:
+        problems.append(
+            f"{len(not_float)} tensors are no floating-point numbers (a quantised checkpoint?): {name_some(not_float)}"
+        )
+    if problems:
+        raise CheckpointError("the weights are not those of its configuration: " + "; ".join(problems))

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bloomlm.checkpoint.atomic import TEMPORARY_SUFFIX, atomic_directory
-from bloomlm.checkpoint.paddle.optimizer import find_paddle_checkpoint
+from bloomlm.checkpoint.formats import find_foreign_run
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.parallel.mesh import ALONE, Mesh
 
@@ -152,7 +152,7 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     complete = []
     for checkpoint in sorted(found, key=checkpoint_step):
-        if find_paddle_checkpoint(checkpoint):
+        if find_foreign_run(checkpoint):
             continue
         damage = find_damage(checkpoint)
         if damage is None:

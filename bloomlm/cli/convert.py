@@ -14,7 +14,7 @@ from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_co
 from bloomlm.checkpoint.adapters.load import find_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
 from bloomlm.checkpoint.output_directory import WritesItself
-from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.importer import PaddleReading
 from bloomlm.checkpoint.reader import find_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
@@ -23,7 +23,7 @@ from bloomlm.cli.options import config_command
 from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_gpt2_files
 from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from bloomlm.errors import ConfigError
-from bloomlm.flags import REQUIRED, Dtype, Flags, ModelFlags, PrefixLayoutName, flag, same_flag
+from bloomlm.flags import REQUIRED, Dtype, Flags, ModelFlags, PrefixLayoutName, flag, reading_flags, same_flag
 from bloomlm.training.progress import size
 
 PADDLE_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
@@ -115,8 +115,7 @@ def _convert_adapter(
         dtype=_dtype(config),
         tensor_parallel_degree=config.tensor_parallel_degree,
         base_model_name_or_path=config.base_model_name_or_path,
-        prefix_layout=None if config.prefix_layout is None else PrefixLayout(config.prefix_layout),
-        trained_tensor_parallel_degree=config.trained_tensor_parallel_degree,
+        reading=PaddleReading.from_flags(**reading_flags(config)),
     )
     convert_adapter(conversion, output, tokenizer=tokenizer, verify=config.verify)
     adapter = conversion.adapter.config

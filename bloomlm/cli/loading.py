@@ -3,7 +3,7 @@
 import torch
 
 from bloomlm.api import LoadedModel, load
-from bloomlm.flags import ModelFlags
+from bloomlm.flags import ModelFlags, reading_flags
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 
@@ -23,9 +23,7 @@ def load_named(
         flags.model_name_or_path,
         lora_path=flags.lora_path,
         prefix_path=flags.prefix_path,
-        prefix_layout=flags.prefix_layout,
-        trained_tensor_parallel_degree=flags.trained_tensor_parallel_degree,
-        paddle_tokenization=flags.paddle_tokenization,
+        **reading_flags(flags),
         dtype=dtype,
         device=device,
         mesh=mesh,

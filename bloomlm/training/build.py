@@ -8,7 +8,7 @@ import torch
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.paddle.structure import AdapterStructure
+from bloomlm.checkpoint.imported_run import RecordedAdapter
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.data.loader import BatchLoader, Examples
 from bloomlm.data.packing import TokenBudget
@@ -40,7 +40,7 @@ def load_to_train(
     source: Path,
     precision: Precision,
     checkpoint: Path | None,
-    structure: AdapterStructure | None = None,
+    structure: RecordedAdapter | None = None,
     mesh: Mesh = ALONE,
 ) -> BloomForCausalLM:
     """The model with its adapter applied; a fully tuned one that goes on comes from its checkpoint.
@@ -50,7 +50,7 @@ def load_to_train(
         source: directory of the model to start from.
         precision: of the weights.
         checkpoint: to go on from; None: a fresh run.
-        structure: of an adapter that PaddleNLP began; None: as the flags say.
+        structure: of an adapter that another program began; None: as the flags say.
         mesh: the ranks to divide the model among.
     """
     adapter = adapter_from_flags(config)

@@ -7,8 +7,8 @@ from torch.distributed.tensor import DTensor
 
 from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
+from bloomlm.checkpoint.imported_run import RecordedAdapter
 from bloomlm.checkpoint.main_rank import one_directory
-from bloomlm.checkpoint.paddle.structure import AdapterStructure, write_structure
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.training_state import (
     checkpoint_directory,
@@ -36,7 +36,7 @@ class CheckpointWriter:
         max_shard_size_bytes: of a weight file.
         save_total_limit: checkpoints to keep; None: all.
         keeps_best: whether the best one stays beyond the limit.
-        structure: of an adapter that PaddleNLP began, noted in checkpoints; None: the run's flags say it.
+        structure: of an adapter that another program began, noted in checkpoints; None: the run's flags say it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CheckpointWriter:
         max_shard_size_bytes: int,
         save_total_limit: int | None,
         keeps_best: bool,
-        structure: AdapterStructure | None = None,
+        structure: RecordedAdapter | None = None,
     ) -> None:
         self._trainer = trainer
         self._tokenizer = tokenizer
@@ -72,7 +72,7 @@ class CheckpointWriter:
         with one_directory(checkpoint_directory(self._output_dir, step), mesh) as directory:
             self.write_learned(directory)
             if self._structure is not None:
-                write_structure(self._structure, directory)
+                self._structure.write(directory)
             save_training_state(directory, *self._trainer.state(), mesh=mesh)
             if mesh.is_main:
                 self._history.write(directory)

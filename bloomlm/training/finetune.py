@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from bloomlm.checkpoint.adapters.load import load_adapter
+from bloomlm.checkpoint.formats import reading_from_flags
 from bloomlm.checkpoint.main_rank import main_first, on_main
 from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.checkpoint.reader import load_model
@@ -20,6 +21,7 @@ from bloomlm.checkpoint.writer import parse_size
 from bloomlm.data.loader import Examples
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError
+from bloomlm.flags import reading_flags
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement, joined_ranks
 from bloomlm.parallel.mesh import Mesh
@@ -100,7 +102,7 @@ def _assemble(
         fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=config.scale_loss
     )
     source = resolve_source(config.model_name_or_path).directory
-    tokenizer = Tokenizer.from_directory(source, as_gpt2=config.paddle_tokenization)
+    tokenizer = Tokenizer.from_directory(source, as_gpt2=reading_from_flags(**reading_flags(config)).tokenization)
     begun = read_begun(config, source, checkpoint)
     config = with_recorded_flags(config, begun)
     # the main rank first: it tokenises, and the others find that in the cache

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write, sync
+from bloomlm.checkpoint.formats import find_foreign_run
 from bloomlm.checkpoint.main_rank import one_directory
-from bloomlm.checkpoint.paddle.optimizer import find_paddle_checkpoint
 from bloomlm.checkpoint.training_state import (
     checkpoint_path,
     checkpoint_step,
@@ -84,7 +84,7 @@ def prepare(config: TrainingConfig) -> Path | None:
     if config.resume_from_checkpoint is not None:
         return _chosen_checkpoint(Path(config.resume_from_checkpoint), output_dir)
     ours = newest_checkpoint(output_dir)
-    found = [*_paddle_checkpoints(output_dir), *([] if ours is None else [ours])]
+    found = [*_foreign_checkpoints(output_dir), *([] if ours is None else [ours])]
     if not found:
         _refuse_foreign(output_dir)
         return None
@@ -159,13 +159,13 @@ def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
     if not chosen.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {chosen}: no such directory; expected a checkpoint-N of a run")
     step = checkpoint_step(chosen)
-    damage = None if find_paddle_checkpoint(chosen) else find_damage(chosen)
+    damage = None if find_foreign_run(chosen) else find_damage(chosen)
     if damage is not None:
         raise CheckpointError(f"--resume_from_checkpoint {chosen} is damaged: {damage}")
-    if theirs := [path.name for path in _paddle_checkpoints(output_dir) if checkpoint_step(path) > step]:
+    if theirs := [path.name for path in _foreign_checkpoints(output_dir) if checkpoint_step(path) > step]:
         raise ConfigError(
-            f"--output_dir {output_dir} holds {', '.join(theirs)} of PaddleNLP's, which this run would come to and "
-            f"replace, going on from {chosen}; name another --output_dir"
+            f"--output_dir {output_dir} holds {', '.join(theirs)} of another program's run, which this one, going "
+            f"on from {chosen}, would reach and replace; name another --output_dir"
         )
     later = [path for path in complete_checkpoints(output_dir) if checkpoint_step(path) > step]
     if not later:
@@ -180,10 +180,10 @@ def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
     return chosen
 
 
-def _paddle_checkpoints(output_dir: Path) -> list[Path]:
-    """PaddleNLP's checkpoint-N directories, oldest first."""
+def _foreign_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint-N directories of other programs, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if find_paddle_checkpoint(path)), key=checkpoint_step)
+    return sorted((path for path in found if find_foreign_run(path)), key=checkpoint_step)
 
 
 def _refuse_foreign(output_dir: Path) -> None:

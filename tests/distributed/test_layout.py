@@ -6,7 +6,7 @@ import torch
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.paddle.names import model_cuts
+from bloomlm.checkpoint.paddle.layout import model_cuts
 from bloomlm.errors import ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig

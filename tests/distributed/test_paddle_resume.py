@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bloomlm.checkpoint.paddle.optimizer import read_paddle_training_state
+from bloomlm.checkpoint.paddle.importer import read_run
 from bloomlm.data.loader import BatchLoader
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
@@ -44,11 +44,11 @@ WRITERS = {"full": write_full, "lora": write_lora, "prefix": write_prefix}
 def go_on(checkpoint: Path, degrees: Degrees) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Tensor]]:
     """Two steps: results, and the weights before and after them."""
     mesh = ALONE if degrees.world_size == 1 else Mesh.over_all_ranks(degrees, "cpu")
-    state = read_paddle_training_state(checkpoint, CONFIG)
+    state = read_run(checkpoint, CONFIG)
     model = make_model(CONFIG)
     cut_model(model, mesh)
-    if state.structure is not None:
-        state.structure.install(model)
+    if state.adapter is not None:
+        state.adapter.install(model)
     divide_adapter(model, mesh)
     batches = BatchLoader(
         some_examples(), 4 // degrees.dp, shuffle=True, seed=1, dp_degree=degrees.dp, dp_rank=mesh.dp_rank
@@ -62,7 +62,7 @@ def go_on(checkpoint: Path, degrees: Degrees) -> tuple[list[dict[str, Any]], dic
         config=StepConfig(),
         mesh=mesh,
     )
-    begun = Begun(checkpoint=checkpoint, paddle_state=state, structure=state.structure)
+    begun = Begun(checkpoint=checkpoint, imported=state, structure=state.adapter)
     restore_begun(trainer, History(max_steps=10, num_train_epochs=1), begun)
     before = whole_weights(trainer)
     results = [values(trainer.run_step()) for _ in range(2)]

@@ -15,7 +15,7 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
-from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.cli.main import main
 from bloomlm.data.tokenizer import Tokenizer
@@ -94,7 +94,9 @@ def test_transformers_computes_paddlenlps_logits(tmp_path: Path, directory: str)
 
 
 def convert_fixture(directory: str, target: Path, form: FileForm, options: dict[str, Any]) -> Path:
-    convert_adapter(open_adapter_conversion(FIXTURES / directory, form, **options), target, verify=True)
+    convert_adapter(
+        open_adapter_conversion(FIXTURES / directory, form, reading=PaddleReading(**options)), target, verify=True
+    )
     return target
 
 
@@ -115,7 +117,7 @@ def test_adapters_there_and_back(
     is_prefix = "prefix" in directory
     for path, more in ((hf, {}), (tmp_path / "paddle", {"prefix_layout": PrefixLayout.NEW} if is_prefix else {})):
         model = load_model(FIXTURES / base)
-        load_adapter(model, path, **more)
+        load_adapter(model, path, reading=PaddleReading(**more))
         assert difference(model, f"{REF}/ids.npy", reference.format("nomask")) < TOLERANCE
         if (FIXTURES / reference.format("left_mask")).is_file():
             assert difference(model, f"{REF}/ids_left.npy", reference.format("left_mask")) < TOLERANCE

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
-from bloomlm.checkpoint.paddle.model import find_paddle, open_paddle
-from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.importer import PrefixLayout, find_model, open_model
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.checkpoint.reader import read_config, read_into_model
 from bloomlm.data.gpt2_files import build_tokenizer_json
@@ -20,7 +18,7 @@ from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.decode import generate
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import install_paddle_adapter, resume_paddle_adapter
+from tests.paddle_files import install_paddle_adapter, read_paddle_adapter, resume_paddle_adapter
 from tests.paddle_fixtures import ARCHIVE, CHECKSUMS, FIXTURES, SHARED, present
 
 TOLERANCE = 5e-5
@@ -47,8 +45,8 @@ def load_base(directory: str) -> BloomForCausalLM:
     config = read_config(path)
     with torch.device("meta"):
         model = BloomForCausalLM(config)
-    assert find_paddle(path)
-    return read_into_model(model, open_paddle(path, config))
+    assert find_model(path)
+    return read_into_model(model, open_model(path, config))
 
 
 def read_array(name: str) -> Any:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.adapters.base import FullTuning, apply_adapter
-from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
-from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
+from bloomlm.checkpoint.imported_run import ImportedRun
+from bloomlm.checkpoint.paddle.importer import read_run
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.paddle_files import resume_paddle_adapter
+from tests.paddle_files import read_paddle_adapter, resume_paddle_adapter
 from tests.paddle_fixtures import FIXTURES, needs_full_checkpoint, present
 from tests.parity.test_paddle_fixtures import BASE, PAD, load_base
 
@@ -61,7 +61,7 @@ def paddles_frozen_layer_norm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-def build_adamw(model: BloomForCausalLM, state: PaddleTrainingState | None) -> torch.optim.AdamW:
+def build_adamw(model: BloomForCausalLM, state: ImportedRun | None) -> torch.optim.AdamW:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p], "weight_decay": 0.0 if "bias" in name or "norm" in name else WEIGHT_DECAY}
@@ -121,7 +121,7 @@ def test_full_training_repeats_the_losses() -> None:
 def test_full_training_ends_in_the_checkpoint() -> None:
     model, optimizer, _ = train_fully()
     directory = FIXTURES / CHECKPOINTS.format("", 4)
-    state = read_paddle_training_state(directory, model.config)
+    state = read_run(directory, model.config)
     assert (state.updates, state.learning_rate) == (4, pytest.approx(learning_rate(4)))
     for key, expected in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
         tensors = {name: tensor.read() for name, tensor in expected.items()}
@@ -132,11 +132,11 @@ def test_full_training_ends_in_the_checkpoint() -> None:
     assert largest_difference(found, {name: expected_model[name] for name in found}) < 1e-4
 
 
-def resume(kind: str, step: int = 2) -> tuple[BloomForCausalLM, PaddleTrainingState]:
+def resume(kind: str, step: int = 2) -> tuple[BloomForCausalLM, ImportedRun]:
     directory = FIXTURES / CHECKPOINTS.format(f"_{kind}", step)
     model = load_base(BASE)
     resume_paddle_adapter(model, read_paddle_adapter(directory, model.config))
-    return model.train(), read_paddle_training_state(directory, model.config)
+    return model.train(), read_run(directory, model.config)
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])

@@ -25,7 +25,7 @@ from bloomlm.checkpoint.adapters import convert as convert_adapter_module
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
-from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import write_model
@@ -375,7 +375,7 @@ ADAPTERS = {
 
 def with_adapter(base: Path, directory: Path, **options: Any) -> Tensor:
     model = load_model(base)
-    load_adapter(model, directory, **options)
+    load_adapter(model, directory, reading=PaddleReading(**options))
     return logits(model)
 
 
@@ -388,7 +388,9 @@ def test_peft_to_paddle_and_back(tmp_path: Path, name: str, degree: int, dtype: 
     layout = PrefixLayout.NEW if isinstance(ADAPTERS[name], PrefixConfig) else None
     stored = open_adapter_conversion(adapter, FileForm.PADDLE, dtype=dtype, tensor_parallel_degree=degree)
     convert_adapter(stored, tmp_path / "paddle", verify=True)
-    again = open_adapter_conversion(tmp_path / "paddle", FileForm.HUGGING_FACE, prefix_layout=layout)
+    again = open_adapter_conversion(
+        tmp_path / "paddle", FileForm.HUGGING_FACE, reading=PaddleReading(prefix_layout=layout)
+    )
     convert_adapter(again, tmp_path / "again", verify=True)
     assert again.adapter.tensors.keys() == stored.adapter.tensors.keys()
     for key, tensor in stored.adapter.tensors.items():

@@ -13,11 +13,8 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.adapters.load import load_adapter
 from bloomlm.checkpoint.adapters.peft import save_adapter
-from bloomlm.checkpoint.paddle.adapter import (
-    find_paddle_adapter,
-    read_paddle_adapter,
-)
-from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
+from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout, find_adapter
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import (
@@ -27,6 +24,7 @@ from tests.paddle_files import (
     logits,
     make_model,
     random_arrays,
+    read_paddle_adapter,
     resume_paddle_adapter,
     write,
     write_json,
@@ -103,7 +101,7 @@ def assert_equals_merged(directory: Path, deltas: dict[str, np.ndarray], **optio
     """The adapter computes what the base model with its update computes: installed, merged, and through PEFT's files."""
     expected = logits(make_model(), lambda model: add_to_weights(model, deltas))
     assert not torch.allclose(logits(make_model()), expected, atol=0.1)
-    assert find_paddle_adapter(directory)
+    assert find_adapter(directory)
     for install in INSTALLS:
         model = make_model()
         install(model, read_paddle_adapter(directory, CONFIG, **options))
@@ -459,7 +457,7 @@ def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
         load_adapter(model, tmp_path)
     torch.testing.assert_close(logits(model), logits(with_prefix))
     with pytest.warns(UserWarning), pytest.raises(AdapterError, match="is not read as an adapter in PaddleNLP's files"):
-        load_adapter(make_model(), tmp_path, trained_tensor_parallel_degree=2)
+        load_adapter(make_model(), tmp_path, reading=PaddleReading(trained_tensor_parallel_degree=2))
 
 
 def make_model_with_prefix() -> BloomForCausalLM:
@@ -533,7 +531,7 @@ def test_prefixes_that_make_no_sense(tmp_path: Path, config: dict[str, Any], mes
 
 
 def test_directories_that_are_no_adapter(tmp_path: Path) -> None:
-    assert not find_paddle_adapter(tmp_path)
+    assert not find_adapter(tmp_path)
     with pytest.raises(AdapterError, match="found neither"):
         read_paddle_adapter(tmp_path, CONFIG)
     write_json(tmp_path / "lora_config.json", lora_config())

@@ -256,7 +256,7 @@ def test_without_moments_the_rest_goes_on(
     spy = Spy(monkeypatch)
     finetune(flags(material, tmp_path / "checkpoint-3", tmp_path / "out", **LORA))
     told = capsys.readouterr().err
-    assert "has no optimizer.pdopt, so AdamW's moments begin at zero; only weights, step" in told
+    assert "has no optimizer state, so AdamW's moments begin at zero; only weights, step" in told
     assert "step 3, LoRA (r 3, lora_alpha 6, as a plain one of r 6 in PEFT's files); the order" in told
     assert spy.values["step"] == STEP
     assert all(not tensor.any() for name, tensor in spy.state.items() if name.startswith("optimizer/"))
@@ -361,7 +361,7 @@ def test_flags_for_paddles_adapters_need_one(material: Path, tmp_path: Path) -> 
 def test_later_checkpoints_of_paddlenlps_are_not_replaced(material: Path, tmp_path: Path) -> None:
     write_full(tmp_path / "checkpoint-3")
     write_full(tmp_path / "checkpoint-5")
-    with pytest.raises(ConfigError, match=r"holds checkpoint-5 of PaddleNLP's, which this run would come to"):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-5 of another program's run, which this one"):
         finetune(flags(material, tmp_path / "checkpoint-3", tmp_path))
     write_full(tmp_path / "mine")
     with pytest.raises(ConfigError, match="expected a directory named checkpoint-STEP"):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from bloomlm.checkpoint.paddle.model import exported_config, find_paddle, open_paddle
-from bloomlm.checkpoint.paddle.names import model_cuts
+from bloomlm.checkpoint.paddle.importer import exported_config, find_model, open_model
+from bloomlm.checkpoint.paddle.layout import model_cuts
 from bloomlm.checkpoint.paddle.safetensors import open_paddle_safetensors
-from bloomlm.checkpoint.reader import check_entries
+from bloomlm.checkpoint.tensor_reader import check_entries
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -30,8 +30,8 @@ EMBEDDING = "bloom.word_embeddings.weight"
 
 def assert_reads_model(directory: Path, config: BloomConfig = CONFIG, model: BloomForCausalLM = MODEL) -> None:
     """Whole tensors and slices along every dimension, bit for bit."""
-    assert find_paddle(directory)
-    reader = open_paddle(directory, config)
+    assert find_model(directory)
+    reader = open_model(directory, config)
     expected = model.state_dict()
     check_entries({name: tuple(tensor.shape) for name, tensor in expected.items()}, reader.entries)
     for name, tensor in expected.items():
@@ -73,7 +73,7 @@ def test_shards_with_index(tmp_path: Path) -> None:
     assert_reads_model(tmp_path)
     (tmp_path / "model_state-1.pdparams").unlink()
     with pytest.raises(CheckpointError, match=r"missing: model_state-1\.pdparams"):
-        find_paddle(tmp_path)
+        find_model(tmp_path)
 
 
 def write_indexed(directory: Path, name: str, shard_name: str, write_shard: Any) -> None:
@@ -200,7 +200,7 @@ def test_variable_names_of_another_model_are_refused(tmp_path: Path) -> None:
     del state["linear_3.w_0"], state["linear_3.b_0"]
     write(tmp_path / "auto_dist0.pdparams", state)
     with pytest.raises(CheckpointError, match="a BLOOM of L blocks has"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 TP_FILE = "model_state.tp{:02d}.pdparams"
@@ -210,28 +210,28 @@ def test_missing_ranks(tmp_path: Path) -> None:
     write_ranks(tmp_path, TP_FILE, 3)
     (tmp_path / TP_FILE.format(1)).rename(tmp_path / "away")
     with pytest.raises(CheckpointError, match=r"of ranks \[1\] are missing"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     (tmp_path / "away").rename(tmp_path / TP_FILE.format(1))
     (tmp_path / TP_FILE.format(2)).unlink()
     with pytest.raises(CheckpointError, match=r"each holds 22 of 66 rows of the vocabulary, so there were 3"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     told = BloomConfig.from_dict(CONFIG.to_dict() | {"tensor_parallel_degree": 3})
     with pytest.raises(CheckpointError, match=r"of 3 tensor-parallel ranks the files of ranks \[2\] are missing"):
-        open_paddle(tmp_path, told)
+        open_model(tmp_path, told)
     write_ranks(tmp_path, TP_FILE, 3)
     told = BloomConfig.from_dict(CONFIG.to_dict() | {"tensor_parallel_degree": 2})
     with pytest.raises(CheckpointError, match=r"says tensor_parallel_degree 2, and there are files of ranks \[2\] too"):
-        open_paddle(tmp_path, told)
+        open_model(tmp_path, told)
 
 
 def test_absurd_numbers_of_ranks(tmp_path: Path) -> None:
     write_ranks(tmp_path, TP_FILE, 2)
     told = BloomConfig.from_dict(CONFIG.to_dict() | {"tensor_parallel_degree": 10**30})
     with pytest.raises(CheckpointError, match=r"the files of ranks \[2, 3, 4, 5, 6, 7, 8, 9\] are missing"):
-        open_paddle(tmp_path, told)
+        open_model(tmp_path, told)
     (tmp_path / TP_FILE.format(1)).rename(tmp_path / TP_FILE.format(10**15))
     with pytest.raises(CheckpointError, match=r"the files of ranks \[1, 2, 3, 4, 5, 6, 7, 8\] are missing"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 def test_ranks_that_disagree(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_ranks_that_disagree(tmp_path: Path) -> None:
     norm = "bloom.h.1.input_layernorm.weight"
     part = cut(STATE, 2, 1)
     write(tmp_path / TP_FILE.format(1), part | {norm: part[norm] + np.float32(0.25)})
-    reader = open_paddle(tmp_path, CONFIG)
+    reader = open_model(tmp_path, CONFIG)
     reader.read("transformer.h.0.input_layernorm.weight")
     with pytest.raises(
         CheckpointError, match=r"h\.1\.input_layernorm\.weight is whole on every rank.*differ by up to 0.25"
@@ -247,24 +247,24 @@ def test_ranks_that_disagree(tmp_path: Path) -> None:
         reader.read("transformer.h.1.input_layernorm.weight")
     write(tmp_path / TP_FILE.format(1), part | {"bloom.h.0.mlp.dense_h_to_4h.bias": STATE[norm]})
     with pytest.raises(CheckpointError, match=r"dense_h_to_4h\.bias has shape \[24\]; expected \[48\]"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     write(tmp_path / TP_FILE.format(1), {name: array.astype(np.float16) for name, array in part.items()})
     with pytest.raises(CheckpointError, match=r"is torch\.float32 in .*tp00.* and torch\.float16 in"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     del part[norm]
     write(tmp_path / TP_FILE.format(1), part)
     with pytest.raises(CheckpointError, match=r"tp01\.pdparams lacks transformer\.h\.1\.input_layernorm\.weight"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 def test_vocabulary_that_ranks_cannot_divide(tmp_path: Path) -> None:
     write_ranks(tmp_path, TP_FILE, 2)
     config = BloomConfig(vocab_size=67, hidden_size=24, n_layer=2, n_head=6)
     with pytest.raises(CheckpointError, match="a vocabulary of 67 and 6 heads cannot be divided among 2"):
-        open_paddle(tmp_path, config)
+        open_model(tmp_path, config)
     config = BloomConfig(vocab_size=66, hidden_size=24, n_layer=2, n_head=3)
     with pytest.raises(CheckpointError, match="3 heads cannot be divided among 2"):
-        open_paddle(tmp_path, config)
+        open_model(tmp_path, config)
 
 
 def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
@@ -276,16 +276,16 @@ def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
 
 def test_hugging_face_files_beside_win(tmp_path: Path) -> None:
     write_model(tmp_path, CONFIG, MODEL.named_parameters())
-    assert not find_paddle(tmp_path)
+    assert not find_model(tmp_path)
     write(tmp_path / "model_state.pdparams", STATE)
     with pytest.warns(UserWarning, match=r"those are read, and model_state\.pdparams is not"):
-        assert not find_paddle(tmp_path)
+        assert not find_model(tmp_path)
 
 
 def test_directory_without_model(tmp_path: Path) -> None:
-    assert not find_paddle(tmp_path)
+    assert not find_model(tmp_path)
     with pytest.raises(CheckpointError, match="no model in any of PaddleNLP's forms"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 def test_tensor_in_two_shards_or_with_two_names(tmp_path: Path) -> None:
@@ -294,10 +294,10 @@ def test_tensor_in_two_shards_or_with_two_names(tmp_path: Path) -> None:
     index = {"weight_map": {"x": "a.pdparams", "y": "b.pdparams"}}
     (tmp_path / "model_state.pdparams.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"ln_f\.weight is in two of its files"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     write(tmp_path / "model_state.pdparams", STATE | {"ln_f.weight": STATE["bloom.ln_f.weight"]})
     with pytest.raises(CheckpointError, match=r"holds transformer\.ln_f\.weight twice"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 PADDLE_TYPES = {"float32": 5, "float16": 4, "uint16": 22, "int64": 3}
@@ -360,7 +360,7 @@ def test_exported_program_of_a_merged_lora(tmp_path: Path) -> None:
     lora = {unused["lo_ra_linear_0.w_1"]["structured_name"]: STATE["bloom.ln_f.weight"]}
     write_program(tmp_path, state | lora, info | unused)
     with pytest.raises(CheckpointError, match="holds LoRA's tensors apart"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 def test_damaged_exports_are_refused(tmp_path: Path) -> None:
@@ -369,16 +369,16 @@ def test_damaged_exports_are_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-3])
     with pytest.raises(CheckpointError, match="cut short"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     path.write_bytes(b"\x07" + data[1:])
     with pytest.raises(CheckpointError, match="no tensor begins"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     path.write_bytes(data + serialised(STATE["bloom.ln_f.weight"]))
     with pytest.raises(CheckpointError, match=r"holds 30 tensors and bloom\.pdiparams\.info names 29"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
     shutil.move(info, tmp_path / "away")
     with pytest.raises(CheckpointError, match=r"info is missing: it names the tensors"):
-        open_paddle(tmp_path, CONFIG)
+        open_model(tmp_path, CONFIG)
 
 
 def test_config_of_an_export(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_opening_the_largest_bloom_reads_little(tmp_path: Path) -> None:
             shape = cut_of.piece_shape(8)
             places.append((variable, shape[::-1] if name.split(".")[-2].startswith(("query", "dense")) else shape))
         write_sparse(tmp_path / f"auto_dist{tp_rank}.pdparams", places)
-    reader = open_paddle(tmp_path, config)
+    reader = open_model(tmp_path, config)
     entry = reader.entries["transformer.h.69.mlp.dense_4h_to_h.weight"]
     assert entry.shape == (14_336, 57_344) and entry.dtype == torch.bfloat16
     part = reader.read_slice("transformer.h.69.self_attention.query_key_value.bias", 0, 43_000, 43_008)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.paddle.adapter import read_paddle_adapter
-from bloomlm.checkpoint.paddle.optimizer import PaddleTrainingState, read_paddle_training_state
+from bloomlm.checkpoint.imported_run import ImportedRun
+from bloomlm.checkpoint.paddle.importer import PaddleReading, read_run
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import (
@@ -18,6 +18,7 @@ from tests.paddle_files import (
     make_model,
     paddle_state,
     random_arrays,
+    read_paddle_adapter,
     resume_paddle_adapter,
     variable_names,
     write,
@@ -55,7 +56,7 @@ def optimizer_content(first: State, second: State, names: dict[str, str], middle
     return content | {"LR_Scheduler": SCHEDULER}
 
 
-def assert_moments(state: PaddleTrainingState, parameters: dict[str, torch.Tensor]) -> None:
+def assert_moments(state: ImportedRun, parameters: dict[str, torch.Tensor]) -> None:
     assert state.exp_avg.keys() == state.exp_avg_sq.keys() == parameters.keys()
     for name, parameter in parameters.items():
         torch.testing.assert_close(state.exp_avg[name].read(), parameter * 3 + 1, rtol=0, atol=0)
@@ -66,7 +67,7 @@ def test_full_model(tmp_path: Path) -> None:
     head = {"lm_head.decoder_weight": NAMES["bloom.word_embeddings.weight"]}
     write(tmp_path / "model_state.pdparams", STATE | {"StructuredToParameterName@@": NAMES | head})
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), NAMES))
-    state = read_paddle_training_state(tmp_path, CONFIG)
+    state = read_run(tmp_path, CONFIG)
     assert_moments(state, MODEL.state_dict())
     assert (state.updates, state.learning_rate, state.loss_scale) == (13, 0.25, None)
     assert not state.master_weights
@@ -75,7 +76,7 @@ def test_full_model(tmp_path: Path) -> None:
 def test_variable_names_are_counted_where_no_file_translates(tmp_path: Path) -> None:
     write(tmp_path / "model_state.pdparams", STATE)
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), NAMES))
-    assert_moments(read_paddle_training_state(tmp_path, CONFIG), MODEL.state_dict())
+    assert_moments(read_run(tmp_path, CONFIG), MODEL.state_dict())
 
 
 def test_half_precision_run(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_half_precision_run(tmp_path: Path) -> None:
     content["master_weights"] = {NAMES[n]: Pair(f"{NAMES[n]}_fp32_master_0", a) for n, a in STATE.items()}
     write(tmp_path / "optimizer.pdopt", content)
     write(tmp_path / "scaler.pdparams", {"scale": np.array([4096.0], np.float32), "incr_count": 3})
-    state = read_paddle_training_state(tmp_path, CONFIG)
+    state = read_run(tmp_path, CONFIG)
     assert_moments(state, MODEL.state_dict())
     for name, parameter in MODEL.state_dict().items():
         assert torch.equal(state.master_weights[name].read(), parameter)
@@ -105,11 +106,11 @@ def test_ranks_and_sharding_groups(tmp_path: Path, sharding: int) -> None:
             content = optimizer_content(*({n: part[n] for n in mine} for part in parts), names)
             suffix = f"_shard{group:02d}" if sharding > 1 else ""
             write(tmp_path / f"optimizer.tp{tp_rank:02d}{suffix}.pdopt", content)
-    assert_moments(read_paddle_training_state(tmp_path, CONFIG), MODEL.state_dict())
+    assert_moments(read_run(tmp_path, CONFIG), MODEL.state_dict())
     (tmp_path / f"optimizer.tp01{suffix}.pdopt").unlink()
     missing = r"of tensor-parallel rank 1 the optimizer files of sharding groups \[1\] are missing"
     with pytest.raises(CheckpointError, match=missing if sharding > 1 else r"files of ranks \[1\] are missing"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
 
 
 def test_sharding_without_tensor_parallelism(tmp_path: Path) -> None:
@@ -119,13 +120,13 @@ def test_sharding_without_tensor_parallelism(tmp_path: Path) -> None:
         mine = list(STATE)[group::2]
         content = optimizer_content({n: first[n] for n in mine}, {n: second[n] for n in mine}, NAMES)
         write(tmp_path / f"optimizer.shard{group:02d}.pdopt", content)
-    assert_moments(read_paddle_training_state(tmp_path, CONFIG), MODEL.state_dict())
+    assert_moments(read_run(tmp_path, CONFIG), MODEL.state_dict())
     (tmp_path / "optimizer.shard01.pdopt").rename(tmp_path / "away")
     with pytest.raises(CheckpointError, match=r"optimizer\.shard00\.pdopt lacks transformer"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
     (tmp_path / "away").rename(tmp_path / "optimizer.pp01.pdopt")
     with pytest.raises(CheckpointError, match=r"optimizer\.pp01\.pdopt is of a kind of parallel training"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
 
 
 def write_adapter(directory: Path, kind: str, state: State, config: dict[str, Any]) -> None:
@@ -135,10 +136,10 @@ def write_adapter(directory: Path, kind: str, state: State, config: dict[str, An
     write(directory / "optimizer.pdopt", optimizer_content(*moments(state), names))
 
 
-def resumed(directory: Path) -> tuple[BloomForCausalLM, PaddleTrainingState]:
+def resumed(directory: Path) -> tuple[BloomForCausalLM, ImportedRun]:
     model = make_model()
     resume_paddle_adapter(model, read_paddle_adapter(directory, CONFIG))
-    return model, read_paddle_training_state(directory, CONFIG)
+    return model, read_run(directory, CONFIG)
 
 
 def test_lora_of_era_a(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_weights_that_name_no_variables(tmp_path: Path) -> None:
     write_adapter(tmp_path, "prefix", state, config)
     write(tmp_path / "prefix_model_state.pdparams", state)
     with pytest.raises(CheckpointError, match=r"optimizer\.pdopt: the weights beside it do not name their variables"):
-        read_paddle_training_state(tmp_path, CONFIG, trained_tensor_parallel_degree=2)
+        read_run(tmp_path, CONFIG, reading=PaddleReading(trained_tensor_parallel_degree=2))
 
 
 def test_steps_from_adams_powers(tmp_path: Path) -> None:
@@ -189,16 +190,16 @@ def test_steps_from_adams_powers(tmp_path: Path) -> None:
     content = optimizer_content(*moments(STATE), NAMES)
     del content["LR_Scheduler"]
     write(tmp_path / "optimizer.pdopt", content)
-    assert read_paddle_training_state(tmp_path, CONFIG).updates == 13
+    assert read_run(tmp_path, CONFIG).updates == 13
     write(tmp_path / "scheduler.pdparams", SCHEDULER | {"last_epoch": 99})
-    assert read_paddle_training_state(tmp_path, CONFIG).updates == 99
+    assert read_run(tmp_path, CONFIG).updates == 99
     (tmp_path / "scheduler.pdparams").unlink()
     for key in content:
         if "pow_acc" in key:
             content[key] = np.zeros(1, np.float32)
     write(tmp_path / "optimizer.pdopt", content)
     with pytest.raises(CheckpointError, match="how many steps"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
 
 
 def test_what_the_log_says(tmp_path: Path) -> None:
@@ -207,19 +208,19 @@ def test_what_the_log_says(tmp_path: Path) -> None:
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), NAMES))
     log = [{"step": 15, "loss": 2.5, "epoch": 0.5}, {"step": 15, "eval_loss": 1.0}]
     write_json(tmp_path / "trainer_state.json", {"global_step": 15, "max_steps": 40, "log_history": log})
-    state = read_paddle_training_state(tmp_path, CONFIG)
+    state = read_run(tmp_path, CONFIG)
     assert (state.step, state.updates, state.max_steps) == (15, 13, 40)
     assert state.losses == ({"step": 15, "loss": 2.5, "epoch": 0.5},)
     (tmp_path / "optimizer.pdopt").unlink()
-    state = read_paddle_training_state(tmp_path, CONFIG)
+    state = read_run(tmp_path, CONFIG)
     assert (state.step, state.updates, state.exp_avg, state.exp_avg_sq) == (15, 15, {}, {})
     assert torch.equal(state.weights["transformer.ln_f.weight"].read(), MODEL.transformer.ln_f.weight)
     (tmp_path / "trainer_state.json").unlink()
     with pytest.raises(CheckpointError, match="says how many steps were made"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
     (tmp_path / "trainer_state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"trainer_state\.json is not readable JSON"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
 
 
 def test_states_that_do_not_fit(tmp_path: Path) -> None:
@@ -227,10 +228,10 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
     other = {name: variable.replace("linear", "conv") for name, variable in NAMES.items()}
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), other))
     with pytest.raises(CheckpointError, match=r"conv_98\.\w_0.* belongs to none of the parameters"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
     write(tmp_path / "optimizer.pdopt", {"linear_98.w_0_velocity_0": np.zeros(1, np.float32)})
     with pytest.raises(CheckpointError, match="which AdamW does not have"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)
     write(tmp_path / "optimizer.pdopt", {"LR_Scheduler": SCHEDULER})
     with pytest.raises(CheckpointError, match="no moments of AdamW"):
-        read_paddle_training_state(tmp_path, CONFIG)
+        read_run(tmp_path, CONFIG)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from bloomlm.checkpoint.paddle import unpickler
-from bloomlm.checkpoint.paddle.array import StoredArray
 from bloomlm.checkpoint.paddle.state import read_paddle_state, split_tensors
+from bloomlm.checkpoint.paddle.stored import StoredArray
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.errors import CheckpointError
 from tests.paddle_files import write
@@ -70,7 +70,7 @@ def test_text_is_decoded_in_blocks_of_any_size(tmp_path: Path, monkeypatch: pyte
     array = np.arange(256, dtype=np.uint8).view(np.float32).reshape(8, 8)  # every byte, so characters of 1 and 2 bytes
     lazy = load_paddle_pickle(write(tmp_path / "x.pdparams", [array], protocol=2))[0]
     for size in (1, 2, 7, 383):
-        monkeypatch.setattr("bloomlm.checkpoint.paddle.array.TEXT_BLOCK_BYTES", size)
+        monkeypatch.setattr("bloomlm.checkpoint.paddle.stored.TEXT_BLOCK_BYTES", size)
         assert lazy.read().numpy().tobytes() == array.tobytes()
 
 

@@ -5,19 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, open_peft_weights, read_peft_config
-from bloomlm.checkpoint.paddle.adapter_files import (
-    LORA_CONFIG_FILE,
-    LORA_STEM,
-    PREFIX_CONFIG_FILE,
-    read_adapter_config,
-    read_adapter_files,
-    whole_number,
-)
+from bloomlm.checkpoint.adapters.peft import open_peft_weights, read_peft_config
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.config import BloomConfig
 
-# Name of a lora_A, in PEFT's files or PaddleNLP's -> block, kind of layer.
+# Name of a lora_A in any program's files -> block, kind of layer.
 LORA_A = re.compile(
     r"(?:^|\.)h\.(\d+)\.(?:self_attention|mlp)"
     r"\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.lora_A(?:\.weight)?$"
@@ -26,46 +18,51 @@ CUT_BY_INPUTS = ("dense", "dense_4h_to_h")
 MAX_BLOCKS = 1000  # BLOOM has 70 at most; a damaged name shall not ask for millions
 
 
-def adapter_base_config(directory: Path) -> BloomConfig:
+def peft_base_config(directory: Path) -> BloomConfig:
     """A configuration with the sizes that matter to an adapter; others, such as the number of heads of a LoRA, are 1.
 
-    A LoRA's blocks are counted by the last one that has an update.
-
     Args:
-        directory: the adapter, in PEFT's files or PaddleNLP's.
+        directory: the adapter, in PEFT's files.
 
     Raises:
         AdapterError: files are missing or damaged, or do not tell.
     """
-    if (directory / CONFIG_FILE).is_file():
-        values = read_peft_config(directory)
-        if "num_virtual_tokens" in values:
-            return _config(directory, values, "num_layers", "token_dim", "num_attention_heads")
-        entries = open_peft_weights(directory).entries
-        return _lora_config(directory, {name: entry.shape[-1] for name, entry in entries.items() if entry.shape}, 1)
-    if (directory / PREFIX_CONFIG_FILE).is_file():
-        values = read_adapter_config(directory / PREFIX_CONFIG_FILE)
-        return _config(directory, values, "num_hidden_layers", "hidden_size", "num_attention_heads")
-    files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM, None)
-    tensors = files.states[0].tensors
-    inputs = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.shape}
-    return _lora_config(directory, inputs, len(files.states))
+    values = read_peft_config(directory)
+    if "num_virtual_tokens" in values:
+        return base_config(directory, values, "num_layers", "token_dim", "num_attention_heads")
+    entries = open_peft_weights(directory).entries
+    inputs = {name: entry.shape[-1] for name, entry in entries.items() if entry.shape}
+    return lora_base_config(directory, inputs, num_ranks=1)
 
 
-def _config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden_size: str, n_head: str) -> BloomConfig:
+def base_config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden_size: str, n_head: str) -> BloomConfig:
+    """From an adapter's own configuration, which has the sizes under these keys.
+
+    Raises:
+        AdapterError: it has not.
+    """
     try:
         return BloomConfig(
             vocab_size=1,
-            n_layer=whole_number(dict(values), n_layer, directory),
-            hidden_size=whole_number(dict(values), hidden_size, directory),
-            n_head=whole_number(dict(values), n_head, directory),
+            n_layer=whole_number(values, n_layer, directory),
+            hidden_size=whole_number(values, hidden_size, directory),
+            n_head=whole_number(values, n_head, directory),
         )
     except ConfigError as error:
         raise AdapterError(f"{directory}: {error}") from error
 
 
-def _lora_config(directory: Path, inputs: Mapping[str, int], num_ranks: int) -> BloomConfig:
-    """From the width of each lora_A's inputs, of which a rank holds a part where the layer is cut by inputs."""
+def lora_base_config(directory: Path, inputs: Mapping[str, int], *, num_ranks: int) -> BloomConfig:
+    """From a LoRA's tensors; its blocks are counted by the last one that has an update.
+
+    Args:
+        directory: the adapter.
+        inputs: name of a tensor -> width of its inputs, of which a rank holds a part where the layer is cut by inputs.
+        num_ranks: whose tensors they are.
+
+    Raises:
+        AdapterError: they are not a LoRA's of BLOOM.
+    """
     n_layer = hidden_size = 0
     vocab_size = 1
     for name, width in inputs.items():
@@ -78,3 +75,15 @@ def _lora_config(directory: Path, inputs: Mapping[str, int], num_ranks: int) -> 
     if not 0 < n_layer <= MAX_BLOCKS or not hidden_size:
         raise AdapterError(f"{directory} holds no LoRA of BLOOM's linear layers; is it another model's?")
     return BloomConfig(vocab_size=vocab_size, n_layer=n_layer, hidden_size=hidden_size, n_head=1)
+
+
+def whole_number(values: Mapping[str, Any], key: str, place: Path) -> int:
+    """A number of at least 1 from a configuration.
+
+    Raises:
+        AdapterError: it is missing or something else.
+    """
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdapterError(f"{place}: its configuration says {key} {value!r}; expected a whole number of at least 1")
+    return value

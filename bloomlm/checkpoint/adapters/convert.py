@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.adapters.base_config import adapter_base_config
-from bloomlm.checkpoint.adapters.load import read_adapter
+from bloomlm.checkpoint.adapters.load import adapter_base_config, read_adapter
 from bloomlm.checkpoint.adapters.peft import PlainAdapter, hold_adapter, save_adapter
 from bloomlm.checkpoint.convert import FileForm, check_ranks, leave_page_cache
 from bloomlm.checkpoint.output_directory import WritesItself, output_directory
 from bloomlm.checkpoint.paddle.adapter_writer import write_paddle_adapter
-from bloomlm.checkpoint.paddle.prefix import PrefixLayout
+from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, PaddleReading, PrefixLayout
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.source import resolve_source
@@ -50,8 +49,7 @@ def open_adapter_conversion(
     dtype: torch.dtype | None = None,
     tensor_parallel_degree: int = 1,
     base_model_name_or_path: str | None = None,
-    prefix_layout: PrefixLayout | None = None,
-    trained_tensor_parallel_degree: int | None = None,
+    reading: PaddleReading = AS_THE_FILES_TELL,
 ) -> AdapterConversion:
     """Read an adapter.
 
@@ -61,7 +59,7 @@ def open_adapter_conversion(
         dtype: precision to write; None: the one that each tensor is stored in.
         tensor_parallel_degree: ranks to cut it for, PaddleNLP's files only.
         base_model_name_or_path: its base model; None: its shape is taken from the adapter's own tensors.
-        prefix_layout, trained_tensor_parallel_degree: as for load_adapter.
+        reading: what PaddleNLP's files leave open.
 
     Raises:
         AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
@@ -72,12 +70,7 @@ def open_adapter_conversion(
         model_config = adapter_base_config(directory)
     else:
         model_config = read_config(resolve_source(base_model_name_or_path).directory)
-    adapter = read_adapter(
-        directory,
-        model_config,
-        prefix_layout=prefix_layout,
-        trained_tensor_parallel_degree=trained_tensor_parallel_degree,
-    )
+    adapter = read_adapter(directory, model_config, reading)
     if dtype is not None:
         tensors = {name: _converted(tensor, dtype) for name, tensor in adapter.tensors.items()}
         adapter = dataclasses.replace(adapter, tensors=tensors)
@@ -129,8 +122,8 @@ def _verify(conversion: AdapterConversion, directory: Path) -> None:
         leave_page_cache(path)
     written = conversion.adapter
     has_layout = conversion.form is FileForm.PADDLE and written.config.num_virtual_tokens > 0
-    layout = PrefixLayout.NEW if has_layout else None
-    found = read_adapter(directory, conversion.model_config, prefix_layout=layout)
+    reading = PaddleReading(prefix_layout=PrefixLayout.NEW) if has_layout else AS_THE_FILES_TELL
+    found = read_adapter(directory, conversion.model_config, reading)
     for name, tensor in written.tensors.items():
         module_name = name.rpartition(".")[0]
         is_scaled = math.isclose(found.config.scaling_of(module_name), written.config.scaling_of(module_name))

@@ -20,8 +20,8 @@ from torch import Tensor
 from bloomlm.adapters.base import Adapter, adapter_of, apply_adapter, set_parameter
 from bloomlm.adapters.kinds import kind_in_peft
 from bloomlm.checkpoint.huggingface import TensorFile, TorchFile
-from bloomlm.checkpoint.reader import check_entries
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from bloomlm.checkpoint.tensor_reader import check_entries
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig

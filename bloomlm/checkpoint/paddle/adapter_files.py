@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bloomlm.checkpoint.paddle.ranks import check_ranks_complete
+from bloomlm.checkpoint.paddle.layout import check_ranks_complete
+from bloomlm.checkpoint.paddle.reading import AS_THE_FILES_TELL, PaddleReading
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state
 from bloomlm.errors import AdapterError, CheckpointError
 
@@ -32,7 +33,7 @@ class AdapterFiles:
 
 
 def read_adapter_files(
-    directory: Path, config_file: str, stem: str, trained_tensor_parallel_degree: int | None
+    directory: Path, config_file: str, stem: str, reading: PaddleReading = AS_THE_FILES_TELL
 ) -> AdapterFiles:
     """Open an adapter; no tensor is read.
 
@@ -43,7 +44,7 @@ def read_adapter_files(
         directory: the adapter.
         config_file: name of its JSON configuration.
         stem: name of its state dict, without the ending.
-        trained_tensor_parallel_degree: what the user says; None: nothing.
+        reading: what the user knows of the ranks that trained it.
 
     Raises:
         AdapterError: it is not there, damaged, or its files contradict what the user says.
@@ -61,7 +62,7 @@ def read_adapter_files(
                 )
             states = [read_paddle_state(whole)]
             told = degree or (1 if states[0].variable_names else None)
-            trained = trained_tensor_parallel_degree or told
+            trained = reading.trained_tensor_parallel_degree or told
         elif shards:
             check_ranks_complete(sorted(shards), str(directory), degree)
             states = [read_paddle_state(shards[tp_rank]) for tp_rank in sorted(shards)]
@@ -70,10 +71,10 @@ def read_adapter_files(
             raise AdapterError(f"{directory} has {config_file} but neither {whole.name} nor {stem}.tp00.pdparams")
     except CheckpointError as error:
         raise error if isinstance(error, AdapterError) else AdapterError(str(error)) from error
-    if trained_tensor_parallel_degree is not None and trained_tensor_parallel_degree != trained:
+    if reading.trained_tensor_parallel_degree not in (None, trained):
         raise AdapterError(
             f"{directory} holds the shards of {trained} tensor-parallel ranks; it was asked for with "
-            f"trained_tensor_parallel_degree {trained_tensor_parallel_degree}"
+            f"trained_tensor_parallel_degree {reading.trained_tensor_parallel_degree}"
         )
     return AdapterFiles(directory=directory, values=values, states=states, trained_tp_degree=trained)
 
@@ -115,18 +116,6 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterError(f"{path} holds {type(values).__name__}; expected a JSON object")
     return values
-
-
-def whole_number(values: dict[str, Any], key: str, place: Path) -> int:
-    """A number of at least 1 from a configuration.
-
-    Raises:
-        AdapterError: it is missing or something else.
-    """
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"{place}: its configuration says {key} {value!r}; expected a whole number of at least 1")
-    return value
 
 
 def _shards(directory: Path, stem: str) -> dict[int, Path]:

@@ -17,57 +17,36 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bloomlm.adapters.lora import LoraConfig
+from bloomlm.checkpoint.adapters.base_config import whole_number
+from bloomlm.checkpoint.adapters.peft import PlainAdapter
 from bloomlm.checkpoint.paddle.adapter_files import (
     LORA_CONFIG_FILE,
     LORA_STEM,
     AdapterFiles,
     read_adapter_files,
     require_trained_degree,
-    whole_number,
 )
-from bloomlm.checkpoint.paddle.array import LazyTensor
-from bloomlm.checkpoint.paddle.names import Cut, model_cuts, published_name, published_tensors
-from bloomlm.checkpoint.paddle.ranks import RankTensors, join_pieces
+from bloomlm.checkpoint.paddle.layout import (
+    Cut,
+    RankTensors,
+    join_pieces,
+    model_cuts,
+    published_name,
+    published_tensors,
+)
+from bloomlm.checkpoint.paddle.reading import PaddleReading
+from bloomlm.checkpoint.paddle.recorded import Blocks, RecordedLora
+from bloomlm.checkpoint.paddle.views import Held
+from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import AdapterError, CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
 PARTS = (".lora_A", ".lora_B")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Where the slots of one module's lora_B lie."""
-
-    slots: tuple[bool, ...]
-    """Which of the equal parts of the outputs are trained; (True,) for a plain LoRA."""
-    groups: int
-    """Equal pieces of the outputs within which the parts are counted: ranks (era A), heads (era M) or 1."""
-
-    @property
-    def num_enabled(self) -> int:
-        """Trained parts (k)."""
-        return sum(self.slots)
-
-    def place(self, lora_b: Tensor) -> Tensor:
-        """The stored lora_B [r, out * k / parts] as a plain one [out, k * r], zero outside the blocks."""
-        lora_rank, k, parts = lora_b.shape[0], self.num_enabled, len(self.slots)
-        stored = lora_b.unflatten(1, (self.groups, k, -1))
-        width = stored.shape[-1]
-        plain = lora_b.new_zeros(self.groups, parts, width, k, lora_rank)
-        for slot, part in enumerate(index for index, enabled in enumerate(self.slots) if enabled):
-            plain[:, part, :, slot] = stored[:, :, slot].permute(1, 2, 0)
-        return plain.view(self.groups * parts * width, k * lora_rank)
-
-    def trained_entries(self, plain_shape: torch.Size) -> Tensor:
-        """Boolean [out, k * r]: the entries of a plain lora_B of that shape that lie in the blocks."""
-        outputs, lora_rank = plain_shape[0], plain_shape[1] // self.num_enabled
-        return self.place(torch.ones(lora_rank, outputs // len(self.slots) * self.num_enabled)) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +63,23 @@ class PaddleLora:
     stored: Mapping[str, LazyTensor]
     """Parameter name -> tensor in the shape of its cut, joined from the ranks."""
 
+    stem: ClassVar[str] = LORA_STEM
+
+    @property
+    def recorded(self) -> RecordedLora:
+        """How it learns on."""
+        return RecordedLora(config=self.config, blocks=self.blocks)
+
+    def plain(self) -> PlainAdapter:
+        """The ordinary LoRA that computes the same."""
+        return PlainAdapter(config=self.config, tensors=self._plain_tensors(self.stored))
+
+    def weights(self) -> dict[str, LazyTensor]:
+        """What learned, under the names of a model with the plain LoRA."""
+        return _held(self._plain_tensors(self.stored))
+
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
-        """Tensors of the adapter's parameters, such as Adam's moments, put together as the weights are.
+        """Tensors of what learned, such as Adam's moments, put together and named as `weights` are.
 
         Args:
             ranks: of each rank, tensors under PaddleNLP's names and as stored.
@@ -93,14 +87,10 @@ class PaddleLora:
         Raises:
             CheckpointError: they do not fit the adapter's parameters.
         """
-        return _join([_renamed(rank) for rank in ranks], self.cuts)
+        return _held(self._plain_tensors(_join([_renamed(rank) for rank in ranks], self.cuts)))
 
-    def plain(self, stored: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
-        """Parameter name -> tensor of the plain LoRA: lora_A [R, in], lora_B [out, R], replaced parameters.
-
-        Args:
-            stored: self.stored, or anything of the same names and shapes, such as Adam's moments.
-        """
+    def _plain_tensors(self, stored: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
+        """Parameter name -> tensor of the plain LoRA: lora_A [R, in], lora_B [out, R], replaced parameters."""
         plain: dict[str, Tensor] = {}
         for name, tensor in stored.items():
             if name.endswith(".lora_A"):
@@ -112,21 +102,18 @@ class PaddleLora:
         return plain
 
 
-def read_paddle_lora(
-    directory: Path, model_config: BloomConfig, *, trained_tensor_parallel_degree: int | None = None
-) -> PaddleLora:
-    """Read a LoRA adapter; its tensors are read by .plain(adapter.stored).
+def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: PaddleReading) -> PaddleLora:
+    """Understand a LoRA adapter's files; no tensor is read.
 
     Args:
         directory: holds lora_config.json and lora_model_state.pdparams or its .tp00, .tp01, ... shards.
         model_config: of the base model.
-        trained_tensor_parallel_degree: ranks that trained it; only era A's meaning depends on it, and only merged files
-            do not tell.
+        reading: the ranks that trained it: era A's meaning depends on them, and merged files do not tell.
 
     Raises:
         AdapterError: the files are missing or damaged, do not fit the model, or leave the degree open.
     """
-    files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM, trained_tensor_parallel_degree)
+    files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM, reading)
     refuse_unknown_variants(files.values, directory)
     lora_rank = whole_number(files.values, "r", directory)
     cuts = model_cuts(model_config)
@@ -255,6 +242,10 @@ def _blocks(files: AdapterFiles, slots: tuple[bool, ...], outputs: int) -> Block
     if outputs % (groups * len(slots)):
         raise AdapterError(f"{files.directory}: {outputs} outputs cannot be cut into {groups} x {len(slots)} parts")
     return Blocks(slots=slots, groups=groups)
+
+
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    return {name: Held(tensor) for name, tensor in tensors.items()}
 
 
 def _renamed(rank: RankTensors) -> RankTensors:

@@ -16,13 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 from bloomlm.checkpoint.huggingface import checkpoint_files, find_safetensors, find_torch
-from bloomlm.checkpoint.paddle.array import LazyTensor
-from bloomlm.checkpoint.paddle.names import published_tensors
+from bloomlm.checkpoint.paddle.layout import RankTensors, check_ranks_complete, join_ranks, published_tensors
 from bloomlm.checkpoint.paddle.program import read_program_weights
-from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks
 from bloomlm.checkpoint.paddle.safetensors import is_paddle_safetensors, open_paddle_safetensors
 from bloomlm.checkpoint.paddle.state import read_paddle_state
-from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
+from bloomlm.checkpoint.tensor_reader import LazyTensor, Rows, TensorEntry
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
 from bloomlm.parallel.gather import Bounds
@@ -88,7 +86,7 @@ class PaddleReader:
         return box
 
 
-def find_paddle(directory: Path) -> bool:
+def find_model(directory: Path) -> bool:
     """Whether a directory holds a model in one of PaddleNLP's forms, and none in Hugging Face's, which would win."""
     forms = _find_forms(directory)
     if not forms:
@@ -103,7 +101,7 @@ def find_paddle(directory: Path) -> bool:
     return True
 
 
-def open_paddle(directory: Path, config: BloomConfig) -> PaddleReader:
+def open_model(directory: Path, config: BloomConfig) -> PaddleReader:
     """Open a checkpoint; no tensor is read.
 
     Args:
@@ -134,17 +132,19 @@ def open_paddle(directory: Path, config: BloomConfig) -> PaddleReader:
     return PaddleReader(join_ranks(ranks, config, str(directory)))
 
 
-def exported_config(directory: Path) -> BloomConfig:
+def exported_config(directory: Path) -> BloomConfig | None:
     """The configuration of an exported program, beside which PaddleNLP wrote no config.json.
 
     Args:
-        directory: holds a .pdiparams file and its .info.
+        directory: holds a .pdiparams file and its .info; otherwise None is returned.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: it is damaged.
         ConfigError: its size is none of the published ones, whose number of heads is known.
     """
-    tensors = open_paddle(directory, PUBLISHED_SIZES["560m"]).entries
+    if next(directory.glob("*.pdiparams"), None) is None:
+        return None
+    tensors = open_model(directory, PUBLISHED_SIZES["560m"]).entries
     embedding = tensors.get("transformer.word_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{directory}: the exported program holds no word embedding; is it a BLOOM's?")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from bloomlm.checkpoint.paddle.array import EncodedArray, StoredArray, StoredFile
+from bloomlm.checkpoint.paddle.stored import EncodedArray, StoredArray, StoredFile
 
 MAX_DIMENSIONS = 32  # numpy's own limit when these files were written
 MAX_TUPLE_ITEMS = 16  # Paddle makes pairs; a file could ask for a million copies of a million items

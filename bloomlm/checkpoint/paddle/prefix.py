@@ -14,24 +14,26 @@ Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, t ranks, G wi
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
+from bloomlm.adapters.prefix import PREFIX, PrefixConfig
+from bloomlm.checkpoint.adapters.base_config import whole_number
+from bloomlm.checkpoint.adapters.peft import PlainAdapter
 from bloomlm.checkpoint.paddle.adapter_files import (
     PREFIX_CONFIG_FILE,
     PREFIX_STEM,
     AdapterFiles,
     read_adapter_files,
     require_trained_degree,
-    whole_number,
 )
-from bloomlm.checkpoint.paddle.array import LazyTensor, Transposed
-from bloomlm.checkpoint.paddle.names import Cut
-from bloomlm.checkpoint.paddle.ranks import RankTensors, join_pieces
+from bloomlm.checkpoint.paddle.layout import Cut, RankTensors, join_pieces
+from bloomlm.checkpoint.paddle.reading import PaddleReading, PrefixLayout
+from bloomlm.checkpoint.paddle.recorded import Arrangement, PaddlePrefixEncoder, RecordedPrefix
+from bloomlm.checkpoint.paddle.views import Transposed
+from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import AdapterError, CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
@@ -47,49 +49,14 @@ NAMES = {
 }
 
 
-class PrefixLayout(Enum):
-    """How a block's slot of E becomes its keys and values."""
-
-    OLD = "old"
-    NEW = "new"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """What decides the meaning of E."""
-
-    layout: PrefixLayout
-    """Reread (old) or transposed (new)."""
-    tp_degree: int
-    """Ranks that trained it (t)."""
-    head_shape: tuple[int, int, int]
-    """L, H, K."""
-
-    def arrange(self, encoded: Tensor) -> Tensor:
-        """E [P, 2LD] as the flat prefix [P, 2LD], columns in the order (block, key or value, head, column)."""
-        n_layer, n_head, head_dim = self.head_shape
-        tokens, heads = encoded.shape[0], n_head // self.tp_degree
-        slots = encoded.view(tokens, self.tp_degree, 2, n_layer, heads, head_dim)
-        if self.layout is PrefixLayout.OLD:
-            memory = slots.permute(1, 2, 3, 0, 4, 5).reshape(self.tp_degree, 2, n_layer, -1)
-            keys = memory[:, 0].view(self.tp_degree, n_layer, heads, head_dim, tokens).permute(4, 1, 0, 2, 3)
-            values = memory[:, 1].view(self.tp_degree, n_layer, heads, tokens, head_dim).permute(3, 1, 0, 2, 4)
-            return torch.stack((keys, values), dim=2).reshape(tokens, -1)
-        return slots.permute(0, 3, 2, 1, 4, 5).reshape(tokens, -1)
-
-    def columns(self) -> Tensor:
-        """New layout: for each column of the flat prefix, [2LD], the column of E that it is."""
-        assert self.layout is PrefixLayout.NEW, "the old layout mixes tokens too"
-        n_layer, n_head, head_dim = self.head_shape
-        return self.arrange(torch.arange(2 * n_layer * n_head * head_dim).view(1, -1))[0]
-
-
 @dataclass(frozen=True, kw_only=True)
 class PaddlePrefix:
     """An adapter's files, understood but unread."""
 
     config: PrefixConfig
     """Number of virtual tokens, and the projection it was trained with."""
+    model_config: BloomConfig
+    """Of its base model."""
     arrangement: Arrangement
     """What its numbers mean."""
     cuts: Mapping[str, Cut]
@@ -98,8 +65,42 @@ class PaddlePrefix:
     """PrefixEncoder's parameter name -> tensor in its orientation, joined from the ranks; columns in PaddleNLP's
     order."""
 
+    stem: ClassVar[str] = PREFIX_STEM
+
+    @property
+    def recorded(self) -> RecordedPrefix:
+        """How it learns on."""
+        return RecordedPrefix(config=self.config, arrangement=self.arrangement)
+
+    def plain(self) -> PlainAdapter:
+        """The ordinary prefix that computes the same, its tensors in PEFT's order.
+
+        A projection is kept in the new layout, which moves only its outputs. In the old layout, which mixes tokens,
+        there is no such projection: the keys and values that it gave are all that is left (computed in fp32 and rounded
+        once).
+        """
+        tensors = {name: tensor.read() for name, tensor in self.stored.items()}
+        if self.arrangement.layout is PrefixLayout.OLD:
+            encoder = PaddlePrefixEncoder(self.config, self.model_config, self.arrangement)
+            encoder.load_state_dict(tensors, assign=True)
+            with torch.no_grad():
+                flat = encoder.float().flat().to(tensors["embedding.weight"].dtype).clone()
+            config = PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens)
+            return PlainAdapter(config=config, tensors={f"{PREFIX}embedding.weight": flat})
+        order = self.arrangement.columns()
+        if self.config.prefix_projection:
+            moved = {name: tensors[name][order] for name in ("transform.2.weight", "transform.2.bias")}
+        else:
+            moved = {"embedding.weight": tensors["embedding.weight"][:, order]}
+        plain = tensors | moved
+        return PlainAdapter(config=self.config, tensors={PREFIX + name: plain[name] for name in plain})
+
+    def weights(self) -> dict[str, LazyTensor]:
+        """What learned, under the names of a model in which `recorded` is installed."""
+        return {PREFIX + name: tensor for name, tensor in self.stored.items()}
+
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
-        """Tensors of the encoder's parameters, such as Adam's moments, put together as `stored` is.
+        """Tensors of what learned, such as Adam's moments, put together and named as `weights` are.
 
         Args:
             ranks: of each rank, tensors under PaddleNLP's names and as stored.
@@ -107,82 +108,28 @@ class PaddlePrefix:
         Raises:
             CheckpointError: they do not fit the encoder's parameters.
         """
-        return _join(ranks, self.cuts)
-
-    def encoder(self, model_config: BloomConfig) -> "PaddlePrefixEncoder":
-        """The encoder as it was trained, to be trained further."""
-        encoder = PaddlePrefixEncoder(self.config, model_config, self.arrangement)
-        encoder.load_state_dict({name: tensor.read() for name, tensor in self.stored.items()}, assign=True)
-        return encoder
-
-    def plain(self, model_config: BloomConfig) -> tuple[PrefixConfig, dict[str, Tensor]]:
-        """The same prefix for a PrefixEncoder: its configuration, and its tensors in PEFT's order.
-
-        A projection is kept in the new layout, which moves only its outputs. In the old layout, which mixes tokens,
-        there is no such projection: the keys and values that it gave are all that is left (computed in fp32 and rounded
-        once).
-        """
-        if self.arrangement.layout is PrefixLayout.OLD:
-            encoder = self.encoder(model_config)
-            dtype = encoder.embedding.weight.dtype
-            with torch.no_grad():
-                flat = encoder.float().flat().to(dtype).clone()
-            return PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens), {"embedding.weight": flat}
-        order = self.arrangement.columns()
-        tensors = {name: tensor.read() for name, tensor in self.stored.items()}
-        if not self.config.prefix_projection:
-            return self.config, {"embedding.weight": tensors["embedding.weight"][:, order]}
-        last = {name: tensors[name][order] for name in ("transform.2.weight", "transform.2.bias")}
-        return self.config, tensors | last
+        return {PREFIX + name: tensor for name, tensor in _join(ranks, self.cuts).items()}
 
 
-class PaddlePrefixEncoder(PrefixEncoder):
-    """PaddleNLP's encoder with its own order of columns, so that its optimizer state fits it."""
-
-    def __init__(self, config: PrefixConfig, model_config: BloomConfig, arrangement: Arrangement) -> None:
-        super().__init__(config, model_config)
-        self.model_config = model_config
-        self.arrangement = arrangement
-
-    def flat(self) -> Tensor:
-        """[P, 2 * L * D] in PEFT's order."""
-        return self.arrangement.arrange(super().flat())
-
-    def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
-        """What it gives, as a prefix without projection, whose columns would come in another order."""
-        with torch.device("meta"):
-            whole = PaddlePrefixEncoder(self.config, self.model_config, self.arrangement)
-        whole.load_state_dict(dict(tensors), assign=True)
-        with torch.no_grad():
-            return PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens), {"embedding.weight": whole.flat()}
-
-
-def read_paddle_prefix(
-    directory: Path,
-    model_config: BloomConfig,
-    *,
-    prefix_layout: PrefixLayout | None = None,
-    trained_tensor_parallel_degree: int | None = None,
-) -> PaddlePrefix:
-    """Read a prefix adapter.
+def read_paddle_prefix(directory: Path, model_config: BloomConfig, reading: PaddleReading) -> PaddlePrefix:
+    """Understand a prefix adapter's files; no tensor is read.
 
     Args:
         directory: holds prefix_config.json and prefix_model_state.pdparams or its .tp00, .tp01, ... shards.
         model_config: of the base model.
-        prefix_layout: None: as the files tell.
-        trained_tensor_parallel_degree: ranks that trained it; None: as the files tell.
+        reading: its layout and the ranks that trained it, where the files do not tell.
 
     Raises:
         AdapterError: the files are missing or damaged, do not fit the model, or leave layout or degree open.
     """
-    files = read_adapter_files(directory, PREFIX_CONFIG_FILE, PREFIX_STEM, trained_tensor_parallel_degree)
+    files = read_adapter_files(directory, PREFIX_CONFIG_FILE, PREFIX_STEM, reading)
     config = _prefix_config(files, model_config)
     why = "each rank took its own part of the prefix's columns for its heads"
     tp_degree = require_trained_degree(files, why)
     if model_config.n_head % tp_degree:
         raise AdapterError(f"{directory}: {model_config.n_head} heads cannot be divided among {tp_degree} ranks")
     arrangement = Arrangement(
-        layout=prefix_layout or _detect_layout(files),
+        layout=reading.prefix_layout or _detect_layout(files),
         tp_degree=tp_degree,
         head_shape=(model_config.n_layer, model_config.n_head, model_config.head_dim),
     )
@@ -191,7 +138,7 @@ def read_paddle_prefix(
         stored = _join([RankTensors(state.path.name, state.tensors) for state in files.states], cuts)
     except CheckpointError as error:
         raise AdapterError(f"{directory}: {error}; is it an adapter of another base model?") from error
-    return PaddlePrefix(config=config, arrangement=arrangement, cuts=cuts, stored=stored)
+    return PaddlePrefix(config=config, model_config=model_config, arrangement=arrangement, cuts=cuts, stored=stored)
 
 
 def prefix_cuts(config: PrefixConfig, model_config: BloomConfig) -> dict[str, Cut]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bloomlm.checkpoint.paddle.array import LazyTensor, StoredArray, StoredFile
+from bloomlm.checkpoint.paddle.stored import StoredArray, StoredFile
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
+from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError
 
 # VarType.Type of framework.proto

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from bloomlm.checkpoint.paddle.array import LazyTensor, StoredArray, StoredFile
-from bloomlm.checkpoint.paddle.names import PADDLE_PREFIX
+from bloomlm.checkpoint.paddle.layout import PADDLE_PREFIX
+from bloomlm.checkpoint.paddle.stored import StoredArray, StoredFile
 from bloomlm.checkpoint.safetensors_file import DTYPES, LENGTH_BYTES, MAX_HEADER_BYTES
+from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError
 
 PADDLE_FORMATS = ("np", "pd")

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
-from bloomlm.checkpoint.paddle.array import StoredFile
 from bloomlm.checkpoint.paddle.objects import GLOBALS, NdArray, Span, Text, call, set_state
+from bloomlm.checkpoint.paddle.stored import StoredFile
 from bloomlm.errors import CheckpointError
 
 # Ten times what the optimizer state of BLOOM 176B takes; a file of nothing but "make a dict" stops here.

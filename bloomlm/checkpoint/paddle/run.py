@@ -9,114 +9,108 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from bloomlm.checkpoint.paddle.adapter import find_paddle_adapter, read_paddle_adapter
-from bloomlm.checkpoint.paddle.adapter_files import LORA_STEM, PREFIX_STEM
-from bloomlm.checkpoint.paddle.array import Held, LazyTensor
-from bloomlm.checkpoint.paddle.lora import PaddleLora
-from bloomlm.checkpoint.paddle.model import open_paddle
-from bloomlm.checkpoint.paddle.names import VARIABLE, published_tensors, structured_by_variable
-from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, PrefixLayout
-from bloomlm.checkpoint.paddle.ranks import RankTensors, check_ranks_complete, join_ranks, missing_numbers
+from bloomlm.checkpoint.imported_run import ImportedRun, RecordedAdapter
+from bloomlm.checkpoint.paddle.layout import (
+    VARIABLE,
+    RankTensors,
+    check_ranks_complete,
+    join_ranks,
+    missing_numbers,
+    published_tensors,
+    structured_by_variable,
+)
+from bloomlm.checkpoint.paddle.model import open_model
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state, split_tensors
-from bloomlm.checkpoint.paddle.structure import AdapterStructure, structure_of
+from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
 
 MODEL_STEM = "model_state"
 TRAINER_STATE_FILE = "trainer_state.json"
-PREFIX_MODULE = "transformer.prefix."
 OPTIMIZER_FILE = re.compile(r"optimizer(?:\.tp(\d+))?(?:[._]shard(\d+))?\.pdopt")
 ACCUMULATOR = re.compile(r"(.+?)(?:_fp32_master_\d+)?_(moment1|moment2|beta1_pow_acc|beta2_pow_acc)_0")
 KINDS = ("moment1", "moment2", "master_weights")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaddleTrainingState:
-    """State of a run, under the parameter names of the model that resumes.
+class Learned(Protocol):
+    """What learned in a run."""
 
-    Those are the published names; lora_A and lora_B of the plain LoRA; transformer.prefix.embedding.weight and so on of
-    the encoder that PrefixStructure installs.
-    """
+    @property
+    def stem(self) -> str:
+        """Name of its state dict, without the ending."""
+        ...
 
-    structure: AdapterStructure | None
-    """What the adapter is; None: all of the model learns."""
-    weights: Mapping[str, LazyTensor]
-    """What learns, as stored."""
-    exp_avg: Mapping[str, LazyTensor]
-    """First moments; empty where there is no optimizer.pdopt."""
-    exp_avg_sq: Mapping[str, LazyTensor]
-    """Second moments; of the same names."""
-    master_weights: Mapping[str, LazyTensor]
-    """fp32 parameters of a run in fp16 or bf16 at level O2; otherwise empty."""
-    updates: int
-    """Updates made, which Adam counts per parameter."""
-    step: int
-    """Steps done: updates, and steps that fp16 skipped."""
-    max_steps: int | None
-    """Steps that the run was to have, if the files say."""
-    learning_rate: float | None
-    """Of the next update, if the files say."""
-    loss_scale: float | None
-    """Of a run in fp16."""
-    losses: tuple[Mapping[str, Any], ...]
-    """Entries of the log that hold a loss in training."""
+    @property
+    def recorded(self) -> RecordedAdapter | None:
+        """How it learns on; None: as all of a model does."""
+        ...
+
+    def weights(self) -> Mapping[str, LazyTensor]:
+        """The weights, under the names of the model that goes on."""
+        ...
+
+    def join(self, ranks: list[RankTensors]) -> Mapping[str, LazyTensor]:
+        """Other tensors of the same parameters, which the ranks hold under PaddleNLP's names, under these names."""
+        ...
 
 
-def find_paddle_checkpoint(directory: Path) -> bool:
+class WholeModel:
+    """All of a model, which learned in a run."""
+
+    stem = MODEL_STEM
+    recorded = None
+
+    def __init__(self, directory: Path, config: BloomConfig) -> None:
+        self._directory, self._config = directory, config
+
+    def weights(self) -> Mapping[str, LazyTensor]:
+        """Its parameters."""
+        return open_model(self._directory, self._config).tensors
+
+    def join(self, ranks: list[RankTensors]) -> Mapping[str, LazyTensor]:
+        """Put tensors together as the parameters are."""
+        published = [RankTensors(rank.place, published_tensors(rank.tensors, rank.place)) for rank in ranks]
+        return join_ranks(published, self._config, str(self._directory))
+
+
+def find_run(directory: Path) -> bool:
     """Whether a checkpoint-N is one of PaddleNLP's."""
     return any(next(directory.glob(pattern), None) is not None for pattern in ("*.pdparams", "*.pdopt"))
 
 
-def read_paddle_training_state(
-    directory: Path,
-    model_config: BloomConfig,
-    *,
-    adam_beta1: float = 0.9,
-    prefix_layout: PrefixLayout | None = None,
-    trained_tensor_parallel_degree: int | None = None,
-) -> PaddleTrainingState:
-    """Read the state of a run; a full model's tensors are read when asked for.
+def read_state(directory: Path, learned: Learned, adam_beta1: float) -> ImportedRun:
+    """Read the state of a run; a whole model's tensors are read when asked for.
 
     Args:
         directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
-        model_config: of the model, or of an adapter's base model.
+        learned: what learned in it.
         adam_beta1: that the run was started with; needed only where no file counts the steps.
-        prefix_layout, trained_tensor_parallel_degree: as for read_paddle_adapter.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not fit the weights.
     """
-    adapter = None
-    if find_paddle_adapter(directory):
-        adapter = read_paddle_adapter(
-            directory,
-            model_config,
-            prefix_layout=prefix_layout,
-            trained_tensor_parallel_degree=trained_tensor_parallel_degree,
-        )
     states = _optimizer_states(directory)
-    moments = _moments(states, adapter, model_config, directory)
+    moments = _moments(states, learned, directory)
     files = states.get(0, [])
     scheduler = (files[0].values.get("LR_Scheduler") if files else None) or _values(directory / "scheduler.pdparams")
     trainer = _trainer_state(directory)
     updates = _updates(scheduler, files, trainer, adam_beta1, directory)
-    max_steps = trainer.get("max_steps")
     last_lr = scheduler.get("last_lr")
-    return PaddleTrainingState(
-        structure=None if adapter is None else structure_of(adapter),
-        weights=_weights(adapter, directory, model_config),
+    return ImportedRun(
+        origin="PaddleNLP",
+        adapter=learned.recorded,
+        weights=learned.weights(),
         exp_avg=moments["moment1"],
         exp_avg_sq=moments["moment2"],
         master_weights=moments["master_weights"],
         updates=updates,
         step=_whole(trainer.get("global_step")) or updates,
-        max_steps=_whole(max_steps),
+        max_steps=_whole(trainer.get("max_steps")),
         learning_rate=float(last_lr) if isinstance(last_lr, (int, float)) else None,
         loss_scale=_loss_scale(directory),
         losses=_losses(trainer),
@@ -124,30 +118,19 @@ def read_paddle_training_state(
 
 
 def _moments(
-    states: Mapping[int, list[PaddleState]],
-    adapter: PaddleLora | PaddlePrefix | None,
-    model_config: BloomConfig,
-    directory: Path,
-) -> dict[str, dict[str, LazyTensor]]:
-    """Of each of KINDS, tensors under the names of the resumed model; all empty without an optimizer's files."""
+    states: Mapping[int, list[PaddleState]], learned: Learned, directory: Path
+) -> dict[str, Mapping[str, LazyTensor]]:
+    """Of each of KINDS, tensors under the names of the model that goes on; all empty without an optimizer's files."""
     if not states:
         return {kind: {} for kind in KINDS}
-    stem = {PaddleLora: LORA_STEM, PaddlePrefix: PREFIX_STEM}.get(type(adapter), MODEL_STEM)
-    ranks = [_sorted_by_kind(files, directory, stem, tp_rank) for tp_rank, files in states.items()]
-    whole = {kind: _join(adapter, [rank[kind] for rank in ranks], model_config, directory) for kind in KINDS}
+    ranks = [_sorted_by_kind(files, directory, learned.stem, tp_rank) for tp_rank, files in states.items()]
+    whole: dict[str, Mapping[str, LazyTensor]] = {}
+    for kind in KINDS:
+        of_kind = [rank[kind] for rank in ranks]
+        whole[kind] = learned.join(of_kind) if any(rank.tensors for rank in of_kind) else {}
     if not whole["moment1"] or whole["moment1"].keys() != whole["moment2"].keys():
         raise CheckpointError(f"{directory}: its optimizer state holds no moments of AdamW's")
     return whole
-
-
-def _weights(
-    adapter: PaddleLora | PaddlePrefix | None, directory: Path, model_config: BloomConfig
-) -> Mapping[str, LazyTensor]:
-    if isinstance(adapter, PaddleLora):
-        return {name: Held(tensor) for name, tensor in adapter.plain(adapter.stored).items()}
-    if isinstance(adapter, PaddlePrefix):
-        return {PREFIX_MODULE + name: tensor for name, tensor in adapter.stored.items()}
-    return open_paddle(directory, model_config).tensors
 
 
 def _optimizer_states(directory: Path) -> dict[int, list[PaddleState]]:
@@ -217,20 +200,6 @@ def _names_of_variables(directory: Path, stem: str, tp_rank: int, variables: lis
     if not names and all(VARIABLE.fullmatch(variable) for variable in variables) and stem == MODEL_STEM:
         return structured_by_variable(variables, str(directory))
     return names
-
-
-def _join(
-    adapter: PaddleLora | PaddlePrefix | None, ranks: list[RankTensors], config: BloomConfig, directory: Path
-) -> dict[str, LazyTensor]:
-    """Tensors of all ranks under the names of the resumed model's parameters, in its parameters' shapes."""
-    if not any(rank.tensors for rank in ranks):
-        return {}
-    if isinstance(adapter, PaddleLora):
-        return {name: Held(tensor) for name, tensor in adapter.plain(adapter.join(ranks)).items()}
-    if isinstance(adapter, PaddlePrefix):
-        return {PREFIX_MODULE + name: tensor for name, tensor in adapter.join(ranks).items()}
-    published = [RankTensors(rank.place, published_tensors(rank.tensors, rank.place)) for rank in ranks]
-    return join_ranks(published, config, str(directory))
 
 
 def _updates(

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.output_directory import Report, no_report
-from bloomlm.checkpoint.paddle.model import STATE_FILE
-from bloomlm.checkpoint.paddle.names import (
+from bloomlm.checkpoint.paddle.layout import (
     BLOCK_NORMS,
     LINEARS,
     PADDLE_PREFIX,
@@ -21,7 +20,8 @@ from bloomlm.checkpoint.paddle.names import (
     model_cuts,
     stored_name,
 )
-from bloomlm.checkpoint.paddle.state_writer import PaddleStateWriter
+from bloomlm.checkpoint.paddle.model import STATE_FILE
+from bloomlm.checkpoint.paddle.state import PaddleStateWriter
 from bloomlm.checkpoint.tensor_reader import TensorEntry
 from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.checkpoint.writer import OTHER_FILES_KEYS, generation_config, plan_shards, write_json

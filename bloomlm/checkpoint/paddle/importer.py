@@ -1,0 +1,127 @@
+"""The door to PaddleNLP's files: it recognises them, and returns what they hold as ordinary state.
+
+A model becomes a TensorReader under published names, an adapter a plain LoRA or prefix, a run an ImportedRun. No Paddle
+is needed, and nothing that a file says is executed. Code outside this package imports this module and the two writers.
+"""
+
+from pathlib import Path
+
+from bloomlm.checkpoint.adapters.base_config import base_config, lora_base_config
+from bloomlm.checkpoint.adapters.peft import PlainAdapter
+from bloomlm.checkpoint.imported_run import ImportedRun
+from bloomlm.checkpoint.paddle.adapter_files import (
+    LORA_CONFIG_FILE,
+    LORA_STEM,
+    PREFIX_CONFIG_FILE,
+    read_adapter_config,
+    read_adapter_files,
+)
+from bloomlm.checkpoint.paddle.lora import PaddleLora, read_paddle_lora
+from bloomlm.checkpoint.paddle.model import exported_config, find_model, open_model
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, read_paddle_prefix
+from bloomlm.checkpoint.paddle.reading import AS_THE_FILES_TELL, PaddleReading, PrefixLayout
+from bloomlm.checkpoint.paddle.recorded import RecordedLora, RecordedPrefix, read_recorded_adapter
+from bloomlm.checkpoint.paddle.run import WholeModel, find_run, read_state
+from bloomlm.errors import AdapterError
+from bloomlm.model.config import BloomConfig
+
+__all__ = [
+    "AS_THE_FILES_TELL",
+    "CONFIG_KEYS",
+    "PaddleReading",
+    "PrefixLayout",
+    "adapter_base_config",
+    "adapter_kind",
+    "exported_config",
+    "find_adapter",
+    "find_model",
+    "find_run",
+    "open_adapter",
+    "open_model",
+    "read_adapter",
+    "read_recorded_adapter",
+    "read_run",
+]
+
+CONFIG_KEYS = ("paddlenlp_version", "tensor_parallel_degree", "tensor_parallel_output", "tensor_parallel_rank")
+"""Keys of PaddleNLP's config.json that say how its files lay."""
+
+
+def find_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter in PaddleNLP's files."""
+    return any((directory / name).is_file() for name in (LORA_CONFIG_FILE, PREFIX_CONFIG_FILE))
+
+
+def adapter_kind(directory: Path) -> str | None:
+    """The flag that lets such an adapter learn as a directory holds: "lora", "prefix_tuning", or None without one."""
+    kinds = {LORA_CONFIG_FILE: RecordedLora.kind, PREFIX_CONFIG_FILE: RecordedPrefix.kind}
+    return next((kind for name, kind in kinds.items() if (directory / name).is_file()), None)
+
+
+def read_adapter(
+    directory: Path, model_config: BloomConfig, reading: PaddleReading = AS_THE_FILES_TELL
+) -> PlainAdapter:
+    """Read an adapter as the ordinary LoRA or prefix that computes the same.
+
+    Args:
+        directory: the adapter.
+        model_config: of the base model.
+        reading: what its files leave open.
+
+    Raises:
+        AdapterError: there is none or one of each kind, its files are missing or damaged, do not fit the model, or
+            leave open what they mean.
+    """
+    return open_adapter(directory, model_config, reading).plain()
+
+
+def open_adapter(
+    directory: Path, model_config: BloomConfig, reading: PaddleReading = AS_THE_FILES_TELL
+) -> PaddleLora | PaddlePrefix:
+    """Understand an adapter's files and read no tensor; arguments and errors are those of read_adapter."""
+    is_lora, is_prefix = ((directory / name).is_file() for name in (LORA_CONFIG_FILE, PREFIX_CONFIG_FILE))
+    if is_lora == is_prefix:
+        found = "both" if is_lora else "neither"
+        raise AdapterError(f"{directory}: expected {LORA_CONFIG_FILE} or {PREFIX_CONFIG_FILE}, found {found}")
+    if is_prefix:
+        return read_paddle_prefix(directory, model_config, reading)
+    if reading.prefix_layout is not None:
+        raise AdapterError(f"{directory} holds a LoRA adapter; a prefix_layout means nothing to it")
+    return read_paddle_lora(directory, model_config, reading)
+
+
+def adapter_base_config(directory: Path) -> BloomConfig:
+    """The shape of an adapter's base model; see adapters/base_config.py.
+
+    Raises:
+        AdapterError: files are missing or damaged, or do not tell.
+    """
+    if (directory / PREFIX_CONFIG_FILE).is_file():
+        values = read_adapter_config(directory / PREFIX_CONFIG_FILE)
+        return base_config(directory, values, "num_hidden_layers", "hidden_size", "num_attention_heads")
+    files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM)
+    inputs = {name: tensor.shape[0] for name, tensor in files.states[0].tensors.items() if tensor.shape}
+    return lora_base_config(directory, inputs, num_ranks=len(files.states))
+
+
+def read_run(
+    directory: Path,
+    model_config: BloomConfig,
+    *,
+    adam_beta1: float = 0.9,
+    reading: PaddleReading = AS_THE_FILES_TELL,
+) -> ImportedRun:
+    """Read the state of a run; a whole model's tensors are read when asked for.
+
+    Args:
+        directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
+        model_config: of the model, or of an adapter's base model.
+        adam_beta1: that the run was started with; needed only where no file counts the steps.
+        reading: what an adapter's files leave open.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or do not fit the weights.
+    """
+    if find_adapter(directory):
+        return read_state(directory, open_adapter(directory, model_config, reading), adam_beta1)
+    return read_state(directory, WholeModel(directory, model_config), adam_beta1)

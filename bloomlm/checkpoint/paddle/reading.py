@@ -1,0 +1,48 @@
+"""How files of PaddleNLP are to be read where they do not say it themselves."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class PrefixLayout(Enum):
+    """How a block's part of a prefix becomes its keys and values; see prefix.py."""
+
+    OLD = "old"
+    NEW = "new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddleReading:
+    """What the user knows about files of PaddleNLP and the files leave open."""
+
+    prefix_layout: PrefixLayout | None = None
+    """Of a prefix adapter: old until August 2023, new since; None: as the files tell."""
+    trained_tensor_parallel_degree: int | None = None
+    """Tensor-parallel ranks that trained an adapter; None: as the files tell."""
+    tokenization: bool = False
+    """Cut texts into words as PaddleNLP did, which read vocab.json and merges.txt as GPT-2's tokenizer does."""
+
+    @classmethod
+    def from_flags(
+        cls,
+        *,
+        prefix_layout: str | None = None,
+        trained_tensor_parallel_degree: int | None = None,
+        paddle_tokenization: bool = False,
+    ) -> "PaddleReading":
+        """The value that the three flags of this name stand for."""
+        return cls(
+            prefix_layout=None if prefix_layout is None else PrefixLayout(prefix_layout),
+            trained_tensor_parallel_degree=trained_tensor_parallel_degree,
+            tokenization=paddle_tokenization,
+        )
+
+    @property
+    def adapter_flags(self) -> tuple[str, ...]:
+        """Names of those given that say how to read an adapter."""
+        return tuple(
+            name for name in ("prefix_layout", "trained_tensor_parallel_degree") if getattr(self, name) is not None
+        )
+
+
+AS_THE_FILES_TELL = PaddleReading()

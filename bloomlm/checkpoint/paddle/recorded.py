@@ -1,0 +1,257 @@
+"""How an adapter that PaddleNLP began learns on: what PEFT's files cannot say.
+
+Of a LoRA of before July 2023 only the blocks of lora_B learn, and a prefix keeps the encoder it was trained with, so
+that the recorded moments fit. Our own checkpoints of such a run note this in paddle_adapter.json, beside PEFT's files,
+and so go on like any other; the values of what learns are in their training state.
+
+Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, t ranks, E the encoder's output [P, 2LD].
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from bloomlm.adapters.base import apply_adapter
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
+from bloomlm.checkpoint.imported_run import RecordedAdapter
+from bloomlm.checkpoint.paddle.reading import PrefixLayout
+from bloomlm.errors import CheckpointError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
+
+STRUCTURE_FILE = "paddle_adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Where the slots of one module's lora_B lie."""
+
+    slots: tuple[bool, ...]
+    """Which of the equal parts of the outputs are trained; (True,) for a plain LoRA."""
+    groups: int
+    """Equal pieces of the outputs within which the parts are counted: ranks (era A), heads (era M) or 1."""
+
+    @property
+    def num_enabled(self) -> int:
+        """Trained parts (k)."""
+        return sum(self.slots)
+
+    def place(self, lora_b: Tensor) -> Tensor:
+        """The stored lora_B [r, out * k / parts] as a plain one [out, k * r], zero outside the blocks."""
+        lora_rank, k, parts = lora_b.shape[0], self.num_enabled, len(self.slots)
+        stored = lora_b.unflatten(1, (self.groups, k, -1))
+        width = stored.shape[-1]
+        plain = lora_b.new_zeros(self.groups, parts, width, k, lora_rank)
+        for slot, part in enumerate(index for index, enabled in enumerate(self.slots) if enabled):
+            plain[:, part, :, slot] = stored[:, :, slot].permute(1, 2, 0)
+        return plain.view(self.groups * parts * width, k * lora_rank)
+
+    def trained_entries(self, plain_shape: torch.Size) -> Tensor:
+        """Boolean [out, k * r]: the entries of a plain lora_B of that shape that lie in the blocks."""
+        outputs, lora_rank = plain_shape[0], plain_shape[1] // self.num_enabled
+        return self.place(torch.ones(lora_rank, outputs // len(self.slots) * self.num_enabled)) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedLora:
+    """A LoRA of any of PaddleNLP's eras, as a plain one with entries that do not learn."""
+
+    config: LoraConfig
+    """Of the plain LoRA."""
+    blocks: Mapping[str, Blocks]
+    """Name of each module with an update -> the blocks of its lora_B."""
+    kind: ClassVar[str] = "lora"
+
+    @property
+    def num_slots(self) -> int:
+        """So many times PaddleNLP's r is the plain LoRA's (k), in most modules."""
+        numbers = [block.num_enabled for block in self.blocks.values()]
+        return max(set(numbers), key=numbers.count)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Those of PaddleNLP's own adapter."""
+        return {
+            "r": self.config.r // self.num_slots,
+            "lora_alpha": self.config.alpha / self.num_slots,
+            "lora_dropout": self.config.lora_dropout,
+            "target_modules": self.config.target_modules,
+        }
+
+    def describe(self) -> str:
+        """Its rank and scaling."""
+        plain = "" if self.num_slots == 1 else f", as a plain one of r {self.config.r} in PEFT's files"
+        return f"LoRA (r {self.flags['r']}, lora_alpha {self.flags['lora_alpha']:g}{plain})"
+
+    def write(self, directory: Path) -> None:
+        """Note it in paddle_adapter.json."""
+        _write(directory, self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """From the contents of paddle_adapter.json."""
+        lists = {name: tuple(values["config"][name]) for name in ("target_modules", "replaced_names")}
+        blocks = {name: Blocks(slots=tuple(b["slots"]), groups=b["groups"]) for name, b in values["blocks"].items()}
+        return cls(config=LoraConfig(**(values["config"] | lists)), blocks=blocks)
+
+    def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
+        """Put it into a model; see imported_run.py."""
+        apply_adapter(model, self.config, _private_generator(model, device), device)
+        for name, module in self.config.layers(model):
+            if name not in self.blocks:  # PaddleNLP gave this block none: its update stays zero
+                module.lora_A.requires_grad_(False)
+                module.lora_B.requires_grad_(False)
+                continue
+            learns = self.blocks[name].trained_entries(module.lora_B.shape)
+            if not learns.all():
+                module.lora_B_learns = learns.to(module.lora_B.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """What decides the meaning of E."""
+
+    layout: PrefixLayout
+    """Reread (old) or transposed (new)."""
+    tp_degree: int
+    """Ranks that trained it (t)."""
+    head_shape: tuple[int, int, int]
+    """L, H, K."""
+
+    def arrange(self, encoded: Tensor) -> Tensor:
+        """E [P, 2LD] as the flat prefix [P, 2LD], columns in the order (block, key or value, head, column)."""
+        n_layer, n_head, head_dim = self.head_shape
+        tokens, heads = encoded.shape[0], n_head // self.tp_degree
+        slots = encoded.view(tokens, self.tp_degree, 2, n_layer, heads, head_dim)
+        if self.layout is PrefixLayout.OLD:
+            memory = slots.permute(1, 2, 3, 0, 4, 5).reshape(self.tp_degree, 2, n_layer, -1)
+            keys = memory[:, 0].view(self.tp_degree, n_layer, heads, head_dim, tokens).permute(4, 1, 0, 2, 3)
+            values = memory[:, 1].view(self.tp_degree, n_layer, heads, tokens, head_dim).permute(3, 1, 0, 2, 4)
+            return torch.stack((keys, values), dim=2).reshape(tokens, -1)
+        return slots.permute(0, 3, 2, 1, 4, 5).reshape(tokens, -1)
+
+    def columns(self) -> Tensor:
+        """New layout: for each column of the flat prefix, [2LD], the column of E that it is."""
+        assert self.layout is PrefixLayout.NEW, "the old layout mixes tokens too"
+        n_layer, n_head, head_dim = self.head_shape
+        return self.arrange(torch.arange(2 * n_layer * n_head * head_dim).view(1, -1))[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedPrefix:
+    """A prefix in PaddleNLP's own order of columns."""
+
+    config: PrefixConfig
+    """Number of virtual tokens, and the projection it is trained with."""
+    arrangement: Arrangement
+    """What its numbers mean."""
+    kind: ClassVar[str] = "prefix_tuning"
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The same here and in PaddleNLP."""
+        return {name: getattr(self.config, name) for name in ("num_prefix_tokens", "prefix_projection")}
+
+    def describe(self) -> str:
+        """Its size and layout."""
+        projection = ", with projection" if self.config.prefix_projection else ""
+        degree = self.arrangement.tp_degree
+        return (
+            f"prefix of {self.config.num_prefix_tokens} tokens ({self.arrangement.layout.value} layout, trained by "
+            f"{degree} rank{'s' if degree > 1 else ''}{projection})"
+        )
+
+    def write(self, directory: Path) -> None:
+        """Note it in paddle_adapter.json."""
+        _write(directory, self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """From the contents of paddle_adapter.json."""
+        arrangement = values["arrangement"]
+        return cls(
+            config=PrefixConfig(**values["config"]),
+            arrangement=Arrangement(
+                layout=PrefixLayout(arrangement["layout"]),
+                tp_degree=arrangement["tp_degree"],
+                head_shape=tuple(arrangement["head_shape"]),
+            ),
+        )
+
+    def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
+        """Put it into a model; see imported_run.py."""
+        apply_adapter(model, self.config, _private_generator(model, device), device)
+        plain = model.transformer.prefix
+        assert plain is not None
+        with torch.device("meta"):
+            encoder = PaddlePrefixEncoder(self.config, model.config, self.arrangement)
+        encoder.load_state_dict(plain.state_dict(), assign=True)
+        model.transformer.prefix = encoder.train(model.training)
+
+
+class PaddlePrefixEncoder(PrefixEncoder):
+    """PaddleNLP's encoder with its own order of columns, so that its optimizer state fits it."""
+
+    def __init__(self, config: PrefixConfig, model_config: BloomConfig, arrangement: Arrangement) -> None:
+        super().__init__(config, model_config)
+        self.model_config = model_config
+        self.arrangement = arrangement
+
+    def flat(self) -> Tensor:
+        """[P, 2 * L * D] in PEFT's order."""
+        return self.arrangement.arrange(super().flat())
+
+    def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
+        """What it gives, as a prefix without projection, whose columns would come in another order."""
+        with torch.device("meta"):
+            whole = PaddlePrefixEncoder(self.config, self.model_config, self.arrangement)
+        whole.load_state_dict(dict(tensors), assign=True)
+        with torch.no_grad():
+            return PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens), {"embedding.weight": whole.flat()}
+
+
+def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
+    """The adapter that a checkpoint of ours notes; None where it notes none.
+
+    Args:
+        directory: of the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = directory / STRUCTURE_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = RecordedLora if "blocks" in values else RecordedPrefix
+        return kind.from_values(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}; go on from another checkpoint") from error
+
+
+def _write(directory: Path, adapter: RecordedLora | RecordedPrefix) -> None:
+    path = directory / STRUCTURE_FILE
+    values = dataclasses.asdict(adapter)
+    try:
+        path.write_text(json.dumps(values, indent=2, default=_plain_value) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _plain_value(value: Any) -> Any:
+    """What JSON has for a layout."""
+    assert isinstance(value, PrefixLayout)
+    return value.value
+
+
+def _private_generator(model: BloomForCausalLM, device: torch.device | None) -> torch.Generator:
+    """Fresh values are drawn only to be replaced: the program's own randomness shall not notice."""
+    return torch.Generator(device or model.transformer.word_embeddings.weight.device)

@@ -10,7 +10,7 @@ evaluation can declare their flags without the command line.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ def flag(
     *,
     aliases: tuple[str, ...] = (),
     repeatable: bool = False,
+    choices: Iterable[str] = (),
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
@@ -51,6 +52,7 @@ def flag(
         help: one line, with the unit; --help adds the default.
         aliases: other spellings, such as ("prefix",).
         repeatable: the flag is given once for each text of the tuple, which may hold commas.
+        choices: the texts that are allowed, where a Literal cannot list them; none: no limit.
         minimum, maximum: the range of a number, its ends included; None is always allowed.
         above, below: the same, its ends excluded.
     """
@@ -58,7 +60,14 @@ def flag(
     given = {name: bound for name, bound in bounds.items() if bound is not None}
     return field(
         default=default,
-        metadata={"section": section, "help": help, "aliases": aliases, "repeatable": repeatable, **given},
+        metadata={
+            "section": section,
+            "help": help,
+            "aliases": aliases,
+            "repeatable": repeatable,
+            "choices": tuple(choices),
+            **given,
+        },
     )
 
 

@@ -11,6 +11,7 @@ from bloomlm.api import DTYPES
 from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
+from bloomlm.export.formats import FORMATS
 from bloomlm.export.parity import Parity
 from bloomlm.export.program import ExportResult, export_program
 from bloomlm.flags import Dtype, ModelFlags, flag
@@ -27,12 +28,14 @@ class ExportConfig(ModelFlags):
     )
     dtype: Dtype | None = flag("program", None, "precision that matrices are kept in  [default: the model's]")
     quantization: Literal["none", "int8", "int4"] = flag(
-        "program", "none", "keep matrices in 8 or 4 bits, which is faster and less exact"
+        "program",
+        "none",
+        "keep matrices in 8 bits, which is smaller and faster, or in 4 bits, which is smallest but slow",
     )
-    format: Literal["pt2", "onnx", "openvino", "gguf"] = flag(
-        "program", "pt2", "what will run it: PyTorch (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)"
+    format: str = flag(
+        "program", "pt2", "what will run it: PyTorch (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)", choices=FORMATS
     )
-    max_length: int = flag("program", 128, "tokens that infer generates where it is not told otherwise", minimum=1)
+    max_length: int = flag("program", 128, "tokens that infer generates unless told otherwise", minimum=1)
     no_verify: bool = flag("program", False, "leave out the comparison with the model at the end")
 
 

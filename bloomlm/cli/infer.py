@@ -22,6 +22,7 @@ from bloomlm.cli.predict_prompts import Prompts
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Flags, flag
 from bloomlm.generation.config import GenerationConfig
+from bloomlm.runtime.formats import FORMATS
 from bloomlm.runtime.manifest import Manifest
 from bloomlm.runtime.program import Program
 
@@ -32,8 +33,11 @@ class _ProgramFlags(Flags):
 
     model_dir: Path = flag("program", REQUIRED, "directory that bloomlm export wrote into")
     model_prefix: str = flag("program", "bloom", "name of the program in it")
-    backend: Literal["auto", "pt2", "onnx_runtime", "openvino", "llama_cpp"] = flag(
-        "program", "auto", "what runs it; auto: what its format is for"
+    backend: str = flag(
+        "program",
+        "auto",
+        "what runs it; auto: the one for its format",
+        choices=("auto", *(form.backend for form in FORMATS.values())),
     )
     device: Literal["cpu", "gpu"] = flag("program", "cpu", "where it runs")
     verify_weights: bool = flag("program", False, "read all weights and compare their checksums first")

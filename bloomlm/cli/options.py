@@ -239,7 +239,7 @@ def _flag(item: Field[Any], hint: Any) -> Flag:
         default = item.default_factory()
     return Flag(
         name=item.name,
-        type=click.STRING if item.metadata.get("repeatable") else _parameter_type(hint, item.name),
+        type=_parameter_type(hint, item),
         is_optional=is_optional,
         default=default,
         help=item.metadata.get("help", ""),
@@ -257,7 +257,12 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _parameter_type(hint: Any, name: str) -> _ParamType:
+def _parameter_type(hint: Any, item: Field[Any]) -> _ParamType:
+    if item.metadata.get("repeatable"):
+        return click.STRING
+    choices = get_args(hint) if get_origin(hint) is Literal else item.metadata.get("choices")
+    if choices:
+        return click.Choice([str(value) for value in choices], case_sensitive=False)
     simple: dict[Any, _ParamType] = {
         bool: click.BOOL,
         int: click.INT,
@@ -267,9 +272,7 @@ def _parameter_type(hint: Any, name: str) -> _ParamType:
     }
     if hint in simple:
         return simple[hint]
-    if get_origin(hint) is Literal:
-        return click.Choice([str(value) for value in get_args(hint)], case_sensitive=False)
-    assert get_origin(hint) is tuple, f"no flag can be made of {name}: {hint}"
+    assert get_origin(hint) is tuple, f"no flag can be made of {item.name}: {hint}"
     return NameList()
 
 

@@ -1,7 +1,7 @@
-"""Is the program the model? The same texts through both, logits and greedy tokens compared at every step.
+"""Comparison of a program with its model: logits and greedy tokens at every step of the same texts.
 
-Prompts of unequal length are read in one batch and then forced through the rest of their texts token by token, so
-prefill, pads, the cache and decode_step all take part, and a perplexity comes out besides.
+Prompts of unequal length are read in one batch, and the rest of each text is then forced token by token. So prefill,
+pads, the cache and decode_step all take part, and both sides get a perplexity.
 
 Shapes: B texts, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from bloomlm.errors import ProgramError
 from bloomlm.generation.loop import DecodingBatch, LanguageModel
 
-# Written for this purpose; a model need not like them, both sides only have to agree.
+# Written for this comparison. How well a model predicts them does not matter; both sides have to agree.
 TEXTS = (
     "The lighthouse stood at the end of a long breakwater, and every evening the keeper walked out to it "
     "with a can of oil, a loaf of bread and the newspaper of the day before. In winter the waves came over "
@@ -35,7 +35,7 @@ TEXTS = (
 )
 _PROMPT_TOKENS = (24, 3, 17, 9, 12, 1)
 _FORCED_TOKENS = 48
-"""Of each text; with half of them the perplexity of an int4 program is off by several percent."""
+"""Tokens of each text that are forced; with half as many, an int4 program's perplexity is off by several percent."""
 
 LIMITS: Mapping[str, Mapping[str, float]] = {
     "float32": {"logits_error": 1e-4},
@@ -45,9 +45,9 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
     "int8": {"perplexity_change": 0.01},
     "int4": {"perplexity_change": 0.05},
 }
-"""What a program of each kind must keep to. float32 is a matter of the order of sums; llama.cpp looks GELU up in a
-table of 16 bits; the 16-bit formats' models round every activation and the program does not; and what int8 and int4
-cost is measured where it shows, in perplexity."""
+"""The largest differences that a program of each kind may have. In float32 only the order of sums differs, except that
+llama.cpp takes GELU from a table of 16-bit numbers. Models in 16 bits round every activation and their programs do not.
+int8 and int4 are limited in perplexity, which shows what they cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,38 +57,39 @@ class Parity:
     num_positions: int
     """Positions compared."""
     logits_error: float
-    """Root of the mean squared difference of the logits over that of the model's logits around their mean."""
+    """Root mean square of the difference of the logits, over the standard deviation of the model's logits."""
     largest_difference: float
-    """Of any logit."""
+    """Largest absolute difference of a logit."""
     equal_tokens: float
-    """Share of positions where both have the same likeliest token."""
+    """Share of positions at which both have the same likeliest token."""
     clear_tokens_differ: int
-    """Positions where the tokens differ although the model's own lead is larger than twice the difference there."""
+    """Positions at which the tokens differ although the model's two best logits are further apart than twice the
+    largest difference there."""
     model_perplexity: float
-    """Of the model on the forced tokens."""
+    """Perplexity of the model on the forced tokens."""
     program_perplexity: float
-    """Of the program on them."""
+    """Perplexity of the program on them."""
 
     @property
     def perplexity_change(self) -> float:
-        """Relative; above 0: the program is worse."""
+        """Relative change of the perplexity; above 0 the program is worse."""
         return self.program_perplexity / self.model_perplexity - 1.0
 
     def check(self, kind: str) -> None:
-        """Raise ProgramError where the program is further away than LIMITS[kind] allow."""
+        """Raise ProgramError if a difference exceeds LIMITS[kind]."""
         for name, limit in LIMITS[kind].items():
             found = getattr(self, name)
-            if not found <= limit:  # NaN is no pass
+            if not found <= limit:  # NaN fails too
                 raise ProgramError(
                     f"the exported program differs from the model: {name.replace('_', ' ')} is {found:.3g}, at most "
-                    f"{limit:.3g} is expected of {kind}. --no_verify writes it all the same"
+                    f"{limit:.3g} is allowed for {kind}; --no_verify writes it without this comparison"
                 )
         if kind == "float32" and self.clear_tokens_differ:
             raise ProgramError(f"the exported program chooses other tokens at {self.clear_tokens_differ} positions")
 
 
 def comparison_tokens(encoded: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
-    """Prompts of unequal length, and what is forced after them.
+    """Prompts of unequal length, and the tokens that are forced after them.
 
     Args:
         encoded: ids of TEXTS.
@@ -102,11 +103,11 @@ def comparison_tokens(encoded: Sequence[Sequence[int]]) -> tuple[list[list[int]]
 
 
 def compare(model: LanguageModel, program: LanguageModel, prompts: Sequence[Sequence[int]], forced: Tensor) -> Parity:
-    """Run both over the same tokens.
+    """Run both sides over the same tokens.
 
     Args:
         model: the one that was exported.
-        program: what it became.
+        program: what was exported from it.
         prompts: B lists of ids.
         forced: [B, F] ids that follow them.
     """
@@ -124,13 +125,15 @@ def compare(model: LanguageModel, program: LanguageModel, prompts: Sequence[Sequ
 
 
 class _Tally:
+    """Sums over the steps of a comparison."""
+
     def __init__(self) -> None:
         self.positions = self.equal = self.clear_differ = 0
         self.squared_error = self.squared_size = self.largest = 0.0
         self.losses = [0.0, 0.0]
 
     def add(self, expected: Tensor, found: Tensor, targets: Tensor) -> None:
-        """Logits [B, V] of both sides, and the ids [B] that come next."""
+        """Add one step: logits [B, V] of both sides and the ids [B] that follow."""
         difference = found - expected
         self.squared_error += float(difference.double().square().sum())
         self.squared_size += float((expected - expected.mean(dim=1, keepdim=True)).double().square().sum())
@@ -145,7 +148,7 @@ class _Tally:
             self.losses[side] += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
 
     def result(self) -> Parity:
-        """All positions together."""
+        """The comparison over all steps."""
         perplexities = [math.exp(min(loss / self.positions, 700.0)) for loss in self.losses]
         return Parity(
             num_positions=self.positions,

@@ -1,7 +1,7 @@
-"""How an exported program keeps a matrix: fp32, 16 bits, int8 or int4; and the product with it for many rows.
+"""How an exported program stores a matrix (fp32, 16 bits, int8, int4), and the product of such a matrix with many rows.
 
-A WeightFormat turns a matrix into the tensors that stand for it, and back. `many_rows` hands fp32 blocks of the matrix
-to a library's product; kernels/ has the product for few rows.
+A WeightFormat encodes a matrix as one or two tensors and decodes it. `many_rows` decodes the matrix block by block and
+calls a library's product; kernels/ has the product with few rows.
 
 Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
 """
@@ -19,44 +19,45 @@ from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.quantized import quantize_rows, row_blocks
 
 Parts = Mapping[str, Tensor]
-"""The tensors that stand for one matrix, by the last part of their names."""
+"""The tensors of one encoded matrix, by the last part of their names."""
 Multiply = Callable[[Tensor, Tensor], Tensor]
 """x W^T of fp32 tensors, by a library: [N, in], [out, in] -> [N, out]."""
 Decode = Callable[[Parts], Tensor]
-"""The matrix in fp32 that parts stand for."""
+"""From the encoded matrix to the matrix in fp32."""
 
 SUFFIXES = ("weight", "scale")
 QUANTIZATIONS = ("none", "int8", "int4")
 
 _BLOCK_ELEMENTS = 2**21
-"""Of a matrix that many_rows takes to fp32 at a time: 8 MiB, which stay in a processor's caches until they are used."""
+"""Elements that many_rows decodes at a time: 8 MiB in fp32, which stay in a processor's caches until they are used."""
 _INT8_PARTS = 4
-"""Of a row, each with a scale. kernels/matrix.h has the same number."""
+"""Parts of a row, each with a scale. kernels/matrix.h has the same number."""
 _GROUP_SIZE = 32
 """Weights of a row that share a scale in int4."""
 _SCALE_FACTORS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)
-"""Of the scale that spans a group: a smaller one cuts its largest weight and is finer for the others."""
+"""Candidates, relative to the scale that spans a group; a smaller scale clips the largest weight and is finer for the
+others."""
 
 
 class WeightFormat(Protocol):
-    """One way of keeping a matrix [out, in]."""
+    """One way of storing a matrix [out, in]."""
 
     def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
-        """Shapes and dtypes of what `encode` gives."""
+        """Shapes and dtypes of the tensors that `encode` returns."""
         ...
 
     def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
-        """The tensors that stand for a matrix; name is for messages."""
+        """The tensors that store a matrix; name is for messages."""
         ...
 
     def decode(self, parts: Parts) -> Tensor:
-        """The matrix in fp32, or the rows of it that parts hold."""
+        """The matrix in fp32, or those of its rows that the parts hold."""
         ...
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Floating-point numbers."""
+    """Floating-point numbers without quantisation."""
 
     dtype: torch.dtype
 
@@ -75,10 +76,10 @@ class Plain:
 
 @dataclass(frozen=True)
 class Int8:
-    """Symmetric int8 with a scale for each quarter of a row, by its largest absolute value."""
+    """Symmetric int8 with a scale for each quarter of a row, given by its largest absolute value."""
 
     def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
-        """Numbers and scales."""
+        """Integers and scales."""
         if num_in % _INT8_PARTS:
             raise ConfigError(
                 f"int8 takes rows in {_INT8_PARTS} parts, and a matrix of this model has rows of {num_in} weights; "
@@ -90,7 +91,7 @@ class Int8:
         }
 
     def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
-        """Round to the nearest of 255 steps."""
+        """Round to the nearest multiple of the scale, from -127 to 127."""
         weight, scale = quantize_rows(matrix.reshape(-1, matrix.shape[1] // _INT8_PARTS), name)
         return {"weight": weight.view(matrix.shape), "scale": scale.view(-1, _INT8_PARTS)}
 
@@ -103,12 +104,12 @@ class Int8:
 class Int4:
     """int4 in groups of 32 with a scale each, two numbers in a byte.
 
-    A group is every G-th weight of a row, not 32 neighbours, so that a vector of neighbours meets a vector of scales.
-    A byte holds the numbers of place j (low half) and j + in / 2 (high half), plus 8 each.
+    A group is every G-th weight of a row, not 32 neighbours, so that neighbouring weights have neighbouring scales.
+    Byte j of a row holds the integers of columns j (low half) and j + in / 2 (high half), each plus 8.
     """
 
     def entries(self, num_out: int, num_in: int) -> dict[str, TensorEntry]:
-        """Bytes and scales."""
+        """Bytes of two integers each, and scales."""
         if num_in % _GROUP_SIZE:
             raise ConfigError(
                 f"int4 takes rows in groups of {_GROUP_SIZE} weights, and a matrix of this model has rows of {num_in}; "
@@ -120,7 +121,7 @@ class Int4:
         }
 
     def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
-        """Round to -8 .. 7 times a scale, of a few scales the one with the least squared error."""
+        """Round to integers from -8 to 7, with the one of a few scales that has the least squared error."""
         num_out, num_in = matrix.shape
         shapes = self.entries(num_out, num_in)
         parts = {key: torch.empty(entry.shape, dtype=entry.dtype) for key, entry in shapes.items()}
@@ -143,7 +144,7 @@ class Int4:
 
 
 def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
-    """The format that flags name.
+    """The format that the flags ask for.
 
     Args:
         quantization: one of QUANTIZATIONS.
@@ -155,7 +156,7 @@ def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
 
 
 def format_of(dtype: torch.dtype) -> WeightFormat:
-    """The format that keeps its numbers in this dtype."""
+    """The format whose weights have this dtype."""
     if dtype is torch.int8:
         return Int8()
     return Int4() if dtype is torch.uint8 else Plain(dtype)
@@ -166,9 +167,9 @@ def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F
 
     Args:
         x: [N, in].
-        parts: the matrix.
-        decode: takes it to fp32, at most _BLOCK_ELEMENTS at a time.
-        multiply: the product.
+        parts: the encoded matrix.
+        decode: decodes a block of at most _BLOCK_ELEMENTS elements.
+        multiply: the product with a decoded block.
     """
     if parts["weight"].dtype is torch.float32:
         return multiply(x, parts["weight"])
@@ -181,8 +182,8 @@ def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F
 
 
 def nearest_int4(block: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[n, 32, G] fp32 -> whole numbers from -8 to 7 in fp32, and scales [n, G]."""
-    # the number of largest size lands on -8 exactly, whatever its sign
+    """[n, 32, G] in fp32 -> integers from -8 to 7 in fp32, and scales [n, G]."""
+    # the weight of largest magnitude becomes -8 exactly, whatever its sign
     largest = block.gather(1, block.abs().argmax(dim=1, keepdim=True)) / -8.0
     best_error, best_numbers, best_scale = None, block, largest
     for factor in _SCALE_FACTORS:

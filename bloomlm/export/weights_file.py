@@ -1,6 +1,7 @@
-"""The weights file of a program: every matrix stacked over the blocks, written a block at a time.
+"""The weights file of a program: every matrix stacked over the blocks, written one block at a time.
 
-A model that load_model has mapped goes from file to file: in memory is one matrix in fp32 and what it is turned into.
+The weights of a model that load_model has mapped are copied from file to file: memory holds one matrix in fp32 and its
+encoded form at a time.
 
 Shapes: L blocks, H heads, K head_dim, P virtual tokens.
 """
@@ -28,7 +29,7 @@ _OUTER_NORMS = ("word_embeddings_layernorm", "ln_f")
 
 
 def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int) -> dict[str, TensorEntry]:
-    """Name -> shape and dtype of everything in the file, in its order."""
+    """Name -> shape and dtype of every tensor in the file, in its order."""
     hidden, layers, fp32 = config.hidden_size, config.n_layer, torch.float32
     linears = {
         "query_key_value": (3 * hidden, hidden),
@@ -47,7 +48,7 @@ def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int)
     entries[SLOPES] = TensorEntry((config.n_head,), fp32)
     if num_virtual:
         entries[VIRTUAL] = TensorEntry((layers, 2, config.n_head, num_virtual, config.head_dim), fp32)
-    # the widest first, so that every tensor is aligned to its own numbers
+    # wide dtypes first, so that every tensor is aligned to its own element size
     return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
@@ -63,12 +64,12 @@ def write_weights(
     Args:
         path: a new file.
         model: with LoRA, which is added in, with a prefix, whose keys and values are kept, or plain.
-        weights: how matrices are kept.
+        weights: how matrices are stored.
         entries: what weight_entries returns for the model.
         on_parameter: called after each parameter of the model.
 
     Raises:
-        CheckpointError: a weight cannot be kept so, or the file cannot be written.
+        CheckpointError: a weight cannot be stored this way, or the file cannot be written.
     """
     header, starts = build_header(entries, {"format": "pt"})
     try:

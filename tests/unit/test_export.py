@@ -387,3 +387,10 @@ def test_others_may_write_beside_an_export(loaded: LoadedModel, tmp_path: Path) 
     export_small(loaded, tmp_path / "bloom", verify=False, on_stage=write)
     Program(tmp_path / "bloom")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_flags_offer_what_the_tables_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", "--model_name_or_path", "builtin:tiny", "--format", "tflite") == 2
+    assert "'pt2', 'onnx', 'openvino', 'gguf'" in capsys.readouterr().err
+    assert run("infer", "--model_dir", "nowhere", "--backend", "tflite") == 2
+    assert "'auto', 'pt2', 'onnx_runtime', 'openvino', 'llama_cpp'" in capsys.readouterr().err

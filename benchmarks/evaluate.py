@@ -39,20 +39,22 @@ def model_directory(size: str) -> Path:
 def run_bloomlm(args: argparse.Namespace) -> dict[str, float]:
     """Our metrics; yields nothing before the model is there."""
     from bloomlm.allocator import keep_freed_memory
-    from bloomlm.api import load
-    from bloomlm.evaluation.plans import make_plan
-    from bloomlm.evaluation.run import run_plan
+    from bloomlm.api import evaluate, load
 
     keep_freed_memory()  # as every command does
     bloom = load(model_directory(args.size))
     warm_up(lambda: bloom.generate("a", max_new_tokens=1))
     start = Clock()
     protocol = "reference" if args.task == "sliding" else "lm_eval"
-    plan = make_plan(
-        Path(args.file), bloom.tokenizer, protocol=protocol, is_lambada=args.task == "lambada", limit=args.limit
+    report = evaluate(
+        bloom,
+        eval_path=args.file,
+        protocol=protocol,
+        cloze_eval=args.task == "lambada",
+        limit=args.limit,
+        batch_size=args.batch_size,
     )
-    outcome = run_plan(bloom.model, plan, max_batch_tokens=args.batch_size * plan.settings["seq_length"])
-    return {**start.stop(), **{name: metric.value for name, metric in outcome.metrics.items()}}
+    return {**start.stop(), **{name: metric.value for name, metric in report.metrics.items()}}
 
 
 def run_lm_eval(args: argparse.Namespace) -> dict[str, float]:
@@ -63,8 +65,8 @@ def run_lm_eval(args: argparse.Namespace) -> dict[str, float]:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.wikitext import preprocess_wikitext
 
-    from bloomlm.evaluation.lambada import read_passages
-    from bloomlm.evaluation.wikitext import read_text, split_documents
+    from bloomlm.evaluation.data_sources import read_passages, read_text
+    from bloomlm.evaluation.wikitext import split_documents
 
     if args.task == "lambada":
         rows = [{"text": passage.text} for passage in read_passages(Path(args.file))]
@@ -118,7 +120,8 @@ def run_naive(args: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from bloomlm.data.tokenizer import Tokenizer
-    from bloomlm.evaluation.wikitext import detokenize, read_text
+    from bloomlm.evaluation.data_sources import read_text
+    from bloomlm.evaluation.wikitext import detokenize
 
     directory = model_directory(args.size)
     tokenizer = Tokenizer.from_directory(directory)

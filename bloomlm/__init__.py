@@ -22,8 +22,9 @@ from bloomlm.version import __version__
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
     from bloomlm.adapters.prefix import PrefixConfig
-    from bloomlm.api import LoadedModel, finetune, generate, load
+    from bloomlm.api import LoadedModel, evaluate, finetune, generate, load
     from bloomlm.data.tokenizer import Tokenizer
+    from bloomlm.evaluation.report import EvaluationReport
     from bloomlm.generation.completion import Completion
     from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
     from bloomlm.model.bloom import BloomForCausalLM
@@ -36,6 +37,7 @@ _LAZY = {
     "BloomConfig": "bloomlm.model.config",
     "BloomForCausalLM": "bloomlm.model.bloom",
     "Completion": "bloomlm.generation.completion",
+    "EvaluationReport": "bloomlm.evaluation.report",
     "GenerationConfig": "bloomlm.generation.config",
     "Greedy": "bloomlm.generation.config",
     "LoadedModel": "bloomlm.api",
@@ -44,6 +46,7 @@ _LAZY = {
     "Sampling": "bloomlm.generation.config",
     "Tokenizer": "bloomlm.data.tokenizer",
     "TrainingConfig": "bloomlm.training.config",
+    "evaluate": "bloomlm.api",
     "finetune": "bloomlm.api",
     "generate": "bloomlm.api",
     "load": "bloomlm.api",
@@ -60,6 +63,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "DataError",
+    "EvaluationReport",
     "GenerationConfig",
     "GenerationError",
     "Greedy",
@@ -72,6 +76,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "__version__",
+    "evaluate",
     "finetune",
     "generate",
     "load",

@@ -1,4 +1,4 @@
-"""bloomlm from Python: load a model with its tokenizer, complete texts, fine-tune.
+"""bloomlm from Python: load a model with its tokenizer, complete texts, fine-tune, evaluate.
 
     import bloomlm
 
@@ -10,7 +10,7 @@ Texts become ids here; everything below works on ids.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,9 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
+    from bloomlm.evaluation.plan import Display
+    from bloomlm.evaluation.report import EvaluationReport
+    from bloomlm.runtime.program import Program
     from bloomlm.training.finetune import FinetuneResult
 
 _LOG = logging.getLogger(__name__)
@@ -49,6 +52,10 @@ class LoadedModel:
     tokenizer: Tokenizer
     mesh: Mesh = ALONE
     """The ranks among which the model is divided; all of them make every call, and all get its result."""
+    name: str = "unnamed"
+    """What it was loaded from."""
+    adapter: str | None = None
+    """What its adapter was loaded from, if it has one."""
 
     def generate(
         self,
@@ -190,7 +197,10 @@ def load(
                 mesh=mesh,
             )
             _check_kind(model, path, flag)
-    return LoadedModel(model.eval(), tokenizer, mesh)
+    adapter = lora_path or prefix_path
+    return LoadedModel(
+        model.eval(), tokenizer, mesh, name=str(name_or_path), adapter=None if adapter is None else str(adapter)
+    )
 
 
 def generate(model: LoadedModel | str | Path, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
@@ -235,6 +245,48 @@ def finetune(**options: Any) -> "FinetuneResult":
         raise ConfigError(f"finetune needs {', '.join(missing)}")
     keep_freed_memory()
     return run(TrainingConfig(**options))
+
+
+def evaluate(
+    model: "LoadedModel | Program | str | Path | Callable[[], LoadedModel | Program]",
+    *,
+    mesh: Mesh | None = None,
+    display: "Display | None" = None,
+    **options: Any,
+) -> "EvaluationReport":
+    """Evaluate a model or an exported program under a stated definition, as `bloomlm evaluate` does.
+
+    Args:
+        model: what `load` gave, an opened program, a name or path that `load` takes, or a function that opens a model
+            or a program, which is called once the data have been found.
+        mesh: the ranks; None: those of the loaded model, or this process alone.
+        display: shows notices and progress; None: notices are logged as warnings.
+        options: the flags of `bloomlm evaluate` about data, protocol and output as keywords: eval_path, protocol,
+            tasks, limit, seq_length, batch_size, output_file and so on; see docs/evaluation.md.
+
+    Returns:
+        The report: metrics with their standard errors, and everything that decided them.
+
+    Raises:
+        ConfigError: an unknown option, options that do not fit together, or memory that runs out.
+        DataError: data that cannot be read; CheckpointError: a model or a report file.
+    """
+    # loading a model to generate needs no evaluation code
+    from bloomlm.evaluation.config import make_config
+    from bloomlm.evaluation.evaluate import LoggedNotices
+    from bloomlm.evaluation.evaluate import evaluate as run
+    from bloomlm.evaluation.subject import Subject
+
+    ranks = mesh or (model.mesh if isinstance(model, LoadedModel) else ALONE)
+
+    def open_subject() -> Subject:
+        found = load(model, mesh=ranks) if isinstance(model, (str, Path)) else model
+        found = found() if callable(found) else found
+        if not isinstance(found, LoadedModel):
+            return Subject.of_program(found, ranks)
+        return Subject.of_model(found.model, found.tokenizer, name=found.name, adapter=found.adapter, mesh=ranks)
+
+    return run(make_config(options), open_subject, mesh=ranks, display=display or LoggedNotices())
 
 
 def _check_kind(model: BloomForCausalLM, path: str | Path, flag: str) -> None:

@@ -140,7 +140,8 @@ def run_completions(
         from_main: gives every rank the main one's value.
 
     Raises:
-        GenerationError: an empty prompt, or a file that cannot be written.
+        GenerationError: an empty prompt.
+        CheckpointError: the output file cannot be written.
     """
     started = time.perf_counter()
     console = Console(quiet=not is_main)
@@ -152,7 +153,7 @@ def run_completions(
         done: list[Completion] = []
         if config.output_file is not None and is_main:
             file = stack.enter_context(ResultFile(config.output_file, identity=identity, lines_per_prompt=per_prompt))
-            done = file.completions
+            done = list(file.completions)
             if done:
                 messages.print(f"{len(done)} completions are there from a run that was stopped; going on after them")
         done = from_main(done)

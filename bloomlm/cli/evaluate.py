@@ -1,114 +1,248 @@
-"""`bloomlm evaluate`: how good a model is, under a stated definition."""
+"""`bloomlm evaluate`: bloomlm.evaluate with flags, a progress bar and tables."""
 
-import logging
-import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
 
 import click
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bloomlm.checkpoint.main_rank import main_first
+from bloomlm.api import LoadedModel
+from bloomlm.api import evaluate as evaluate_model
 from bloomlm.cli.device import find_device
-from bloomlm.cli.evaluate_runs import EvaluationRun
-from bloomlm.cli.evaluate_subject import load_subject
+from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
 from bloomlm.evaluation.config import EvaluateConfig, check_config
-from bloomlm.evaluation.named_data import find_data
-from bloomlm.evaluation.report import Report, read_report
+from bloomlm.evaluation.report import EvaluationReport, read_report
+from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
+from bloomlm.runtime.program import Program
 
-_LOG = logging.getLogger(__name__)
+_ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leave the flag out"
+_NOT_OF_PROGRAMS = {
+    "lora_path": _ADAPTER_IN_PROGRAM,
+    "prefix_path": _ADAPTER_IN_PROGRAM,
+    "prefix_layout": _ADAPTER_IN_PROGRAM,
+    "trained_tensor_parallel_degree": _ADAPTER_IN_PROGRAM,
+    "paddle_tokenization": "a program has its own tokenizer beside it; leave the flag out",
+    "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
+    "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
+    "device": "exported programs run on the CPU; leave the flag out",
+    "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process of "
+    "torchrun takes other examples",
+}
+"""Flags that say how a model is loaded, and what to do instead."""
 
 
-def evaluate(config: EvaluateConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(EvaluateConfig, DeviceFlags, ModelFlags):
+    """What to evaluate, on what, and what to show."""
+
+    model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
+    model_type: str | None = flag("model", None, "bloom; PaddleNLP's command gives it")
+    load_autodist: bool = flag("model", False, "the directory holds PaddleNLP's auto_dist files")
+    model_dir: Path | None = flag(
+        "model", None, "instead of --model_name_or_path: directory that bloomlm export wrote a program into"
+    )
+    model_prefix: str = flag("model", "bloom", "name of the program in it")
+    compare: tuple[str, ...] = flag("output", (), "two reports, side by side; nothing is evaluated")
+    logging_steps: int = flag(
+        "output", 10, "without a terminal: batches from one line of progress to the next", minimum=1
+    )
+    tensor_parallel_degree: int = flag(
+        "computing", 1, "processes that share a model; the others have copies and take other examples"
+    )
+    seed: int | None = flag("computing", None, "accepted for old commands; an evaluation draws no random numbers")
+
+
+def check_flags(flags: EvaluateFlags) -> tuple[str, ...]:
+    """Refuse flags that contradict each other, before anything is loaded.
+
+    Returns:
+        Notices about flags of the command that have no effect; bloomlm.evaluate gives those about its options.
+
+    Raises:
+        ConfigError: naming the flags.
+    """
+    given = {item.name for item in fields(flags) if getattr(flags, item.name) != item.default}
+    if flags.compare:
+        if len(flags.compare) != 2:
+            raise ConfigError(f"--compare takes two reports, found {len(flags.compare)}: --compare a.json b.json")
+        names = [item.name for item in fields(flags) if item.name in given - {"compare"}]
+        return tuple(f"--{name} has no effect with --compare" for name in names)
+    if flags.model_type not in (None, "bloom"):
+        raise ConfigError(f"--model_type {flags.model_type}: bloomlm evaluates BLOOM only; expected bloom")
+    if flags.model_dir is None:
+        _check_model(flags)
+    else:
+        _check_program(flags, given)
+    check_config(flags)
+    acting = {
+        "logging_steps": (flags.chosen_protocol.reads_file, "--eval_path"),
+        "seed": (False, "random numbers, and an evaluation draws none"),
+        "model_prefix": (flags.model_dir is not None, "--model_dir"),
+    }
+    return tuple(
+        f"--{name} has no effect without {needed}"
+        for name, (acts, needed) in acting.items()
+        if name in given and not acts
+    )
+
+
+def _check_model(flags: EvaluateFlags) -> None:
+    if not flags.model_name_or_path:
+        raise ConfigError(
+            "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an exported "
+            "program"
+        )
+    if flags.load_autodist:
+        directory = Path(flags.model_name_or_path).expanduser()
+        if not list(directory.glob("auto_dist*.pdparams")):
+            raise ConfigError(
+                f"--load_autodist: {flags.model_name_or_path} holds no auto_dist*.pdparams; leave the flag out, and "
+                "the model is read in whatever form it has"
+            )
+
+
+def _check_program(flags: EvaluateFlags, given: set[str]) -> None:
+    """Refuse flags for loading a model where a program is given, which was exported with all of that."""
+    if flags.model_name_or_path:
+        raise ConfigError(
+            f"found --model_dir {flags.model_dir} and --model_name_or_path {flags.model_name_or_path}; give one: an "
+            "exported program or a model"
+        )
+    for name, why in _NOT_OF_PROGRAMS.items():
+        if name in given and not (name == "device" and flags.device == "cpu"):
+            raise ConfigError(f"--{name} with --model_dir: {why}")
+
+
+class EvaluationDisplay:
+    """Notices, and a progress bar on a terminal or lines anywhere else.
+
+    Args:
+        console: where to print.
+        logging_steps: batches from one line to the next.
+    """
+
+    def __init__(self, console: Console, *, logging_steps: int) -> None:
+        self._console = console
+        self._logging_steps = logging_steps
+        self._num_calls = 0
+        columns = (
+            TextColumn("evaluating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[result]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "EvaluationDisplay":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def notice(self, text: str) -> None:
+        """Print a notice."""
+        self._console.print(text, style="yellow", soft_wrap=True)
+
+    def progress(self, num_done: int, total: int, result: str) -> None:
+        """Move the bar, or print a line if one is due."""
+        if self._task is None:
+            self._task = self._progress.add_task("evaluating", total=total, result="")
+            self._progress.start()
+        self._progress.update(self._task, completed=num_done, result=result)
+        is_due = self._num_calls % self._logging_steps == 0 or num_done == total
+        if is_due and num_done and not self._console.is_terminal:
+            self._console.print(f"{num_done}/{total}  {result}".rstrip(), markup=False, highlight=False)
+        self._num_calls += 1
+
+
+def evaluate(flags: EvaluateFlags) -> None:
     """Run `bloomlm evaluate`.
 
     Raises:
         BloomlmError: flags, files or data that cannot be used.
     """
-    notices = check_config(config)
+    notices = check_flags(flags)
     # programs run on the CPU, whatever else there is
-    device = find_device(config.device if config.model_dir is None else "cpu")
-    degrees = degrees_from_flags(world_size(), tensor_parallel_degree=config.tensor_parallel_degree)
+    device = find_device(flags.device if flags.model_dir is None else "cpu")
+    degrees = degrees_from_flags(world_size(), tensor_parallel_degree=flags.tensor_parallel_degree)
     if degrees.world_size > 1 and device.index is not None:
-        raise ConfigError(f"--device {config.device}: every process takes a GPU of its own; give gpu or cpu")
+        raise ConfigError(f"--device {flags.device}: every process takes a GPU of its own; give gpu or cpu")
     with joined_ranks(degrees, device.type) as mesh:
-        for notice in notices:
-            _LOG.warning("%s", notice)
-        if config.compare:
-            if mesh.is_main:
-                _compare(*map(Path, config.compare))
-        else:
-            _evaluate(config, device, mesh)
+        messages = Console(stderr=True, highlight=False, markup=False, quiet=not mesh.is_main)
+        with EvaluationDisplay(messages, logging_steps=flags.logging_steps) as display:
+            for notice in notices:
+                display.notice(notice)
+            if flags.compare:
+                if mesh.is_main:
+                    _compare(Path(flags.compare[0]), Path(flags.compare[1]), display)
+                return
+            report = evaluate_model(
+                lambda: _open(flags, device, mesh), mesh=mesh, display=display, **_evaluation_options(flags)
+            )
+        if mesh.is_main:
+            _show(flags, report, messages)
 
 
-def _evaluate(config: EvaluateConfig, device: torch.device, mesh: Mesh) -> None:
-    messages = Console(stderr=True, highlight=False, markup=False, quiet=not mesh.is_main)
-    if config.output_file is not None:
-        _check_writable(config.output_file)
-    # what the data lack shows before a large model is read
-    eval_path, is_raw = config.eval_path, config.protocol != "reference"
-    path = None if eval_path is None else main_first(lambda: find_data(eval_path, raw=is_raw), mesh)
-    run = EvaluationRun(config, load_subject(config, device, mesh), messages)
-    if path is None:
-        report = run.tasks()
-    elif config.do_generation:
-        report = run.generation(path)
-    else:
-        report = run.protocol(path)
-    if mesh.is_main:
-        _show(config, report, messages)
+def _open(flags: EvaluateFlags, device: torch.device, mesh: Mesh) -> LoadedModel | Program:
+    if flags.model_dir is not None:
+        return Program(flags.model_dir / flags.model_prefix)
+    return load_named(flags, dtype=flags.dtype, device=device, mesh=mesh)
 
 
-def _check_writable(output_file: Path) -> None:
-    """Refuse now what would be refused after hours."""
-    directory = output_file.parent
-    while not directory.exists():
-        directory = directory.parent
-    if output_file.is_dir() or not directory.is_dir() or not os.access(directory, os.W_OK):
-        raise ConfigError(f"--output_file {output_file} cannot be written; give a file in a directory that can")
+def _evaluation_options(flags: EvaluateFlags) -> Mapping[str, object]:
+    return {item.name: getattr(flags, item.name) for item in fields(EvaluateConfig)}
 
 
-def _show(config: EvaluateConfig, report: Report, messages: Console) -> None:
+def _show(flags: EvaluateFlags, report: EvaluationReport, messages: Console) -> None:
+    if flags.task.line is not None:
+        click.echo(f" validation results on {flags.eval_path} | {flags.task.line(report.metrics, report.counts)}")
     console = Console()
     console.print(report.title, markup=False, highlight=False, soft_wrap=True)
     console.print(report.to_table())
     speed = report.run.get("tokens_per_second")
     rate = f" ({speed:,.0f} tokens/s)" if speed else ""
     messages.print(f"{report.run['seconds']:.1f} s{rate} on {report.run['device']}", style="dim")
-    if config.output_file is not None:
-        messages.print(f"report in {config.output_file} and {config.output_file.with_suffix('.md')}", soft_wrap=True)
+    if flags.output_file is not None:
+        messages.print(f"report in {flags.output_file} and {flags.output_file.with_suffix('.md')}", soft_wrap=True)
 
 
-def _compare(first: Path, second: Path) -> None:
+def _compare(first: Path, second: Path, display: EvaluationDisplay) -> None:
     comparison = compare(read_report(first), read_report(second))
     Console().print(comparison.to_table(str(first), str(second)))
-    messages = Console(stderr=True, highlight=False, markup=False)
     for notice in comparison.notices:
-        messages.print(notice, style="yellow", soft_wrap=True)
+        display.notice(notice)
 
 
 def _two_files(command: click.Command) -> click.Command:
     """The same command, where --compare takes two words: --compare a.json b.json."""
-    flag = click.Option(
+    option = click.Option(
         ["--compare"],
         nargs=2,
         type=click.STRING,
         metavar="A.json B.json",
         help="two reports, side by side; nothing is evaluated",
     )
-    command.params = [flag if param.name == "compare" else param for param in command.params]
+    command.params = [option if param.name == "compare" else param for param in command.params]
     return command
 
 
 command = _two_files(
     config_command(
         "evaluate",
-        EvaluateConfig,
+        EvaluateFlags,
         evaluate,
         help="""Tell how good a model is: WikiText, LAMBADA, any task of lm-eval, or answers to rows of your own.
 

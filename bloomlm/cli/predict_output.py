@@ -1,75 +1,57 @@
 """What `bloomlm predict` shows and writes: completions on the terminal, token by token, and in a JSONL file."""
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.text import Text
 
+from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.checkpoint.resumable import ResumableResults
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
-from bloomlm.errors import GenerationError
 from bloomlm.generation.completion import Completion
 
-_PARTIAL_SUFFIX = ".partial"
 # What could steer the terminal; line ends and tabs may stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ResultFile:
-    """A JSONL file that grows aside, line by line, and gets its name when it is complete.
-
-    A run that was stopped goes on where it was: what it had written lies beside the file, under a name that holds
-    a digest of everything that decides the results.
+    """A JSONL file of completions that appears when it is complete; a stopped run continues after its last prompt.
 
     Args:
         path: the file to be; one that is there is replaced at the end.
-        identity: what decides the results, as text.
+        identity: what decides the completions, as text.
         lines_per_prompt: completions of each prompt.
 
     Raises:
-        GenerationError: it cannot be written.
+        CheckpointError: it cannot be written.
     """
 
     def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
         self.path = path
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._partial = path.with_name(f".{path.name}.{digest}{_PARTIAL_SUFFIX}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for other in path.parent.glob(f".{path.name}.*{_PARTIAL_SUFFIX}"):
-                if other != self._partial:
-                    other.unlink(missing_ok=True)
-            self._file: BufferedRandom = self._partial.open("a+b")
-            self.completions = self._read_back(lines_per_prompt)
-            """What an earlier run left, whole prompts only."""
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        self._results = ResumableResults(path, identity=identity)
+        found: list[Completion] = []
+        with suppress(KeyError, TypeError):
+            while len(found) < len(self._results.done):
+                found.append(Completion(**self._results.done[len(found)]))
+        self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
+        """The completions so far; at first those that an earlier run left, whole prompts only."""
 
     def write(self, completion: Completion) -> None:
-        """Add one line, which is in the file when this returns."""
-        line = json.dumps(dataclasses.asdict(completion), ensure_ascii=False)
-        try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        """Add one completion, which is in a file when this returns."""
+        self._results.add({len(self.completions): dataclasses.asdict(completion)})
+        self.completions.append(completion)
 
     def finish(self) -> None:
         """Put the complete file in its place."""
-        try:
-            os.fsync(self._file.fileno())
-            self._partial.replace(self.path)
-            _sync_directory(self.path.parent)
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        lines = (json.dumps(dataclasses.asdict(completion), ensure_ascii=False) for completion in self.completions)
+        atomic_write(self.path, "".join(line + "\n" for line in lines))
+        self._results.remove(of_all_runs=True)
 
     def __enter__(self) -> "ResultFile":
         return self
@@ -77,35 +59,7 @@ class ResultFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-
-    def _read_back(self, lines_per_prompt: int) -> list[Completion]:
-        self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
-        completions = []
-        with suppress(ValueError, TypeError):  # a line that was cut off, or lost with the power
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                completions.append(Completion(**json.loads(line)))
-        num_whole = len(completions) // lines_per_prompt * lines_per_prompt
-        self._file.truncate(sum(map(len, lines[:num_whole])))
-        return completions[:num_whole]
-
-    def _cannot_write(self, error: OSError) -> GenerationError:
-        return GenerationError(
-            f"--output_file {self.path} cannot be written: {error.strerror or error}. "
-            "What was written so far is kept; the same command goes on from there"
-        )
-
-
-def _sync_directory(directory: Path) -> None:
-    """Bring the names of a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        self._results.__exit__(kind, error, trace)
 
 
 class CompletionPrinter:

@@ -1,6 +1,7 @@
 """How close generated answers are to the right ones: exact match, ROUGE-1/2/L, BLEU-4 and chrF.
 
-All on a scale from 0 to 1 but BLEU and chrF, which sacrebleu gives from 0 to 100. Needs the `metrics` extra.
+Exact match and ROUGE are between 0 and 1; BLEU and chrF are between 0 and 100, as in sacrebleu. Needs the `metrics`
+extra.
 
 ROUGE splits texts into words in any script, and into characters where a script is written without spaces; the
 rouge-score package alone would drop everything but a-z and 0-9. BLEU takes one of sacrebleu's own tokenizers, chosen
@@ -21,10 +22,10 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationScores:
-    """How a set of answers did."""
+    """Scores of a set of answers."""
 
     exact_match: float
-    """Part of the answers that equal theirs, blanks around them aside (0 to 1)."""
+    """Fraction of the answers that equal the right one, apart from surrounding white space (0 to 1)."""
     rouge1: float
     """Mean F1 of the words (0 to 1)."""
     rouge2: float
@@ -48,7 +49,7 @@ def score_generations(answers: Sequence[str], references: Sequence[str]) -> Gene
 
     Args:
         answers: generated texts.
-        references: as many right answers, at least one.
+        references: the right answer to each, at least one.
 
     Raises:
         ConfigError: the `metrics` extra is not installed.
@@ -101,7 +102,7 @@ def bleu_tokenizer(references: Sequence[str]) -> str:
 
 
 class _WordTokenizer:
-    """What rouge-score asks of a tokenizer."""
+    """The interface that rouge-score expects of a tokenizer."""
 
     def tokenize(self, text: str) -> list[str]:
         return split_words(text)

@@ -1,7 +1,7 @@
-"""Two reports side by side: how far apart, and how sure that is.
+"""Two reports side by side: the difference of each metric and its standard error.
 
-Where both models were asked the same, the influences of the observations are subtracted one by one and the error of the
-difference comes from those; otherwise it is the root of the sum of squares, as for two independent samples.
+Where both models saw the same observations, their influences are subtracted one by one, and the error of the difference
+follows from the result. Otherwise it is the root of the sum of the squared errors, as for two independent samples.
 """
 
 import math
@@ -11,12 +11,12 @@ from rich.table import Table
 
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.metrics import Metric, error_of
-from bloomlm.evaluation.report import Report
+from bloomlm.evaluation.report import EvaluationReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The second minus the first, in one metric."""
+    """The second report minus the first, in one metric."""
 
     name: str
     first: float
@@ -26,19 +26,19 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """How much the second is larger."""
+        """By how much the second is larger."""
         return self.second - self.first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Differences, and what to know about them."""
+    """Differences, and notices about them."""
 
     differences: tuple[Difference, ...]
     notices: tuple[str, ...]
 
     def to_table(self, first: str, second: str) -> Table:
-        """For a terminal.
+        """The differences as a table for a terminal.
 
         Args:
             first, second: names of the reports.
@@ -54,8 +54,8 @@ class Comparison:
         return table
 
 
-def compare(first: Report, second: Report) -> Comparison:
-    """Differences of every metric that both reports have.
+def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
+    """The difference of every metric that both reports have.
 
     Raises:
         ConfigError: the reports are of different tasks or protocols, or have no metric in common.
@@ -66,9 +66,7 @@ def compare(first: Report, second: Report) -> Comparison:
         ("protocol's version", first.protocol["version"], second.protocol["version"]),
     ):
         if one != other:
-            raise ConfigError(
-                f"--compare: the {name} is {one} and {other}; numbers of different ones say nothing together"
-            )
+            raise ConfigError(f"--compare: the {name} is {one} and {other}; such numbers cannot be compared")
     common = [name for name in first.metrics if name in second.metrics]
     if not common:
         raise ConfigError(f"--compare: no metric in common ({', '.join(first.metrics)}; {', '.join(second.metrics)})")
@@ -88,8 +86,8 @@ def compare(first: Report, second: Report) -> Comparison:
     return Comparison(differences=tuple(differences), notices=tuple(notices))
 
 
-def _kept_as(report: Report) -> str:
-    """How the weights are kept: an exported program has the fingerprint of the model that it was made of."""
+def _kept_as(report: EvaluationReport) -> str:
+    """The form of the weights, as an exported program has the fingerprint of its model."""
     kind = report.model.get("program")
     return f"{report.model['dtype']} {'model' if kind is None else f'{kind} program'}"
 

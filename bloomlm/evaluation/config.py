@@ -1,175 +1,181 @@
-"""The flags of `bloomlm evaluate`, and what cannot be asked for together."""
+"""What to evaluate on: the options of bloomlm.evaluate, which are flags of `bloomlm evaluate` too."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from bloomlm.errors import ConfigError
-from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
+from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.protocols import PROTOCOLS
+from bloomlm.flags import Flags, flag
 
-_ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leave the flag out"
-_NOT_OF_PROGRAMS = {
-    "lora_path": _ADAPTER_IN_PROGRAM,
-    "prefix_path": _ADAPTER_IN_PROGRAM,
-    "prefix_layout": _ADAPTER_IN_PROGRAM,
-    "trained_tensor_parallel_degree": _ADAPTER_IN_PROGRAM,
-    "paddle_tokenization": "a program has its own tokenizer beside it; leave the flag out",
-    "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
-    "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
-    "device": "exported programs run on the CPU; leave the flag out",
-    "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process of "
-    "torchrun takes other examples",
-}
-"""Flags that say how a model is loaded, and what to do instead."""
+C = TypeVar("C")
+
+DEFAULT_PROTOCOL = "reference"
+_PROTOCOL_HELP = "definition of the numbers: " + ", ".join(f"{name} ({row.help})" for name, row in PROTOCOLS.items())
+_OPTIONS = frozenset(
+    item.name for protocol in PROTOCOLS.values() for task in protocol.tasks for item in fields(task.options)
+)
+"""Names of all options of protocols."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DeviceFlags, ModelFlags):
-    """What to evaluate on what."""
-
-    model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
-    model_type: str | None = flag("model", None, "bloom; PaddleNLP's command gives it")
-    load_autodist: bool = flag("model", False, "the directory holds PaddleNLP's auto_dist files")
-    model_dir: Path | None = flag(
-        "model", None, "instead of --model_name_or_path: directory that bloomlm export wrote a program into"
+def _with_protocol_options(config_class: type[C]) -> type[C]:
+    """The same dataclass with a field for each option of the protocols; None: the default of the protocol."""
+    found: dict[str, tuple[Any, Field[Any], dict[str, Any]]] = {}
+    for protocol in PROTOCOLS.values():
+        for task in protocol.tasks:
+            hints = get_type_hints(task.options)
+            for item in fields(task.options):
+                _, _, defaults = found.setdefault(item.name, (hints[item.name], item, {}))
+                defaults[protocol.name] = item.default
+    made = [(name, hint | None, _optional(item, defaults)) for name, (hint, item, defaults) in found.items()]
+    choices: Any = Literal[tuple(PROTOCOLS)]
+    made.append(
+        ("protocol", choices | None, flag("protocol", None, f"{_PROTOCOL_HELP}  [default: {DEFAULT_PROTOCOL}]"))
     )
-    model_prefix: str = flag("model", "bloom", "name of the program in it")
+    namespace = {"__module__": config_class.__module__, "__doc__": config_class.__doc__}
+    return make_dataclass(
+        config_class.__name__, made, bases=(config_class,), namespace=namespace, frozen=True, kw_only=True
+    )
+
+
+def _optional(item: "Field[Any]", defaults: dict[str, Any]) -> Any:
+    known = {name: default for name, default in defaults.items() if default not in (None, ())}
+    shown = str(next(iter(known.values()), ""))
+    if len(set(known.values())) > 1:
+        shown = ", ".join(f"{name} {default}" for name, default in known.items())
+    help = item.metadata["help"] + (f"  [default: {shown}]" if known else "")
+    return field(default=None, metadata={**item.metadata, "help": help})
+
+
+@_with_protocol_options
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Flags):
+    """What to evaluate on. Each option of a protocol (seq_length, tasks, ...) is a field of this class, too."""
 
     eval_path: str | None = flag(
         "data", None, "wiki.valid.tokens, lambada_test.jsonl, ...; or wikitext-2, wikitext-103 or lambada from the hub"
     )
-    cloze_eval: bool | None = flag("data", None, "guess last words (LAMBADA); by default so for .jsonl files")
-    limit: int | None = flag("data", None, "evaluate the first so many examples, documents or windows only")
-
-    protocol: Literal["reference", "lm_eval", "gptq"] = flag(
-        "protocol", "reference", "whose definition: PaddleNLP's run_eval.py, lm-eval's tasks, or GPTQ's perplexity"
+    cloze_eval: bool | None = flag(
+        "data", None, "whether to guess last words (LAMBADA)  [default: True for .jsonl, .json and .csv files]"
     )
-    seq_length: int | None = flag("protocol", None, "most tokens the model sees [default: 512; lm_eval and gptq: 2048]")
-    overlapping_eval: int | None = flag(
-        "protocol", None, "reference, WikiText: tokens from one window to the next [default: 32]"
+    limit: int | None = flag(
+        "data", None, "evaluate only this many examples, documents or windows, from the first", minimum=1
     )
-
-    do_generation: bool = flag("generation", False, "answer the rows of eval_path (src and tgt) and score the answers")
-    src_length: int | None = flag("generation", None, "most tokens of a prompt, as in training [default: 512]")
-    tgt_length: int | None = flag("generation", None, "most tokens of an answer, </s> included [default: 512]")
-    prompt_template: str | None = flag("generation", None, "makes the prompt of each row, as in training")
-
-    tasks: tuple[str, ...] = flag("lm-eval", (), "tasks that lm-eval runs (pip install 'bloomlm[lm_eval]')")
-    num_fewshot: int | None = flag("lm-eval", None, "worked examples before each question; by default the task's own")
-    include_path: Path | None = flag("lm-eval", None, "directory with more tasks of your own")
-
+    protocol: str | None = None
+    do_generation: bool = flag(
+        "generation", False, "answer the rows of eval_path (src and tgt) and score the answers: --protocol generation"
+    )
     output_file: Path | None = flag(
-        "output", None, "write the report (.json, and .md beside it); a stopped evaluation goes on from there"
+        "output", None, "write the report (.json, and .md beside it); a stopped evaluation continues from there"
     )
-    compare: tuple[str, ...] = flag("output", (), "two reports, side by side; nothing is evaluated")
-    logging_steps: int = flag("output", 10, "without a terminal: batches from one line of progress to the next")
-
     batch_size: int = flag(
-        "computing", 8, "windows of seq_length tokens at once; changes the speed, and is halved when memory runs out"
+        "computing",
+        8,
+        "windows of seq_length tokens at once; changes the speed, and is halved when memory runs out",
+        minimum=1,
     )
-    tensor_parallel_degree: int = flag(
-        "computing", 1, "processes that share a model; the others have copies and take other examples"
-    )
-    seed: int | None = flag("computing", None, "accepted; an evaluation draws nothing")
+
+    @property
+    def chosen_protocol(self) -> Protocol:
+        """The protocol that the options ask for.
+
+        Raises:
+            ConfigError: there is no such protocol.
+        """
+        name = self.protocol or DEFAULT_PROTOCOL
+        if self.do_generation:
+            name = "generation"
+        elif vars(self)["tasks"]:
+            name = "lm_eval_tasks"
+        if name not in PROTOCOLS:
+            raise ConfigError(f"--protocol {name}: expected one of {', '.join(PROTOCOLS)}")
+        return PROTOCOLS[name]
+
+    @property
+    def task(self) -> Task:
+        """The task that the options ask for.
+
+        Raises:
+            ConfigError: the protocol does not define it.
+        """
+        protocol, text = self.chosen_protocol, "lambada" if self.is_lambada else "wikitext"
+        task = protocol.task(text)
+        if task is None:
+            others = [name for name, other in PROTOCOLS.items() if other.reads_text and other.task(text)]
+            titles = {"wikitext": "WikiText", "lambada": "LAMBADA"}
+            raise ConfigError(
+                f"--protocol {protocol.name} has no {titles[text]}, as it defines {titles[protocol.tasks[0].name]} "
+                f"only; use {' or '.join(others)}"
+            )
+        return task
 
     @property
     def is_lambada(self) -> bool:
-        """Whether last words are guessed."""
+        """Whether the data, where they are WikiText or LAMBADA, are LAMBADA."""
         if self.cloze_eval is not None:
             return self.cloze_eval
         name = self.eval_path or ""
         return name.partition(":")[0] == "lambada" or Path(name).suffix.lower() in (".jsonl", ".json", ".csv")
 
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task: those that were given, and the protocol's defaults."""
+        given = {item.name: getattr(self, item.name) for item in fields(self.task.options)}
+        return vars(self.task.options(**{name: value for name, value in given.items() if value is not None}))
+
+
+def make_config(options: Mapping[str, Any]) -> EvaluateConfig:
+    """A config from keywords; paths may be texts, and lists of tasks any sequence.
+
+    Raises:
+        ConfigError: an unknown option, or a number out of range.
+    """
+    hints = get_type_hints(EvaluateConfig)
+    unknown = [name for name in options if name not in hints]
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r} of evaluate; known: {', '.join(hints)}")
+    values = dict(options)
+    for name, value in options.items():
+        if isinstance(value, (str, Path)):
+            values[name] = Path(value) if Path in get_args(hints[name]) else str(value)
+    if values.get("tasks"):
+        tasks = values["tasks"]
+        values["tasks"] = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    return EvaluateConfig(**values)
+
 
 def check_config(config: EvaluateConfig) -> tuple[str, ...]:
-    """Refuse what contradicts itself or cannot be done, before anything is loaded.
+    """Refuse options that contradict each other, before anything is loaded.
 
     Returns:
-        What the user should know: flags that have no effect.
+        What the user should know: options that have no effect.
 
     Raises:
         ConfigError: naming the flags.
     """
-    if config.compare:
-        if len(config.compare) != 2:
-            raise ConfigError(f"--compare takes two reports, found {len(config.compare)}: --compare a.json b.json")
-        return tuple(f"--{name} has no effect with --compare" for name in _given(config) if name != "compare")
-    _check_model(config)
-    kinds = [name for name, given in (("--tasks", config.tasks), ("--eval_path", config.eval_path)) if given]
+    kinds = [name for name, given in (("--tasks", vars(config)["tasks"]), ("--eval_path", config.eval_path)) if given]
+    if config.do_generation and not config.eval_path:
+        raise ConfigError("--do_generation needs --eval_path with rows to answer, such as test.jsonl")
     if len(kinds) != 1:
         found = " and ".join(kinds) or "neither"
         raise ConfigError(f"found {found}; expected --eval_path FILE (or wikitext-2, lambada), or --tasks of lm-eval")
-    if config.do_generation and not config.eval_path:
-        raise ConfigError("--do_generation needs --eval_path with rows to answer, such as test.jsonl")
-    for name in ("limit", "batch_size", "seq_length", "logging_steps", "src_length", "tgt_length"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; expected a whole number from 1")
+    protocol = config.chosen_protocol
+    if protocol.reads_file != bool(config.eval_path):
+        raise ConfigError(f"--protocol {protocol.name} needs {'--eval_path' if protocol.reads_file else '--tasks'}")
     if config.output_file is not None and config.output_file.suffix != ".json":
         raise ConfigError(f"--output_file {config.output_file}: expected a name that ends in .json")
-    if config.protocol == "gptq" and config.is_lambada and not config.do_generation and config.eval_path:
-        raise ConfigError("--protocol gptq defines perplexity on WikiText only; for LAMBADA use reference or lm_eval")
     return _without_effect(config)
 
 
-def _check_model(config: EvaluateConfig) -> None:
-    if config.model_type not in (None, "bloom"):
-        raise ConfigError(f"--model_type {config.model_type}: bloomlm evaluates BLOOM only; expected bloom")
-    if config.model_dir is not None:
-        _check_program(config)
-        return
-    if not config.model_name_or_path:
-        raise ConfigError(
-            "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an exported "
-            "program"
-        )
-    if config.load_autodist:
-        directory = Path(config.model_name_or_path).expanduser()
-        if not list(directory.glob("auto_dist*.pdparams")):
-            raise ConfigError(
-                f"--load_autodist: {config.model_name_or_path} holds no auto_dist*.pdparams; leave the flag out to "
-                "read whatever form the model has"
-            )
-
-
-def _check_program(config: EvaluateConfig) -> None:
-    """Refuse what says how to load a model where a program is given, which has all that in it."""
-    if config.model_name_or_path:
-        raise ConfigError(
-            f"found --model_dir {config.model_dir} and --model_name_or_path {config.model_name_or_path}; give one: an "
-            "exported program or a model"
-        )
-    given = _given(config)
-    for name, why in _NOT_OF_PROGRAMS.items():
-        if name in given and not (name == "device" and config.device == "cpu"):
-            raise ConfigError(f"--{name} with --model_dir: {why}")
-
-
 def _without_effect(config: EvaluateConfig) -> tuple[str, ...]:
-    windows = bool(config.eval_path) and not config.do_generation
-    given = _given(config)
-    sliding = windows and config.protocol == "reference" and not config.is_lambada
-    acting = {
-        "protocol": (windows, "WikiText or LAMBADA as --eval_path"),
-        "overlapping_eval": (sliding, "--protocol reference on WikiText"),
-        "cloze_eval": (windows, "a protocol"),
-        "seq_length": (windows or bool(config.tasks), "a protocol or --tasks"),
-        "logging_steps": (not config.tasks, "--eval_path"),
-        "src_length": (config.do_generation, "--do_generation"),
-        "tgt_length": (config.do_generation, "--do_generation"),
-        "prompt_template": (config.do_generation, "--do_generation"),
-        "num_fewshot": (bool(config.tasks), "--tasks"),
-        "include_path": (bool(config.tasks), "--tasks"),
-        "seed": (False, "random numbers, and an evaluation draws none"),
-        "model_prefix": (config.model_dir is not None, "--model_dir"),
-    }
-    return tuple(
-        f"--{name} has no effect without {needed}"
-        for name, (acts, needed) in acting.items()
-        if name in given and not acts
-    )
-
-
-def _given(config: EvaluateConfig) -> list[str]:
-    """Flags that are not at their defaults."""
-    return [item.name for item in fields(config) if getattr(config, item.name) != item.default]
+    """Notices about options that the task does not have."""
+    protocol, task = config.chosen_protocol, config.task
+    place = f"--protocol {protocol.name}" + (f" on {task.name}" if protocol.reads_text else "")
+    unused = {name for name in _OPTIONS - config.task_options.keys() if vars(config)[name] is not None}
+    if config.protocol not in (None, protocol.name):
+        unused.add("protocol")
+    if config.cloze_eval is not None and not protocol.reads_text:
+        unused.add("cloze_eval")
+    return tuple(f"--{item.name} has no effect with {place}" for item in fields(config) if item.name in unused)

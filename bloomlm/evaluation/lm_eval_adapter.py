@@ -1,10 +1,10 @@
-"""BLOOM as a model of lm-eval (lm-evaluation-harness): any of its tasks, with bloomlm's speed.
+"""BLOOM as a model of lm-eval (lm-evaluation-harness), for any of its tasks.
 
     lm_eval --model bloomlm --model_args pretrained=bigscience/bloom-560m --tasks arc_easy
 
-An lm-eval that knows plugins finds the model by its entry point (group `lm_eval.models`). Releases up to 0.4.13 do
-not look for any; there `python -m bloomlm.evaluation.lm_eval_main` takes the same arguments, and `bloomlm evaluate
---tasks` works with both.
+Releases of lm-eval that support plugins find the model by its entry point (group `lm_eval.models`). Releases up to
+0.4.13 do not; with those, `python -m bloomlm.evaluation.lm_eval_main` takes the same arguments. `bloomlm evaluate
+--tasks` works with all releases.
 """
 
 import logging
@@ -22,10 +22,9 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.copies import join_shares
-from bloomlm.evaluation.evaluated import Evaluated, make_scorer
-from bloomlm.evaluation.protocols.generation import generate_batches
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH, encode_pairs, rolling_windows
+from bloomlm.evaluation.scoring.batches import join_shares
+from bloomlm.evaluation.scoring.models import Model, generate_batches, window_scorer
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.generation.config import GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.model.bloom import BloomForCausalLM
@@ -40,7 +39,7 @@ except ImportError as _error:
 _LOG = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 256
-"""Of a continuation, where the task does not say."""
+"""Length of a continuation where the task does not give one."""
 _DEFAULT_BATCH_SIZE = 8
 _TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -50,21 +49,21 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
     """A BLOOM that answers lm-eval's three kinds of requests.
 
     Args:
-        pretrained: builtin:NAME, a directory or a hub name; or a loaded model or program, then with its tokenizer.
-        tokenizer: of what is loaded.
+        pretrained: builtin:NAME, a directory or a hub name; or a loaded model or program, together with its tokenizer.
+        tokenizer: the tokenizer of a loaded model or program.
         lora_path: directory or hub name of a LoRA adapter.
-        prefix_path: the same of a prefix adapter.
-        dtype: precision of the weights by name; None or "auto": as on disk.
-        device: where they go; None, or a GPU where there is none: a GPU if there is one, else the CPU.
+        prefix_path: directory or hub name of a prefix adapter.
+        dtype: name of the weights' precision; None or "auto": as on disk.
+        device: of the weights. None: a GPU if there is one, else the CPU; so too for a GPU that does not exist.
         batch_size: sequences of max_length at once ("auto": 8); halved when memory runs out.
-        max_batch_size: accepted, as lm-eval always gives it; the halving makes it needless.
-        max_length: most tokens the model sees.
-        mesh: the ranks among which a loaded model is divided. All make the same requests and get all results.
+        max_batch_size: accepted because lm-eval always passes it, and not used.
+        max_length: most tokens that the model sees.
+        mesh: the ranks of a loaded model. All of them make the same requests, and all get all results.
     """
 
     def __init__(
         self,
-        pretrained: str | Evaluated,
+        pretrained: str | Model,
         *,
         tokenizer: Tokenizer | None = None,
         lora_path: str | None = None,
@@ -77,7 +76,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         mesh: Mesh = ALONE,
     ) -> None:
         super().__init__()
-        self._model: Evaluated
+        self._model: Model
         if not isinstance(pretrained, str):
             assert tokenizer is not None, "a loaded model needs its tokenizer"
             self._model, self._tokenizer = pretrained, tokenizer
@@ -101,7 +100,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
             num_cut += is_cut
         if num_cut:
             _LOG.warning(
-                "%d of %d contexts are longer than max_length %d; their beginnings were dropped",
+                "%d of %d contexts are longer than max_length %d; their beginnings were cut off",
                 num_cut,
                 len(windows),
                 self._max_length,
@@ -165,30 +164,30 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         return text
 
     def _score(self, windows: Sequence[Window]) -> list[WindowScore]:
-        scorer = make_scorer(self._model, max_batch_tokens=self._batch_size * self._max_length, mesh=self._mesh)
+        scorer = window_scorer(self._model, max_batch_tokens=self._batch_size * self._max_length, mesh=self._mesh)
         with self._progress("scoring", len(windows)) as advance:
             return scorer.score_all(windows, advance)
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal; yields what moves it on."""
+        """Show a progress bar on a terminal; yields a function that advances it."""
         console = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, disable=not (console.is_terminal and self._mesh.is_main)) as progress:
             bar = progress.add_task(what, total=total)
-            # the other copies are about as far
+            # the other copies have finished about as many
             yield lambda num_done: progress.advance(bar, num_done * self._mesh.degrees.dp)
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:
-    """What a task's generation_kwargs ask for.
+    """The generation config for a task's generation_kwargs.
 
     Args:
         options: until, max_gen_toks (or one of its other names), do_sample, temperature, top_k, top_p,
             repetition_penalty, num_beams at 1.
 
     Raises:
-        ConfigError: an option that is not known here.
+        ConfigError: an option that is not supported.
     """
     rest = dict(options)
     stop = rest.pop("until", None) or []

@@ -1,4 +1,4 @@
-"""lm-eval's own command with the model `bloomlm` in it, for releases that do not look for entry points.
+"""lm-eval's own command with the model `bloomlm`, for releases that do not read entry points.
 
 python -m bloomlm.evaluation.lm_eval_main --model bloomlm --model_args pretrained=builtin:tiny --tasks TASK
 """

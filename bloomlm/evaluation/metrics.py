@@ -1,9 +1,9 @@
-"""A number with its standard error, and how the error comes about.
+"""Numbers with their standard errors.
 
-The observations (examples, documents, windows) are taken as a sample of all that could have been asked. For a
-statistic of sums over them the error follows from each one's influence: how much the statistic would move with it
-(the delta method). Two models that were asked the same have influences that can be subtracted one by one, which is why
-a report keeps them: the error of the difference is then far below that of either.
+The observations (examples, documents, windows) are treated as a sample of a larger population. The error of a statistic
+of sums over them follows from the influence of each observation: how much the statistic changes with it (the delta
+method). The influences of two models on the same observations can be subtracted one by one. A report keeps them for
+that, as the error of the difference is then far smaller than the error of either model.
 
 Source: delta method and ratio estimator, e.g. Cochran, Sampling Techniques, chapter 6.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 LARGEST_EXPONENT = 700.0
-"""Of a perplexity: no float is larger than about exp(709)."""
+"""Largest exponent of a perplexity; exp(710) is too large for a float."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +29,7 @@ class Metric:
     """None where it is unknown: fewer than two observations, or a statistic of the whole set."""
     higher_is_better: bool
     influences: Floats | None = None
-    """Of each observation, in the order of the data; their sum is 0."""
+    """Influence of each observation, in the order of the data; their sum is 0."""
 
 
 def mean(values: Sequence[float], *, higher_is_better: bool) -> Metric:

@@ -19,8 +19,8 @@ _INFLUENCES_SUFFIX = ".influences.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything that is needed to read a number, and to get it again."""
+class EvaluationReport:
+    """The results of an evaluation, and everything needed to interpret and repeat it."""
 
     task: str
     """wikitext, lambada, generation, or lm-eval's tasks."""
@@ -36,9 +36,9 @@ class Report:
     """Windows, tokens, examples."""
     metrics: Mapping[str, Metric]
     run: Mapping[str, Any]
-    """How it went: seconds, tokens/s, device, versions. Decides nothing."""
+    """Seconds, tokens/s, device, versions: what describes the run, and does not decide the numbers."""
     notices: tuple[str, ...] = field(default=())
-    """What the reader should know."""
+    """What the reader of the numbers should know."""
 
     def to_json(self) -> str:
         """The report as a JSON object, without the influences."""
@@ -57,7 +57,7 @@ class Report:
         return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write the JSON, and the influences of the observations beside it for --compare.
+        """Write the JSON, and beside it the Markdown, and the influences of the observations for --compare.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -69,6 +69,7 @@ class Report:
         else:
             beside.unlink(missing_ok=True)
         atomic_write(path, self.to_json())
+        atomic_write(path.with_suffix(".md"), self.to_markdown())
 
     def to_table(self) -> Table:
         """The results for a terminal."""
@@ -82,7 +83,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """What was evaluated, in a line."""
+        """What was evaluated, in one line."""
         return f"{self.model['name']}: {self.task}, {self.protocol['name']} {self.protocol['version']}"
 
     def to_markdown(self) -> str:
@@ -103,11 +104,11 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def read_report(path: Path) -> Report:
-    """A report that was saved, with its influences if they are there.
+def read_report(path: Path) -> EvaluationReport:
+    """Read a report that was saved, with its influences if their file is there.
 
     Raises:
-        DataError: it cannot be read, or is none.
+        DataError: the file cannot be read, or is not a report.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +116,7 @@ def read_report(path: Path) -> Report:
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: a report of format {version}, and this bloomlm reads {FORMAT_VERSION}")
         metrics = {name: Metric(**fields) for name, fields in content.pop("metrics").items()}
-        report = Report(**content, metrics=metrics)
+        report = EvaluationReport(**content, metrics=metrics)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a report of --output_file") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

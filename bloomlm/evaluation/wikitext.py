@@ -1,14 +1,11 @@
-"""WikiText's text: reading it, its documents, its rows, and how its tokenisation is undone.
+"""The format of WikiText: its documents, its rows, and how it is detokenised.
 
-The files (wiki.valid.tokens, wiki.test.raw, ...) hold a line for each paragraph or heading, words, punctuation and
-line ends set apart by blanks: ` = Robert Boulter = `, `starring @-@ role`. The raw variant has the words that the
-other replaces by <unk>.
+The files (wiki.valid.tokens, wiki.test.raw, ...) hold a line for each paragraph or heading, with spaces around words,
+punctuation and line ends: ` = Robert Boulter = `, `starring @-@ role`. The raw variant has the words that the other
+one replaces by <unk>.
 """
 
 import re
-from pathlib import Path
-
-from bloomlm.errors import DataError
 
 # Every rule in its order. Source: Megatron-LM's zero-shot evaluation, from which run_eval.py and lm-eval have
 # theirs; the second one looks for literal slashes, a slip of the original that comparable numbers need.
@@ -32,27 +29,8 @@ _RULES: tuple[tuple[str | re.Pattern[str], str], ...] = (
 _UNKNOWN = "<unk>"
 
 
-def read_text(path: Path) -> str:
-    """The whole file.
-
-    Raises:
-        DataError: it cannot be read, is not UTF-8, or holds no word.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected a text file such as wiki.valid.tokens"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})") from error
-    if not text.strip():
-        raise DataError(f"{path}: no text in it; expected one such as wiki.valid.tokens")
-    return text
-
-
 def detokenize(text: str) -> str:
-    """The text as people write it: no blanks before punctuation, no @-@.
+    """The text as people write it: no spaces before punctuation, no @-@.
 
     >>> detokenize("a well @-@ known town ( pop . 1 @,@ 234 )")
     'a well-known town (pop. 1,234)'
@@ -66,9 +44,9 @@ def detokenize(text: str) -> str:
 
 
 def split_documents(text: str) -> list[str]:
-    """Documents (articles) of a file, cut before each main heading, ` = Title = `.
+    """Split a file into documents (articles), before each main heading, ` = Title = `.
 
-    Source: lm-eval's data set EleutherAI/wikitext_document_level, which cuts the same files.
+    Source: lm-eval's data set EleutherAI/wikitext_document_level, which splits the same files.
     """
     documents: list[str] = []
     lines: list[str] = []
@@ -81,7 +59,7 @@ def split_documents(text: str) -> list[str]:
 
 
 def split_rows(text: str) -> list[str]:
-    """Rows as the hub's data set Salesforce/wikitext has them: lines with their ends, blank ones empty."""
+    """Rows as in the hub's data set Salesforce/wikitext: lines with their line ends; blank lines are empty rows."""
     lines = text.split("\n")
     last = lines.pop()
     rows = [line + "\n" for line in lines] + ([last] if last else [])
@@ -89,7 +67,7 @@ def split_rows(text: str) -> list[str]:
 
 
 def notices_about(text: str) -> tuple[str, ...]:
-    """What makes numbers on this text differ from published ones."""
+    """Notices about a text whose numbers cannot be compared with published ones."""
     if _UNKNOWN not in text:
         return ()
     return (

@@ -18,7 +18,7 @@ Inside, every rank runs the same program with the same values; three rules make 
   linear_cross_entropy and score_tokens, and whole results come back. `model.logits` gathers whole logits.
 - Data-parallel ranks (mesh.dp_rank of mesh.degrees.dp) take different examples: BatchLoader(..., dp_degree=, dp_rank=)
   deals them out; add results up with mesh.sum_over(tensor, ("dp_replicate", "dp_shard")). With FSDP they must make
-  equally many calls. Only mesh.is_main writes and talks; files that all write: checkpoint/together.py.
+  equally many calls. Only mesh.is_main writes and talks; files that all write: checkpoint/main_rank.py.
 
 KVCache(..., n_head=len(model.transformer.heads)) has room for this rank's heads.
 

@@ -1,12 +1,12 @@
-"""The head and the cross entropy in one: logits exist for a few rows at a time and only where there is a label.
+"""The head and the cross entropy in one: logits exist for a few rows at a time, and only where there is a label.
 
-The gradients are made in the forward pass, while a chunk's logits are at hand, so nothing is computed twice: with
-logits z, softmax p, label y and smoothing s, d loss / d z = p - (1 - s) onehot(y) - s / V, which replaces z in place;
-then d loss / d hidden = dz @ W and d loss / d W = dz.T @ hidden. A frozen head costs no weight gradient.
+The gradients are computed in the forward pass, while a chunk's logits exist, so nothing is computed twice. With logits
+z, softmax p, label y and smoothing s, d loss / d z = p - (1 - s) onehot(y) - s / V, which replaces z in place; then d
+loss / d hidden = dz @ W and d loss / d W = dz.T @ hidden. A frozen head costs no weight gradient.
 
-Where tensor-parallel ranks share the vocabulary, each has the logits of its own tokens. Of a row they exchange its
-maximum, its sum of exponentials, its label's logit and (smoothing) its sum of logits, and at the end add up
-d loss / d hidden, chunk by chunk while the next one is computed; no rank ever has another's logits.
+Where tensor-parallel ranks share the vocabulary, each has the logits of its own tokens only. For each row they exchange
+the maximum, the sum of exponentials, the label's logit and (with smoothing) the sum of logits. They add up
+d loss / d hidden of each chunk while the next one is computed.
 
 Numerics: softmax, loss and the weight's gradient are fp32 (fp64 for fp64 inputs); under autocast and for half-precision
 inputs only the matrix products are in half. torch.nn.functional.cross_entropy on whole logits is the oracle.
@@ -51,21 +51,21 @@ def linear_cross_entropy(
         weight: [V, D]; without requires_grad no gradient is computed for it.
         labels: [M] int64, IGNORE_INDEX where a row has none; such rows cost nothing.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
-        scale: factor of the loss, 1 / tokens of the step times the loss scale; costs nothing here, a pass over the
-            weight's gradient when applied outside.
+        scale: factor of the loss, such as the loss scale / tokens of the step. It costs nothing here; applied
+            afterwards it would cost a pass over the weight's gradient.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         max_chunk_bytes: size that a chunk's logits may take.
-        ranks: that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the same
-            on each, and so are the loss and hidden's gradient. None: the weight is whole.
-        gradient_memory: a list of tensors that nobody needs any more; one that fits is taken out and becomes the
-            weight's gradient, which else is new memory.
+        ranks: those that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the
+            same on each, and so are the loss and hidden's gradient. None: the weight is whole.
+        gradient_memory: tensors that are not needed any more. One that fits is removed from the list and becomes the
+            weight's gradient, for which new memory is allocated otherwise.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
     """
     hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
-        # part of the graph, as every loss, with a gradient wherever others have one
+        # part of the graph like any other loss, with the same gradients, all of them zero
         return (hidden.sum() + weight[:1].sum() if weight.requires_grad else hidden.sum()) * 0.0
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden,
@@ -89,12 +89,12 @@ def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where the labels of a chunk's rows are among this rank's tokens."""
+    """The places of a chunk's labels among this rank's tokens."""
 
     column: Tensor
-    """[C, 1] int64; of labels that another rank has, some column or other."""
+    """[C, 1] int64; 0 where another rank has the label."""
     is_here: Tensor | None
-    """[C, 1] bool; None: all are."""
+    """[C, 1] bool: whether this rank has the label; None: it has all of them."""
 
     def pick(self, z: Tensor) -> Tensor:
         """[C, V] -> [C, 1]: each label's element; 0 where another rank has it."""
@@ -107,17 +107,17 @@ class _Target:
 
 
 class _Vocabulary:
-    """The vocabulary of a head, of which this rank may have a part only."""
+    """The vocabulary of a head, which may be shared among ranks."""
 
     def __init__(self, num_tokens: int, ranks: TensorParallelGroup | None) -> None:
         self.num_tokens = num_tokens
         self.ranks = ranks
         self.first = 0 if ranks is None else ranks.rank * num_tokens
         self.size = num_tokens * (1 if ranks is None else ranks.degree)
-        """Of the whole."""
+        """Tokens of the whole vocabulary."""
 
     def locate(self, labels: Tensor) -> _Target:
-        """[C, 1] ids."""
+        """Find labels, [C, 1] ids."""
         if self.ranks is None:
             return _Target(labels, None)
         column = labels - self.first
@@ -137,7 +137,10 @@ class _Vocabulary:
 
 
 class _Head:
-    """The head's matrix products over chunks of rows, in weights' or autocast's format; results in full precision."""
+    """The head's matrix products over chunks of rows, in the precision of the weights or of autocast.
+
+    Results are fp32 or fp64.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, max_chunk_bytes: int, weight_scale: Tensor | None = None
@@ -156,13 +159,13 @@ class _Head:
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
         self.uses_onednn = uses_onednn(self.hidden, self.weight)
-        # oneDNN and int8 make their results anew; the others write into these
+        # oneDNN and int8 allocate their results; other products write into these
         rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
         self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
 
     def chunks(self) -> list[slice]:
-        """Rows of each chunk; chunks are as equal as can be."""
+        """Rows of each chunk; their sizes are as equal as possible."""
         num_rows, size = len(self.hidden), max(1, self.chunk_rows)
         return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
@@ -272,13 +275,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Handed over, not saved: gone from here, it becomes weight.grad without a copy.
+        # Not saved tensors: once ctx drops them, the gradient becomes weight.grad without a copy.
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, (None, None)
         if grad_hidden is None:
             raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
         for work in ctx.pending:
             work.wait()
-        # scale is in the gradients already, so that a factor of 1 spares a pass over [V, D]
+        # the gradients contain scale already, so the factor is usually 1 and needs no pass over [V, D]
         if grad_output.device.type != "cpu" or float(grad_output) != 1.0:
             grad_hidden.mul_(grad_output)
             if grad_weight is not None:

@@ -1,11 +1,11 @@
-"""What the head thinks of given next tokens: log-probabilities and hits, without ever holding all logits.
+"""Log-probabilities of given next tokens, and whether they are the likeliest, without all logits in memory.
 
-The vocabulary is taken a block at a time, and of each row only its largest logit so far, where that was, the sum of
-exponentials below it and its label's logit are kept (online softmax, https://arxiv.org/abs/1805.02867). A block's
-logits stay in the processor's cache until they are added up, and memory does not grow with the vocabulary.
+The vocabulary is processed in blocks. For each row only the largest logit so far, its token, the sum of exponentials
+relative to it and the label's logit are kept (online softmax, https://arxiv.org/abs/1805.02867). A block's logits stay
+in the processor's cache until they are summed, and the memory does not grow with the vocabulary.
 
-No gradients. Softmax is fp32 (fp64 for fp64 models); the product with the head is in the model's own precision, or
-autocast's. torch.log_softmax on whole logits is the oracle.
+There are no gradients. Softmax is fp32 (fp64 for fp64 models); the product with the head is in the precision of the
+model, or of autocast. torch.log_softmax on whole logits is the oracle.
 
 Shapes: M rows, D hidden, V vocabulary (this rank's part of it, where ranks share it).
 """
@@ -21,11 +21,11 @@ from bloomlm.parallel.collectives import TensorParallelGroup
 IGNORE_INDEX = -100
 """The label of a position from which nothing is predicted."""
 _CPU_BLOCK_ELEMENTS = 2**21
-"""Logits at a time: 8 MiB in fp32, which a processor's cache holds."""
+"""Logits of a block on a CPU: 8 MiB in fp32, which fit into the cache."""
 _GPU_BLOCK_ELEMENTS = 2**26
-"""The same on a GPU, where small products are slow ones."""
+"""Logits of a block on a GPU, where small products are slow."""
 _FEWEST_COLUMNS = 1024
-"""Of a block with many rows, so that its product stays fast."""
+"""Fewest columns of a block, so that its product is fast with many rows too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class LabelScores:
     log_probs: Tensor
     """[M] natural logarithm of the label's probability."""
     is_likeliest: Tensor
-    """[M] bool: no token is likelier than the label, and of equals it has the lowest id."""
+    """[M] bool: no token is likelier than the label, and of equally likely tokens the label has the lowest id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,16 @@ def score_labels(
     ranks: TensorParallelGroup | None = None,
     block_columns: int | None = None,
 ) -> LabelScores:
-    """Score one token for each hidden state.
+    """Score one label for each hidden state.
 
     Args:
         hidden: [M, D] after the last layer norm.
         weight: [V, D] of the head.
         labels: [M] int64, ids of the whole vocabulary.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
-        ranks: that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the same
-            on each, and so is the result. None: the weight is whole.
-        block_columns: tokens of the vocabulary at a time; None: as many as suit the device.
+        ranks: those that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the
+            same on each, and so is the result. None: the weight is whole.
+        block_columns: tokens of a block; None: as many as suit the device.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     row_max = torch.full((len(labels),), -torch.inf, dtype=dtype, device=hidden.device)
@@ -80,7 +80,7 @@ def score_labels(
         scale = None if weight_scale is None else weight_scale[columns]
         z = linear(hidden, weight[columns], None, scale).to(dtype)
         block_max, block_likeliest = z.max(dim=1)
-        # strictly larger: of equals the first stays
+        # strictly larger, so that the first of equal logits stays
         likeliest = torch.where(block_max > row_max, block_likeliest + (first_token + start), likeliest)
         label_z += _pick(z, labels - (first_token + start))
         new_max = torch.maximum(row_max, block_max)
@@ -103,14 +103,14 @@ def score_tokens(
     weight_scale: Tensor | None = None,
     ranks: TensorParallelGroup | None = None,
 ) -> TokenScore:
-    """Cross entropy and hits for an evaluation; no gradients.
+    """Cross entropy and number of correct tokens, without gradients.
 
     Args:
         hidden: [M, D].
         weight: [V, D].
         labels: [M] int64, IGNORE_INDEX where a row has none.
         weight_scale: [V] where the weight is int8.
-        ranks: that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
+        ranks: those that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
     """
     hidden, labels = labelled_rows(hidden, labels)
     scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, ranks=ranks)
@@ -118,7 +118,7 @@ def score_tokens(
 
 
 def labelled_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that have a label, [M, D] and [M], as they are where all have one."""
+    """The hidden states [M, D] and the labels [M] of the rows that have a label."""
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     if len(rows) == len(labels):
         return hidden, labels
@@ -131,6 +131,6 @@ def _block_columns(num_rows: int, device: torch.device) -> int:
 
 
 def _pick(z: Tensor, columns: Tensor) -> Tensor:
-    """[M, C], [M] -> [M]: each row's element of its column; 0 where the block does not have it."""
+    """[M, C], [M] -> [M]: the element of each row in its column; 0 where the block does not have that column."""
     is_here = (columns >= 0) & (columns < z.shape[1])
     return z.gather(1, columns.masked_fill(~is_here, 0)[:, None]).squeeze(1).masked_fill(~is_here, 0.0)

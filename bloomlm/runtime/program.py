@@ -29,7 +29,7 @@ class Program:
     """
 
     def __init__(self, path: str | Path, *, backend: str = "auto", verify_weights: bool = False) -> None:
-        path = Path(path)
+        self.path = path = Path(path)
         directory, prefix = path.parent, path.name
         manifest_path = directory / f"{prefix}.json"
         self.manifest = Manifest.read(manifest_path)

@@ -24,8 +24,6 @@ LONG_FUNCTIONS = {
     "cli/completion.py run_completions",
     "cli/plan.py make_plan",
     "data/examples.py load_examples",
-    "evaluation/protocols/lm_eval.py wikitext",
-    "evaluation/protocols/reference.py wikitext",
     "generation/loop.py _beam_search",
     "generation/loop.py _decode",
     "training/build.py build_trainer",

@@ -5,7 +5,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
-import bloomlm.cli.evaluate_runs
+import bloomlm.cli.evaluate
 import bloomlm.training.finetune  # noqa: F401
 from tests.short_runs import shorten_runs
 

@@ -5,27 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from rich.console import Console
 
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.api import LoadedModel, load
+from bloomlm.api import LoadedModel, evaluate, load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
-from bloomlm.cli.evaluate_runs import EvaluationRun
-from bloomlm.cli.evaluate_subject import load_subject
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.config import EvaluateConfig
-from bloomlm.evaluation.copies import free_memory
-from bloomlm.evaluation.report import Report, read_report
-from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.report import EvaluationReport, read_report
+from bloomlm.evaluation.scoring.batches import BatchLimit
+from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from tests.distributed.pool import RankPool
@@ -63,8 +57,10 @@ def some_windows() -> list[Window]:
 def scores_of(bloom: Path, adapters: dict[str, Path], degrees: Degrees) -> tuple[list[WindowScore], list[int], str]:
     mesh = mesh_of(degrees)
     model = load(bloom, mesh=mesh, **adapters).model
-    own = [number for batch in Scorer(model, max_batch_tokens=60, mesh=mesh).score(some_windows()) for number in batch]
-    whole = Scorer(model, max_batch_tokens=60, mesh=mesh).score_all(some_windows())
+    own = [
+        number for batch in EagerScorer(model, max_batch_tokens=60, mesh=mesh).score(some_windows()) for number in batch
+    ]
+    whole = EagerScorer(model, max_batch_tokens=60, mesh=mesh).score_all(some_windows())
     return whole, own, model_fingerprint(model, mesh)
 
 
@@ -91,22 +87,21 @@ def test_scores_are_those_of_one_process(
         assert shares[0] == shares[1] == everything
 
 
-def report_of(bloom: Path, config: EvaluateConfig, degrees: Degrees, stop_after: int | None = None) -> Report | None:
-    mesh = mesh_of(degrees)
-    config = replace(config, model_name_or_path=str(bloom))
-    run = EvaluationRun(config, load_subject(config, torch.device("cpu"), mesh), Console(quiet=True))
-    path = Path(config.eval_path or "")
+def report_of(
+    bloom: Path | str, options: dict[str, Any], degrees: Degrees, stop_after: int | None = None
+) -> EvaluationReport | None:
+    loaded = load(bloom, dtype="float32", mesh=mesh_of(degrees))
     if stop_after is None:
-        return run.generation(path) if config.do_generation else run.protocol(path)
+        return evaluate(loaded, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bloomlm.evaluation.evaluated.Scorer", stopping_after(stop_after))
+        patch.setattr("bloomlm.evaluation.scoring.models.EagerScorer", stopping_after(stop_after))
         with pytest.raises(KeyboardInterrupt):
-            run.protocol(path)
+            evaluate(loaded, **options)
     return None
 
 
-def stopping_after(num_batches: int) -> type[Scorer]:
-    class Stopped(Scorer):
+def stopping_after(num_batches: int) -> type[EagerScorer]:
+    class Stopped(EagerScorer):
         def score(self, windows: Any, done: Any = ()) -> Any:
             for number, batch in enumerate(super().score(windows, done)):
                 if number == num_batches:
@@ -124,12 +119,12 @@ def test_reports_are_those_of_one_process(
     if "do_generation" in options:
         lambada.write_text("".join(json.dumps({"src": text, "tgt": "the sea"}) + "\n" for text in PASSAGES))
     file = tmp_path / "report.json"
-    config = EvaluateConfig(eval_path=str(lambada), output_file=file, batch_size=1, **options)
-    expected = report_of(bloom, config, Degrees())
+    options = {"eval_path": lambada, "output_file": file, "batch_size": 1, **options}
+    expected = report_of(bloom, options, Degrees())
     assert expected is not None
     for path in tmp_path.glob("report*"):
         path.unlink()
-    for found in ranks.run(2, report_of, bloom, config, DEGREES[kind]):
+    for found in ranks.run(2, report_of, bloom, options, DEGREES[kind]):
         assert found.metrics.keys() == expected.metrics.keys()
         for name, metric in expected.metrics.items():
             assert found.metrics[name].value == pytest.approx(metric.value, rel=1e-6), name
@@ -144,12 +139,13 @@ def test_other_numbers_of_ranks_go_on_with_what_is_there(
     ranks: RankPool, bloom: Path, lambada: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "report.json"
-    config = EvaluateConfig(eval_path=str(lambada), protocol="lm_eval", output_file=file, batch_size=1, seq_length=8)
-    expected = report_of(bloom, EvaluateConfig(eval_path=str(lambada), protocol="lm_eval", seq_length=8), Degrees())
-    ranks.run(2, report_of, bloom, config, DEGREES["copies"], 1)
+    options = {"eval_path": lambada, "protocol": "lm_eval", "seq_length": 8}
+    expected = report_of(bloom, options, Degrees())
+    options |= {"output_file": file, "batch_size": 1}
+    ranks.run(2, report_of, bloom, options, DEGREES["copies"], 1)
     assert len(list(tmp_path.glob(".report*.partial"))) == 2
-    report_of(bloom, config, Degrees(), 1)
-    for found in ranks.run(2, report_of, bloom, config, DEGREES["copies"]):
+    report_of(bloom, options, Degrees(), 1)
+    for found in ranks.run(2, report_of, bloom, options, DEGREES["copies"]):
         assert found.run["windows_of_a_stopped_run"] == 3
         assert expected is not None
         assert found.metrics["perplexity"].value == pytest.approx(expected.metrics["perplexity"].value, rel=1e-6)
@@ -177,8 +173,12 @@ def test_lm_eval_gets_all_answers_on_every_rank(ranks: RankPool, bloom: Path, ki
 
 
 def refusal(degrees: Degrees) -> str:
+    def compute(batch: list[int]) -> None:
+        raise MemoryError
+
+    limit = BatchLimit(size=9, unit="tokens", single="window", advice="--seq_length", mesh=mesh_of(degrees))
     with pytest.raises(ConfigError) as error:
-        free_memory("a batch of 9 tokens", mesh_of(degrees), MemoryError())
+        list(limit.batches([5, 4, 3], compute, sum))
     return str(error.value)
 
 
@@ -201,6 +201,6 @@ def test_make_evaluates_on_one_and_on_two_processes(tmp_path: Path, target: str)
     assert output.count(f" validation results on {wiki} | avg loss: ") == 1
     found = read_report(tmp_path / "report.json")
     assert found.run["tensor_parallel_degree"] == (2 if target == "run_eval_tps" else 1)
-    expected = report_of(Path("builtin:tiny"), EvaluateConfig(eval_path=str(wiki), dtype="float32"), Degrees())
+    expected = report_of("builtin:tiny", {"eval_path": wiki}, Degrees())
     assert expected is not None
     assert found.metrics["avg_loss"].value == pytest.approx(expected.metrics["avg_loss"].value, rel=1e-6)

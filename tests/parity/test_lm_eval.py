@@ -24,12 +24,12 @@ from bloomlm.api import LoadedModel, load  # noqa: E402
 from bloomlm.checkpoint.source import resolve_source  # noqa: E402
 from bloomlm.cli.evaluate import command as evaluate_command  # noqa: E402
 from bloomlm.errors import ConfigError  # noqa: E402
-from bloomlm.evaluation.lambada import Passage  # noqa: E402
+from bloomlm.evaluation.data_sources import Passage  # noqa: E402
 from bloomlm.evaluation.lm_eval_adapter import BloomLM, generation_config  # noqa: E402
 from bloomlm.evaluation.metrics import Metric  # noqa: E402
-from bloomlm.evaluation.plan import Plan  # noqa: E402
+from bloomlm.evaluation.plan import WindowPlan  # noqa: E402
 from bloomlm.evaluation.protocols import lm_eval as protocol  # noqa: E402
-from bloomlm.evaluation.scoring.eager_scorer import Scorer  # noqa: E402
+from bloomlm.evaluation.scoring.eager_scorer import EagerScorer  # noqa: E402
 from bloomlm.generation.config import Greedy, Sampling  # noqa: E402
 
 MAX_LENGTH = 48
@@ -133,8 +133,8 @@ def lambada_task(tmp_path: Path) -> dict[str, Any]:
     )
 
 
-def our_results(bloom: LoadedModel, plan: Plan) -> dict[str, Metric]:
-    return plan.metrics(Scorer(bloom.model, max_batch_tokens=100).score_all(plan.windows))
+def our_results(bloom: LoadedModel, plan: WindowPlan) -> dict[str, Metric]:
+    return plan.metrics(EagerScorer(bloom.model, max_batch_tokens=100).score_all(plan.windows))
 
 
 def test_wikitext_protocol_is_that_of_lm_eval(bloom: LoadedModel, theirs: HFLM, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """bloomlm.load, bloomlm.generate: texts in, texts out."""
 
+import json
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import bloomlm
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.errors import AdapterError, CheckpointError, ConfigError, GenerationError
+from bloomlm.errors import AdapterError, CheckpointError, ConfigError, DataError, GenerationError
 from bloomlm.generation.config import GenerationConfig, Sampling
 from bloomlm.generation.decode import generate as generate_tokens
 from tests.tiny_bloom import write_adapter, write_bloom
@@ -122,3 +126,79 @@ def test_finetune_names_unknown_and_missing_options() -> None:
         bloomlm.finetune(no_such_flag=1)
     with pytest.raises(ConfigError, match="needs output_dir"):
         bloomlm.finetune(do_train=True)
+
+
+def without_run(report: bloomlm.EvaluationReport) -> dict[str, Any]:
+    """The report as it is written, without what describes the run only."""
+    return {name: value for name, value in json.loads(report.to_json()).items() if name != "run"}
+
+
+def test_evaluate_gives_what_the_command_writes(base: Path, tmp_path: Path) -> None:
+    from bloomlm.cli.evaluate import command
+    from bloomlm.evaluation.report import read_report
+
+    rows = tmp_path / "lambada.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{prompt} and the end"}) + "\n" for prompt in PROMPTS))
+    lora = write_adapter(tmp_path / "lora", base, LoraConfig(r=2))
+    words = ["--eval_path", str(rows), "--protocol", "lm_eval", "--seq_length", "6", "--limit", "4", "--device", "cpu"]
+    options = {"eval_path": rows, "protocol": "lm_eval", "seq_length": 6, "limit": 4}
+    for model, flags in (
+        (base, []),
+        (bloomlm.load(base), []),
+        (bloomlm.load(base, lora_path=lora), ["--lora_path", str(lora)]),
+    ):
+        written = tmp_path / "command.json"
+        words_of_model = ["--model_name_or_path", str(base), *flags, "--output_file", str(written)]
+        result = CliRunner().invoke(command, [*words_of_model, *words])
+        assert result.exit_code == 0, result.exception
+        found = bloomlm.evaluate(model, output_file=str(tmp_path / "python.json"), **options)
+        assert (
+            without_run(found)
+            == without_run(read_report(written))
+            == without_run(read_report(tmp_path / "python.json"))
+        )
+        assert found.model["adapter"] == (str(lora) if flags else None)
+        assert found.metrics["perplexity"].value > 1
+        assert found.metrics["perplexity"].standard_error is not None
+
+
+def test_evaluate_takes_an_exported_program(base: Path, tmp_path: Path, no_compiler: None) -> None:
+    from bloomlm.export.program import export_program
+    from bloomlm.runtime.program import Program
+
+    bloom = bloomlm.load(base)
+    export_program(bloom.model, bloom.tokenizer, tmp_path / "program" / "bloom", source="bloom", verify=False)
+    (tmp_path / "wiki.txt").write_text("the end and one in the other , the end . " * 4)
+    options = {"eval_path": tmp_path / "wiki.txt", "seq_length": 16}
+    expected = bloomlm.evaluate(bloom, **options).metrics
+    report = bloomlm.evaluate(Program(tmp_path / "program" / "bloom"), **options)
+    assert report.model["name"] == str(tmp_path / "program" / "bloom")
+    assert {name: metric.value for name, metric in report.metrics.items()} == pytest.approx(
+        {name: metric.value for name, metric in expected.items()}, rel=1e-5
+    )
+
+
+def test_evaluate_finds_the_data_before_it_loads(base: Path, tmp_path: Path) -> None:
+    def load() -> bloomlm.LoadedModel:
+        raise AssertionError("the model was loaded first")
+
+    with pytest.raises(DataError, match="no such file"):
+        bloomlm.evaluate(load, eval_path=tmp_path / "nothing.txt")
+    with pytest.raises(ConfigError, match=r"unknown option 'no_such_flag' of evaluate.*seq_length"):
+        bloomlm.evaluate(load, no_such_flag=1)
+    with pytest.raises(ConfigError, match="--limit is 0; expected at least 1"):
+        bloomlm.evaluate(load, eval_path="f", limit=0)
+    with pytest.raises(ConfigError, match="--protocol ppl: expected one of reference, lm_eval, gptq"):
+        bloomlm.evaluate(load, eval_path="f", protocol="ppl")
+    with pytest.raises(ConfigError, match="--protocol lm_eval_tasks needs --tasks"):
+        bloomlm.evaluate(load, eval_path="f", protocol="lm_eval_tasks")
+
+
+def test_page_about_evaluation_runs_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    code, printed = re.findall(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/evaluation.md", "exec"), {})
+    assert capsys.readouterr().out == printed

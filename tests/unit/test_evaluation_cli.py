@@ -12,11 +12,12 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
-from bloomlm.cli.evaluate import command
+from bloomlm.cli.evaluate import EvaluateFlags, check_flags, command
 from bloomlm.errors import BloomlmError, ConfigError, DataError
-from bloomlm.evaluation import evaluated, named_data
-from bloomlm.evaluation.config import EvaluateConfig, check_config
-from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation import data_sources
+from bloomlm.evaluation.config import check_config, make_config
+from bloomlm.evaluation.scoring import models
+from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from tests.tiny_bloom import write_adapter, write_bloom
 
 WIKI = " \n = The Sea = \n \n The sea , and the rain @-@ fed river ; 1 @,@ 234 ( in all ) . \n"
@@ -107,14 +108,14 @@ def test_stopped_evaluation_goes_on(bloom: Path, wiki: Path, tmp_path: Path, mon
     evaluate_well(*words, tmp_path / "whole.json")
     whole = json.loads((tmp_path / "whole.json").read_text())
 
-    class Stopped(Scorer):
+    class Stopped(EagerScorer):
         def score(self, windows, done=()):  # type: ignore[no-untyped-def]
             for number, batch in enumerate(super().score(windows, done)):
                 if number == 3:
                     raise KeyboardInterrupt
                 yield batch
 
-    monkeypatch.setattr(evaluated, "Scorer", Stopped)
+    monkeypatch.setattr(models, "EagerScorer", Stopped)
     assert evaluate(*words, tmp_path / "parts.json").exit_code != 0
     assert not (tmp_path / "parts.json").exists()
     monkeypatch.undo()
@@ -200,7 +201,7 @@ def test_fingerprint_follows_the_weights(bloom: Path) -> None:
 )
 def test_what_cannot_be_done_is_refused(options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_config(EvaluateConfig(**options))
+        check_flags(EvaluateFlags(**options))
 
 
 def test_what_cannot_be_written_is_refused_at_once(bloom: Path, wiki: Path, tmp_path: Path) -> None:
@@ -217,12 +218,19 @@ def test_ranks_that_are_not_there_are_refused(bloom: Path, wiki: Path) -> None:
 
 
 def test_flags_without_effect_are_said() -> None:
-    config = EvaluateConfig(model_name_or_path="m", eval_path="f.jsonl", overlapping_eval=8, seed=1, tgt_length=4)
-    assert [notice.split()[0] for notice in check_config(config)] == ["--overlapping_eval", "--tgt_length", "--seed"]
-    config = EvaluateConfig(model_name_or_path="m", tasks=("t",), protocol="gptq", logging_steps=3)
-    assert [notice.split()[0] for notice in check_config(config)] == ["--protocol", "--logging_steps"]
-    config = EvaluateConfig(compare=("a", "b"), eval_path="f", limit=3)
-    assert check_config(config) == tuple(f"--{name} has no effect with --compare" for name in ("eval_path", "limit"))
+    flags = EvaluateFlags(model_name_or_path="m", eval_path="f.jsonl", overlapping_eval=8, seed=1, tgt_length=4)
+    assert [notice.split()[0] for notice in (*check_config(flags), *check_flags(flags))] == [
+        "--overlapping_eval",
+        "--tgt_length",
+        "--seed",
+    ]
+    flags = EvaluateFlags(model_name_or_path="m", tasks=("t",), protocol="gptq", logging_steps=3)
+    assert [notice.split()[0] for notice in (*check_config(flags), *check_flags(flags))] == [
+        "--protocol",
+        "--logging_steps",
+    ]
+    flags = EvaluateFlags(compare=("a", "b"), eval_path="f", limit=3)
+    assert check_flags(flags) == tuple(f"--{name} has no effect with --compare" for name in ("eval_path", "limit"))
 
 
 def test_what_the_file_is_follows_from_its_name() -> None:
@@ -232,8 +240,8 @@ def test_what_the_file_is_follows_from_its_name() -> None:
         ("wiki.valid.tokens", False),
         ("wikitext-2:valid", False),
     ):
-        assert EvaluateConfig(eval_path=name).is_lambada == is_lambada
-    assert not EvaluateConfig(eval_path="x.jsonl", cloze_eval=False).is_lambada
+        assert make_config({"eval_path": name}).is_lambada == is_lambada
+    assert not make_config({"eval_path": "x.jsonl", "cloze_eval": False}).is_lambada
 
 
 def test_data_sets_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,11 +251,11 @@ def test_data_sets_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.Monke
         asked.append((repository, configuration, split))
         return ["", " = A = \n", "b \n"]
 
-    monkeypatch.setattr(named_data, "_fetch", fetch)
-    raw = named_data.find_data("wikitext-2", raw=True, cache_dir=tmp_path)
-    tokens = named_data.find_data("wikitext-103:valid", raw=False, cache_dir=tmp_path)
-    cloze = named_data.find_data("lambada", raw=True, cache_dir=tmp_path)
-    assert named_data.find_data("wikitext-2", raw=True, cache_dir=tmp_path) == raw
+    monkeypatch.setattr(data_sources, "_fetch", fetch)
+    raw = data_sources.find_data("wikitext-2", raw=True, cache_dir=tmp_path)
+    tokens = data_sources.find_data("wikitext-103:valid", raw=False, cache_dir=tmp_path)
+    cloze = data_sources.find_data("lambada", raw=True, cache_dir=tmp_path)
+    assert data_sources.find_data("wikitext-2", raw=True, cache_dir=tmp_path) == raw
     assert asked == [
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
         ("Salesforce/wikitext", "wikitext-103-v1", "validation"),
@@ -267,7 +275,7 @@ def test_data_sets_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_unknown_data_are_errors(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        named_data.find_data(name, raw=True, cache_dir=tmp_path)
+        data_sources.find_data(name, raw=True, cache_dir=tmp_path)
 
 
 def test_no_network_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +286,7 @@ def test_no_network_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"could not be fetched .* Connect to the network once, or give a file"):
-        named_data.find_data("wikitext-2", raw=True, cache_dir=tmp_path)
+        data_sources.find_data("wikitext-2", raw=True, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ import pytest
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.report import Report, influences_path, read_report
+from bloomlm.evaluation.report import EvaluationReport, influences_path, read_report
 
 
 def draw(count: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +51,7 @@ def test_exponent_stops_at_its_limit() -> None:
     assert math.isfinite(exponential(mean([1e6, 1e6], higher_is_better=False)).value)
 
 
-def make_report(metric: Metric, **changes: object) -> Report:
+def make_report(metric: Metric, **changes: object) -> EvaluationReport:
     fields: dict[str, object] = {
         "task": "wikitext",
         "protocol": {"name": "lm_eval", "version": "1", "source": "s"},
@@ -63,7 +63,7 @@ def make_report(metric: Metric, **changes: object) -> Report:
         "run": {"seconds": 1.0},
         "notices": ("mind the gap",),
     }
-    return Report(**{**fields, **changes})  # type: ignore[arg-type]
+    return EvaluationReport(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_paired_difference_is_surer_than_two_samples(tmp_path) -> None:  # type: ignore[no-untyped-def]

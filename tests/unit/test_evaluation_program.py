@@ -13,11 +13,10 @@ from click.testing import CliRunner
 
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
-from bloomlm.cli.evaluate import command
+from bloomlm.cli.evaluate import EvaluateFlags, check_flags, command
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
-from bloomlm.evaluation.config import EvaluateConfig, check_config
-from bloomlm.evaluation.report import Report, read_report
+from bloomlm.evaluation.report import EvaluationReport, read_report
 from bloomlm.evaluation.scoring.step_scorer import StepScorer
 from bloomlm.evaluation.scoring.windows import Window, continuation_window
 from bloomlm.export.program import export_program
@@ -62,7 +61,7 @@ def program(bloom: Path) -> Path:
     return bloom / "program"
 
 
-def report_of(report: Path, *words: object) -> Report:
+def report_of(report: Path, *words: object) -> EvaluationReport:
     result = CliRunner().invoke(command, [*map(str, words), "--output_file", str(report)])
     assert result.exit_code == 0, result.exception or result.output
     return read_report(report)
@@ -173,13 +172,13 @@ def test_stopped_evaluation_of_a_program_goes_on(
 def test_what_says_how_to_load_a_model_is_refused(given: dict[str, Any]) -> None:
     (name,) = given
     with pytest.raises(ConfigError, match=f"--{name} .*"):
-        check_config(EvaluateConfig(model_dir=Path("d"), eval_path="f", **given))
+        check_flags(EvaluateFlags(model_dir=Path("d"), eval_path="f", **given))
 
 
 def test_prefix_without_a_program_has_no_effect() -> None:
-    config = EvaluateConfig(model_name_or_path="m", eval_path="f", model_prefix="small")
-    assert check_config(config) == ("--model_prefix has no effect without --model_dir",)
-    assert check_config(EvaluateConfig(model_dir=Path("d"), eval_path="f", model_prefix="p", device="cpu")) == ()
+    flags = EvaluateFlags(model_name_or_path="m", eval_path="f", model_prefix="small")
+    assert check_flags(flags) == ("--model_prefix has no effect without --model_dir",)
+    assert check_flags(EvaluateFlags(model_dir=Path("d"), eval_path="f", model_prefix="p", device="cpu")) == ()
 
 
 def test_directory_without_a_program_is_said(bloom: Path) -> None:

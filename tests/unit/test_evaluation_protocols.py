@@ -11,15 +11,15 @@ import torch
 from bloomlm.api import load
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
-from bloomlm.evaluation.lambada import Passage, read_passages
+from bloomlm.evaluation.config import make_config
+from bloomlm.evaluation.data_sources import Passage, read_passages, read_text
 from bloomlm.evaluation.metrics import Metric
-from bloomlm.evaluation.plan import Plan, Totals
-from bloomlm.evaluation.plans import make_plan
+from bloomlm.evaluation.plan import Plan, Totals, WindowPlan
 from bloomlm.evaluation.protocols import gptq, lm_eval, reference
 from bloomlm.evaluation.protocols.reference import sliding_windows
-from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.windows import WindowScore
-from bloomlm.evaluation.wikitext import detokenize, read_text, split_documents, split_rows
+from bloomlm.evaluation.wikitext import detokenize, split_documents, split_rows
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
@@ -43,8 +43,15 @@ def model(tokenizer: Tokenizer) -> BloomForCausalLM:
     return random_model(BloomConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, n_layer=2, n_head=4))
 
 
-def results(model: BloomForCausalLM, plan: Plan, max_batch_tokens: int = 100) -> dict[str, Metric]:
-    return plan.metrics(Scorer(model, max_batch_tokens=max_batch_tokens).score_all(plan.windows))
+def results(model: BloomForCausalLM, plan: WindowPlan, max_batch_tokens: int = 100) -> dict[str, Metric]:
+    return plan.metrics(EagerScorer(model, max_batch_tokens=max_batch_tokens).score_all(plan.windows))
+
+
+def plan_of(file: Path, tokenizer: Tokenizer, protocol: str) -> Plan:
+    """The plan that the options ask for."""
+    config = make_config({"eval_path": file, "protocol": protocol})
+    plan: Plan = config.task.make_plan(config.task.read(file), tokenizer, limit=None, **config.task_options)
+    return plan
 
 
 def passages(*texts: str) -> list[Passage]:
@@ -81,9 +88,9 @@ def test_reference_loss_is_that_of_padded_windows(
     assert found["ppl"].value == pytest.approx(math.exp(min(20, loss)), rel=1e-5)
     assert found["adjusted_ppl"].value == pytest.approx(math.exp(min(20, loss * ratio)), rel=1e-5)
     assert plan.counts["token_ratio"] == ratio
-    assert plan.line is not None
-    assert plan.line(found).startswith(f"avg loss: {loss:.4E} | ppl: ")
-    assert plan.line(found).endswith(f"token ratio: {ratio} |")
+    line = reference.wikitext_line(found, plan.counts)
+    assert line.startswith(f"avg loss: {loss:.4E} | ppl: ")
+    assert line.endswith(f"token ratio: {ratio} |")
 
 
 def test_pads_in_the_text_predict_nothing(model: BloomForCausalLM, tokenizer: Tokenizer) -> None:
@@ -107,7 +114,7 @@ def test_limit_takes_the_first_windows(model: BloomForCausalLM, tokenizer: Token
     whole = reference.wikitext(TEXT, tokenizer, seq_length=16, overlapping_eval=4)
     plan = reference.wikitext(TEXT, tokenizer, seq_length=16, overlapping_eval=4, limit=3)
     assert len(plan.windows) == 3 < len(whole.windows)
-    scores = Scorer(model, max_batch_tokens=100).score_all(plan.windows)
+    scores = EagerScorer(model, max_batch_tokens=100).score_all(plan.windows)
     assert sum(score.num_scored for score in scores) == 16 + 2 * 4
     loss = -sum(score.log_prob for score in scores) / 24
     assert plan.metrics(scores)["avg_loss"].value == pytest.approx(loss)
@@ -133,10 +140,9 @@ def test_reference_lambada_needs_every_token_of_the_word(model: BloomForCausalLM
         seen = (context + label)[:-1][-20:]
         likeliest = model(torch.tensor([seen]))[0].argmax(-1).tolist()[-len(label) :]
         right += likeliest == label
-    found = results(model, plan)["accuracy"].value
-    assert found == right / 4
-    assert plan.line is not None
-    assert plan.line({"accuracy": results(model, plan)["accuracy"]}) == (
+    found = results(model, plan)
+    assert found["accuracy"].value == right / 4
+    assert reference.lambada_line(found, plan.counts) == (
         f"number correct: {right:.4E} | total examples: 4.0000E+00 | avg accuracy: {right / 4:.4E}"
     )
 
@@ -223,7 +229,7 @@ def test_empty_and_unreadable_texts_are_errors(tmp_path: Path, tokenizer: Tokeni
     with pytest.raises(DataError, match=r"not UTF-8 .byte 0xff at 2"):
         read_text(file)
     with pytest.raises(DataError, match="1 words; expected at least two"):
-        reference.wikitext("sea", tokenizer, name="f")
+        reference.wikitext("sea", tokenizer)
     with pytest.raises(DataError, match="fewer than one window of 2048"):
         gptq.wikitext(TEXT, tokenizer)
 
@@ -256,15 +262,13 @@ def test_passages_without_context_or_word_are_errors(tmp_path: Path, tokenizer: 
 def test_defaults_of_lengths_are_the_protocols(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = tmp_path / "wiki.tokens"
     file.write_text(TEXT * 60)
-    plans = {
-        name: make_plan(file, tokenizer, protocol=name, is_lambada=False) for name in ("reference", "lm_eval", "gptq")
-    }
+    plans = {name: plan_of(file, tokenizer, name) for name in ("reference", "lm_eval", "gptq")}
     assert plans["reference"].settings == {"seq_length": 512, "overlapping_eval": 32}
     assert plans["lm_eval"].settings == plans["gptq"].settings == {"seq_length": 2048}
     with pytest.raises(ConfigError, match="no LAMBADA"):
         file = tmp_path / "l.jsonl"
         file.write_text('{"text": "the sea"}\n')
-        make_plan(file, tokenizer, protocol="gptq", is_lambada=True)
+        plan_of(file, tokenizer, "gptq")
 
 
 def test_totals_leave_out_what_is_not_scored() -> None:

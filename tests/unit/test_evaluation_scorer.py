@@ -10,7 +10,7 @@ from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.scoring import eager_scorer
-from bloomlm.evaluation.scoring.eager_scorer import Scorer
+from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.shared_prefix import Branched, Packed, find_branches, join_documents
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.model.bloom import BloomForCausalLM
@@ -67,29 +67,29 @@ def assert_scores(found: list[WindowScore], expected: list[WindowScore]) -> None
 def test_scores_are_those_of_whole_logits_in_any_batch(
     model: BloomForCausalLM, windows: list[Window], max_batch_tokens: int
 ) -> None:
-    found = Scorer(model, max_batch_tokens=max_batch_tokens).score_all(windows)
+    found = EagerScorer(model, max_batch_tokens=max_batch_tokens).score_all(windows)
     assert_scores(found, [by_whole_logits(model, window) for window in windows])
 
 
 def test_order_changes_nothing(model: BloomForCausalLM, windows: list[Window]) -> None:
     order = list(range(len(windows)))
     random.Random(1).shuffle(order)
-    shuffled = Scorer(model, max_batch_tokens=200).score_all([windows[number] for number in order])
-    straight = Scorer(model, max_batch_tokens=200).score_all(windows)
+    shuffled = EagerScorer(model, max_batch_tokens=200).score_all([windows[number] for number in order])
+    straight = EagerScorer(model, max_batch_tokens=200).score_all(windows)
     assert_scores(shuffled, [straight[number] for number in order])
 
 
 def test_prefix_adapter_acts_on_shared_and_lone_windows_alike(windows: list[Window]) -> None:
     model = random_model()
-    plain = Scorer(model, max_batch_tokens=300).score_all(windows)
+    plain = EagerScorer(model, max_batch_tokens=300).score_all(windows)
     apply_adapter(model, PrefixConfig(num_prefix_tokens=3), torch.Generator().manual_seed(0))
-    found = Scorer(model, max_batch_tokens=300).score_all(windows)
+    found = EagerScorer(model, max_batch_tokens=300).score_all(windows)
     assert_scores(found, [by_whole_logits(model, window) for window in windows])
     assert abs(found[0].log_prob - plain[0].log_prob) > 1e-3
 
 
 def test_what_windows_share_is_computed_once(model: BloomForCausalLM, windows: list[Window]) -> None:
-    scorer = Scorer(model, max_batch_tokens=100_000)
+    scorer = EagerScorer(model, max_batch_tokens=100_000)
     scorer.score_all(windows)
     documents = join_documents(windows, range(len(windows)))
     groups = find_branches(documents, 100_000)
@@ -108,12 +108,12 @@ def test_head_sees_scored_positions_only(
         return score_labels(hidden, weight, labels, **options)
 
     monkeypatch.setattr(eager_scorer, "score_labels", counting)
-    Scorer(model, max_batch_tokens=200).score_all(windows)
+    EagerScorer(model, max_batch_tokens=200).score_all(windows)
     assert sum(rows) == sum(window.num_scored for window in windows)
 
 
 def test_windows_without_labels_cost_nothing(model: BloomForCausalLM) -> None:
-    scorer = Scorer(model, max_batch_tokens=10)
+    scorer = EagerScorer(model, max_batch_tokens=10)
     silent = Window(np.array([5, 6]), np.array([IGNORE_INDEX]))
     assert scorer.score_all([silent]) == [WindowScore(log_prob=0.0, num_scored=0, num_likeliest=0)]
     assert scorer.num_computed_tokens == 0
@@ -143,7 +143,7 @@ def test_batches_are_halved_when_memory_runs_out(
 
     for kind in (Packed, Branched):
         monkeypatch.setattr(kind, "hidden", small_memory(kind.hidden))
-    scorer = Scorer(model, max_batch_tokens=1000)
+    scorer = EagerScorer(model, max_batch_tokens=1000)
     found = scorer.score_all(windows)
     assert_scores(found, [by_whole_logits(model, window) for window in windows])
     assert max(sizes) > 70
@@ -158,7 +158,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(
 
     monkeypatch.setattr(Packed, "hidden", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        Scorer(model, max_batch_tokens=1000).score_all(windows)
+        EagerScorer(model, max_batch_tokens=1000).score_all(windows)
 
 
 def test_single_window_that_does_not_fit_is_an_error(
@@ -169,7 +169,7 @@ def test_single_window_that_does_not_fit_is_an_error(
 
     monkeypatch.setattr(Packed, "hidden", full)
     with pytest.raises(ConfigError, match="single window of 30 tokens"):
-        Scorer(model, max_batch_tokens=1000).score_all([windows[-1]])
+        EagerScorer(model, max_batch_tokens=1000).score_all([windows[-1]])
 
 
 def test_long_context_loses_its_beginning() -> None:
@@ -183,6 +183,6 @@ def test_long_context_loses_its_beginning() -> None:
 
 def test_mode_of_the_model_is_kept(model: BloomForCausalLM, windows: list[Window]) -> None:
     model.train()
-    Scorer(model, max_batch_tokens=100).score_all(windows[-1:])
+    EagerScorer(model, max_batch_tokens=100).score_all(windows[-1:])
     assert model.training
     model.eval()

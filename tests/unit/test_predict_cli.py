@@ -176,8 +176,10 @@ def test_a_stopped_run_goes_on(
     def stop_after(self: ResultFile, completion: bloomlm.Completion) -> None:
         nonlocal written
         if written == num_written:
-            self._file.write(b'{"prompt": "the e')  # as if killed in the middle of a line
-            self._file.flush()
+            file = self._results._file
+            assert file is not None
+            file.write(b'{"number": 3, "prompt": "the e')  # as if killed in the middle of a line
+            file.flush()
             raise KeyboardInterrupt
         write(self, completion)
         written += 1

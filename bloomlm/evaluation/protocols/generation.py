@@ -1,127 +1,123 @@
-"""Answers to held-out rows against the right ones: the prompts of fine-tuning, decoded greedily, scored as texts."""
+"""Answers to held-out rows, scored against the right ones: the prompts of fine-tuning, decoded greedily."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from bloomlm.data.examples import ExampleSet
+from bloomlm.data.examples import load_examples
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import ConfigError
-from bloomlm.evaluation.answer_scores import GenerationScores
-from bloomlm.evaluation.copies import free_memory, is_out_of_memory, join_shares, own_share
-from bloomlm.evaluation.evaluated import Evaluated, generate
+from bloomlm.evaluation.answer_scores import GenerationScores, score_generations
 from bloomlm.evaluation.metrics import Metric, mean
-from bloomlm.evaluation.partial_file import PartialFile
-from bloomlm.evaluation.plan import Protocol
+from bloomlm.evaluation.plan import Definition, Execution, Outcome, Plan
+from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.scoring.models import generate_batches
+from bloomlm.flags import Flags, flag
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.loop import DecodeText, Generation
-from bloomlm.parallel.mesh import ALONE, Mesh
 
-_LOG = logging.getLogger(__name__)
-
-PROTOCOL = Protocol(
+DEFINITION = Definition(
     name="generation",
     version="1",
     source="the prompts of bloomlm finetune, greedy decoding; exact match, chrF and BLEU by sacrebleu, ROUGE F1",
 )
+DEFAULT_LENGTH = 512
+"""Tokens of a prompt and of an answer, as in fine-tuning."""
 
 
-def answer_all(
-    model: Evaluated,
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(Flags):
+    """How rows become prompts, and how long answers may be."""
+
+    src_length: int = flag("generation", DEFAULT_LENGTH, "most tokens of a prompt, as in training", minimum=1)
+    tgt_length: int = flag("generation", DEFAULT_LENGTH, "most tokens of an answer, </s> included", minimum=1)
+    prompt_template: str | None = flag("generation", None, "template of each row's prompt, as in training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPlan(Plan):
+    """A plan that generates answers."""
+
+    prompts: Sequence[Sequence[int]]
+    """Ids of each prompt."""
+    references: Sequence[str]
+    """The right answers."""
+
+    def run(self, execution: Execution) -> Outcome:
+        """Generate the answers and score them as texts."""
+        subject = execution.subject
+        config = GenerationConfig(max_new_tokens=self.settings["tgt_length"])
+
+        def batches(done: Collection[int]) -> Iterator[dict[int, str]]:
+            prompts = {number: prompt for number, prompt in enumerate(self.prompts) if number not in done}
+            results = generate_batches(
+                subject.model, prompts, config, batch_size=execution.batch_size, mesh=subject.mesh
+            )
+            for batch in results:
+                yield {number: subject.tokenizer.decode(result.tokens) for number, result in batch.items()}
+
+        started = time.perf_counter()
+        answers, num_before = execution.collect(
+            batches,
+            len(self.prompts),
+            encode=lambda answer: {"answer": answer},
+            decode=lambda fields: str(fields["answer"]),
+            summary=lambda: lambda answers: "",
+        )
+        run = {"seconds": time.perf_counter() - started, "answers_of_a_stopped_run": num_before}
+        scores = score_generations(answers, self.references)
+        return Outcome(
+            metrics=answer_metrics(answers, self.references, scores),
+            run=run,
+            settings={"bleu4_signature": scores.bleu4_signature},
+        )
+
+
+def answer_rows(
+    path: Path,
     tokenizer: Tokenizer,
-    examples: ExampleSet,
     *,
-    max_new_tokens: int,
-    batch_size: int,
+    src_length: int = DEFAULT_LENGTH,
+    tgt_length: int = DEFAULT_LENGTH,
+    prompt_template: str | None = None,
     limit: int | None = None,
-    partial: PartialFile | None = None,
-    on_progress: Callable[[int], None] | None = None,
-    mesh: Mesh = ALONE,
-) -> list[str]:
-    """What the model says to each example's prompt.
+) -> AnswerPlan:
+    """Answers to the rows of a file.
 
     Args:
-        model: to evaluate.
-        tokenizer: turns answers into text.
-        examples: of which the prompts are taken.
-        max_new_tokens: of an answer, `</s>` included.
-        batch_size: prompts computed at once.
-        limit: examples to answer, from the first; None: all.
-        partial: holds what an earlier run answered, and gets what this one does.
-        on_progress: called at the start, after every batch and at the end with the number of answers there are.
-        mesh: the ranks, all of which must come here; all get all answers.
+        path: a file with rows, as for fine-tuning.
+        tokenizer: the model's.
+        src_length: most tokens of a prompt; the end of a longer one is dropped.
+        tgt_length: most tokens of an answer, `</s>` included.
+        prompt_template: makes the prompt of each row; None: the row's source.
+        limit: rows to answer, from the first; None: all.
 
     Raises:
-        ConfigError: a single prompt does not fit into memory, or a batch on ranks that share a model.
+        ConfigError: lengths or a template that cannot be used.
+        DataError: a row that cannot be used, or no rows.
     """
+    examples = load_examples(
+        path, tokenizer, src_length=src_length, tgt_length=tgt_length, prompt_template=prompt_template
+    )
     count = len(examples) if limit is None else min(len(examples), limit)
-    before = {} if partial is None else {number: str(result["answer"]) for number, result in partial.done.items()}
-    prompts = {number: examples[number].prompt_tokens.tolist() for number in range(count) if number not in before}
-    own: dict[int, str] = {}
-    if on_progress is not None:
-        on_progress(len(before))
-    config = GenerationConfig(max_new_tokens=max_new_tokens)
-    for results in generate_batches(model, prompts, config, batch_size=batch_size, mesh=mesh):
-        batch = {number: tokenizer.decode(result.tokens) for number, result in results.items()}
-        own |= batch
-        if partial is not None:
-            partial.add({number: {"answer": answer} for number, answer in batch.items()})
-        num_done = len(before) + len(own) * mesh.degrees.dp  # the other copies are about as far
-        if on_progress is not None and num_done < count:
-            on_progress(num_done)
-    answers = before | join_shares(own, mesh)
-    if on_progress is not None:
-        on_progress(count)
-    return [answers[number] for number in range(count)]
-
-
-def generate_batches(
-    model: Evaluated,
-    prompts: Mapping[int, Sequence[int]],
-    config: GenerationConfig,
-    *,
-    batch_size: int,
-    decode_text: DecodeText | None = None,
-    mesh: Mesh = ALONE,
-) -> Iterator[dict[int, Generation]]:
-    """Continue this copy's share of prompts, longest first, fewer at once when memory runs out.
-
-    Args:
-        model: to run.
-        prompts: number -> ids, at least one id; the same on all ranks.
-        config: how; what is drawn at random depends on the number of copies.
-        batch_size: prompts at once.
-        decode_text: ids to text, needed for stop texts.
-        mesh: the ranks.
-
-    Yields:
-        Number -> continuation, batch by batch.
-
-    Raises:
-        ConfigError: a single prompt does not fit into memory, or a batch on ranks that share a model.
-    """
-    waiting = own_share(sorted(prompts, key=lambda number: len(prompts[number]), reverse=True), mesh)
-    num_done = 0
-    while waiting:
-        numbers = waiting[:batch_size]
-        try:
-            chosen = [prompts[number] for number in numbers]
-            results = generate(model, chosen, config, decode_text=decode_text, first_sequence=num_done)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            batch_size = _halved(len(numbers), mesh, error)
-            continue
-        num_done += len(numbers)
-        del waiting[: len(numbers)]
-        yield dict(zip(numbers, results, strict=True))
+    chosen = [examples[number] for number in range(count)]
+    made = examples.report
+    return AnswerPlan(
+        definition=DEFINITION,
+        task="generation",
+        settings={"src_length": src_length, "tgt_length": tgt_length, "prompt_template": prompt_template},
+        counts={"examples": count, "sources_cut": made.num_sources_cut},
+        notices=(str(made),) if made.num_sources_cut else (),
+        prompts=[example.prompt_tokens.tolist() for example in chosen],
+        references=[example.target_text for example in chosen],
+    )
 
 
 def answer_metrics(answers: Sequence[str], references: Sequence[str], scores: GenerationScores) -> dict[str, Metric]:
-    """Metrics of answers; only exact match, a mean over them, has a standard error.
+    """Metrics of answers; only exact match, which is a mean over them, has a standard error.
 
     Args:
-        answers: what the model said.
-        references: what is right, at least one.
+        answers: from the model.
+        references: the right answers, at least one.
         scores: of all answers.
     """
     hits = [float(answer.strip() == right.strip()) for answer, right in zip(answers, references, strict=True)]
@@ -132,11 +128,8 @@ def answer_metrics(answers: Sequence[str], references: Sequence[str], scores: Ge
     return {**metrics, "exact_match": mean(hits, higher_is_better=True)}
 
 
-def _halved(batch_size: int, mesh: Mesh, error: Exception) -> int:
-    free_memory(f"{batch_size} prompts at once", mesh, error)
-    if batch_size == 1:
-        raise ConfigError(
-            f"memory ran out on a single prompt; give a smaller --src_length or --tgt_length ({error})"
-        ) from error
-    _LOG.warning("memory ran out on %d prompts at once; going on with %d", batch_size, batch_size // 2)
-    return batch_size // 2
+PROTOCOL = Protocol(
+    name="generation",
+    help="answers to rows of your own",
+    tasks=(Task(name="generation", make_plan=answer_rows, options=RowOptions),),
+)

@@ -1,11 +1,12 @@
 """lm-eval's tasks wikitext and lambada_openai, number for number.
 
-WikiText: each document apart, its tokenisation undone, behind the prefix token `<s>`; windows of max_length tokens that
-score every token once: the first sees `<s>`, a later full one the token before it, and the last reaches back so that
-it is full too. Log-probabilities are spread over the words and bytes of the ORIGINAL documents.
+WikiText: each document is detokenised and encoded by itself, behind the prefix token `<s>`. Windows of max_length
+tokens score every token once: the first begins with `<s>`, each further full window with the token before its first
+scored one, and the last reaches back so that it is full too. Perplexities are per word and byte of the ORIGINAL
+documents.
 
-LAMBADA: the words but the last, then " " and the last; the log-probability of its tokens, and whether all are the
-likeliest.
+LAMBADA: the context is all words but the last, the continuation " " and the last word. Scored are the log-probability
+of its tokens, and whether each of them is the likeliest one.
 
 Source: lm-evaluation-harness, tasks wikitext 2.0 and lambada_openai 1.0, models/huggingface.py.
 """
@@ -13,18 +14,20 @@ Source: lm-evaluation-harness, tasks wikitext 2.0 and lambada_openai 1.0, models
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
-from bloomlm.evaluation.lambada import Passage
+from bloomlm.evaluation.data_sources import Passage, read_passages, read_text
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.plan import Plan, Protocol, running_accuracy, running_perplexity
-from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
+from bloomlm.evaluation.plan import Definition, WindowPlan, running_accuracy, running_perplexity
+from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
 from bloomlm.evaluation.wikitext import detokenize, notices_about, split_documents
 
-PROTOCOL = Protocol(
+DEFINITION = Definition(
     name="lm_eval",
     version="1",
     source="lm-evaluation-harness 0.4: wikitext 2.0, lambada_openai 1.0",
@@ -33,17 +36,14 @@ SEQ_LENGTH = 2048
 """lm-eval's max_length for BLOOM."""
 
 
-def wikitext(
-    text: str, tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None, name: str = "the text"
-) -> Plan:
+def wikitext(text: str, tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None) -> WindowPlan:
     """Documents in disjoint windows.
 
     Args:
         text: of the file.
         tokenizer: the model's.
-        seq_length: tokens the model sees.
+        seq_length: most tokens that the model sees.
         limit: documents to evaluate, from the first; None: all.
-        name: what messages call the text.
 
     Raises:
         DataError: no document.
@@ -53,24 +53,12 @@ def wikitext(
     pieces = [rolling_windows(ids, tokenizer.bos_token_id, seq_length) for ids in encoded]
     windows = [window for piece in pieces for window in piece]
     if not windows:
-        raise DataError(f"{name}: no tokens in it; expected WikiText's documents")
+        raise DataError("--eval_path: no tokens in it; expected WikiText's documents")
     owners = np.repeat(np.arange(len(documents)), [len(piece) for piece in pieces])
     num_words = [len(re.split(r"\s+", document)) for document in documents]
     num_bytes = [len(document.encode("utf-8")) for document in documents]
-
-    def metrics(scores: Sequence[WindowScore]) -> dict[str, Metric]:
-        weights = [score.log_prob for score in scores]
-        log_probs = np.bincount(owners, weights=weights, minlength=len(documents)).tolist()
-        by_word = ratio(log_probs, num_words, higher_is_better=True)
-        by_byte = ratio(log_probs, num_bytes, higher_is_better=True)
-        return {
-            "word_perplexity": exponential(by_word, scale=-1.0),
-            "byte_perplexity": exponential(by_byte, scale=-1.0),
-            "bits_per_byte": linear(by_byte, -1.0 / math.log(2.0)),
-        }
-
-    return Plan(
-        protocol=PROTOCOL,
+    return WindowPlan(
+        definition=DEFINITION,
         task="wikitext",
         settings={"seq_length": seq_length},
         counts={
@@ -80,10 +68,31 @@ def wikitext(
             "tokens": sum(map(len, encoded)),
         },
         windows=windows,
-        metrics=metrics,
+        metrics=partial(_perplexities, owners=owners, num_words=num_words, num_bytes=num_bytes),
         running=running_perplexity,
         notices=notices_about(text),
     )
+
+
+def _perplexities(
+    scores: Sequence[WindowScore], *, owners: Tokens, num_words: Sequence[int], num_bytes: Sequence[int]
+) -> dict[str, Metric]:
+    """Metrics over documents.
+
+    Args:
+        scores: of the windows of all documents.
+        owners: the number of each window's document.
+        num_words, num_bytes: of each document.
+    """
+    weights = [score.log_prob for score in scores]
+    log_probs = np.bincount(owners, weights=weights, minlength=len(num_words)).tolist()
+    by_word = ratio(log_probs, num_words, higher_is_better=True)
+    by_byte = ratio(log_probs, num_bytes, higher_is_better=True)
+    return {
+        "word_perplexity": exponential(by_word, scale=-1.0),
+        "byte_perplexity": exponential(by_byte, scale=-1.0),
+        "bits_per_byte": linear(by_byte, -1.0 / math.log(2.0)),
+    }
 
 
 def rolling_windows(ids: Sequence[int], prefix_token_id: int, max_length: int) -> list[Window]:
@@ -93,8 +102,8 @@ def rolling_windows(ids: Sequence[int], prefix_token_id: int, max_length: int) -
                                                    scores     0 1 2 3    4 5 6 7           8
 
     Args:
-        ids: of a document, maybe none.
-        prefix_token_id: what the first token is predicted from.
+        ids: of a document, which may be empty.
+        prefix_token_id: from which the first token is predicted.
         max_length: most tokens that a window sees.
     """
     tokens = np.array([prefix_token_id, *ids], dtype=np.int64)
@@ -107,13 +116,13 @@ def rolling_windows(ids: Sequence[int], prefix_token_id: int, max_length: int) -
 
 def lambada(
     passages: Sequence[Passage], tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None
-) -> Plan:
+) -> WindowPlan:
     """Last words of passages.
 
     Args:
         passages: at least one.
         tokenizer: the model's.
-        seq_length: tokens the model sees; a longer context loses its beginning.
+        seq_length: most tokens that the model sees; a longer context is cut at its beginning.
         limit: passages to evaluate, from the first; None: all.
 
     Raises:
@@ -136,8 +145,8 @@ def lambada(
             "perplexity": exponential(log_prob, scale=-1.0),
         }
 
-    return Plan(
-        protocol=PROTOCOL,
+    return WindowPlan(
+        definition=DEFINITION,
         task="lambada",
         settings={"seq_length": seq_length},
         counts={"examples": len(windows), "contexts_cut": num_cut},
@@ -148,10 +157,10 @@ def lambada(
 
 
 def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Ids of contexts and of their continuations, cut out of the ids of both together.
+    """Encode each context together with its continuation, and split the ids.
 
-    Blanks at the end of a context go to the continuation, where most tokens have them; an empty context becomes the
-    prefix token, unless the continuation begins with it.
+    Spaces at the end of a context are moved to the continuation, as most tokens begin with their space. An empty
+    context becomes the prefix token, unless the continuation begins with that.
 
     Args:
         pairs: context and continuation each.
@@ -169,3 +178,13 @@ def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list
         else:
             encoded.append(([tokenizer.bos_token_id], whole))
     return encoded
+
+
+PROTOCOL = Protocol(
+    name="lm_eval",
+    help="lm-eval's wikitext and lambada_openai",
+    tasks=(
+        Task(name="wikitext", read=read_text, make_plan=wikitext),
+        Task(name="lambada", read=read_passages, make_plan=lambada),
+    ),
+)

@@ -1,5 +1,6 @@
-"""Runs lm-eval's tasks on a loaded model and brings its results into a report's form."""
+"""Any tasks of lm-eval, which it runs itself on a loaded model. Needs the `lm_eval` extra."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,81 +8,114 @@ from typing import Any
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.evaluated import Evaluated
-from bloomlm.evaluation.lm_eval_adapter import BloomLM
 from bloomlm.evaluation.metrics import Metric
-from bloomlm.evaluation.plan import Protocol
-from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH
-from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.evaluation.plan import Definition, Execution, Outcome, Plan
+from bloomlm.evaluation.protocol import Protocol, Task, WindowOptions
+from bloomlm.flags import flag
 
 BOOTSTRAP_ITERS = 1000
-"""Resamples behind those standard errors that have no formula."""
+"""Resamples for those standard errors that have no formula."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResults:
-    """What lm-eval gave."""
+class TaskOptions(WindowOptions):
+    """What lm-eval is asked for."""
 
-    metrics: Mapping[str, Metric]
-    """`task metric` -> result; a filter other than none is named in brackets."""
-    counts: Mapping[str, float]
-    max_length: int
-    protocol: Protocol
+    tasks: tuple[str, ...] = flag("lm-eval", (), "tasks that lm-eval runs (pip install 'bloomlm[lm_eval]')")
+    num_fewshot: int | None = flag(
+        "lm-eval", None, "worked examples before each question  [default: the task's own]", minimum=0
+    )
+    include_path: Path | None = flag("lm-eval", None, "directory with more tasks of your own")
 
 
-def run_tasks(
-    model: Evaluated,
+@dataclass(frozen=True, kw_only=True)
+class TaskPlan(Plan):
+    """A plan that lm-eval carries out. Its results come all at once, so a stopped run leaves none."""
+
+    tasks: Sequence[str]
+    manager: Any
+    """lm-eval's TaskManager, which knows the tasks."""
+
+    def run(self, execution: Execution) -> Outcome:
+        """Run the tasks.
+
+        Raises:
+            ConfigError: the data of a task cannot be fetched.
+        """
+        import lm_eval
+
+        from bloomlm.evaluation.lm_eval_adapter import BloomLM
+
+        subject = execution.subject
+        started = time.perf_counter()
+        language_model = BloomLM(
+            subject.model,
+            tokenizer=subject.tokenizer,
+            batch_size=execution.batch_size,
+            max_length=self.settings["max_length"],
+            mesh=subject.mesh,
+        )
+        try:
+            results = lm_eval.simple_evaluate(
+                model=language_model,
+                tasks=list(self.tasks),
+                limit=self.settings["limit"],
+                num_fewshot=self.settings["num_fewshot"],
+                task_manager=self.manager,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            raise ConfigError(f"--tasks {self.task}: the data could not be fetched from the hub ({error})") from error
+        return Outcome(
+            metrics=_metrics(results),
+            run={"seconds": time.perf_counter() - started},
+            counts={f"{task} examples": sizes["effective"] for task, sizes in results["n-samples"].items()},
+        )
+
+
+def plan_tasks(
+    data: None,
     tokenizer: Tokenizer,
-    tasks: Sequence[str],
     *,
-    batch_size: int,
-    max_length: int | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    include_path: Path | None = None,
-    mesh: Mesh = ALONE,
-) -> TaskResults:
-    """Run tasks.
+    tasks: Sequence[str],
+    seq_length: int,
+    num_fewshot: int | None,
+    include_path: Path | None,
+    limit: int | None,
+) -> TaskPlan:
+    """Find the tasks.
 
     Args:
-        model, tokenizer: to evaluate.
+        data: nothing; lm-eval fetches the data of its tasks.
+        tokenizer: the model's.
         tasks: names that lm-eval knows, or those in include_path.
-        batch_size: sequences of max_length at once.
-        max_length: most tokens the model sees; None: lm-eval's own for BLOOM.
-        limit: documents of each task, from the first; None: all.
-        num_fewshot: worked examples before each question; None: the task's own.
+        seq_length: most tokens that the model sees.
+        num_fewshot: worked examples before each question; None: the task's own number.
         include_path: directory with more tasks.
-        mesh: the ranks, all of which must come here; all get all results.
+        limit: documents of each task, from the first; None: all.
 
     Raises:
-        ConfigError: a task is not known, or its data cannot be had.
+        ConfigError: lm-eval is not installed, or does not know a task.
     """
-    import lm_eval  # an extra; that it is there, the adapter has made sure
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    length = max_length or SEQ_LENGTH
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm-eval ls tasks` lists what it knows")
-    language_model = BloomLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, mesh=mesh)
-    try:
-        results = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=list(tasks),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            task_manager=manager,
-            bootstrap_iters=BOOTSTRAP_ITERS,
-        )
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ConfigError(f"--tasks {','.join(tasks)}: the data could not be fetched from the hub ({error})") from error
-    counts = {f"{task} examples": sizes["effective"] for task, sizes in results["n-samples"].items()}
-    protocol = Protocol(name="lm_eval tasks", version=lm_eval.__version__, source="lm-evaluation-harness")
-    return TaskResults(metrics=_metrics(results), counts=counts, max_length=length, protocol=protocol)
+    return TaskPlan(
+        definition=Definition(name="lm_eval tasks", version=lm_eval.__version__, source="lm-evaluation-harness"),
+        task=",".join(tasks),
+        settings={"num_fewshot": num_fewshot, "max_length": seq_length, "limit": limit},
+        counts={},
+        tasks=tasks,
+        manager=manager,
+    )
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, Metric]:
+    """`task metric` -> result; a filter other than none is named in brackets."""
     metrics: dict[str, Metric] = {}
     for task, values in results["results"].items():
         for key, value in values.items():
@@ -96,3 +130,11 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Metric]:
                 higher_is_better=bool(results["higher_is_better"].get(task, {}).get(name, True)),
             )
     return metrics
+
+
+PROTOCOL = Protocol(
+    name="lm_eval_tasks",
+    help="any tasks of lm-eval",
+    tasks=(Task(name="tasks", make_plan=plan_tasks, options=TaskOptions),),
+    reads_file=False,
+)

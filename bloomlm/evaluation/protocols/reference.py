@@ -1,11 +1,12 @@
 """PaddleNLP's run_eval.py, number for number.
 
-WikiText: the whole file, its tokenisation undone, as one run of n tokens. Window k begins at token k * overlapping_eval
-and sees seq_length tokens; the first one scores them all, every other its last overlapping_eval. The loss is the sum
-over n - 1; the adjusted perplexity spreads it over the words of the original text. Two quirks belong to the numbers:
-in a window that the text ends in, the last token must predict a pad, and exponents stop at 20.
+WikiText: the whole file is detokenised and encoded as one sequence of n tokens. Window k begins at token k *
+overlapping_eval and holds seq_length tokens; the first window scores all of them, every other window its last
+overlapping_eval. The loss is the sum divided by n - 1; the adjusted perplexity is per word of the original text. Two
+quirks are part of the numbers: where the text ends inside a window, the last token must predict a pad, and exponents
+are limited to 20.
 
-LAMBADA: right if every token of " " + last word is the likeliest one after the text before it.
+LAMBADA: an answer is right if every token of " " + last word is the likeliest one after the text before it.
 
 Source: PaddleNLP, examples/language_model/bloom/run_eval.py of May to July 2023, after Megatron-LM's zero-shot
 evaluation. The script crashed before its first batch; its numbers are those of its own functions.
@@ -13,26 +14,48 @@ evaluation. The script crashed before its first batch; its numbers are those of 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
-from bloomlm.evaluation.lambada import Passage
+from bloomlm.evaluation.data_sources import Passage, read_passages, read_text
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.plan import Plan, Protocol, running_accuracy, running_perplexity
+from bloomlm.evaluation.plan import Definition, WindowPlan, running_accuracy, running_perplexity
+from bloomlm.evaluation.protocol import Protocol, Task, WindowOptions
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
 from bloomlm.evaluation.wikitext import detokenize
+from bloomlm.flags import flag, same_flag
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
-PROTOCOL = Protocol(
+DEFINITION = Definition(
     name="reference",
     version="1",
     source="PaddleNLP examples/language_model/bloom/run_eval.py, May to July 2023",
 )
 SEQ_LENGTH = 512
-"""Tokens of a window unless --seq_length says otherwise."""
+OVERLAP = 32
 LARGEST_EXPONENT = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambadaOptions(WindowOptions):
+    """The option of LAMBADA, with the script's default."""
+
+    seq_length: int = same_flag(WindowOptions, "seq_length", default=SEQ_LENGTH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WikitextOptions(LambadaOptions):
+    """The options of WikiText, with the script's defaults."""
+
+    overlapping_eval: int | None = flag(
+        "protocol",
+        None,
+        f"WikiText under reference: tokens from one window to the next  [default: {OVERLAP}, at most seq_length]",
+    )
 
 
 def wikitext(
@@ -40,75 +63,77 @@ def wikitext(
     tokenizer: Tokenizer,
     *,
     seq_length: int = SEQ_LENGTH,
-    overlapping_eval: int = 32,
+    overlapping_eval: int | None = None,
     limit: int | None = None,
-    name: str = "the text",
-) -> Plan:
+) -> WindowPlan:
     """Sliding windows over a whole file.
 
     Args:
         text: of the file.
         tokenizer: the model's.
         seq_length: tokens of a window.
-        overlapping_eval: tokens from one window's begin to the next one's, and scored in each but the first.
+        overlapping_eval: tokens from the start of one window to the start of the next, and tokens scored in each but
+            the first; None: 32, or seq_length where that is less.
         limit: windows to evaluate, from the first; None: all.
-        name: what messages call the text.
 
     Raises:
         ConfigError: lengths that leave tokens out.
         DataError: fewer than two tokens or words.
     """
-    if not 1 <= overlapping_eval <= seq_length:
+    step = min(OVERLAP, seq_length) if overlapping_eval is None else overlapping_eval
+    if not 1 <= step <= seq_length:
         raise ConfigError(
-            f"--overlapping_eval {overlapping_eval} and --seq_length {seq_length}: expected from 1 to seq_length, "
-            "or tokens between the windows would go unscored"
+            f"--overlapping_eval {step} and --seq_length {seq_length}: expected from 1 to seq_length, or tokens "
+            "between the windows would not be scored"
         )
     num_words = len(text.strip().split(" "))
     ids = np.array(tokenizer.encode(detokenize(text)), dtype=np.int64)
     if len(ids) < 2 or num_words < 2:
-        raise DataError(f"{name}: {len(ids)} tokens, {num_words} words; expected at least two of each")
-    windows = sliding_windows(ids, seq_length, overlapping_eval, tokenizer.pad_token_id)
+        raise DataError(f"--eval_path: {len(ids)} tokens, {num_words} words; expected at least two of each")
+    windows = sliding_windows(ids, seq_length, step, tokenizer.pad_token_id)
     num_targets = len(ids) - 1
     if limit is not None and limit < len(windows):
         windows = windows[:limit]
-        num_targets = min(num_targets, seq_length + (limit - 1) * overlapping_eval)
+        num_targets = min(num_targets, seq_length + (limit - 1) * step)
     token_ratio = (len(ids) - 1) / (num_words - 1)
-
-    def metrics(scores: Sequence[WindowScore]) -> dict[str, Metric]:
-        # every scored position has the same share of n - 1
-        share = num_targets / sum(score.num_scored for score in scores)
-        shares = [share * score.num_scored for score in scores]
-        loss = linear(ratio([score.log_prob for score in scores], shares, higher_is_better=True), -1.0)
-        return {
-            "avg_loss": loss,
-            "ppl": exponential(loss, limit=LARGEST_EXPONENT),
-            "adjusted_ppl": exponential(loss, scale=token_ratio, limit=LARGEST_EXPONENT),
-        }
-
-    def line(results: Mapping[str, Metric]) -> str:
-        loss, ppl, adjusted = (results[key].value for key in ("avg_loss", "ppl", "adjusted_ppl"))
-        return f"avg loss: {loss:.4E} | ppl: {ppl:.4E} | adjusted ppl: {adjusted:.4E} | token ratio: {token_ratio} |"
-
-    return Plan(
-        protocol=PROTOCOL,
+    return WindowPlan(
+        definition=DEFINITION,
         task="wikitext",
-        settings={"seq_length": seq_length, "overlapping_eval": overlapping_eval},
+        settings={"seq_length": seq_length, "overlapping_eval": step},
         counts={"original_words": num_words, "tokens": len(ids), "token_ratio": token_ratio},
         windows=windows,
-        metrics=metrics,
+        metrics=partial(_losses, num_targets=num_targets, token_ratio=token_ratio),
         running=running_perplexity,
-        line=line,
     )
 
 
+def _losses(scores: Sequence[WindowScore], *, num_targets: int, token_ratio: float) -> dict[str, Metric]:
+    # every scored position has the same share of the n - 1 targets
+    share = num_targets / sum(score.num_scored for score in scores)
+    shares = [share * score.num_scored for score in scores]
+    loss = linear(ratio([score.log_prob for score in scores], shares, higher_is_better=True), -1.0)
+    return {
+        "avg_loss": loss,
+        "ppl": exponential(loss, limit=LARGEST_EXPONENT),
+        "adjusted_ppl": exponential(loss, scale=token_ratio, limit=LARGEST_EXPONENT),
+    }
+
+
+def wikitext_line(metrics: Mapping[str, Metric], counts: Mapping[str, float]) -> str:
+    """What the script prints for WikiText."""
+    loss, ppl, adjusted = (metrics[key].value for key in ("avg_loss", "ppl", "adjusted_ppl"))
+    ratio = counts["token_ratio"]
+    return f"avg loss: {loss:.4E} | ppl: {ppl:.4E} | adjusted ppl: {adjusted:.4E} | token ratio: {ratio} |"
+
+
 def sliding_windows(ids: Tokens, seq_length: int, overlapping_eval: int, pad_token_id: int) -> list[Window]:
-    """The windows of WikiText; those at the end, in which only pads would be scored, are left out.
+    """The windows of WikiText, without those at the end in which only pads would be scored.
 
     Args:
         ids: [n] at least two tokens.
         seq_length, overlapping_eval: as in wikitext.
-        pad_token_id: what the last token must predict where a window reaches beyond the text; where it is in the
-            text it predicts nothing.
+        pad_token_id: the label of the last token where a window reaches beyond the text; in the text itself a pad has
+            no label.
     """
     num_windows = max(math.ceil((len(ids) - 1 - overlapping_eval) / overlapping_eval) + 1, 1)
     targets = np.where(ids == pad_token_id, IGNORE_INDEX, np.append(ids[1:], pad_token_id))
@@ -124,13 +149,13 @@ def sliding_windows(ids: Tokens, seq_length: int, overlapping_eval: int, pad_tok
 
 def lambada(
     passages: Sequence[Passage], tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None
-) -> Plan:
+) -> WindowPlan:
     """Last words of passages.
 
     Args:
         passages: at least one.
         tokenizer: the model's.
-        seq_length: tokens the model sees; a longer context loses its beginning.
+        seq_length: most tokens that the model sees; a longer context is cut at its beginning.
         limit: passages to evaluate, from the first; None: all.
 
     Raises:
@@ -150,23 +175,33 @@ def lambada(
         windows.append(window)
         num_cut += is_cut
 
-    def metrics(scores: Sequence[WindowScore]) -> dict[str, Metric]:
-        return {"accuracy": mean([float(score.is_greedy) for score in scores], higher_is_better=True)}
-
-    def line(results: Mapping[str, Metric]) -> str:
-        accuracy = results["accuracy"].value
-        return (
-            f"number correct: {accuracy * len(windows):.4E} | total examples: {len(windows):.4E} | "
-            f"avg accuracy: {accuracy:.4E}"
-        )
-
-    return Plan(
-        protocol=PROTOCOL,
+    return WindowPlan(
+        definition=DEFINITION,
         task="lambada",
         settings={"seq_length": seq_length},
         counts={"examples": len(windows), "contexts_cut": num_cut},
         windows=windows,
-        metrics=metrics,
+        metrics=_accuracy,
         running=running_accuracy,
-        line=line,
     )
+
+
+def _accuracy(scores: Sequence[WindowScore]) -> dict[str, Metric]:
+    return {"accuracy": mean([float(score.is_greedy) for score in scores], higher_is_better=True)}
+
+
+def lambada_line(metrics: Mapping[str, Metric], counts: Mapping[str, float]) -> str:
+    """What the script prints for LAMBADA."""
+    accuracy, total = metrics["accuracy"].value, counts["examples"]
+    return f"number correct: {accuracy * total:.4E} | total examples: {total:.4E} | avg accuracy: {accuracy:.4E}"
+
+
+PROTOCOL = Protocol(
+    name="reference",
+    help="PaddleNLP's run_eval.py",
+    uses_raw_text=False,
+    tasks=(
+        Task(name="wikitext", read=read_text, make_plan=wikitext, options=WikitextOptions, line=wikitext_line),
+        Task(name="lambada", read=read_passages, make_plan=lambada, options=LambadaOptions, line=lambada_line),
+    ),
+)

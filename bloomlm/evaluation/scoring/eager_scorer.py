@@ -1,20 +1,18 @@
-"""Scores windows: packed without pads, longest first, the head at scored positions only.
+"""Scores windows with a model: packed without pads, the longest first, with the head at scored positions only.
 
-What windows have in common is computed once where that is exact, see shared_prefix.py. Sliding windows have nothing in
-common: a later window has lost the beginning of the earlier one's context, and every hidden state above the first
-block shows it. What is saved there is the head, at all positions but the few that are scored.
+The common beginning of windows is computed once where that is exact, see shared_prefix.py. Sliding windows share no
+computation: a later window lacks the first tokens of the earlier one's context, which changes every hidden state above
+the first block. They only save the head at positions that are not scored.
 
-Order and batches change nothing but the last bits of fp32.
+The order and the batches change nothing but the last bits of fp32.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from bloomlm.errors import ConfigError
-from bloomlm.evaluation.copies import free_memory, is_out_of_memory, own_share
+from bloomlm.evaluation.scoring.batches import own_share
 from bloomlm.evaluation.scoring.shared_prefix import (
     Branched,
     Branches,
@@ -30,21 +28,18 @@ from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX, score_labels
 
-_LOG = logging.getLogger(__name__)
 _CPU_BATCH_BYTES = 24 * 2**20
-"""On a CPU: size of a batch's widest activations, the MLP's. glibc gives larger pieces of memory back to the system at
-once and gets them anew, page by page, which takes a tenth of the time of an evaluation."""
+"""Largest size of a batch's widest activations, the MLP's, on a CPU. glibc returns larger allocations to the system at
+once and gets them back page by page, which takes a tenth of the time of an evaluation."""
 _CPU_BATCH_TOKENS = 512
-"""On a CPU a batch may have so many tokens in any case."""
+"""A batch may always have this many tokens on a CPU."""
 
 
-class Scorer(WindowScorer):
-    """Scores windows with one model, in batches of at most max_batch_tokens.
-
-    When memory runs out the batch is cut in two, and later batches stay that small.
+class EagerScorer(WindowScorer):
+    """Scores windows with a BLOOM and its weights.
 
     Args:
-        model: run in eval mode, and put back into its mode afterwards.
+        model: runs in eval mode, and gets its mode back afterwards.
         max_batch_tokens: tokens in memory at once; a single longer window is computed alone.
         mesh: the ranks; each copy of the model scores its share.
     """
@@ -61,48 +56,25 @@ class Scorer(WindowScorer):
             for shares in (False, True):
                 pieces = [group for group in groups if bool(group.num_shared) == shares]
                 pieces.sort(key=lambda piece: (piece.longest_rest, piece.num_shared), reverse=True)
-                yield from self._score_pieces(windows, own_share(pieces, self._mesh))
+                batches = self._limit.batches(
+                    own_share(pieces, self._mesh),
+                    lambda batch: self._score_batch(windows, batch),
+                    num_slots,
+                    most=None if shares else self._most_tokens(),
+                    halves=Branches.halves,
+                )
+                for _, results in batches:
+                    yield results
         finally:
             self._model.train(was_training)
 
-    def _score_pieces(self, windows: Sequence[Window], pieces: Sequence[Branches]) -> Iterator[dict[int, WindowScore]]:
-        """Score pieces, which either all share or all do not, the largest first."""
-        waiting = list(pieces)
-        while waiting:
-            batch = self._next_batch(waiting)
-            try:
-                results = self._score_batch(windows, batch)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                waiting[: len(batch)] = self._smaller(batch, error)
-                continue
-            del waiting[: len(batch)]
-            yield results
-
-    def _next_batch(self, waiting: Sequence[Branches]) -> list[Branches]:
-        limit = self.max_batch_tokens
+    def _most_tokens(self) -> int | None:
+        """A second limit of a batch, for CPUs: see _CPU_BATCH_BYTES."""
         weight = self._model.transformer.word_embeddings.weight
-        if weight.device.type == "cpu" and not waiting[0].num_shared:
-            token_bytes = self._model.config.ffn_size * weight.dtype.itemsize
-            limit = min(limit, max(_CPU_BATCH_TOKENS, _CPU_BATCH_BYTES // token_bytes))
-        size = 1
-        while size < len(waiting) and num_slots(waiting[: size + 1]) <= limit:
-            size += 1
-        return list(waiting[:size])
-
-    def _smaller(self, batch: Sequence[Branches], error: Exception) -> list[Branches]:
-        """What to try instead of a batch that did not fit; batches are smaller from now on."""
-        size = num_slots(batch)
-        free_memory(f"a batch of {size} tokens", self._mesh, error)
-        if len(batch) == 1 and len(batch[0].documents) == 1:
-            raise ConfigError(
-                f"memory ran out on a single window of {size} tokens; give a smaller --seq_length, or a device "
-                f"with more memory ({error})"
-            ) from error
-        self.max_batch_tokens = size // 2
-        _LOG.warning("memory ran out on a batch of %d tokens; going on with %d", size, self.max_batch_tokens)
-        return list(batch[0].halves()) if len(batch) == 1 else list(batch)
+        if weight.device.type != "cpu":
+            return None
+        token_bytes = self._model.config.ffn_size * weight.dtype.itemsize
+        return max(_CPU_BATCH_TOKENS, _CPU_BATCH_BYTES // token_bytes)
 
     @torch.inference_mode()
     def _score_batch(self, windows: Sequence[Window], pieces: Sequence[Branches]) -> dict[int, WindowScore]:

@@ -1,8 +1,9 @@
-"""What windows have in common is computed once.
+"""Computes the common beginning of windows once.
 
-Two cases, both exact: a window that is the beginning of another (or equal to it) is read off from that one's hidden
-states, and windows that begin alike and then part get the common keys and values from one prefill, each going on from
-there. The choices of one question, and questions behind the same worked examples, are of these kinds.
+There are two cases, both exact. A window that is the beginning of another window, or equal to it, is scored from the
+hidden states of the other one. Windows that begin alike and then differ share the keys and values of one prefill, and
+each continues from there. The choices of one question are of these kinds, and so are questions after the same worked
+examples.
 
 Shapes: M scored tokens of a batch, D hidden.
 """
@@ -20,28 +21,28 @@ from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
 
 _FEWEST_SHARED = 16
-"""Shorter beginnings are not worth a prefill of their own."""
+"""A shorter common beginning does not repay a prefill of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens that are computed, and the windows that are read off from them."""
+    """Tokens to compute, and the windows that are scored from their hidden states."""
 
     tokens: Tokens
     windows: tuple[int, ...]
-    """Numbers of the windows whose tokens are a beginning of these."""
+    """Numbers of the windows whose tokens begin these tokens, or equal them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """Documents of which the first num_shared tokens are the same; a lone document shares none."""
+    """Documents with the same first num_shared tokens; a single document shares none."""
 
     documents: tuple[Document, ...]
     num_shared: int = 0
 
     @property
     def longest_rest(self) -> int:
-        """Tokens of the longest document behind the common beginning."""
+        """Tokens of the longest document after the common beginning."""
         return max(len(document.tokens) for document in self.documents) - self.num_shared
 
     @property
@@ -49,22 +50,24 @@ class Branches:
         """Tokens that go through the blocks, pads included."""
         return self.num_shared + len(self.documents) * self.longest_rest
 
-    def halves(self) -> tuple["Branches", "Branches"]:
-        """The same in two parts, for when memory runs out."""
+    def halves(self) -> Sequence["Branches"]:
+        """The documents in two groups, for a retry with less memory; a single document stays as it is."""
+        if len(self.documents) == 1:
+            return (self,)
         middle = len(self.documents) // 2
         return Branches(self.documents[:middle], self.num_shared), Branches(self.documents[middle:], self.num_shared)
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A document and where its hidden states are."""
+    """A document, and the rows of the hidden states where its tokens are."""
 
     document: Document
     num_shared: int
     shared_row: int
-    """Row of its first token, and so on up to num_shared."""
+    """Row of its first token; the other shared tokens follow."""
     own_row: int
-    """Row of the first token behind those."""
+    """Row of its first token after the shared ones."""
 
     def rows(self, positions: Tokens) -> Tokens:
         """Rows of the document's tokens at the given positions."""
@@ -73,8 +76,8 @@ class Placed:
 
 
 def join_documents(windows: Sequence[Window], numbers: Sequence[int]) -> list[Document]:
-    """Documents for windows, in the order of their tokens; a window that begins another has none of its own."""
-    # Big-endian bytes sort as the tokens do; whatever begins with a window's tokens then stands right behind it.
+    """The documents that score the windows, in the order of their tokens."""
+    # Big-endian bytes sort as the tokens do, so windows that begin with another window's tokens follow right after it.
     keys = {number: windows[number].tokens.astype(">u4").tobytes() for number in numbers}
     documents: list[Document] = []
     longer = b""
@@ -89,11 +92,11 @@ def join_documents(windows: Sequence[Window], numbers: Sequence[int]) -> list[Do
 
 
 def find_branches(documents: Sequence[Document], max_slots: int) -> list[Branches]:
-    """Put documents together that share at least half of their tokens.
+    """Group documents that share at least half of their tokens.
 
     Args:
         documents: in the order of join_documents.
-        max_slots: memory of a group.
+        max_slots: most tokens in memory for one group, see num_slots.
     """
     groups: list[Branches] = []
     for document in documents:
@@ -129,14 +132,17 @@ class Packed:
 
 
 class Branched:
-    """A batch of groups: their common beginnings, packed, and then the rest of every document, padded to one length."""
+    """A batch of groups: first their common beginnings, packed, then the rest of every document, padded to one
+    length."""
 
     def __init__(self, groups: Sequence[Branches]) -> None:
         self._lengths = [group.num_shared for group in groups]
         self._beginnings = np.concatenate([group.documents[0].tokens[: group.num_shared] for group in groups])
         self._owners = [number for number, group in enumerate(groups) for _ in group.documents]
         longest_rest = max(group.longest_rest for group in groups)
-        self._rests = np.zeros((len(self._owners), longest_rest), dtype=np.int64)  # pads come last: nobody sees them
+        self._rests = np.zeros(
+            (len(self._owners), longest_rest), dtype=np.int64
+        )  # pads come last, where no token attends to them
         self.num_tokens = len(self._beginnings) + self._rests.size
         """Tokens that go through the blocks, pads included."""
         self.placed: list[Placed] = []
@@ -179,7 +185,7 @@ class Branched:
 
 
 def num_slots(groups: Sequence[Branches]) -> int:
-    """Tokens that take memory when groups, all sharing or all alone, are computed together.
+    """Tokens in memory when groups are computed together; either all of them have a common beginning, or none.
 
     A common beginning is copied for every document of its group, and then all documents are padded to one length.
     """
@@ -197,5 +203,5 @@ def _num_common(group: Branches, document: Document) -> int:
 
 
 def _saves(group: Branches, longer: Branches) -> bool:
-    """Whether the longer group costs less than the group and its last document apart."""
+    """Whether the longer group computes fewer tokens than the group and the new document separately."""
     return longer.num_computed < group.num_computed + len(longer.documents[-1].tokens)

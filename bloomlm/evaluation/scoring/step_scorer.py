@@ -1,39 +1,35 @@
-"""Scores windows with a model that shows the logits of one position at a time, as exported programs do.
+"""Scores windows with a model that gives the logits of one position at a time, as exported programs do.
 
-The context up to the first scored position is read in one prefill, then each of the window's own tokens is forced
-through decode_step, and every step shows one more scored position. So what is evaluated is what writes texts: the same
-two functions, in every format. It takes a decode_step for each scored token; a batch of windows shares it.
+One prefill reads the context up to the first scored position. The tokens after it go through decode_step one by one,
+and each step gives the logits of one more position. So an evaluation runs the two functions that write texts, in every
+format. It takes a decode_step for each scored token, which the windows of a batch share.
 
-    tokens   t0 t1 t2 t3      t0 t1 t2 in a prefill, which shows what follows t2; t3 in a decode_step
+    tokens   t0 t1 t2 t3      t0 t1 t2 in a prefill, which gives the logits after t2; t3 in a decode_step
     labels         t3 t4
 
 Shapes: B windows, V vocabulary.
 """
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bloomlm.errors import ConfigError
-from bloomlm.evaluation.copies import free_memory, is_out_of_memory, own_share
+from bloomlm.evaluation.scoring.batches import own_share
 from bloomlm.evaluation.scoring.window_scorer import WindowScorer
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore
 from bloomlm.generation.loop import LanguageModel
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
-_LOG = logging.getLogger(__name__)
-
 
 class StepScorer(WindowScorer):
     """Scores windows through prefill and decode_step.
 
     Args:
-        model: what computes the logits.
+        model: computes the logits.
         max_batch_tokens: tokens in memory at once; a single longer window is computed alone.
         mesh: the ranks; each takes its share with a model of its own.
     """
@@ -44,43 +40,16 @@ class StepScorer(WindowScorer):
 
     def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
         forced = {number: _Forced.of(windows[number]) for number in numbers}
-        # windows of a batch shall take about as many steps
+        # so that the windows of a batch take about equally many steps
         order = sorted(numbers, key=lambda number: (len(forced[number].tokens), forced[number].size), reverse=True)
-        waiting = own_share(order, self._mesh)
-        while waiting:
-            count = self._batch_size(forced[number].size for number in waiting)
-            batch = [forced[number] for number in waiting[:count]]
-            try:
-                results = self._score_batch(batch)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve(batch, error)
-                continue
-            numbers_done = waiting[:count]
-            del waiting[:count]
-            yield dict(zip(numbers_done, results, strict=True))
-
-    def _batch_size(self, sizes: Iterable[int]) -> int:
-        """How many of the first windows, by their numbers of tokens, go together: all are padded to the longest."""
-        count = longest = 0
-        for size in sizes:
-            longest = max(longest, size)
-            if count and longest * (count + 1) > self.max_batch_tokens:
-                break
-            count += 1
-        return count
-
-    def _halve(self, batch: Sequence["_Forced"], error: Exception) -> None:
-        """Make later batches half as large as one that did not fit."""
-        size = len(batch) * max(window.size for window in batch)
-        free_memory(f"a batch of {size} tokens", self._mesh, error)
-        if len(batch) == 1:
-            raise ConfigError(
-                f"memory ran out on a single window of {size} tokens; give a smaller --seq_length ({error})"
-            ) from error
-        self.max_batch_tokens = size // 2
-        _LOG.warning("memory ran out on a batch of %d tokens; going on with %d", size, self.max_batch_tokens)
+        batches = self._limit.batches(
+            own_share(order, self._mesh),
+            lambda batch: self._score_batch([forced[number] for number in batch]),
+            # all windows of a batch are padded to its longest one
+            lambda batch: len(batch) * max(forced[number].size for number in batch),
+        )
+        for batch, results in batches:
+            yield dict(zip(batch, results, strict=True))
 
     @torch.inference_mode()
     def _score_batch(self, batch: Sequence["_Forced"]) -> list[WindowScore]:
@@ -102,7 +71,7 @@ class StepScorer(WindowScorer):
             if step == num_steps[0]:
                 break
             num_going = sum(count > step for count in num_steps)
-            if num_going <= num_rows // 2:  # those that ended leave when they are half
+            if num_going <= num_rows // 2:  # ended windows leave the batch once they are half of it
                 num_rows = num_going
                 decoding.reorder(torch.arange(num_rows))
             logits = decoding.decode_step(tokens[:num_rows, step])
@@ -115,18 +84,18 @@ class StepScorer(WindowScorer):
 
 @dataclass(frozen=True, eq=False)
 class _Forced:
-    """A window as prefill and decode_step take it; what stands behind its last scored position is left out."""
+    """A window as prefill and decode_step take it, without the tokens after its last scored position."""
 
     prompt: Tokens
-    """Up to the first scored position."""
+    """Tokens up to the first scored position."""
     tokens: Tokens
-    """Behind it, one for each step."""
+    """Tokens after it, one for each step."""
     labels: Tokens
-    """What the prefill and then every step must predict, or IGNORE_INDEX."""
+    """The labels of the prefill and of every step, or IGNORE_INDEX."""
 
     @classmethod
     def of(cls, window: Window) -> "_Forced":
-        """Cut a window that has something to score."""
+        """Split a window that has a scored position."""
         scored = np.flatnonzero(window.labels != IGNORE_INDEX)
         first, last = (int(place) + len(window.tokens) - len(window.labels) for place in scored[[0, -1]])
         return cls(

@@ -1,4 +1,4 @@
-"""What is scored: windows of tokens with the tokens that their last positions must predict.
+"""Windows of tokens, with labels: the tokens that the last positions of a window must predict.
 
     tokens   t0 t1 t2 t3      what the model sees
     labels         t3 t4      what positions 2 and 3 must predict: the labels of the LAST positions
@@ -19,7 +19,7 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A context and what must follow."""
+    """Tokens, and the labels of the last of them."""
 
     tokens: Tokens
     """[T] ids, at least one."""
@@ -34,29 +34,29 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowScore:
-    """What the model made of one window; the sums are over its scored positions."""
+    """The result of one window, summed over its scored positions."""
 
     log_prob: float
-    """Natural logarithm of the labels' probabilities, summed."""
+    """Sum of the natural logarithms of the labels' probabilities."""
     num_scored: int
     num_likeliest: int
     """Scored positions whose likeliest token is the label."""
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy decoding would have given all the labels."""
+        """Whether greedy decoding would have given all labels."""
         return self.num_likeliest == self.num_scored
 
 
 def continuation_window(
     context: Sequence[int], continuation: Sequence[int], max_length: int | None = None
 ) -> tuple[Window, bool]:
-    """A context with the continuation to be scored.
+    """A window that scores a continuation of a context.
 
     Args:
         context: at least one id.
         continuation: at least one id.
-        max_length: most tokens that the model may see; a longer context loses its beginning. None: no limit.
+        max_length: most tokens that the model may see; a longer context is cut at its beginning. None: no limit.
 
     Returns:
         The window, and whether its context was cut.

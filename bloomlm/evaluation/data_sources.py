@@ -1,4 +1,6 @@
-"""What --eval_path names: a file, or a data set that is fetched from the Hugging Face hub as the file it was.
+"""WikiText and LAMBADA: where --eval_path finds them, and how their files are read.
+
+--eval_path is a file, or the name of a data set that is fetched from the Hugging Face hub and kept as a file:
 
 | name          | with <unk>, for the reference protocol | raw, for the others |
 |---------------|----------------------------------------|---------------------|
@@ -6,15 +8,17 @@
 | wikitext-103  | wikitext-103-v1                        | wikitext-103-raw-v1 |
 | lambada       | lambada_openai                         | lambada_openai      |
 
-`wikitext-2:valid` is its validation split; without a colon it is the test split.
+`wikitext-2:valid` is the validation split; a name without a colon is the test split.
 """
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.data.cache import default_cache_dir
+from bloomlm.data.files import FileRows
 from bloomlm.errors import ConfigError, DataError
 
 WIKITEXT_NAMES = ("wikitext-2", "wikitext-103")
@@ -23,11 +27,11 @@ _SPLITS = {"test": "test", "valid": "validation"}
 
 
 def find_data(name_or_path: str, *, raw: bool, cache_dir: Path | None = None) -> Path:
-    """The file, fetched and written into the cache if a name was given.
+    """Find the file; one that is given by name is fetched into the cache.
 
     Args:
         name_or_path: a file, or a name from the table above.
-        raw: which variant of WikiText.
+        raw: whether WikiText is the raw variant.
         cache_dir: where fetched files are; default_cache_dir() / "evaluation" if None.
 
     Raises:
@@ -62,9 +66,57 @@ def find_data(name_or_path: str, *, raw: bool, cache_dir: Path | None = None) ->
     return cached
 
 
+def read_text(path: Path) -> str:
+    """Read WikiText, or any other text, whole.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or holds no word.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); expected a text file such as wiki.valid.tokens"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start})") from error
+    if not text.strip():
+        raise DataError(f"{path}: no text in it; expected one such as wiki.valid.tokens")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A text whose last word is to be guessed."""
+
+    text: str
+    where: str
+    """For error messages: "lambada_test.jsonl, line 3"."""
+
+
+def read_passages(path: Path) -> list[Passage]:
+    """Read LAMBADA: a .jsonl file with `text` in each line, or a .json or .csv file with a column text.
+
+    Raises:
+        DataError: the file cannot be read, a line is no JSON object with a text, or there is none.
+    """
+    passages = []
+    for row in FileRows(path).rows():
+        text = row.fields.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f'{row.where}: expected an object such as {{"text": "... the last word"}}, found '
+                f"{_described(row.fields)}"
+            )
+        passages.append(Passage(text=text, where=row.where))
+    if not passages:
+        raise DataError(f"{path}: no passages in it; expected a JSON object with `text` on each line")
+    return passages
+
+
 def _fetch(name: str, repository: str, configuration: str, split: str) -> list[str]:
     try:
-        import datasets  # an extra: heavy, and of no use to those who have files
+        import datasets  # an extra, which files do not need
     except ImportError as error:
         raise ConfigError(
             f"{name} is fetched from the Hugging Face hub, which needs pip install 'bloomlm[datasets]'; "
@@ -72,7 +124,7 @@ def _fetch(name: str, repository: str, configuration: str, split: str) -> list[s
         ) from error
     try:
         return list(datasets.load_dataset(repository, configuration, split=split)["text"])
-    except Exception as error:  # offline, moved, no room: the library tells which
+    except Exception as error:  # no network, no such repository, no disk space: the library says which
         raise DataError(
             f"{name} is not on this machine yet, and {repository} could not be fetched from the Hugging Face hub. "
             f"Connect to the network once, or give a file as --eval_path. The hub client said: {error}"
@@ -80,9 +132,15 @@ def _fetch(name: str, repository: str, configuration: str, split: str) -> list[s
 
 
 def _wiki_file(rows: Iterable[str]) -> str:
-    """The file that the rows were cut from; its blank lines hold a blank."""
+    """Join the rows to the original file, whose blank lines hold a space."""
     return "".join(row or " \n" for row in rows)
 
 
 def _jsonl(rows: Iterable[str]) -> str:
     return "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _described(fields: object) -> str:
+    if isinstance(fields, dict) and "text" in fields:
+        return f"text {fields['text']!r}"
+    return f"the fields {', '.join(map(str, fields)) or 'none'}" if isinstance(fields, dict) else repr(fields)

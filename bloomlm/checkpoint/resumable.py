@@ -1,4 +1,9 @@
-"""What is done so far, in JSON-lines files that grow batch by batch: a stopped evaluation goes on from there."""
+"""Finished results of a long run, in JSON-lines files that grow beside its output: a stopped run continues from them.
+
+Each result has a number. A line holds the number and the fields of the result:
+
+    {"number": 7, "log_prob": -3.25, "num_scored": 2, "num_likeliest": 1}
+"""
 
 import glob
 import hashlib
@@ -17,27 +22,27 @@ from bloomlm.parallel.mesh import ALONE, Mesh
 Results = dict[int, dict[str, Any]]
 
 
-class PartialFile:
-    """Results by number, beside the report to be, under names that hold a digest of what decides them.
+class ResumableResults:
+    """The finished results of a run, in hidden files named after its output and a fingerprint of what decides it.
 
-    Each copy of the model writes a file of its own; the next run, on however many ranks, reads them all.
+    Each copy of the model writes a file of its own; the next run reads all of them, on any number of ranks.
 
     Args:
-        report: path of the report.
-        identity: everything that decides the results, as text.
-        mesh: the ranks, all of which must come here.
+        output: the file that the run writes in the end, as given to --output_file.
+        identity: everything that decides the results, as text. A run with another identity does not use them.
+        mesh: the ranks, all of which must make this call.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: they cannot be written.
     """
 
-    def __init__(self, report: Path, *, identity: str, mesh: Mesh = ALONE) -> None:
-        self._report = report
-        self._prefix = f".{report.name}.{hashlib.sha256(identity.encode()).hexdigest()[:12]}."
+    def __init__(self, output: Path, *, identity: str, mesh: Mesh = ALONE) -> None:
+        self._output = output
+        self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._is_main = mesh.is_main
         self._file: BinaryIO | None = None
         self.done: Results = on_main(self._collect, mesh)
-        """Number -> result, as earlier runs left them."""
+        """Number -> result, from earlier runs."""
         if mesh.tp_rank == 0:
             try:
                 self._file = self._path(mesh.dp_rank).open("ab")
@@ -45,7 +50,7 @@ class PartialFile:
                 raise self._cannot_write(error) from error
 
     def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write the results of a batch; they are in the file when this returns."""
+        """Write results; they are in the file when this returns."""
         if self._file is None:
             return
         try:
@@ -54,13 +59,17 @@ class PartialFile:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def remove(self) -> None:
-        """Delete the files, once the report is there."""
+    def remove(self, *, of_all_runs: bool = False) -> None:
+        """Delete the files, once the output is written.
+
+        Args:
+            of_all_runs: also those of runs with other identities and the same output.
+        """
         if self._is_main:
-            for path in self._all_paths():
+            for path in self._paths("*" if of_all_runs else self._fingerprint):
                 path.unlink(missing_ok=True)
 
-    def __enter__(self) -> "PartialFile":
+    def __enter__(self) -> "ResumableResults":
         return self
 
     def __exit__(
@@ -70,9 +79,9 @@ class PartialFile:
             self._file.close()
 
     def _collect(self) -> Results:
-        """Everything that is there, put together in the first file."""
+        """Read all files and join them in the first one."""
         try:
-            paths = self._all_paths()
+            paths = self._paths(self._fingerprint)
             done: Results = {}
             for path in paths:
                 done |= _read(path)
@@ -84,24 +93,25 @@ class PartialFile:
         return done
 
     def _path(self, dp_rank: int) -> Path:
-        return self._report.with_name(f"{self._prefix}{dp_rank}.partial")
+        return self._output.with_name(f".{self._output.name}.{self._fingerprint}.{dp_rank}.partial")
 
-    def _all_paths(self) -> list[Path]:
-        return sorted(self._report.parent.glob(f"{glob.escape(self._prefix)}*.partial"))
+    def _paths(self, fingerprint: str) -> list[Path]:
+        return sorted(self._output.parent.glob(f".{glob.escape(self._output.name)}.{fingerprint}.*partial"))
 
     def _cannot_write(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"--output_file {self._report} cannot be written: {error.strerror or error}. What is done is kept; the "
-            "same command goes on from there"
+            f"--output_file {self._output} cannot be written: {error.strerror or error}. What is finished is kept; the "
+            "same command continues from there"
         )
 
 
 def _lines(results: Mapping[int, Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps({"number": number, **result}) + "\n" for number, result in results.items()).encode()
+    lines = (json.dumps({"number": number, **result}, ensure_ascii=False) for number, result in results.items())
+    return "".join(line + "\n" for line in lines).encode()
 
 
 def _read(path: Path) -> Results:
-    """What a file holds, up to a line that was cut off or lost with the power."""
+    """The results in a file, up to a line that was cut off or lost in a power failure."""
     done: Results = {}
     with suppress(ValueError, TypeError, KeyError), path.open("rb") as file:
         for line in file:

@@ -1,0 +1,110 @@
+"""Work is shared among the copies of a model and computed in batches, which are halved when memory runs out."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from bloomlm.errors import ConfigError
+from bloomlm.parallel.mesh import ALONE, Mesh
+
+_LOG = logging.getLogger(__name__)
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+def own_share(pieces: Sequence[P], mesh: Mesh) -> list[P]:
+    """The pieces that this rank's copy computes: every n-th one, so that sorted pieces give equal amounts of work."""
+    return list(pieces[mesh.dp_rank :: mesh.degrees.dp])
+
+
+def join_shares(own: dict[int, R], mesh: Mesh) -> dict[int, R]:
+    """The results of all copies by number; every rank must make this call."""
+    return {number: result for share in mesh.gather_copies(own) for number, result in share.items()}
+
+
+@dataclass(kw_only=True)
+class BatchLimit:
+    """How much is computed at once."""
+
+    size: int
+    """The limit. It becomes smaller when memory runs out."""
+    unit: str
+    """What the size counts, such as "tokens"."""
+    single: str
+    """How messages call one piece of work; {size} stands for its size."""
+    advice: str
+    """The flags that make one piece smaller."""
+    mesh: Mesh = ALONE
+    """Ranks that share a model (tensor parallelism) compute every batch together."""
+
+    def batches(
+        self,
+        pieces: Sequence[P],
+        compute: Callable[[list[P]], R],
+        size_of: Callable[[Sequence[P]], int],
+        *,
+        most: int | None = None,
+        halves: Callable[[P], Sequence[P]] = lambda piece: (piece,),
+    ) -> Iterator[tuple[list[P], R]]:
+        """Compute pieces in their order, as many at once as fit; a piece above the limit is computed alone.
+
+        Args:
+            pieces: the largest first, so that memory runs out early if it does.
+            compute: the results of a batch.
+            size_of: the size of a batch.
+            most: a second limit, which stays as it is.
+            halves: splits a piece that does not fit into memory; it returns the piece alone where that is impossible.
+
+        Yields:
+            Each batch with its results.
+
+        Raises:
+            ConfigError: memory ran out on a single piece, or on ranks that share a model.
+        """
+        waiting = list(pieces)
+        while waiting:
+            limit = self.size if most is None else min(self.size, most)
+            count = 1
+            while count < len(waiting) and size_of(waiting[: count + 1]) <= limit:
+                count += 1
+            batch = waiting[:count]
+            try:
+                results = compute(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                parts = halves(batch[0]) if count == 1 else batch
+                self._halve(size_of(batch), error, is_single=len(parts) == 1)
+                waiting[:count] = parts
+                continue
+            del waiting[:count]
+            yield batch, results
+
+    def _halve(self, size: int, error: Exception, *, is_single: bool) -> None:
+        if self.mesh.degrees.tp > 1:  # the other ranks are in the middle of the same batch
+            raise ConfigError(
+                f"memory ran out on a batch of {size} {self.unit}. Ranks that share a model cannot make batches "
+                f"smaller while they run; give a smaller --batch_size ({error})"
+            ) from error
+        if is_single:
+            raise ConfigError(
+                f"memory ran out on a single {self.single.format(size=size)}; give a smaller {self.advice}, or a "
+                f"device with more memory ({error})"
+            ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.size = size // 2
+        _LOG.warning("memory ran out on a batch of %d %s; continuing with %d", size, self.unit, self.size)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # the errors of PyTorch's CPU allocator have no class of their own
+    message = str(error).lower()
+    return any(words in message for words in ("not enough memory", "can't allocate memory", "out of memory"))

@@ -16,7 +16,7 @@ from tests.distributed.test_torchrun import ROOT, command_line
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 CABLE = "cable0"
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 600
 
 
 def ip(*words: str) -> None:

@@ -38,6 +38,7 @@ from tests.unit.test_loop import V, some_examples
 ADAPTERS: dict[str, Adapter] = {"full": FullTuning(), "lora": LoraConfig(r=2, lora_dropout=0.2)}
 MAX_STEPS = 40
 NUM_KILLS = 12
+"""More on a machine that is busy and so does not get far."""
 
 
 def build_model(adapter_name: str, checkpoint: Path | None) -> BloomForCausalLM:
@@ -116,9 +117,11 @@ def main(adapter_name: str, directory: Path) -> None:
     whole_seconds = time.monotonic() - start
     print(f"{whole_seconds:.2f} seconds", file=sys.stderr)
     moments = random.Random(11)
-    for _ in range(NUM_KILLS):
+    began_from: list[int] = []
+    while len(began_from) < NUM_KILLS or (len(set(began_from)) < 3 and len(began_from) < 5 * NUM_KILLS):
         checkpoint = newest_checkpoint(directory / "killed")
-        print(0 if checkpoint is None else read_values(checkpoint)["step"], flush=True)
+        began_from.append(0 if checkpoint is None else read_values(checkpoint)["step"])
+        print(began_from[-1], flush=True)
         process_id = fork_attempt(adapter_name, directory / "killed")
         time.sleep(moments.uniform(0.02, 0.22) * whole_seconds)
         os.kill(process_id, signal.SIGKILL)
@@ -136,7 +139,7 @@ def test_killed_and_started_again_gives_the_same_weights(adapter_name: str, tmp_
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert process.returncode == 0, process.stderr

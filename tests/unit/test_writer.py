@@ -213,7 +213,7 @@ def test_killed_writer_leaves_the_old_directory_and_the_next_one_cleans_up(tmp_p
     final = tmp_path / "checkpoint-1"
     with atomic_directory(final) as directory:
         (directory / "old").touch()
-    done = subprocess.run([sys.executable, "-c", KILLED, str(final), moment], timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(final), moment], timeout=300)
     assert done.returncode == -signal.SIGKILL
     assert len(names_in(tmp_path)) == 2  # what it was writing is left over
     if moment == "writing":

@@ -1,4 +1,4 @@
-"""What an exported program says of itself: PREFIX.json beside its files. Written by bloomlm.export, read here."""
+"""The manifest of an exported program, PREFIX.json: its sizes, files and checksums. bloomlm.export writes it."""
 
 import dataclasses
 import hashlib
@@ -12,14 +12,14 @@ from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
 VERSION = 3
-"""Before, int8 had one scale or two for a row; now it has four."""
+"""Programs of earlier versions have other scales in int8."""
 
 VIRTUAL = "virtual_tokens"
-"""Name, in a weights file, of the keys and values that a prefix adapter puts before every prompt."""
+"""Name of the tensor with the keys and values that a prefix adapter puts before every prompt."""
 
 _CHUNK_BYTES = 1 << 24
 _HEAD_BYTES = 1 << 24
-"""The beginning of a large file, where GGUF keeps its tables: compared at every start."""
+"""Beginning of a large file that is checked at every start; GGUF keeps its tables there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +29,25 @@ class Manifest:
     format: str
     """One of runtime.formats.FORMATS."""
     bloomlm_version: str
-    """Of the package that exported it."""
+    """Version of the package that exported it."""
     library_versions: Mapping[str, str]
-    """Of the libraries that made it, torch among them."""
+    """Versions of the libraries that exported it, torch among them."""
     source: str
-    """What was exported, as the user named it."""
+    """Name or path of the model, as the user gave it."""
     fingerprint: str
-    """Of the model's configuration, adapter and weights."""
+    """Fingerprint of the model's configuration, adapter and weights."""
     vocab_size: int
-    """Ids it knows (V)."""
+    """Size of the vocabulary (V)."""
     hidden_size: int
-    """Width (D)."""
+    """Width of the hidden states (D)."""
     n_layer: int
-    """Blocks (L)."""
+    """Number of blocks (L)."""
     n_head: int
-    """Heads of a block (H)."""
+    """Number of heads of a block (H)."""
     num_virtual_tokens: int = 0
-    """Of a prefix adapter (P)."""
+    """Number of virtual tokens of a prefix adapter (P)."""
     dtype: str
-    """Precision that matrices are kept in, without quantisation."""
+    """Precision of the matrices without quantisation."""
     quantization: str
     """none, int8 or int4."""
     special_tokens: Mapping[str, int | None]
@@ -55,15 +55,15 @@ class Manifest:
     tokenizer: str
     """Fingerprint of its tokenizer, which programs in one directory share."""
     max_new_tokens: int
-    """Tokens to generate where nothing else is said."""
+    """Tokens to generate unless told otherwise."""
     weights: Mapping[str, Any] = field(default_factory=dict)
-    """pt2: name -> [dtype, shape] of every tensor in the weights file, in the order that programs take them."""
+    """pt2: name -> [dtype, shape] of every tensor in the weights file, in the order of the program's inputs."""
     instruction_set: str | None = None
-    """pt2: what the compiled programs need of the processor; None where nothing is compiled."""
+    """pt2: the instruction set that the compiled functions need; None where nothing is compiled."""
     files: Mapping[str, Mapping[str, Any]]
-    """Name -> what describe_file says, of every file but this one and the tokenizer's."""
+    """Name -> what describe_file returns, for every file except this one and the tokenizer's."""
     parity: Mapping[str, float] = field(default_factory=dict)
-    """What the comparison with the PyTorch model gave when it was exported."""
+    """Result of the comparison with the PyTorch model during export; empty without one."""
 
     @property
     def head_dim(self) -> int:
@@ -71,7 +71,7 @@ class Manifest:
         return self.hidden_size // self.n_head
 
     def to_json(self) -> str:
-        """The file's text, which carries a checksum of itself."""
+        """The text of the file, which includes a checksum of the values."""
         values = {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}
         return json.dumps({**values, "checksum": manifest_checksum(values)}, indent=2) + "\n"
 
@@ -80,7 +80,7 @@ class Manifest:
         """Read a PREFIX.json.
 
         Raises:
-            ProgramError: it is missing, damaged, something else, or of a newer bloomlm.
+            ProgramError: it is missing, damaged, not a manifest, or of another version.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ class Manifest:
                 f"{path} is of version {values.get('version')}, this bloomlm runs version {VERSION}; export the "
                 "program again with this bloomlm, or run it with the one that made it"
             )
-        # sizes that are not the program's would make compiled code write outside of its memory
+        # with wrong sizes compiled code would write outside of its memory
         if values.pop("checksum", None) != manifest_checksum(values):
             raise ProgramError(f"{path} is damaged or was edited: its checksum is not its own; copy it again")
         del values["kind"], values["version"]
@@ -111,12 +111,12 @@ class Manifest:
         return manifest
 
     def check_files(self, directory: Path, *, hash_file: Callable[[str], bool]) -> None:
-        """Hold the files against what was written.
+        """Compare the files with what was written.
 
         Args:
             directory: where they lie.
-            hash_file: whether a file, by its name, is read whole and its checksum compared; of the others, the size
-                and the beginning.
+            hash_file: from a file's name, whether the checksum of the whole file is compared; for other files, the
+                size and the checksum of the beginning.
 
         Raises:
             ProgramError: a file is missing, cut short or changed.
@@ -140,7 +140,7 @@ class Manifest:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's size in bytes, its checksum, and that of its beginning."""
+    """The size of a file in bytes, its checksum, and the checksum of its beginning."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path), "head_sha256": sha256(path, _HEAD_BYTES)}
 
 
@@ -156,7 +156,7 @@ def sha256(path: Path, num_bytes: int | None = None) -> str:
 
 
 def manifest_checksum(values: Mapping[str, Any]) -> str:
-    """Hex digest of a manifest's values, the checksum not among them."""
+    """Hex digest of a manifest's values without the checksum."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

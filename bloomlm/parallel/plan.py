@@ -1,16 +1,14 @@
-"""What a rank of a job will hold, computed before anything is loaded.
+"""The memory that a rank of a job will use, computed before anything is loaded.
 
-Parameters are those of the model itself, made on the meta device with its adapter, and are cut by the table
-(layout.py). What autograd keeps of a block is listed here operation by operation, as the block computes; the tests
-compare it with what autograd really keeps. All numbers are of the first rank, which has the most.
+Parameters are those of the model with its adapter, created on the meta device and cut by the table (layout.py). What
+autograd saves of a block is listed here operation by operation; the tests compare it with what autograd really saves.
+All numbers are of the first rank, which has the most.
 
-Two moments of a step need the most memory: when the loss is computed, all activations exist and hardly a gradient;
-when the backward pass ends, it is the other way round. The peak is the larger one of these.
+Memory is largest either when the loss is computed, with all activations and few gradients, or at the end of the
+backward pass, with all gradients and few activations. Memory of the libraries themselves and memory that an allocator
+leaves unused are not counted.
 
-Not counted: what the program and its libraries hold themselves, and what an allocator leaves unused.
-
-Shapes: N packed tokens, M supervised ones, D hidden, H heads, E head_dim + position columns, V vocabulary, P virtual
-tokens, R lora rank.
+Letters: N packed tokens, M supervised tokens, R lora rank.
 """
 
 from dataclasses import dataclass
@@ -26,96 +24,91 @@ from bloomlm.parallel.layout import dealt_rows, tp_dim, tp_part
 from bloomlm.parallel.mesh import Degrees
 
 GRADIENT_BYTES = 4
-"""Gradients are collected in fp32 whatever the weights are in (training/precision.py)."""
+"""Gradients are accumulated in fp32, whatever the dtype of the weights (training/precision.py)."""
 MOMENTS_BYTES = 8
-"""AdamW's two, in fp32."""
+"""AdamW's two moments of an element, in fp32."""
 STEP_BYTES = 4
-"""AdamW counts its steps for each tensor."""
-_FP32, _STATISTICS = 4, 8  # a layer norm keeps mean and 1 / deviation of each token
+"""AdamW's count of steps, one for each tensor."""
+_FP32, _STATISTICS = 4, 8  # a layer norm saves the mean and 1 / deviation of each token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a rank computes in a step of training."""
+    """What a rank computes in a training step."""
 
     num_documents: int
-    """Examples of a microbatch, all of one length."""
+    """Examples of a microbatch, all of the same length."""
     num_tokens: int
-    """Their tokens (N)."""
+    """Tokens of a microbatch (N)."""
     num_supervised_tokens: int
-    """Those with a label (M)."""
+    """Tokens with a label (M)."""
     compute_dtype: torch.dtype
-    """Of the matrix products; the weights have that of the model."""
+    """Dtype of the matrix products; the weights have the model's."""
     max_chunk_bytes: int
-    """What a chunk of the loss's logits may take."""
+    """Limit for a chunk of the loss's logits."""
     recompute: bool = False
-    """Compute a block's activations again in the backward pass."""
+    """A block's activations are computed again in the backward pass."""
     accumulation: int = 1
-    """Microbatches of a step."""
+    """Number of microbatches of a step."""
     reshards: bool = True
-    """FSDP gives a block's weights back between forward and backward pass (stage 3)."""
+    """FSDP frees a block's gathered weights between forward and backward pass (stage 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes that a rank holds in training, by kind."""
+    """Memory of a rank in training, in bytes."""
 
     weights: int
-    """The parameters, learned or not."""
+    """All parameters."""
     gradients: int
-    """Of what learns, in fp32."""
+    """Gradients of the parameters that learn, in fp32."""
     optimizer: int
     """AdamW's moments, and fp32 copies of half-precision weights."""
     activations: int
-    """What the backward pass needs of the forward pass, and one block's own working memory."""
+    """What the forward pass saves for the backward pass, and the working memory of one block."""
     half_copies: int
-    """Weights that autocast turned into 16 bits (O1), kept until the backward pass."""
+    """Copies of weights in 16 bits that autocast makes (O1) and keeps until the backward pass."""
     gathered: int
-    """Weights of other ranks that FSDP has here at once."""
+    """The most weights that FSDP has gathered from other ranks at once."""
     loss: int
-    """The loss's chunk of logits and the head's gradient."""
+    """A chunk of the loss's logits, and the gradient of the head."""
     at_loss: int
-    """All of it when the loss is computed, or the last block's gradients."""
+    """Total while the loss or the gradients of the last block are computed."""
     at_end_of_backward: int
-    """All of it when the last gradient is there."""
+    """Total at the end of the backward pass."""
 
     @property
     def peak(self) -> int:
-        """The most at any moment."""
+        """The largest total at any moment."""
         return max(self.at_loss, self.at_end_of_backward)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionMemory:
-    """Bytes that a rank holds while it generates."""
+    """Memory of a rank during generation, in bytes."""
 
     weights: int
-    """The parameters."""
+    """All parameters."""
     kv_cache: int
     """Keys and values of all sequences."""
     activations: int
-    """One block's, over all prompts, and whole logits of one token of each."""
+    """Activations of one block for all prompts, and the logits of one token of each."""
 
     @property
     def peak(self) -> int:
-        """All together."""
+        """The total."""
         return self.weights + self.kv_cache + self.activations
 
 
 def rank_numel(name: str, parameter: nn.Parameter, degrees: Degrees) -> int:
-    """Elements of a whole parameter that the first rank holds."""
+    """Number of elements of a parameter that the first rank holds, from the whole parameter."""
     shape = list(tp_part(name, 0, degrees.tp).shape(tuple(parameter.shape)))
     shape[0] = dealt_rows(shape[0], 0, degrees.dp_shard)[1]
     return torch.Size(shape).numel()
 
 
 def parameter_bytes(model: BloomForCausalLM, degrees: Degrees) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state that the first rank holds.
-
-    Args:
-        model: whole, with its adapter, in the format its weights will have; may be on the meta device.
-        degrees: ranks along each axis.
-    """
+    """Bytes of weights, gradients and optimizer state of the first rank; model and degrees as in training_memory."""
     weights = gradients = optimizer = 0
     for name, parameter in model.named_parameters():
         numel = rank_numel(name, parameter, degrees)
@@ -132,30 +125,30 @@ class PlannedLinear:
     """A linear layer of a block."""
 
     name: str
-    """In the model."""
+    """Full name in the model."""
     layer: Linear
     needs_input_gradient: bool
-    """Something before it learns."""
+    """A parameter before it learns."""
 
     @property
     def kind(self) -> str:
-        """query_key_value, dense, dense_h_to_4h or dense_4h_to_h."""
+        """Name of the layer within its block."""
         return self.name.rpartition(".")[2]
 
     @property
     def is_column(self) -> bool:
-        """Tensor-parallel ranks cut it by outputs, so that the gradient of its input is added up."""
+        """Whether tensor-parallel ranks cut it by outputs, so that they add up the gradient of its input."""
         return tp_dim(f"{self.name}.weight") == 0
 
     @property
     def lora_rank(self) -> int:
-        """0 without LoRA."""
+        """Rank of its LoRA update (R); 0 without one."""
         matrices = self.layer.update_matrices
         return len(matrices[0]) if matrices else 0
 
 
 def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
-    """Of each block the linear layers, in the order in which they compute."""
+    """The linear layers of each block, in the order of the computation."""
     needs_gradient = model.transformer.word_embeddings.weight.requires_grad
     blocks: list[list[PlannedLinear]] = [[] for _ in model.transformer.h]
     for name, module in model.transformer.h.named_modules():
@@ -168,19 +161,13 @@ def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
 
 
 def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list[int]:
-    """What autograd keeps of each block without recompute, apart from weights; no dropout.
-
-    Args:
-        model: whole, with its adapter.
-        tp_degree: ranks that compute it together.
-        load: of a step.
-    """
+    """Bytes, without weights, that autograd saves of each block; without recomputation and without dropout."""
     config = model.config
     hidden, part = config.hidden_size, config.hidden_size // tp_degree
     heads, width = config.n_head // tp_degree, config.head_dim + COLUMNS
     half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
     norm = hidden * stream + _STATISTICS
-    # queries, keys, values and results; the logarithm of each sum in fp32
+    # queries, keys, values and results; in fp32 the logarithm of the sum of each softmax
     attended = load.num_tokens + load.num_documents * model.transformer.num_virtual_tokens
     attention = attended * heads * (4 * width * half + _FP32)
     inputs = {"query_key_value": hidden, "dense": part, "dense_h_to_4h": hidden, "dense_4h_to_h": 4 * part}
@@ -188,7 +175,7 @@ def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list
     for block in block_linears(model):
         needs = {linear.kind: linear.needs_input_gradient for linear in block}
         per_token = norm * (needs["query_key_value"] + needs["dense_h_to_4h"])
-        per_token += 4 * part * half * needs["dense_4h_to_h"]  # what GELU was given
+        per_token += 4 * part * half * needs["dense_4h_to_h"]  # GELU's input
         for linear in block:
             if linear.layer.weight.requires_grad or linear.lora_rank:
                 per_token += (inputs[linear.kind] + linear.lora_rank) * half
@@ -197,7 +184,7 @@ def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list
 
 
 def activation_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """What autograd keeps of all blocks and of what is around them."""
+    """Bytes that autograd saves of all blocks, the outer layer norms, the position columns and the loss's input."""
     config = model.config
     blocks = block_bytes(model, tp_degree, load)
     stream = config.hidden_size * model.transformer.dtype.itemsize
@@ -208,12 +195,12 @@ def activation_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) ->
 
 
 def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> TrainingMemory:
-    """What the first rank holds in training.
+    """Memory of the first rank in training.
 
     Args:
-        model: whole, with its adapter, in the format its weights will have; may be on the meta device.
-        degrees: ranks along each axis, which divide the model (mesh.check_model_divides).
-        load: of a step on this rank's copy of the model.
+        model: whole, with its adapter, in the dtype that its weights will have; may be on the meta device.
+        degrees: ranks along each axis, which must divide the model (mesh.check_model_divides).
+        load: a step of this rank's copy of the model.
     """
     weights, gradients, optimizer = parameter_bytes(model, degrees)
     kept, block = activation_bytes(model, degrees.tp, load), block_bytes(model, degrees.tp, load)[-1]
@@ -221,9 +208,9 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     half_copies, chunk = _half_copies(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
     embedding = model.transformer.word_embeddings.weight
     head_gradient = embedding.numel() // degrees.tp * GRADIENT_BYTES * embedding.requires_grad
-    # when autograd adds the embedding's rows to the head's gradient (half-precision weights), the sum is made anew
+    # autograd adds the embedding's gradient to the head's out of place where the weights are in half precision
     tied_sum = embedding.nbytes // degrees.tp * (embedding.requires_grad and embedding.dtype is not torch.float32)
-    # FSDP's ranks have their parts of those gradients only after that
+    # until then every FSDP rank holds these gradients whole
     gradients_then = gradients - root_gradient // degrees.dp_shard + root_gradient
     fixed = weights + optimizer + gathered
     earlier = gradients if load.accumulation > 1 else 0
@@ -241,13 +228,13 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
 
 
 def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, num_tokens: int) -> PredictionMemory:
-    """What the first rank holds while it generates.
+    """Memory of the first rank during generation.
 
     Args:
-        model: whole, in the format its weights will have; may be on the meta device.
-        tp_degree: ranks that compute it together.
+        model: whole, in the dtype that its weights will have; may be on the meta device.
+        tp_degree: number of tensor-parallel ranks.
         batch_size: sequences at once.
-        num_tokens: of each, prompt and what is generated.
+        num_tokens: tokens of each, the prompt's and the generated ones.
     """
     config = model.config
     dtype = model.transformer.dtype
@@ -264,7 +251,7 @@ def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, 
 
 
 def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tuple[int, int, int]:
-    """What FSDP gathers at once: weights, the gradients outside blocks, and those of two blocks with their copies."""
+    """Bytes of weights gathered at once, of the gradients outside blocks, and of two blocks' gradients and copies."""
     if degrees.dp_shard == 1:
         return 0, 0, 0
     root, root_gradient, blocks, learned = 0, 0, 0, 0
@@ -282,16 +269,16 @@ def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tu
 
 
 def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """Of the blocks' matrices: autocast keeps a copy of what learns, and autograd of what it needs."""
+    """Bytes of the 16-bit copies of the blocks' matrices: autocast keeps those that learn, autograd those it needs."""
     half, degrees = load.compute_dtype.itemsize, Degrees(tp=tp_degree)
     if half == model.transformer.dtype.itemsize:
         return 0
     numel = 0
     for linear in (linear for block in block_linears(model) for linear in block):
         needed = linear.needs_input_gradient and not load.recompute
-        # the product of a column that is cut makes its own copy
+        # a column-parallel product makes a copy of its own
         cached = linear.layer.weight.requires_grad and not (load.recompute and linear.is_column and tp_degree > 1)
-        # what goes into an update's second matrix comes from its first, which learns
+        # the input of an update's second matrix depends on the first matrix, which learns
         second = linear.layer.update_matrices[1:]
         for kind, parameter in linear.layer.named_parameters():
             if any(parameter is matrix for matrix in second) or (parameter.dim() == 2 and (cached or needed)):
@@ -300,7 +287,7 @@ def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int
 
 
 def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """The logits of a chunk in fp32, and with half-precision products a copy of them and of the head."""
+    """Bytes of a chunk of logits in fp32 and, if products are in half precision, of copies of them and of the head."""
     vocab_size = model.config.vocab_size // tp_degree
     most_rows = max(1, load.max_chunk_bytes // (vocab_size * _FP32))
     num_chunks = max(1, -(-load.num_supervised_tokens // most_rows))

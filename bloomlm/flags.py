@@ -128,10 +128,13 @@ class ModelFlags(Flags):
     )
 
 
+READING_FLAGS = ("prefix_layout", "trained_tensor_parallel_degree", "paddle_tokenization")
+"""Flags of ModelFlags that say how to read files of other programs."""
+
+
 def reading_flags(config: Any) -> dict[str, Any]:
     """Those flags of a config that say how to read files of other programs, as keywords of bloomlm.load."""
-    names = ("prefix_layout", "trained_tensor_parallel_degree", "paddle_tokenization")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in READING_FLAGS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,9 @@
-"""Convert a model from any form that bloomlm reads to Hugging Face's or PaddleNLP's files, one tensor at a time."""
+"""Convert a model from any form that bloomlm reads to another one, one tensor at a time."""
 
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.atomic import sync
+from bloomlm.checkpoint.formats import FileForm, bytes_on_ranks, check_degree, write_model_for_ranks
 from bloomlm.checkpoint.huggingface import EMBEDDING
 from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
-from bloomlm.checkpoint.paddle.model_writer import check_degree, paddle_bytes, write_paddle_model
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, check_entries
@@ -24,13 +23,6 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
 T = TypeVar("T", Tensor, Tensor | Rows)
-
-
-class FileForm(Enum):
-    """Whose files to write."""
-
-    HUGGING_FACE = "hf"
-    PADDLE = "paddle"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +38,19 @@ class ModelConversion:
     dtype: torch.dtype
     """Precision to write."""
     tensor_parallel_degree: int = 1
-    """Ranks to cut the model for, PaddleNLP's files only."""
+    """Ranks to cut the model for; more than 1 only in a form that is for ranks."""
     max_shard_size_bytes: int | None = None
-    """Of one file; None: 5 GB in Hugging Face's form, any size in PaddleNLP's."""
+    """Of one file; None: 5 GB in Hugging Face's form, any size in one for ranks."""
 
     @property
     def written_bytes(self) -> int:
         """Size of the tensors to write, over all files."""
-        return paddle_bytes(self.config, self.dtype, self.tensor_parallel_degree)
+        return bytes_on_ranks(self.config, self.dtype, self.tensor_parallel_degree)
 
     @property
     def verified_bytes(self) -> int:
         """Size of the tensors of the whole model, each counted once."""
-        return paddle_bytes(self.config, self.dtype, 1)
+        return bytes_on_ranks(self.config, self.dtype, 1)
 
 
 def open_model_conversion(
@@ -75,7 +67,7 @@ def open_model_conversion(
         directory: the model, in any form.
         form: files to write.
         dtype: precision to write; None: the one the model is stored in.
-        tensor_parallel_degree: ranks to cut it for, PaddleNLP's files only.
+        tensor_parallel_degree: ranks to cut it for; more than 1 only in a form that is for ranks.
         max_shard_size_bytes: of one file; None: the form's usual.
 
     Raises:
@@ -114,10 +106,11 @@ def check_ranks(form: FileForm, tensor_parallel_degree: int) -> None:
     Raises:
         ConfigError: so it is.
     """
-    if form is FileForm.HUGGING_FACE and tensor_parallel_degree != 1:
+    if tensor_parallel_degree != 1 and not form.is_for_ranks:
+        for_ranks = next(other.value for other in FileForm if other.is_for_ranks)
         raise ConfigError(
             f"tensor_parallel_degree is {tensor_parallel_degree}, and Hugging Face's files are never cut for ranks; "
-            "leave it out, or write PaddleNLP's files (--to paddle)"
+            f"leave it out, or write files that are (--to {for_ranks})"
         )
 
 
@@ -174,8 +167,8 @@ def leave_page_cache(path: Path) -> None:
 
 
 def _write(conversion: ModelConversion, directory: Path, checksums: dict[str, int] | None, report: Report) -> None:
-    if conversion.form is FileForm.PADDLE:
-        write_paddle_model(
+    if conversion.form.is_for_ranks:
+        write_model_for_ranks(
             directory,
             conversion.config,
             _stream(conversion, conversion.reader.read, checksums),

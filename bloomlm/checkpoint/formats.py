@@ -1,25 +1,32 @@
-"""Whose files a model or a run may lie in: what the rest of the package asks instead of naming other programs.
+"""Whose files hold a model or a run, and whose are written: the rest of the package asks here and names no program.
 
 Adapters are found and read by adapters/load.py, which stands above this table.
 """
 
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 from bloomlm.checkpoint import huggingface
 from bloomlm.checkpoint.paddle import importer
-from bloomlm.checkpoint.paddle.importer import CONFIG_KEYS as FOREIGN_CONFIG_KEYS
-from bloomlm.checkpoint.paddle.importer import PaddleReading, read_recorded_adapter
+from bloomlm.checkpoint.paddle.importer import VERSION_KEY as FOREIGN_VERSION_KEY
+from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout, read_recorded_adapter
 from bloomlm.checkpoint.paddle.importer import adapter_kind as foreign_adapter_kind
 from bloomlm.checkpoint.paddle.importer import exported_config as config_of_export
 from bloomlm.checkpoint.paddle.importer import find_run as find_foreign_run
 from bloomlm.checkpoint.paddle.importer import read_run as read_foreign_run
+from bloomlm.checkpoint.paddle.model_writer import bytes_on_ranks, check_degree
+from bloomlm.checkpoint.paddle.model_writer import write_paddle_model as write_model_for_ranks
 from bloomlm.checkpoint.tensor_reader import TensorReader
 from bloomlm.model.config import BloomConfig
 
 __all__ = [
-    "FOREIGN_CONFIG_KEYS",
+    "FOREIGN_VERSION_KEY",
     "MODEL_FORMATS",
+    "READING_OF_WRITTEN_PREFIX",
+    "FileForm",
+    "bytes_on_ranks",
+    "check_degree",
     "config_of_export",
     "find_foreign_run",
     "find_model",
@@ -27,6 +34,7 @@ __all__ = [
     "read_foreign_run",
     "read_recorded_adapter",
     "reading_from_flags",
+    "write_model_for_ranks",
 ]
 
 FindModel = Callable[[Path], bool]
@@ -41,6 +49,21 @@ MODEL_FORMATS: tuple[tuple[FindModel, OpenModel], ...] = (
 
 reading_from_flags = PaddleReading.from_flags
 """How the files of another program are to be read, from the flags that say so."""
+
+READING_OF_WRITTEN_PREFIX = PaddleReading(prefix_layout=PrefixLayout.NEW)
+"""How a prefix that was written for ranks is read again, because its files do not tell."""
+
+
+class FileForm(Enum):
+    """Whose files to write."""
+
+    HUGGING_FACE = "hf"
+    PADDLE = "paddle"
+
+    @property
+    def is_for_ranks(self) -> bool:
+        """Whether such files can be cut for tensor-parallel ranks; Hugging Face's and PEFT's never are."""
+        return self is FileForm.PADDLE
 
 
 def find_model(directory: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.checkpoint import huggingface
-from bloomlm.checkpoint.formats import MODEL_FORMATS, config_of_export, find_model
+from bloomlm.checkpoint.formats import FOREIGN_VERSION_KEY, MODEL_FORMATS, config_of_export, find_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, check_entries
 from bloomlm.errors import CheckpointError, ConfigError, name_some
@@ -57,6 +57,7 @@ def read_config(directory: Path) -> BloomConfig:
         raise ConfigError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}; expected a JSON object")
+    values.pop(FOREIGN_VERSION_KEY, None)
     return BloomConfig.from_dict(values)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.atomic import atomic_directory, atomic_write
-from bloomlm.checkpoint.formats import FOREIGN_CONFIG_KEYS
 from bloomlm.checkpoint.output_directory import Report, no_report
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
@@ -32,7 +31,7 @@ __all__ = ["atomic_directory", "atomic_write", "parse_size", "write_model"]
 
 DEFAULT_SHARD_SIZE_BYTES = 5 * 10**9
 # Keys of config.json that say how other files lay, or what they held besides the parameters of BloomForCausalLM.
-OTHER_FILES_KEYS = ("architectures", *FOREIGN_CONFIG_KEYS)
+OTHER_FILES_KEYS = ("architectures", "tensor_parallel_degree", "tensor_parallel_output", "tensor_parallel_rank")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -106,7 +106,7 @@ class CompletionFlags(Flags):
         """
         seed = self.seed
         if seed is not None and self.decode_strategy != "sampling":
-            # PaddleNLP's commands give one always.
+            # the commands that infer_generation.py takes always give one
             _LOG.warning("--seed has no effect with --decode_strategy %s", self.decode_strategy)
             seed = None
         return GenerationConfig.from_options(

@@ -12,7 +12,8 @@ from rich.console import Console
 from bloomlm.api import DTYPES
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import find_adapter
-from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
+from bloomlm.checkpoint.convert import convert_model, open_model_conversion
+from bloomlm.checkpoint.formats import FileForm
 from bloomlm.checkpoint.output_directory import WritesItself
 from bloomlm.checkpoint.paddle.importer import PaddleReading
 from bloomlm.checkpoint.reader import find_model

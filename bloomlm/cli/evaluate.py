@@ -19,7 +19,7 @@ from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.report import EvaluationReport, read_report
-from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
+from bloomlm.flags import READING_FLAGS, DeviceFlags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 from bloomlm.runtime.program import Program
@@ -28,9 +28,7 @@ _ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leav
 _NOT_OF_PROGRAMS = {
     "lora_path": _ADAPTER_IN_PROGRAM,
     "prefix_path": _ADAPTER_IN_PROGRAM,
-    "prefix_layout": _ADAPTER_IN_PROGRAM,
-    "trained_tensor_parallel_degree": _ADAPTER_IN_PROGRAM,
-    "paddle_tokenization": "a program has its own tokenizer beside it; leave the flag out",
+    **dict.fromkeys(READING_FLAGS, "a program is read in one way, tokenizer and adapter included; leave the flag out"),
     "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
     "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
     "device": "exported programs run on the CPU; leave the flag out",
@@ -45,8 +43,8 @@ class EvaluateFlags(EvaluateConfig, DeviceFlags, ModelFlags):
     """What to evaluate, on what, and what to show."""
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
-    model_type: str | None = flag("model", None, "bloom; PaddleNLP's command gives it")
-    load_autodist: bool = flag("model", False, "the directory holds PaddleNLP's auto_dist files")
+    model_type: str | None = flag("model", None, "bloom, the only one; older command lines give it")
+    load_autodist: bool = flag("model", False, "the directory holds auto_dist*.pdparams files")
     model_dir: Path | None = flag(
         "model", None, "instead of --model_name_or_path: directory that bloomlm export wrote a program into"
     )

@@ -23,7 +23,7 @@ VERBS = {
     "evaluate": ("bloomlm.cli.evaluate", "WikiText, LAMBADA, lm-eval's tasks or rows of your own: how good a model is"),
     "merge": ("bloomlm.cli.merge", "write one plain model: LoRA into its base, shards into one, another precision"),
     "plan": ("bloomlm.cli.plan", "tell what each process of a job will hold and send, before there is a job"),
-    "convert": ("bloomlm.cli.convert", "write a model or an adapter in other files: PaddleNLP's to the hub's, or back"),
+    "convert": ("bloomlm.cli.convert", "write a model or an adapter in another program's files"),
 }
 
 _EXIT_USER_ERROR = 2
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run_verb(verb: str) -> NoReturn:
-    """Run one verb with the process's own arguments; what PaddleNLP's script names call."""
+    """Run one verb with the process's own arguments; what the scripts of the repository's root call."""
     command = importlib.import_module(VERBS[verb][0]).command
     _exit_with(command, sys.argv[1:], sys.argv[0])
 

@@ -25,7 +25,7 @@ from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.cli.predict_prompts import Prompts
 from bloomlm.errors import ConfigError
-from bloomlm.flags import DeviceFlags, ModelFlags, flag
+from bloomlm.flags import DeviceFlags, ModelFlags, flag, reading_flags
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.launch import joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
@@ -109,8 +109,10 @@ def _identity(config: PredictConfig, generation: GenerationConfig, prompts: Prom
         if directory is not None:
             stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
             files.append([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
-    reading = (config.prefix_layout, config.trained_tensor_parallel_degree, config.paddle_tokenization)
-    return json.dumps([files, reading, config.dtype, config.src_length, asdict(generation), prompts.texts])
+    reading = reading_flags(config)
+    return json.dumps(
+        [files, list(reading.values()), config.dtype, config.src_length, asdict(generation), prompts.texts]
+    )
 
 
 command = config_command(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
-from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
+from bloomlm.checkpoint.convert import convert_model, open_model_conversion
+from bloomlm.checkpoint.formats import FileForm
 from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.cli.main import main

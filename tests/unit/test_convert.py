@@ -24,7 +24,8 @@ from bloomlm.checkpoint import convert as convert_module
 from bloomlm.checkpoint.adapters import convert as convert_adapter_module
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
-from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
+from bloomlm.checkpoint.convert import convert_model, open_model_conversion
+from bloomlm.checkpoint.formats import FileForm
 from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import Rows
@@ -294,7 +295,8 @@ def test_progress_counts_what_is_written(tmp_path: Path, degree: int) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
+from bloomlm.checkpoint.convert import convert_model, open_model_conversion
+from bloomlm.checkpoint.formats import FileForm
 
 def stop_half_way(num_bytes, done=[0]):
     done[0] += num_bytes

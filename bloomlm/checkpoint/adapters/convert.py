@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bloomlm.checkpoint.adapters.load import adapter_base_config, read_adapter
 from bloomlm.checkpoint.adapters.peft import PlainAdapter, hold_adapter, save_adapter
-from bloomlm.checkpoint.convert import FileForm, check_ranks, leave_page_cache
+from bloomlm.checkpoint.convert import check_ranks, leave_page_cache
+from bloomlm.checkpoint.formats import READING_OF_WRITTEN_PREFIX, FileForm
 from bloomlm.checkpoint.output_directory import WritesItself, output_directory
 from bloomlm.checkpoint.paddle.adapter_writer import write_paddle_adapter
-from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, PaddleReading, PrefixLayout
+from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, PaddleReading
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.source import resolve_source
@@ -37,7 +38,7 @@ class AdapterConversion:
     form: FileForm
     """Files to write."""
     tensor_parallel_degree: int = 1
-    """Ranks to cut it for, PaddleNLP's files only."""
+    """Ranks to cut it for; more than 1 only in a form that is for ranks."""
     base_model_name_or_path: str | None = None
     """Its base model, which PEFT's files name."""
 
@@ -57,7 +58,7 @@ def open_adapter_conversion(
         directory: the adapter, in PEFT's files or in any that PaddleNLP wrote.
         form: files to write.
         dtype: precision to write; None: the one that each tensor is stored in.
-        tensor_parallel_degree: ranks to cut it for, PaddleNLP's files only.
+        tensor_parallel_degree: ranks to cut it for; more than 1 only in a form that is for ranks.
         base_model_name_or_path: its base model; None: its shape is taken from the adapter's own tensors.
         reading: what PaddleNLP's files leave open.
 
@@ -102,7 +103,7 @@ def convert_adapter(
     """
     size_bytes = sum(tensor.nbytes for tensor in conversion.adapter.tensors.values())
     with output_directory(directory, size_bytes, tokenizer) as temporary:
-        if conversion.form is FileForm.PADDLE:
+        if conversion.form.is_for_ranks:
             write_paddle_adapter(
                 temporary,
                 conversion.adapter,
@@ -121,8 +122,8 @@ def _verify(conversion: AdapterConversion, directory: Path) -> None:
     for path in directory.iterdir():
         leave_page_cache(path)
     written = conversion.adapter
-    has_layout = conversion.form is FileForm.PADDLE and written.config.num_virtual_tokens > 0
-    reading = PaddleReading(prefix_layout=PrefixLayout.NEW) if has_layout else AS_THE_FILES_TELL
+    has_layout = conversion.form.is_for_ranks and written.config.num_virtual_tokens > 0
+    reading = READING_OF_WRITTEN_PREFIX if has_layout else AS_THE_FILES_TELL
     found = read_adapter(directory, conversion.model_config, reading)
     for name, tensor in written.tensors.items():
         module_name = name.rpartition(".")[0]

@@ -27,7 +27,7 @@ from bloomlm.model.config import BloomConfig
 
 __all__ = [
     "AS_THE_FILES_TELL",
-    "CONFIG_KEYS",
+    "VERSION_KEY",
     "PaddleReading",
     "PrefixLayout",
     "adapter_base_config",
@@ -42,9 +42,8 @@ __all__ = [
     "read_recorded_adapter",
     "read_run",
 ]
-
-CONFIG_KEYS = ("paddlenlp_version", "tensor_parallel_degree", "tensor_parallel_output", "tensor_parallel_rank")
-"""Keys of PaddleNLP's config.json that say how its files lay."""
+VERSION_KEY = "paddlenlp_version"
+"""In PaddleNLP's config.json: which version wrote it."""
 
 
 def find_adapter(directory: Path) -> bool:

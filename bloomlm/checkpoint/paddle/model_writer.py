@@ -48,7 +48,7 @@ def write_paddle_model(
         dtype: precision to write.
         tensor_parallel_degree: ranks to cut the model for; 1: whole.
         max_shard_size_bytes: a file of a whole model holds this much or a single larger tensor; None: one file.
-        report: told the number of bytes whenever some more are written; in the end paddle_bytes of them.
+        report: told the number of bytes whenever some more are written; in the end bytes_on_ranks of them.
 
     Raises:
         ConfigError: the model cannot be divided among so many ranks, or shards are asked for in two ways.
@@ -93,8 +93,8 @@ def check_degree(config: BloomConfig, tensor_parallel_degree: int) -> None:
             )
 
 
-def paddle_bytes(config: BloomConfig, dtype: torch.dtype, tensor_parallel_degree: int) -> int:
-    """Size of the tensors that write_paddle_model writes; each rank has a copy of what is not cut."""
+def bytes_on_ranks(config: BloomConfig, dtype: torch.dtype, tensor_parallel_degree: int) -> int:
+    """Size of a model's tensors over all ranks, each of which has a copy of what is not cut."""
     cuts = model_cuts(config).values()
     numbers = sum(math.prod(cut.piece_shape(tensor_parallel_degree)) for cut in cuts) * tensor_parallel_degree
     return numbers * dtype.itemsize

@@ -12,6 +12,8 @@ import torch
 from bloomlm.checkpoint.paddle.stored import EncodedArray, StoredArray, StoredFile
 
 MAX_DIMENSIONS = 32  # numpy's own limit when these files were written
+# Arrays in (name, array) tuples in a dict in a dict take 4.
+MAX_DEPTH = 8
 MAX_TUPLE_ITEMS = 16  # Paddle makes pairs; a file could ask for a million copies of a million items
 
 
@@ -131,6 +133,40 @@ def set_state(target: object, state: object, stored: StoredFile) -> None:
             target.array = _place(shape, DTYPES[dtype.code], bool(order), span, stored)
         case _:
             raise ValueError(f"a state that does not fit a {type(target).__name__}")
+
+
+def plain_value(value: Any) -> Any:
+    """A value of a pickle with lazy tensors in place of the stand-ins, and nothing else but plain types.
+
+    Raises:
+        ValueError: a stand-in is left that stands for no value, or values are nested too deeply.
+    """
+    return _plain(value, {}, 0)
+
+
+def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
+    """See plain_value; `done` has the results of the values that were met before, by their id."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"values are nested deeper than {MAX_DEPTH} levels, or inside themselves")
+    if isinstance(value, Text):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if id(value) in done:
+        return done[id(value)]
+    result: Any
+    if isinstance(value, NdArray) and value.array is not None:
+        result = value.array
+    elif isinstance(value, dict):
+        result = {
+            str(key) if isinstance(key, str) else key: _plain(item, done, depth + 1) for key, item in value.items()
+        }
+    elif isinstance(value, (list, tuple)):
+        result = type(value)(_plain(item, done, depth + 1) for item in value)
+    else:
+        raise ValueError(f"a {type(value).__name__} stands among the values without being one")
+    done[id(value)] = result
+    return result
 
 
 def _place(

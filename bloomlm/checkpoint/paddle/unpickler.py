@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
-from bloomlm.checkpoint.paddle.objects import GLOBALS, NdArray, Span, Text, call, set_state
+from bloomlm.checkpoint.paddle.objects import GLOBALS, Span, Text, call, plain_value, set_state
 from bloomlm.checkpoint.paddle.stored import StoredFile
 from bloomlm.errors import CheckpointError
 
@@ -22,8 +22,6 @@ from bloomlm.errors import CheckpointError
 MAX_OPCODES = 2_000_000
 # Names are shorter; longer texts are arrays' bytes, which stay in the file.
 MAX_TEXT_BYTES = 65_536
-# Arrays in (name, array) tuples in a dict in a dict take 4.
-MAX_DEPTH = 8
 PROTOCOLS = (2, 3, 4)
 NEWEST_PROTOCOL = 5  # of Python; refused by what it holds, so that the message can name it
 
@@ -232,32 +230,10 @@ class _Interpreter:
             raise self.error("the pickle ends with values left over")
         if self.protocol not in PROTOCOLS:
             raise self.error("a pickle that Paddle did not write")
-        return self.plain(value, {}, 0)
-
-    def plain(self, value: Any, done: dict[int, Any], depth: int) -> Any:
-        """The value with lazy tensors in place of the stand-ins, and nothing else but plain types."""
-        if depth > MAX_DEPTH:
-            raise self.error(f"values are nested deeper than {MAX_DEPTH} levels, or inside themselves")
-        if isinstance(value, Text):
-            return str(value)
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
-        if id(value) in done:
-            return done[id(value)]
-        result: Any
-        if isinstance(value, NdArray) and value.array is not None:
-            result = value.array
-        elif isinstance(value, dict):
-            result = {
-                str(key) if isinstance(key, str) else key: self.plain(item, done, depth + 1)
-                for key, item in value.items()
-            }
-        elif isinstance(value, (list, tuple)):
-            result = type(value)(self.plain(item, done, depth + 1) for item in value)
-        else:
-            raise self.error(f"a {type(value).__name__} stands among the values without being one")
-        done[id(value)] = result
-        return result
+        try:
+            return plain_value(value)
+        except ValueError as error:
+            raise self.error(str(error)) from error
 
 
 def _frame(interpreter: _Interpreter) -> None:

@@ -41,6 +41,7 @@ def _with_protocol_options(config_class: type[C]) -> type[C]:
 
 
 def _optional(item: "Field[Any]", defaults: dict[str, Any]) -> Any:
+    """The field of a flag that may be left out; its help names the default, of each protocol where they differ."""
     known = {name: default for name, default in defaults.items() if default not in (None, ())}
     shown = str(next(iter(known.values()), ""))
     if len(set(known.values())) > 1:
@@ -127,7 +128,7 @@ class EvaluateConfig(Flags):
 
 
 def make_config(options: Mapping[str, Any]) -> EvaluateConfig:
-    """A config from keywords; paths may be texts, and lists of tasks any sequence.
+    """A config from keywords; paths may be texts, and tasks a sequence or names with commas between them.
 
     Raises:
         ConfigError: an unknown option, or a number out of range.
@@ -142,7 +143,7 @@ def make_config(options: Mapping[str, Any]) -> EvaluateConfig:
             values[name] = Path(value) if Path in get_args(hints[name]) else str(value)
     if values.get("tasks"):
         tasks = values["tasks"]
-        values["tasks"] = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        values["tasks"] = tuple(tasks.split(",") if isinstance(tasks, str) else tasks)
     return EvaluateConfig(**values)
 
 

@@ -6,18 +6,27 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.api import evaluate as evaluate_model
 from bloomlm.api import load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
+from bloomlm.checkpoint.resumable import ResumableResults
 from bloomlm.cli.evaluate import EvaluateFlags, check_flags, command
+from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BloomlmError, ConfigError, DataError
 from bloomlm.evaluation import data_sources
 from bloomlm.evaluation.config import check_config, make_config
+from bloomlm.evaluation.metrics import mean
+from bloomlm.evaluation.plan import Definition, WindowPlan, running_perplexity
+from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.protocols import PROTOCOLS
 from bloomlm.evaluation.scoring import models
 from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
+from bloomlm.evaluation.scoring.windows import continuation_window
 from tests.tiny_bloom import write_adapter, write_bloom
 
 WIKI = " \n = The Sea = \n \n The sea , and the rain @-@ fed river ; 1 @,@ 234 ( in all ) . \n"
@@ -176,6 +185,58 @@ def test_answers_to_rows_are_scored(bloom: Path, tmp_path: Path) -> None:
     assert 0 < report["metrics"]["chrf"]["value"] <= 100
 
 
+def test_stopped_answers_go_on(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps({"src": text, "tgt": "the sea"}) + "\n" for text in PASSAGES))
+    options = {"eval_path": file, "protocol": "generation", "tgt_length": 5, "batch_size": 2}
+    whole = evaluate_model(bloom, **options)
+    add, written = ResumableResults.add, []
+
+    def stop_after_one(self: ResumableResults, results: dict[int, dict]) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.extend(results)
+        add(self, results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableResults, "add", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_model(bloom, **options, output_file=tmp_path / "report.json")
+    parts = evaluate_model(bloom, **options, output_file=tmp_path / "report.json")
+    assert parts.run["answers_of_a_stopped_run"] == len(written) == 2
+    assert parts.settings == whole.settings
+    assert {name: metric.value for name, metric in parts.metrics.items()} == {
+        name: metric.value for name, metric in whole.metrics.items()
+    }
+
+
+def test_a_new_protocol_is_a_row_of_the_table(bloom: Path, wiki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan_lines(path: Path, tokenizer: Tokenizer, *, seq_length: int, limit: int | None) -> WindowPlan:
+        lines = [tokenizer.encode(line) for line in path.read_text().splitlines() if line.strip()][:limit]
+        return WindowPlan(
+            definition=Definition(name="lines", version="1", source="this test"),
+            task="lines",
+            settings={"seq_length": seq_length},
+            counts={"lines": len(lines)},
+            windows=[continuation_window(ids[:1], ids[1:], seq_length)[0] for ids in lines],
+            metrics=lambda scores: {"log_prob": mean([score.log_prob for score in scores], higher_is_better=True)},
+            running=running_perplexity,
+        )
+
+    protocol = Protocol(name="lines", help="each line by itself", tasks=(Task(name="lines", make_plan=plan_lines),))
+    monkeypatch.setitem(PROTOCOLS, "lines", protocol)
+    loaded = load(bloom)
+    report = evaluate_model(loaded, eval_path=wiki, protocol="lines", limit=2)
+    expected = []
+    for line in (" = The Sea = ", " The sea , and the rain @-@ fed river ; 1 @,@ 234 ( in all ) . "):
+        ids = torch.tensor(loaded.tokenizer.encode(line))
+        log_probs = loaded.model(ids[None, :-1])[0].detach().log_softmax(-1)
+        expected.append(float(log_probs.gather(1, ids[1:, None]).sum()))
+    assert report.metrics["log_prob"].value == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert report.settings == {"seq_length": 2048, "limit": 2}
+    assert report.counts["lines"] == 2
+
+
 def test_fingerprint_follows_the_weights(bloom: Path) -> None:
     model = load(bloom).model
     name = model_fingerprint(model)
@@ -293,7 +354,6 @@ def test_no_network_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_weights_that_give_no_numbers_are_an_error(tmp_path: Path, bloom: Path, lambada: Path) -> None:
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.checkpoint.writer import write_model
-    from bloomlm.data.tokenizer import Tokenizer
 
     model = load_model(bloom, memory_map=False)
     model.transformer.ln_f.weight.data[0] = math.nan

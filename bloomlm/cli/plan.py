@@ -1,8 +1,9 @@
-"""`bloomlm plan`: what each process of a job will hold and send, and what a step will take."""
+"""`bloomlm plan`: memory and traffic of each process of a job, and the time of a step, without running it."""
 
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ CONFIG_FILE = "config.json"
 DEVICE_GIGABYTES = (40, 80, 141)
 """Memory of common GPUs (A100, A100 and H100, H200)."""
 MOST_AT_ONCE = 2**16
-"""No larger batch is tried."""
+"""The largest batch size that is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,10 @@ class PlanConfig(Flags):
     )
 
     num_processes: int | None = flag(
-        "parallelism", None, "of the job  [default: tensor_parallel_degree x sharding_parallel_degree]", minimum=1
+        "parallelism",
+        None,
+        "number of processes of the job  [default: tensor_parallel_degree x sharding_parallel_degree]",
+        minimum=1,
     )
     tensor_parallel_degree: int = same_flag(TrainingConfig, "tensor_parallel_degree")
     sharding_parallel_degree: int = same_flag(TrainingConfig, "sharding_parallel_degree")
@@ -77,14 +81,12 @@ class PlanConfig(Flags):
     dtype: Dtype = flag("prediction", "bfloat16", "precision of the weights")
     batch_size: int = flag("prediction", 1, "sequences generated at once", minimum=1)
 
-    flops_per_second: float = flag("speed", 4e14, "matrix products of a process, as they are reached", minimum=1)
-    node_bandwidth: float = flag(
-        "speed", 3e11, "bytes a second that a process sends to one of the same machine", minimum=1
-    )
+    flops_per_second: float = flag("speed", 4e14, "speed of matrix products that a process reaches", minimum=1)
+    node_bandwidth: float = flag("speed", 3e11, "bytes per second that a process sends within its machine", minimum=1)
     network_bandwidth: float = flag(
-        "speed", 2.5e10, "bytes a second that a process sends to another machine", minimum=1
+        "speed", 2.5e10, "bytes per second that a process sends to another machine", minimum=1
     )
-    processes_per_node: int = flag("speed", 8, "processes of a machine", minimum=1)
+    processes_per_node: int = flag("speed", 8, "processes on each machine", minimum=1)
 
     output_file: Path | None = flag("output", None, "also write the plan as JSON to this file")
 
@@ -93,7 +95,7 @@ def plan(config: PlanConfig) -> None:
     """Run `bloomlm plan`.
 
     Raises:
-        ConfigError: flags that cannot be used, or degrees that the model cannot be cut for.
+        ConfigError: flags that cannot be used, or degrees that do not divide the model.
         CheckpointError: there is no such model, or the plan cannot be written.
     """
     found, notices = make_plan(config)
@@ -107,7 +109,7 @@ def plan(config: PlanConfig) -> None:
 
 
 def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
-    """The plan, and notices about flags that do nothing or not what one might think."""
+    """The plan, and notices about flags that have no effect or an unexpected one."""
     model_config = find_config(config.model_name_or_path)
     training, notices, degrees = _resolve(config)
     check_model_divides(model_config, degrees.tp)
@@ -119,32 +121,9 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     predicting = _meta_model(model_config, adapter, DTYPES[config.dtype])
     length = config.src_length + config.tgt_length
 
-    def load_of(batch_size: int) -> Workload:
-        return Workload(
-            num_documents=batch_size,
-            num_tokens=batch_size * (length - 1),  # from the last token nothing is predicted
-            num_supervised_tokens=batch_size * config.tgt_length,
-            compute_dtype=precision.compute_dtype,
-            max_chunk_bytes=MAX_CHUNK_BYTES,
-            recompute=config.recompute,
-            accumulation=config.gradient_accumulation_steps,
-            reshards=training.sharding == "stage3",
-        )
-
-    def training_peak(batch_size: int) -> int:
-        return training_memory(model, degrees, load_of(batch_size)).peak
-
-    def prediction_peak(batch_size: int) -> int:
-        return prediction_memory(predicting, degrees.tp, batch_size, length).peak
-
+    load_of = partial(_workload, config, precision.compute_dtype, training.sharding)
     load = load_of(config.per_device_train_batch_size)
     traffic = step_traffic(model, degrees, load, label_smoothing=config.label_smoothing > 0)
-    links = Links(
-        flops_per_second=config.flops_per_second,
-        node_bytes_per_second=config.node_bandwidth,
-        network_bytes_per_second=config.network_bandwidth,
-        ranks_per_node=config.processes_per_node,
-    )
     found = Plan(
         model=config.model_name_or_path,
         num_parameters=model_config.num_parameters,
@@ -159,25 +138,21 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
         num_cached_tokens=length,
         training=training_memory(model, degrees, load),
         prediction=prediction_memory(predicting, degrees.tp, config.batch_size, length),
-        fits=[
-            Fit(
-                gigabytes=gigabytes,
-                largest_train_batch_size=_largest(training_peak, gigabytes),
-                largest_batch_size=_largest(prediction_peak, gigabytes),
-            )
-            for gigabytes in DEVICE_GIGABYTES
-        ],
+        fits=_fits(
+            lambda batch_size: training_memory(model, degrees, load_of(batch_size)).peak,
+            lambda batch_size: prediction_memory(predicting, degrees.tp, batch_size, length).peak,
+        ),
         traffic=traffic,
-        time=step_time(traffic, degrees, links, _step_flops(model, load, length - 1)),
+        time=step_time(traffic, degrees, _links(config), _step_flops(model, load, length - 1)),
     )
     return found, notices
 
 
 def find_config(name: str) -> BloomConfig:
-    """The shape of a model; nothing is fetched.
+    """The configuration of a model, without fetching anything.
 
     Args:
-        name: of a published model, builtin:NAME, a directory or a config.json.
+        name: a published model, builtin:NAME, a directory or a config.json.
 
     Raises:
         ConfigError: it is none of these, or not BLOOM's.
@@ -217,11 +192,34 @@ def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degre
 
 
 def _meta_model(config: BloomConfig, adapter: Adapter, dtype: torch.dtype) -> BloomForCausalLM:
-    """A model that has shapes and no memory."""
+    """A model with its adapter on the meta device."""
     with torch.device("meta"):
         model = BloomForCausalLM(config)
     apply_adapter(model, adapter)
     return model.to(dtype)
+
+
+def _workload(config: PlanConfig, compute_dtype: torch.dtype, sharding: str, batch_size: int) -> Workload:
+    """A training step with microbatches of batch_size examples."""
+    return Workload(
+        num_documents=batch_size,
+        num_tokens=batch_size * (config.src_length + config.tgt_length - 1),  # nothing follows the last token
+        num_supervised_tokens=batch_size * config.tgt_length,
+        compute_dtype=compute_dtype,
+        max_chunk_bytes=MAX_CHUNK_BYTES,
+        recompute=config.recompute,
+        accumulation=config.gradient_accumulation_steps,
+        reshards=sharding == "stage3",
+    )
+
+
+def _links(config: PlanConfig) -> Links:
+    return Links(
+        flops_per_second=config.flops_per_second,
+        node_bytes_per_second=config.node_bandwidth,
+        network_bytes_per_second=config.network_bandwidth,
+        ranks_per_node=config.processes_per_node,
+    )
 
 
 def _step_flops(model: BloomForCausalLM, load: Workload, length: int) -> float:
@@ -230,8 +228,20 @@ def _step_flops(model: BloomForCausalLM, load: Workload, length: int) -> float:
     return float((flops.of(lengths, load.num_supervised_tokens) + again) * load.accumulation)
 
 
+def _fits(training_peak: Callable[[int], int], prediction_peak: Callable[[int], int]) -> list[Fit]:
+    """The largest batches on each device, from functions that return the peak memory of a batch size in bytes."""
+    return [
+        Fit(
+            gigabytes=gigabytes,
+            largest_train_batch_size=_largest(training_peak, gigabytes),
+            largest_batch_size=_largest(prediction_peak, gigabytes),
+        )
+        for gigabytes in DEVICE_GIGABYTES
+    ]
+
+
 def _largest(peak_bytes: Callable[[int], int], gigabytes: int) -> int:
-    """The largest batch whose peak fits, up to MOST_AT_ONCE; 0: not even 1 does."""
+    """The largest batch size up to MOST_AT_ONCE whose peak fits; 0 where not even one example fits."""
     return bisect.bisect_right(range(1, MOST_AT_ONCE + 1), gigabytes * 10**9, key=peak_bytes)
 
 
@@ -243,9 +253,9 @@ command = config_command(
     "plan",
     PlanConfig,
     plan,
-    help="""Tell what each process of a job will hold and send, and how long a step will take.
+    help="""Compute the memory and traffic of each process of a job, and the time of a step.
 
-    Nothing is loaded or fetched; the model need not be here.
+    Nothing is loaded or fetched; the model's files are not needed.
 
     \b
     bloomlm plan --model bigscience/bloom --tensor_parallel_degree 8 --lora --bf16 --fp16_opt_level O2 --recompute

@@ -1,4 +1,4 @@
-"""How `bloomlm plan` shows a plan, and writes it."""
+"""What `bloomlm plan` computes, shown as tables or written as JSON."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from bloomlm.parallel.traffic import StepTime, Traffic
 from bloomlm.training.progress import size
 
 FORMAT_VERSION = 1
-_TOO_LITTLE_TO_SHOW = 1000  # bytes of a step: single numbers, which the JSON has
+_TOO_LITTLE_TO_SHOW = 1000  # bytes in a step; only the JSON lists such traffic
 
 _KINDS = {
     "weights": "weights",
@@ -34,37 +34,38 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a device of some size has room for."""
+    """The largest batches for the memory of one kind of device."""
 
     gigabytes: int
-    """Of 10^9 bytes, which leaves of a real device the few per cent that CUDA, NCCL and the allocator take."""
+    """Memory of the device, in units of 10^9 bytes; real devices have a few per cent more, which CUDA, NCCL and the
+    allocator need."""
     largest_train_batch_size: int
-    """Examples of a microbatch; 0: training does not fit."""
+    """Examples in a microbatch; 0: training does not fit."""
     largest_batch_size: int
     """Sequences generated at once; 0: prediction does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What there is to tell about a job."""
+    """Everything that is computed about a job."""
 
     model: str
     num_parameters: int
     num_learned_parameters: int
     degrees: Degrees
     training_dtype: str
-    """Of the products."""
+    """Dtype of the matrix products in training."""
     weights_dtype: str
-    """Of the weights in training."""
+    """Dtype of the weights in training."""
     prediction_dtype: str
     num_step_tokens: int
-    """Of all copies of the model."""
+    """Tokens of a step on all copies of the model."""
     num_rank_tokens: int
-    """Of one copy."""
+    """Tokens of a step on one copy of the model."""
     batch_size: int
     """Sequences generated at once."""
     num_cached_tokens: int
-    """Of each."""
+    """Tokens of each of these sequences, the generated ones included."""
     training: TrainingMemory
     prediction: PredictionMemory
     fits: Sequence[Fit]
@@ -73,12 +74,7 @@ class Plan:
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Show it as tables.
-
-    Args:
-        plan: to be shown.
-        console: where to.
-    """
+    """Print a plan as tables."""
     processes = plan.degrees.world_size
     ranks = "1 process" if processes == 1 else f"{processes} processes: {plan.degrees}"
     console.print(
@@ -96,7 +92,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write it as JSON, with all sizes in bytes and times in seconds.
+    """Write a plan as JSON, with all sizes in bytes and times in seconds.
 
     Raises:
         CheckpointError: the file cannot be written.

@@ -21,7 +21,6 @@ LONG_FUNCTIONS = {
     "checkpoint/reader.py load_model",
     "checkpoint/writer.py write_model",
     "cli/completion.py run_completions",
-    "cli/plan.py make_plan",
     "data/examples.py load_examples",
     "generation/loop.py _beam_search",
     "generation/loop.py _decode",

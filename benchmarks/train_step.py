@@ -63,7 +63,7 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         with torch.no_grad():
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
     model.train()
-    model.transformer.word_embeddings.adds_to_grad = True  # as in Trainer
+    model.transformer.word_embeddings.choose_gradient(in_place=True)  # as in Trainer
     flops = StepFlops(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True

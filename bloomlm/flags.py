@@ -12,7 +12,7 @@ evaluation can declare their flags without the command line.
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bloomlm.errors import ConfigError
 
@@ -86,15 +86,18 @@ def same_flag(config_class: type[Any], name: str, **changes: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Base of every config. A config whose numbers are out of range cannot be made.
+    """Base of every config. A config with a number out of range, or with an unknown choice, cannot be made.
 
     Raises:
-        ConfigError: a value is outside the range that its flag declares.
+        ConfigError: a value is outside the range or the choices that its flag declares.
     """
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for item in fields(self):
-            value = getattr(self, item.name)
+            value, choices = getattr(self, item.name), _choices(hints[item.name])
+            if value is not None and choices and value not in choices:
+                raise ConfigError(f"--{item.name} is {value!r}; expected one of {', '.join(choices)}")
             bounds = [
                 (word, holds, item.metadata[name]) for name, (word, holds) in _BOUNDS.items() if name in item.metadata
             ]
@@ -143,3 +146,8 @@ class DeviceFlags(Flags):
 
     dtype: Dtype | None = flag("model", None, "precision of the weights  [default: as in the files]")
     device: str | None = flag("model", None, "cpu, gpu, cuda:1, ...  [default: a GPU if there is one]")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a field that is a Literal, or a Literal and None; of any other none."""
+    return next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is Literal), ())

@@ -57,6 +57,8 @@ class Adapter(ABC):
     """What messages call it."""
     path_flag: ClassVar[str]
     """The flag that takes its directory."""
+    training_flag: ClassVar[str | None] = None
+    """The flag of fine-tuning that lets it learn; None: no flag does, as for full tuning."""
     trains_base: ClassVar[bool] = False
     """The base model's own weights learn, so that a checkpoint of it is a whole model."""
     accepts_int8: ClassVar[bool] = False

@@ -45,6 +45,7 @@ class LoraConfig(Adapter):
 
     kind = "LoRA"
     path_flag = "lora_path"
+    training_flag = "lora"
     accepts_int8 = True
     layer_class: ClassVar[type[LoRALinear]] = LoRALinear
     """What takes the place of a layer."""

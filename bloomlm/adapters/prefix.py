@@ -33,6 +33,7 @@ class PrefixConfig(Adapter):
 
     kind = "prefix"
     path_flag = "prefix_path"
+    training_flag = "prefix_tuning"
     cannot_merge = "its virtual tokens are no weights; save it as it is"
     own_file = "prefix_projection.safetensors"
 

@@ -25,6 +25,7 @@ __all__ = [
     "MODEL_FORMATS",
     "READING_OF_WRITTEN_PREFIX",
     "FileForm",
+    "PaddleReading",
     "bytes_on_ranks",
     "check_degree",
     "config_of_export",

@@ -17,8 +17,9 @@ from bloomlm.checkpoint.formats import FOREIGN_VERSION_KEY, MODEL_FORMATS, confi
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, check_entries
 from bloomlm.errors import CheckpointError, ConfigError, name_some
-from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
+from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear
 from bloomlm.model.quantized import quantize_rows
 from bloomlm.parallel.gather import holding, own_bounds, whole_shape

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bloomlm.checkpoint.output_directory import Report
-from bloomlm.training.progress import size
+from bloomlm.training.report import size
 
 LINE_SECONDS = 2.0
 """At least, from one line to the next where there is no bar."""

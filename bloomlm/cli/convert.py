@@ -25,7 +25,7 @@ from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, 
 from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Dtype, Flags, ModelFlags, PrefixLayoutName, flag, reading_flags, same_flag
-from bloomlm.training.progress import size
+from bloomlm.training.report import size
 
 PADDLE_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
 

@@ -14,7 +14,7 @@ from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.plan import PredictionMemory, TrainingMemory
 from bloomlm.parallel.traffic import StepTime, Traffic
-from bloomlm.training.progress import size
+from bloomlm.training.report import size
 
 FORMAT_VERSION = 1
 _TOO_LITTLE_TO_SHOW = 1000  # bytes in a step; only the JSON lists such traffic

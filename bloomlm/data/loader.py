@@ -62,6 +62,26 @@ class Examples(Protocol):
         ...
 
 
+class Batches(Protocol):
+    """What training reads: a BatchLoader, or something in its place."""
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch; a batch counts as used in state_dict as soon as it is handed out."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position."""
+        ...
+
+
 def collate(examples: Sequence[Example]) -> Batch:
     """Pack examples into one batch, in their order.
 

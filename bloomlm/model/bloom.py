@@ -7,6 +7,7 @@ which the tests compare logits and gradients.
 Shapes: B batch, T new tokens, N packed tokens, D hidden, H heads, K head_dim, F ffn, V vocabulary, P virtual tokens.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,9 +20,9 @@ from bloomlm.model.alibi import fused_columns, head_slopes
 from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
+from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.kv_cache import KVCache
-from bloomlm.model.linear import Linear, linear
-from bloomlm.model.quantized import dequantize_rows
+from bloomlm.model.linear import Linear
 
 
 class SelfAttention(nn.Module):
@@ -105,60 +106,17 @@ class BloomBlock(nn.Module):
         normed = self.post_attention_layernorm(x)
         return self._add(normed if self.post_layernorm_residual else x, self.mlp(normed))
 
+    def compile_around_attention(self, backend: str | Callable[..., Any]) -> None:
+        """Let torch.compile fuse the operations between the products.
+
+        Attention stays outside: the lengths of the documents would become constants of the graph, and every batch would
+        be compiled anew.
+        """
+        self.self_attention.attend = torch.compiler.disable(attend)
+        self.compile(backend=backend)
+
     def _add(self, residual: Tensor, update: Tensor) -> Tensor:
         return residual + F.dropout(update, self.hidden_dropout, self.training)
-
-
-class _Lookup(torch.autograd.Function):
-    """Rows of a weight, whose gradient goes into weight.grad in place.
-
-    Autograd would add up the weight's gradients in a new [V, D], be this one dense or sparse. In a list the weight is
-    no input that autograd knows; `anchor` makes it call backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rows: Tensor, weight: list[Tensor]) -> Tensor:
-        ctx.rows, ctx.weight = rows, weight[0]
-        return F.embedding(rows, weight[0])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        weight = ctx.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_add_(0, ctx.rows, grad.to(weight.grad.dtype))
-        return None, None, None
-
-
-class WordEmbedding(nn.Embedding):
-    """The word embedding, which is the head too."""
-
-    weight_scale: Tensor | None
-    """[V] where the weight is int8 (see quantized.py); None where it is floating point."""
-
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__(vocab_size, hidden_size)
-        self.register_buffer("weight_scale", None, persistent=False)
-        self.adds_to_grad = False
-        """The backward pass adds rows to weight.grad itself: [V, D] is then allocated once, for the head's gradient."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[N] ids -> [N, D]; fp32 where the weight is int8."""
-        if self.weight_scale is None:
-            return self.lookup(tokens)
-        return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)
-
-    def lookup(self, rows: Tensor) -> Tensor:
-        """[N] rows of the weight here -> [N, D]."""
-        if self.adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
-            found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
-            return found
-        return F.embedding(rows, self.weight, sparse=self.sparse)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] hidden states -> [..., V] logits."""
-        return linear(hidden, self.weight, None, self.weight_scale)
 
 
 class BloomModel(nn.Module):
@@ -223,6 +181,12 @@ class BloomModel(nn.Module):
         if kv_cache is not None:
             _count_new_tokens(kv_cache, documents, num_virtual, tokens.device)
         return self.ln_f(x)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch.compile fuse the small operations of every block, on a model with its adapter installed."""
+        for block in self.h:
+            assert isinstance(block, BloomBlock)
+            block.compile_around_attention(backend)
 
     def _columns(self, device: torch.device, documents: Documents, kv_cache: KVCache | None) -> Tensor:
         positions = documents.positions(device)

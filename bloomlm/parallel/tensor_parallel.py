@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
-from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.exchange import Exchange, Product
 from bloomlm.model.linear import Linear, linear
 from bloomlm.parallel.collectives import (

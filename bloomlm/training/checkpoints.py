@@ -1,4 +1,4 @@
-"""checkpoint-N of a run: what it learned, its tokenizer, its log and everything needed to go on."""
+"""checkpoint-N of a run: what it learned, its tokenizer, its log and everything needed to resume."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from bloomlm.checkpoint.writer import write_model
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.parallel.gather import own_bounds
 from bloomlm.training.history import History
+from bloomlm.training.run_plan import OutputPlan
 from bloomlm.training.step import Trainer
 
 
@@ -31,12 +32,9 @@ class CheckpointWriter:
         trainer: the run.
         tokenizer: written beside the weights.
         history: written too; names the best checkpoint.
-        output_dir: where they go.
-        base_model: what an adapter belongs to.
-        max_shard_size_bytes: of a weight file.
-        save_total_limit: checkpoints to keep; None: all.
-        keeps_best: whether the best one stays beyond the limit.
-        structure: of an adapter that another program began, noted in checkpoints; None: the run's flags say it.
+        output: where they go, and how many are kept.
+        base_model: the model that an adapter belongs to.
+        structure: an adapter that another program began, noted in checkpoints; None: the run's flags describe it.
     """
 
     def __init__(
@@ -44,43 +42,36 @@ class CheckpointWriter:
         trainer: Trainer,
         tokenizer: Tokenizer,
         history: History,
+        output: OutputPlan,
         *,
-        output_dir: Path,
         base_model: str,
-        max_shard_size_bytes: int,
-        save_total_limit: int | None,
-        keeps_best: bool,
         structure: RecordedAdapter | None = None,
     ) -> None:
         self._trainer = trainer
         self._tokenizer = tokenizer
         self._history = history
-        self._output_dir = output_dir
+        self._output = output
         self._base_model = base_model
-        self._max_shard_size_bytes = max_shard_size_bytes
-        self._save_total_limit = save_total_limit
-        self._keeps_best = keeps_best
         self._structure = structure
 
     def save(self, step: int) -> None:
-        """Write checkpoint-STEP, then remove those beyond the limit.
+        """Write checkpoint-STEP, then remove those beyond the limit, but never the best if the run ends with it.
 
         Raises:
             CheckpointError: it cannot be written; older ones are untouched.
         """
-        mesh = self._trainer.mesh
-        with one_directory(checkpoint_directory(self._output_dir, step), mesh) as directory:
+        mesh, output = self._trainer.mesh, self._output
+        with one_directory(checkpoint_directory(output.directory, step), mesh) as directory:
             self.write_learned(directory)
             if self._structure is not None:
                 self._structure.write(directory)
             save_training_state(directory, *self._trainer.state(), mesh=mesh)
             if mesh.is_main:
                 self._history.write(directory)
-        if self._save_total_limit is not None and mesh.is_main:
-            best = self._history.best_model_checkpoint if self._keeps_best else None
-            prune_checkpoints(
-                self._output_dir, self._save_total_limit, None if best is None else self._output_dir / best
-            )
+        if output.save_total_limit is not None and mesh.is_main:
+            best = self._history.best_model_checkpoint if output.ends_with_best else None
+            kept = None if best is None else output.directory / best
+            prune_checkpoints(output.directory, output.save_total_limit, kept)
 
     def write_learned(self, directory: Path) -> None:
         """Write the whole model, or its adapter, and the tokenizer into a directory; every rank must come here."""
@@ -90,7 +81,7 @@ class CheckpointWriter:
                 directory,
                 model.config,
                 model.named_parameters(),
-                max_shard_size_bytes=self._max_shard_size_bytes,
+                max_shard_size_bytes=self._output.max_shard_size_bytes,
                 mesh=mesh,
             )
         else:
@@ -102,7 +93,7 @@ class CheckpointWriter:
 
     def restore(self, step: int) -> None:
         """Go back to a checkpoint of this run."""
-        restore(self._trainer, checkpoint_path(self._output_dir, step))
+        restore(self._trainer, checkpoint_path(self._output.directory, step))
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:

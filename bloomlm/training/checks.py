@@ -1,137 +1,36 @@
-"""What the flags of a run mean together: refuses what cannot act, fills in what depends on other flags, says so.
+"""What the flags of a run mean together: which combinations are refused, which flags do nothing, which are filled in.
 
-Pure: what the machine has is handed in. Resolving a resolved config changes nothing, so it can be fed back.
+Each function gets the flags as far as they are resolved, and adds a line to `notices` for the user where a flag does
+nothing or something was decided. All raise ConfigError for flags that cannot be used together, with the reason.
 """
 
-import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from bloomlm.errors import ConfigError
-from bloomlm.parallel.launch import world_size
-from bloomlm.parallel.mesh import Degrees, degrees_from_flags
-from bloomlm.training.checks_evaluation import resolve_evaluation
-from bloomlm.training.config import TrainingConfig, default_of, note_unused
+from bloomlm.parallel.mesh import Degrees
+from bloomlm.training.config import TrainingConfig, default_of
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
-"""What PaddleNLP's script learned when no data was named; this is its name on the Hugging Face hub."""
+"""Learned by PaddleNLP's script when no data was named; this is its name on the Hugging Face hub."""
 
 # Flags that act only where another one is on.
 _LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 _PREFIX_FLAGS = ("num_prefix_tokens", "prefix_projection")
+LOSS_METRICS = ("eval_loss", "eval_ppl")
+TOKEN_METRICS = (*LOSS_METRICS, "eval_accuracy")
+GENERATION_METRICS = ("eval_exact_match", "eval_rouge1", "eval_rouge2", "eval_rougeL", "eval_bleu4", "eval_chrf")
+
+_DECODING_FLAGS = ("num_beams", "length_penalty", "top_k", "top_p", "select_topk", "no_repeat_ngram_size")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a run can use here."""
-
-    has_cuda: bool
-    has_tensorboard: bool
-    has_matplotlib: bool
-    has_metrics: bool
-    has_bitsandbytes: bool = False
-    world_size: int = 1
-    """Processes of the job."""
-
-    @classmethod
-    def here(cls, *, has_cuda: bool) -> "Machine":
-        """Look which optional packages are installed."""
-        return cls(
-            has_cuda=has_cuda,
-            has_tensorboard=_installed("tensorboard"),
-            has_matplotlib=_installed("matplotlib"),
-            has_metrics=_installed("sacrebleu") and _installed("rouge_score"),
-            has_bitsandbytes=_installed("bitsandbytes"),
-            world_size=world_size(),
-        )
-
-
-def resolve(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, tuple[str, ...]]:
-    """Check the flags together and fill in what was left open.
+def check_parallelism(config: TrainingConfig, degrees: Degrees, notices: list[str]) -> None:
+    """How the processes divide the work.
 
     Args:
-        config: as given.
-        machine: what there is.
-
-    Returns:
-        The config that will run, and notices: one line each about what was decided or does nothing.
-
-    Raises:
-        ConfigError: flags that cannot be used, or not together, with the reason.
+        config: the flags.
+        degrees: of all processes of the job, as the flags divide them.
+        notices: may get lines.
     """
-    notices: list[str] = []
-    _check_numbers(config)
-    config = _resolve_parallelism(config, machine, notices)
-    config = _resolve_tasks(config, notices)
-    config = _resolve_device(config, machine, notices)
-    _check_optimizer(config, machine, notices)
-    _check_adapters(config, notices)
-    config = resolve_evaluation(config, notices, has_metrics=machine.has_metrics)
-    _note_idle(config, notices)
-    return _resolve_reports(config, machine, notices), tuple(notices)
-
-
-def resolve_setup(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, tuple[str, ...]]:
-    """The part of `resolve` that needs no data and no device: numbers, processes, adapters.
-
-    Args:
-        config: as given.
-        machine: its world_size counts.
-
-    Raises:
-        ConfigError: as in `resolve`.
-    """
-    notices: list[str] = []
-    _check_numbers(config)
-    config = _resolve_parallelism(config, machine, notices)
-    _check_adapters(config, notices)
-    return config, tuple(notices)
-
-
-def _check_numbers(config: TrainingConfig) -> None:
-    at_least: dict[str, float] = {
-        "src_length": 1,
-        "tgt_length": 2,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "eval_steps": 1,
-        "save_total_limit": 1,
-        "max_tokens_per_batch": 1,
-        "trained_tensor_parallel_degree": 1,
-        "learning_rate": 0,
-        "weight_decay": 0,
-        "max_grad_norm": 0,
-        "warmup_steps": 0,
-        "seed": 0,
-        "generate_num": 0,
-        "min_tgt_length": 0,
-        "num_beams": 1,
-        "top_k": 0,
-        "no_repeat_ngram_size": 0,
-        "dataloader_num_workers": 0,
-    }
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ConfigError(f"--{name} is {value}; expected at least {least:g}")
-    for name, below in (("label_smoothing", 1.0), ("adam_beta1", 1.0), ("adam_beta2", 1.0), ("lora_dropout", 1.0)):
-        if not 0 <= getattr(config, name) < below:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; expected from 0 to below {below:g}")
-    for name in ("warmup_ratio", "lr_decay_ratio", "top_p"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"--{name} is {value}; expected from 0 to 1")
-    if not config.adam_epsilon > 0:
-        raise ConfigError(f"--adam_epsilon is {config.adam_epsilon}; expected a number above 0")
-    if config.max_steps <= 0 and not config.num_train_epochs > 0:
-        raise ConfigError(f"--num_train_epochs is {config.num_train_epochs}; expected above 0, or give --max_steps")
-    if config.min_tgt_length > config.tgt_length:
-        raise ConfigError(f"--min_tgt_length {config.min_tgt_length} is above --tgt_length {config.tgt_length}")
-
-
-def _resolve_parallelism(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
     if config.pipeline_parallel_degree not in (-1, 1):
         raise ConfigError(
             f"--pipeline_parallel_degree {config.pipeline_parallel_degree}: bloomlm does not spread blocks over "
@@ -142,46 +41,28 @@ def _resolve_parallelism(config: TrainingConfig, machine: Machine, notices: list
         "--torch_compile": config.torch_compile,
         "--optim adamw_8bit": config.optim == "adamw_8bit",
     }
-    if machine.world_size > 1 and (given := [flag for flag, is_given in alone.items() if is_given]):
-        raise ConfigError(f"{', '.join(given)}: for one process only, and here are {machine.world_size}; leave it out")
-    degrees = degrees_of(config, machine.world_size)
+    processes = degrees.world_size
+    if processes > 1 and (given := [flag for flag, is_given in alone.items() if is_given]):
+        raise ConfigError(f"{', '.join(given)}: for one process only, and here are {processes}; leave it out")
     if config.sharding and degrees.dp_shard == 1:
         raise ConfigError(
             f"--sharding {config.sharding} shares weights and optimizer out among data-parallel processes, and here "
-            f"is one ({machine.world_size} / tensor_parallel_degree {degrees.tp} / sharding_parallel_degree "
+            f"is one ({processes} / tensor_parallel_degree {degrees.tp} / sharding_parallel_degree "
             f"{config.sharding_parallel_degree}); leave it out, or start more with torchrun --nproc-per-node"
         )
     if config.sharding == "stage1":
         notices.append("--sharding stage1 is computed as stage2: the same numbers, with the gradients shared out too")
-    if degrees.dp_shard > 1 and not config.sharding:
-        config = replace(config, sharding="stage3")
     if degrees.dp > 1:
         notices.append(
             f"{degrees.dp} data-parallel processes: a step learns from as many times per_device_train_batch_size "
             "examples"
         )
-    return config
 
 
-def degrees_of(config: TrainingConfig, processes: int) -> Degrees:
-    """How the flags divide the processes of a job.
-
-    Args:
-        config: the flags.
-        processes: how many there are.
-
-    Raises:
-        ConfigError: they cannot be divided so.
-    """
-    return degrees_from_flags(
-        processes,
-        tensor_parallel_degree=config.tensor_parallel_degree,
-        sharding_parallel_degree=config.sharding_parallel_degree,
-        shards=bool(config.sharding),
-    )
-
-
-def _resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
+def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
+    """Whether to train and to evaluate, on which data, and for how long."""
+    if config.max_steps <= 0 and not config.num_train_epochs > 0:
+        raise ConfigError(f"--num_train_epochs is {config.num_train_epochs}; expected above 0, or give --max_steps")
     wants_eval = config.do_eval
     if wants_eval is None:
         wants_eval = bool(config.eval_file) or config.evaluation_strategy != "no" or config.do_generation
@@ -208,15 +89,16 @@ def _resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig
     return replace(config, do_train=wants_train, do_eval=wants_eval, dataset_name_or_path=dataset)
 
 
-def _resolve_device(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
+def resolve_device(config: TrainingConfig, notices: list[str], *, has_cuda: bool) -> TrainingConfig:
+    """Where to compute, and in which number formats."""
     device = config.device
-    if device in ("gpu", "cuda") and not machine.has_cuda:
+    if device in ("gpu", "cuda") and not has_cuda:
         raise ConfigError(
             f"--device {device}: PyTorch finds no GPU here; use --device cpu, or install a PyTorch built for CUDA"
         )
     if config.fp16 and config.bf16:
         raise ConfigError("--fp16 and --bf16 were both asked for; choose one (bf16 where the GPU has it)")
-    on_cpu = device == "cpu" or (device == "auto" and not machine.has_cuda)
+    on_cpu = device == "cpu" or (device == "auto" and not has_cuda)
     if on_cpu and (config.fp16 or config.bf16):
         notices.append(f"--{'fp16' if config.fp16 else 'bf16'} on a CPU works, but is mostly slower than float32 there")
     if config.torch_compile and on_cpu:
@@ -232,10 +114,11 @@ def _resolve_device(config: TrainingConfig, machine: Machine, notices: list[str]
     return replace(config, device="cpu" if on_cpu else "gpu")
 
 
-def _check_optimizer(config: TrainingConfig, machine: Machine, notices: list[str]) -> None:
+def check_optimizer(config: TrainingConfig, notices: list[str], *, has_bitsandbytes: bool) -> None:
+    """Whether the optimizer can run on the resolved device."""
     if config.optim != "adamw_8bit" or not config.do_train:
         return
-    if not machine.has_bitsandbytes:
+    if not has_bitsandbytes:
         raise ConfigError("--optim adamw_8bit needs: pip install 'bloomlm[optim8bit]'")
     if config.device == "cpu":
         notices.append(
@@ -244,7 +127,8 @@ def _check_optimizer(config: TrainingConfig, machine: Machine, notices: list[str
         )
 
 
-def _check_adapters(config: TrainingConfig, notices: list[str]) -> None:
+def check_adapters(config: TrainingConfig, notices: list[str]) -> None:
+    """Which adapter learns, and what is done with it."""
     if config.lora and config.prefix_tuning:
         raise ConfigError("--lora and --prefix_tuning were both asked for; a model takes one adapter, choose one")
     if not config.do_train and (config.lora or config.prefix_tuning):
@@ -271,11 +155,94 @@ def _check_adapters(config: TrainingConfig, notices: list[str]) -> None:
             "--trained_tensor_parallel_degree says how to read an adapter that PaddleNLP began; add --lora or "
             "--prefix_tuning. The ranks of a whole model are seen in its files"
         )
-    note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
-    note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
+    _note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
+    _note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
 
 
-def _note_idle(config: TrainingConfig, notices: list[str]) -> None:
+def resolve_evaluation_times(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
+    """When to evaluate during training."""
+    strategy = config.evaluation_strategy
+    if not config.do_eval:
+        if strategy != "no":
+            raise ConfigError(f"--evaluation_strategy {strategy} and --do_eval False contradict each other")
+        if config.load_best_model_at_end:
+            raise ConfigError("--load_best_model_at_end needs evaluations to find the best: add --do_eval")
+        if config.eval_steps is not None:
+            notices.append("--eval_steps is not used: nothing is evaluated without --do_eval or --eval_file")
+        return config
+    if config.do_train and strategy == "no":
+        strategy = "steps"
+    eval_steps = config.eval_steps
+    if strategy == "steps" and eval_steps is None:
+        eval_steps = config.logging_steps
+    if strategy == "epoch" and eval_steps is not None:
+        notices.append("--eval_steps is not used: --evaluation_strategy epoch evaluates after each epoch")
+        eval_steps = None
+    return replace(config, evaluation_strategy=strategy, eval_steps=eval_steps)
+
+
+def check_decoding(config: TrainingConfig, notices: list[str], *, has_metrics: bool) -> None:
+    """How answers are generated."""
+    if config.min_tgt_length > config.tgt_length:
+        raise ConfigError(f"--min_tgt_length {config.min_tgt_length} is above --tgt_length {config.tgt_length}")
+    if config.do_generation and not config.do_eval:
+        raise ConfigError("--do_generation is part of the evaluation; it contradicts --do_eval False")
+    if config.do_generation and not has_metrics:
+        raise ConfigError("--do_generation computes ROUGE and BLEU, which need: pip install 'bloomlm[metrics]'")
+    generates = config.do_generation or config.generate_num > 0
+    # PaddleNLP's command lines always give min_tgt_length; 0 is the default, so it never shows here.
+    _note_unused(config, notices, (*_DECODING_FLAGS, "min_tgt_length"), generates, "--do_generation or --generate_num")
+    searches_beams = (config.num_beams or 1) > 1
+    samples = (config.top_k or 0) > 1 or (config.top_p or 0.0) > 0
+    if not config.select_topk:
+        if not config.top_p:
+            raise ConfigError("--select_topk False draws by --top_p alone; give --top_p, for example 0.9")
+        if config.top_k:
+            notices.append(f"--top_k {config.top_k} is not used: --select_topk is False")
+    if searches_beams and samples:
+        raise ConfigError("--num_beams searches and --top_k or --top_p draw; give one kind of decoding")
+    if config.length_penalty is not None and not searches_beams and generates:
+        notices.append("--length_penalty is not used: it weighs the results of a beam search, --num_beams above 1")
+
+
+def resolve_best_model(config: TrainingConfig) -> TrainingConfig:
+    """Which metric decides the best checkpoint, and whether that checkpoint will exist."""
+    if not config.do_eval:
+        return config
+    metric = config.metric_for_best_model or "eval_loss"
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    known = (*TOKEN_METRICS, *GENERATION_METRICS) if config.do_generation else TOKEN_METRICS
+    if metric not in known:
+        hint = "; it needs --do_generation" if metric in GENERATION_METRICS else ""
+        raise ConfigError(
+            f"--metric_for_best_model {config.metric_for_best_model}{hint}; this run has {', '.join(known)}"
+        )
+    greater = config.greater_is_better
+    config = replace(
+        config,
+        metric_for_best_model=metric,
+        greater_is_better=metric not in LOSS_METRICS if greater is None else greater,
+    )
+    if config.load_best_model_at_end and config.do_train:
+        _check_best_is_saved(config)
+    return config
+
+
+def _check_best_is_saved(config: TrainingConfig) -> None:
+    if config.save_strategy != config.evaluation_strategy:
+        raise ConfigError(
+            f"--load_best_model_at_end needs a checkpoint of what was evaluated, but --save_strategy is "
+            f"{config.save_strategy} and --evaluation_strategy {config.evaluation_strategy}; give both the same"
+        )
+    if config.save_strategy == "steps" and config.save_steps % (config.eval_steps or 1):
+        raise ConfigError(
+            f"--load_best_model_at_end needs every checkpoint to be evaluated, but --save_steps {config.save_steps} "
+            f"is no multiple of --eval_steps {config.eval_steps}"
+        )
+
+
+def check_unused(config: TrainingConfig, notices: list[str]) -> None:
+    """Flags that would change nothing beside the others."""
     if not config.packing:
         raise ConfigError(
             "--packing False would compute pads and change nothing else: losses and gradients of packed examples are "
@@ -303,17 +270,8 @@ def _note_idle(config: TrainingConfig, notices: list[str]) -> None:
         raise ConfigError("--resume_from_checkpoint goes on training; add --do_train")
 
 
-def _resolve_reports(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
-    if config.report_to == "tensorboard" and not machine.has_tensorboard:
-        raise ConfigError("--report_to tensorboard needs: pip install 'bloomlm[tensorboard]'")
-    if config.do_train and not machine.has_matplotlib:
-        notices.append("no loss picture: it needs pip install 'bloomlm[plots]'; metrics.jsonl has the numbers")
-    if config.report_to != "all":
-        return config
-    if config.do_train and not machine.has_tensorboard:
-        notices.append("no TensorBoard files: they need pip install 'bloomlm[tensorboard]'")
-    return replace(config, report_to="tensorboard" if machine.has_tensorboard else "none")
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
+    """Note those of the named flags that are given and do nothing, where `acts` is false for lack of `needed`."""
+    given = [f"--{name}" for name in names if getattr(config, name) != default_of(name)]
+    if given and not acts:
+        notices.append(f"{', '.join(given)}: not used without {needed}")

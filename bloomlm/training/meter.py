@@ -1,4 +1,4 @@
-"""What a run's arithmetic, padding and memory come to: the numbers behind utilisation and the memory table.
+"""Measures a run: its arithmetic, padding and memory, and where the time of a few steps goes (--profile).
 
 The count is of the arithmetic that training needs, matrix products only: what recompute does a second time, and what a
 frozen weight does not need, are not in it. Source of the counting: the PaLM paper, https://arxiv.org/abs/2204.02311,
@@ -9,15 +9,26 @@ Shapes: N packed tokens, M supervised ones, T tokens of a document, P virtual to
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, schedule
 
-from bloomlm.data.loader import Batch
+from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.data.loader import Batch, Batches
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import Linear, linear
-from bloomlm.training.step import Batches, Trainer
+from bloomlm.training.step import Trainer
+
+WARM_UP_STEPS = 2
+PROFILED_STEPS = 3
+PROFILE_DIRECTORY = "profile"
+TRACE_FILE = "trace.json"
+TABLE_FILE = "operations.txt"
+_TABLE_ROWS = 10
 
 
 class StepFlops:
@@ -158,6 +169,44 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
         + sum(_held_bytes(master) for _, master in trainer.learned.masters),
     }
     return {**sizes, "activations and the rest": max(0, peak_memory_bytes - sum(sizes.values()))}
+
+
+class StepProfiler:
+    """Profiles the steps after the first two; a run that is shorter has no profile.
+
+    Args:
+        directory: where the files go.
+        device: of the model.
+    """
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self.directory = directory
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1),
+            on_trace_ready=self._write,
+        )
+
+    def __enter__(self) -> "StepProfiler":
+        self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._profile.__exit__(kind, error, trace)
+
+    def step(self) -> None:
+        """Note that a step is over."""
+        self._profile.step()
+
+    def _write(self, finished: profile) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(self.directory / TRACE_FILE))
+        table = finished.key_averages().table(sort_by=self._sort_by, row_limit=_TABLE_ROWS)
+        atomic_write(self.directory / TABLE_FILE, str(table) + "\n")
 
 
 def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:

@@ -142,46 +142,48 @@ class Schedule:
         return self.learning_rate * self.decay(min(1.0, progress), self.lr_decay_ratio)
 
 
-def build_schedule(
-    *,
-    learning_rate: float,
-    max_steps: int,
-    lr_scheduler_type: str = "linear",
-    warmup_steps: int = 0,
-    warmup_ratio: float = 0.0,
-    lr_decay_ratio: float = 0.1,
-) -> Schedule:
-    """The schedule that the flags ask for.
-
-    Args:
-        learning_rate: the peak.
-        max_steps: steps of the whole run.
-        lr_scheduler_type: a name in SCHEDULES.
-        warmup_steps: length of the warm-up; wins over warmup_ratio when above 0.
-        warmup_ratio: the same as a part of max_steps.
-        lr_decay_ratio: where linear and cosine end, as a part of the peak.
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A schedule for a run whose length is not known yet.
 
     Raises:
         ConfigError: an unknown type, or a number out of its range.
     """
-    if lr_scheduler_type not in SCHEDULES:
-        expected = ", ".join(SCHEDULES)
-        raise ConfigError(f"lr_scheduler_type is {lr_scheduler_type!r}; expected one of {expected}")
-    if not 0.0 <= warmup_ratio <= 1.0 or warmup_steps < 0:
-        raise ConfigError(
-            f"warmup_ratio is {warmup_ratio} and warmup_steps {warmup_steps}; expected 0 to 1 and at least 0"
+
+    learning_rate: float
+    """The peak."""
+    lr_scheduler_type: str = "linear"
+    """A name in SCHEDULES."""
+    warmup_steps: int = 0
+    """Length of the warm-up; above 0 it overrides warmup_ratio."""
+    warmup_ratio: float = 0.0
+    """The same as a fraction of the run."""
+    lr_decay_ratio: float = 0.1
+    """Where linear and cosine end, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.lr_scheduler_type not in SCHEDULES:
+            expected = ", ".join(SCHEDULES)
+            raise ConfigError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; expected one of {expected}")
+        if not 0.0 <= self.warmup_ratio <= 1.0 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"warmup_ratio is {self.warmup_ratio} and warmup_steps {self.warmup_steps}; expected 0 to 1 and at "
+                "least 0"
+            )
+        if not 0.0 <= self.lr_decay_ratio <= 1.0:
+            raise ConfigError(f"lr_decay_ratio is {self.lr_decay_ratio}; expected 0 to 1")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps > 0 or self.warmup_ratio > 0):
+            raise ConfigError(
+                "lr_scheduler_type constant has no warm-up; use constant_with_warmup, or leave out warmup_steps and "
+                "warmup_ratio"
+            )
+
+    def over(self, max_steps: int) -> Schedule:
+        """The schedule of a run of this many steps."""
+        return Schedule(
+            learning_rate=self.learning_rate,
+            max_steps=max_steps,
+            warmup_steps=float(self.warmup_steps) if self.warmup_steps > 0 else self.warmup_ratio * max_steps,
+            lr_decay_ratio=self.lr_decay_ratio,
+            decay=SCHEDULES[self.lr_scheduler_type],
         )
-    if not 0.0 <= lr_decay_ratio <= 1.0:
-        raise ConfigError(f"lr_decay_ratio is {lr_decay_ratio}; expected 0 to 1")
-    warmup = float(warmup_steps) if warmup_steps > 0 else warmup_ratio * max_steps
-    if lr_scheduler_type == "constant" and warmup > 0:
-        raise ConfigError(
-            "lr_scheduler_type constant has no warm-up; use constant_with_warmup, or drop warmup_steps and warmup_ratio"
-        )
-    return Schedule(
-        learning_rate=learning_rate,
-        max_steps=max_steps,
-        warmup_steps=warmup,
-        lr_decay_ratio=lr_decay_ratio,
-        decay=SCHEDULES[lr_scheduler_type],
-    )

@@ -1,7 +1,7 @@
-"""The directory of a run: whether it may be used, where to go on from, run.yaml, and the final model in it.
+"""The directory of a run: whether it may be used, which checkpoint to resume from, run.yaml, and the final model.
 
 output_dir/
-    run.yaml               the resolved flags; --config takes them back
+    run.yaml               the resolved flags, which --config reads
     metrics.jsonl, runs/   the log, from the first step on
     checkpoint-N/          weights or adapter, tokenizer, training state
     ...                    at the end: the model or adapter itself, results, picture
@@ -30,13 +30,14 @@ from bloomlm.checkpoint.training_state import (
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.run_plan import OutputPlan
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.yaml"
 MERGED_DIRECTORY = "merged"
 
-# What is there before the first checkpoint: a run killed that early simply starts again.
+# Files that exist before the first checkpoint: a run killed that early starts again.
 _EARLY_NAMES = re.compile(r"run\.yaml|metrics\.jsonl|runs|\..*|.*\.log")
 # Everything a run writes, which --overwrite_output_dir may remove.
 _OWN_NAMES = re.compile(
@@ -49,7 +50,7 @@ _WEIGHT_NAMES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
     r"|prefix_projection\.safetensors"
 )
-# Flags that may change between two starts of one run without changing what it computes.
+# Flags that may differ between two starts of one run without changing what it computes.
 _FREE_FLAGS = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "report_to", "logging_steps"),
     *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "evaluation_strategy", "merge_weights"),
@@ -57,46 +58,43 @@ _FREE_FLAGS = {
 }
 
 
-def prepare(config: TrainingConfig) -> Path | None:
-    """Make sure that the run may use its output_dir.
+def prepare(output: OutputPlan, *, trains: bool) -> Path | None:
+    """Make sure that the run may use its directory.
 
     Args:
-        config: resolved.
+        output: of the run.
+        trains: whether it has a use for a checkpoint.
 
     Returns:
-        The checkpoint to go on from; None to start at the beginning.
+        The checkpoint to resume from; None to start at the beginning.
 
     Raises:
-        ConfigError: it holds other things, or the checkpoint asked for is none.
+        ConfigError: the directory holds other files, or the chosen checkpoint is none.
         CheckpointError: that checkpoint is damaged, or the directory cannot be written.
     """
-    output_dir = Path(config.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"--output_dir {output_dir} is a file; expected a directory, or a name for a new one")
-    if config.overwrite_output_dir:
-        _remove_own(output_dir)
+    directory = output.directory
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--output_dir {directory} is a file; expected a directory, or a name for a new one")
+    if output.overwrites:
+        _remove_own(directory)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"--output_dir {output_dir} cannot be made: {error}") from error
-    if config.overwrite_output_dir or not config.do_train:
+        raise CheckpointError(f"--output_dir {directory} cannot be made: {error}") from error
+    if output.overwrites or not trains:
         return None
-    if config.resume_from_checkpoint is not None:
-        return _chosen_checkpoint(Path(config.resume_from_checkpoint), output_dir)
-    ours = newest_checkpoint(output_dir)
-    found = [*_foreign_checkpoints(output_dir), *([] if ours is None else [ours])]
+    if output.resume_from is not None:
+        return _chosen_checkpoint(output.resume_from, directory)
+    ours = newest_checkpoint(directory)
+    found = [*_foreign_checkpoints(directory), *([] if ours is None else [ours])]
     if not found:
-        _refuse_foreign(output_dir)
+        _refuse_foreign(directory)
         return None
     return max(found, key=checkpoint_step)
 
 
 def write_run_file(config: TrainingConfig) -> None:
-    """Write the flags to run.yaml, under the headings that --help has.
-
-    Args:
-        config: resolved.
-    """
+    """Write the resolved flags to run.yaml, under the headings of --help."""
     lines = ["# The flags of this run. The same run again: bloomlm finetune --config run.yaml --output_dir OTHER"]
     section = None
     for item in fields(config):
@@ -108,7 +106,7 @@ def write_run_file(config: TrainingConfig) -> None:
 
 
 def changed_flags(config: TrainingConfig) -> str | None:
-    """In which flags a run that goes on differs from how it began, in words; None: in none that matters."""
+    """The flags in which a resumed run differs from its beginning, in words; None if no difference matters."""
     path = Path(config.output_dir) / RUN_FILE
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -124,13 +122,13 @@ def changed_flags(config: TrainingConfig) -> str | None:
 
 
 def install(output_dir: Path, write: Callable[[Path], None], mesh: Mesh = ALONE) -> None:
-    """Put the final model's files into output_dir, beside what is there, each whole.
+    """Put the files of the final model into output_dir, beside what is there.
 
-    They are written aside first, so a full disk leaves an older model there as it was.
+    They are written to another directory first, so a full disk leaves an older model as it was.
 
     Args:
         output_dir: of the run.
-        write: fills a directory with the files.
+        write: writes the files into a directory.
         mesh: the ranks, all of which must come here.
 
     Raises:
@@ -143,12 +141,12 @@ def install(output_dir: Path, write: Callable[[Path], None], mesh: Mesh = ALONE)
         return
     try:
         new = {path.name for path in aside.iterdir()}
-        # configuration last: once it is there, so are the weights
+        # configurations last: where they exist, so do the weights
         for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".json"):
             path.replace(output_dir / path.name)
         for path in output_dir.iterdir():
             if _WEIGHT_NAMES.fullmatch(path.name) and path.name not in new:
-                path.unlink()  # of another kind or number of files, from an earlier run
+                path.unlink()  # left by an earlier run with another kind of model or number of files
         aside.rmdir()
         sync(output_dir)
     except OSError as error:
@@ -171,7 +169,7 @@ def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
     if not later:
         return chosen
     if checkpoint_path(output_dir, step).resolve() != chosen.resolve():
-        # the branch that this very run began from a checkpoint elsewhere
+        # this run began from a checkpoint elsewhere and has written later ones here
         logger.warning("going on from %s, which this run wrote after --resume_from_checkpoint %s", later[-1], chosen)
         return later[-1]
     for path in later:

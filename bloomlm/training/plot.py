@@ -1,5 +1,6 @@
 """The picture of a run: training and evaluation loss above, learning rate below. Needs the `plots` extra."""
 
+import importlib.util
 import io
 import math
 import statistics
@@ -8,21 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.training.history import History
+
+PICTURE_FILE = "loss.png"
 
 _TRAIN, _EVAL, _RATE = "#2563a8", "#d1622b", "#4b8b5e"
 _MANY_POINTS = 60
 _LOG_RANGE = 25
 
 
+def write_picture(history: History, output_dir: Path, title: str) -> Path | None:
+    """Draw loss.png; None where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    path = output_dir / PICTURE_FILE
+    draw_losses(history.log_history, path, title)
+    return path
+
+
 def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw a run's log into a PNG file.
+    """Draw the log of a run into a PNG file.
 
     Args:
         log_history: entries with step and loss, learning_rate or eval_loss, in the order of the steps.
         path: of the picture.
-        title: what was trained on what.
+        title: of the picture.
     """
-    # an extra, and slow to import; figures without pyplot need no display and leave no global state
+    # matplotlib is an extra and slow to import; figures without pyplot need no display and no global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -92,6 +105,6 @@ def _series(log_history: Sequence[dict[str, Any]], name: str) -> tuple[list[int]
 
 
 def _smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and its neighbours, fewer of them at the ends."""
+    """Mean of each value and its neighbours; values at the ends have fewer of them."""
     reach = width // 2
     return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

@@ -1,26 +1,20 @@
-"""Where a run's numbers go: metrics.jsonl, the screen, TensorBoard; at the end results files and the loss picture."""
+"""Where the numbers of a run go while it runs: metrics.jsonl, the screen, TensorBoard."""
 
-import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bloomlm.checkpoint.atomic import atomic_write
-from bloomlm.training.history import METRICS_FILE, Entry, History, MetricsFile, plain, write_json
-from bloomlm.training.loop import StepLog, TrainResult
-from bloomlm.training.plot import draw_losses
-from bloomlm.training.progress import ProgressDisplay
-from bloomlm.training.step import StepResult
+from bloomlm.training.history import METRICS_FILE, Entry, History, MetricsFile, plain
+from bloomlm.training.results import StepLog, StepResult
 
-PICTURE_FILE = "loss.png"
 TENSORBOARD_DIRECTORY = "runs"
 
 
 class Reporter:
-    """Writes down what happens in a run.
+    """Writes down and shows what happens in a run.
 
     Args:
         output_dir: of the run.
@@ -28,7 +22,7 @@ class Reporter:
         console: where progress is shown.
         show_bar: whether a terminal gets a bar instead of lines.
         use_tensorboard: whether event files are written to output_dir/runs.
-        writes_files: False on ranks whose numbers another one writes.
+        writes_files: False on ranks whose numbers another rank writes.
     """
 
     def __init__(
@@ -52,7 +46,7 @@ class Reporter:
             self._tensorboard = _open_tensorboard(output_dir, history.global_step)
 
     def on_step(self, result: StepResult) -> None:
-        """Note a step; one that left the weights as they were has a line of its own."""
+        """Note a step; one that left the weights as they were gets an entry of its own."""
         self.history.global_step = result.step
         self._display.advance(result.step)
         if result.skipped is not None:
@@ -81,7 +75,7 @@ class Reporter:
         self._add_scalars("train", entry)
 
     def add_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics (eval_...) of an evaluation after the step at hand."""
+        """Write the metrics (eval_...) of an evaluation after the current step."""
         entry: Entry = {"step": self.history.global_step, "epoch": round(self.history.epoch, 4), **metrics}
         self._add(entry)
         self._display.show_evaluation(entry)
@@ -92,7 +86,7 @@ class Reporter:
         self._display.say(message)
 
     def close(self) -> None:
-        """End what is shown and close the files; may be called twice."""
+        """End the display and close the files; may be called twice."""
         self._display.stop()
         if self._metrics is not None:
             self._metrics.close()
@@ -114,67 +108,104 @@ class Reporter:
         self._tensorboard.flush()
 
 
-def train_metrics(result: TrainResult, epoch: float, num_examples: int) -> dict[str, float]:
-    """The numbers of train_results.json, under the names that transformers and PaddleNLP give them.
+class ProgressDisplay:
+    """A progress bar with the newest numbers on a terminal, a line for each entry of the log anywhere else.
 
     Args:
-        result: of the loop.
-        epoch: epochs done.
-        num_examples: examples this process learned from, an example counting in each epoch.
+        console: where to show them.
+        max_steps: steps of the whole run.
+        step: steps done before.
+        show_bar: False shows lines on a terminal too.
     """
-    seconds = result.train_seconds
-    per_second = 1 / seconds if seconds > 0 else 0.0
-    return {
-        "epoch": round(epoch, 4),
-        "train_loss": result.train_loss,
-        "train_runtime": round(seconds, 4),
-        "train_samples_per_second": round(num_examples * per_second, 3),
-        "train_steps_per_second": round(result.num_steps * per_second, 3),
-        "train_tokens_per_second": round(result.num_tokens * per_second, 1),
-        "train_tokens": result.total_tokens,
-        "train_steps": result.step,
-        "peak_memory_bytes": result.peak_memory_bytes,
-    }
+
+    def __init__(self, console: Console, *, max_steps: int, step: int = 0, show_bar: bool = True) -> None:
+        self._console = console
+        self._max_steps = max_steps
+        self._progress: Progress | None = None
+        if show_bar and console.is_terminal:
+            columns = (
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+            )
+            self._progress = Progress(*columns, console=console)
+            self._task = self._progress.add_task("training", total=max_steps, completed=step, numbers="")
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a step."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def show_log(self, entry: Mapping[str, Any]) -> None:
+        """Show an entry of the training log."""
+        if self._progress is not None:
+            numbers = (
+                f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+                f"{entry['tokens_per_second']:,.0f} tokens/s  ETA {duration(entry['eta_seconds'])}"
+            )
+            self._progress.update(self._task, numbers=numbers)
+        else:
+            self._print(log_line(entry, self._max_steps))
+
+    def show_evaluation(self, entry: Mapping[str, Any]) -> None:
+        """Show an evaluation as a line, above the bar if there is one."""
+        self._print(evaluation_line(entry, self._max_steps))
+
+    def say(self, message: str) -> None:
+        """Show a line."""
+        self._print(message)
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, line: str) -> None:
+        # soft_wrap: an entry stays one line in a file, which has no width
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_results(output_dir: Path, train: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> None:
-    """Write train_results.json, eval_results.json and, both joined, all_results.json."""
-    for name, values in (("train", train), ("eval", evaluation)):
-        if values is not None:
-            write_json(output_dir / f"{name}_results.json", values)
-    write_json(output_dir / "all_results.json", {**(train or {}), **(evaluation or {})})
+def log_line(entry: Mapping[str, Any], max_steps: int) -> str:
+    """One line of training numbers."""
+    skipped = f"  {entry['skipped_steps']} skipped" if entry["skipped_steps"] else ""
+    return (
+        f"step {entry['step']}/{max_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
+        f"lr {entry['learning_rate']:.2e}  grad {entry['grad_norm']:.2f}  "
+        f"{entry['tokens_per_second']:,.0f} tokens/s  {size(entry['peak_memory_bytes'])}  "
+        f"ETA {duration(entry['eta_seconds'])}{skipped}"
+    )
 
 
-def read_train_results(output_dir: Path) -> dict[str, Any] | None:
-    """The content of train_results.json; None where there is none that can be read."""
-    try:
-        values = json.loads((output_dir / "train_results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+def evaluation_line(entry: Mapping[str, Any], max_steps: int) -> str:
+    """One line of evaluation numbers."""
+    shown = [
+        f"{name.removeprefix('eval_')} {value:.4f}"
+        for name, value in entry.items()
+        if name.startswith("eval_") and isinstance(value, float) and not name.endswith(("_runtime", "_per_second"))
+    ]
+    return f"step {entry['step']}/{max_steps}  evaluation  " + "  ".join(shown)
 
 
-def write_picture(history: History, output_dir: Path, title: str) -> Path | None:
-    """Draw loss.png; None where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    path = output_dir / PICTURE_FILE
-    draw_losses(history.log_history, path, title)
-    return path
+def duration(seconds: float) -> str:
+    """Hours, minutes, seconds: 0:03:21."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def write_generations(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write infer_result.json: one JSON object a line, as PaddleNLP's script did."""
-    atomic_write(path, "".join(json_line(row) for row in rows))
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    """A row as one line of JSON, letters of all scripts as they are."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def size(num_bytes: float) -> str:
+    """A size in its natural unit: 1.2 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"
 
 
 def _open_tensorboard(output_dir: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
-    # purge_step: what an interrupted run drew after its last checkpoint is taken back
+    # purge_step: drops what an interrupted run drew after its last checkpoint
     return SummaryWriter(str(output_dir / TENSORBOARD_DIRECTORY), purge_step=step + 1 if step else None)

@@ -1,36 +1,35 @@
-"""Going on from a checkpoint: one of our own, or one that another program wrote.
+"""Resuming from a checkpoint: one of our own, or one that another program wrote.
 
 From the other program's it takes weights, AdamW's moments, step and loss scale, and tells the user so. The order of the
-examples is this program's own, begun after as many steps.
+examples is this program's own, continued after the same number of steps.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bloomlm.adapters.base import Adapter
 from bloomlm.checkpoint.formats import (
     find_foreign_run,
     foreign_adapter_kind,
     read_foreign_run,
     read_recorded_adapter,
-    reading_from_flags,
 )
 from bloomlm.checkpoint.imported_run import ImportedRun, RecordedAdapter
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError, ConfigError, name_some
-from bloomlm.flags import reading_flags
 from bloomlm.parallel.gather import global_tensor
 from bloomlm.training.checkpoints import restore
-from bloomlm.training.config import TrainingConfig, default_of
 from bloomlm.training.history import History
-from bloomlm.training.step import Trainer, steps_per_epoch
+from bloomlm.training.run_plan import RunPlan
+from bloomlm.training.step import Trainer
 
 SAME_RATE = 1e-5
 """Relative difference of learning rates that rounding explains."""
@@ -38,69 +37,77 @@ SAME_RATE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """What a run goes on from; empty for a fresh one."""
+    """What a run resumes from; empty for a fresh one."""
 
     checkpoint: Path | None = None
     """The checkpoint-N."""
     imported: ImportedRun | None = None
-    """What it holds, if another program wrote it."""
+    """The content of the checkpoint, if another program wrote it."""
     structure: RecordedAdapter | None = None
     """An adapter that another program began, which our own checkpoints note."""
 
 
-def read_begun(config: TrainingConfig, source: Path, checkpoint: Path | None) -> Begun:
-    """Look at what a run goes on from, and hold the flags against it.
+def read_begun(plan: RunPlan, source: Path, checkpoint: Path | None) -> Begun:
+    """Read what a run resumes from, and compare the plan with it.
 
     Args:
-        config: resolved.
-        source: directory of the model that the flags name.
-        checkpoint: to go on from; None: a fresh run.
+        plan: of the run.
+        source: directory of the model that the plan names.
+        checkpoint: to resume from; None: a fresh run.
 
     Raises:
         ConfigError: flags that contradict the checkpoint, or say how to read files that are not there.
         CheckpointError: files of the checkpoint are missing or damaged.
     """
-    run, structure = None, None
-    reading = reading_from_flags(**reading_flags(config))
+    run, structure, adapter = None, None, plan.adapter
     if checkpoint is not None and find_foreign_run(checkpoint):
-        _check_kind(config, foreign_adapter_kind(checkpoint), checkpoint)
-        if config.optim == "adamw_8bit":
-            raise ConfigError(
-                f"{checkpoint} is another program's and holds AdamW's moments in float32, which --optim adamw_8bit "
-                "cannot go on with; leave it out"
-            )
-        is_adapter = config.lora or config.prefix_tuning
-        model_config = read_config(source if is_adapter else checkpoint)
-        run = read_foreign_run(checkpoint, model_config, adam_beta1=config.adam_beta1, reading=reading)
+        _check_kind(adapter, foreign_adapter_kind(checkpoint), checkpoint)
+        run = _read_foreign_run(plan, source, checkpoint)
         structure = run.adapter
     elif checkpoint is not None and (structure := read_recorded_adapter(checkpoint)) is not None:
-        _check_kind(config, structure.kind, checkpoint)
+        _check_kind(adapter, structure.kind, checkpoint)
     if structure is not None:
-        _check_flags(config, structure, checkpoint)
-    elif reading.adapter_flags:
+        _check_flags(adapter, structure, checkpoint)
+    elif plan.reading.adapter_flags:
         raise ConfigError(
-            f"{' and '.join(f'--{name}' for name in reading.adapter_flags)}: how to read an adapter that another "
+            f"{' and '.join(f'--{name}' for name in plan.reading.adapter_flags)}: how to read an adapter that another "
             "program began, and this run goes on from none; leave it out, or name its checkpoint-N as "
             "--resume_from_checkpoint"
         )
     return Begun(checkpoint=checkpoint, imported=run, structure=structure)
 
 
-def with_recorded_flags(config: TrainingConfig, begun: Begun) -> TrainingConfig:
-    """The flags with those of an adapter that another program began as it recorded them."""
-    return config if begun.structure is None else replace(config, **begun.structure.flags)
+def _read_foreign_run(plan: RunPlan, source: Path, checkpoint: Path) -> ImportedRun:
+    assert plan.training is not None
+    optimizer = plan.training.optimizer
+    if optimizer.optim == "adamw_8bit":
+        raise ConfigError(
+            f"{checkpoint} is another program's and holds AdamW's moments in float32, which --optim adamw_8bit "
+            "cannot go on with; leave it out"
+        )
+    model_config = read_config(checkpoint if plan.adapter.trains_base else source)
+    return read_foreign_run(checkpoint, model_config, adam_beta1=optimizer.beta1, reading=plan.reading)
+
+
+def with_recorded_adapter(plan: RunPlan, begun: Begun) -> RunPlan:
+    """The plan with an adapter that another program began as it was recorded, in the terms of the flags."""
+    if begun.structure is None:
+        return plan
+    # the fields of an adapter have the names of the flags
+    recorded: Adapter = replace(cast(Any, plan.adapter), **begun.structure.flags)
+    return replace(plan, adapter=recorded)
 
 
 def restore_begun(trainer: Trainer, history: History, begun: Begun) -> tuple[str, ...]:
-    """Bring a fresh trainer and log to where the checkpoint was written.
+    """Bring a fresh trainer and log to the state in which the checkpoint was written.
 
     Args:
         trainer: of the same model, adapter and data; of the same precision unless another program wrote it.
         history: of the run.
-        begun: what it goes on from.
+        begun: what it resumes from.
 
     Returns:
-        A line about each thing that was, or was not, taken over from another program.
+        One line about each thing that was, or was not, taken from another program's checkpoint.
 
     Raises:
         CheckpointError, TrainingError: the checkpoint does not fit.
@@ -113,7 +120,7 @@ def restore_begun(trainer: Trainer, history: History, begun: Begun) -> tuple[str
         return ()
     _restore_imported(trainer, begun.imported, begun.checkpoint)
     history.global_step, history.epoch = trainer.step, trainer.epoch
-    # its evaluations are left out, for they attended to pads
+    # its evaluations are left out, because they attended to padding
     names = ("step", "epoch", "loss", "learning_rate")
     history.log_history = [{n: entry[n] for n in names if n in entry} for entry in begun.imported.losses]
     return tuple(_lines(trainer, begun.imported, begun.checkpoint))
@@ -138,9 +145,9 @@ def _restore_imported(trainer: Trainer, state: ImportedRun, checkpoint: Path) ->
     trainer.load_state(tensors, values)
 
 
-def _check_kind(config: TrainingConfig, kind: str | None, checkpoint: Path) -> None:
-    """Refuse flags that let another thing learn than what learned there: the flag of an adapter, or None for all."""
-    given = "lora" if config.lora else "prefix_tuning" if config.prefix_tuning else None
+def _check_kind(adapter: Adapter, kind: str | None, checkpoint: Path) -> None:
+    """Refuse flags that let something else learn than the checkpoint did: an adapter of a kind, or None for all."""
+    given = adapter.training_flag
     if given == kind:
         return
     if kind is not None:
@@ -152,12 +159,13 @@ def _check_kind(config: TrainingConfig, kind: str | None, checkpoint: Path) -> N
     )
 
 
-def _check_flags(config: TrainingConfig, structure: RecordedAdapter, checkpoint: Path | None) -> None:
-    """The adapter's own configuration decides; a flag that was given and says something else is refused."""
+def _check_flags(adapter: Adapter, structure: RecordedAdapter, checkpoint: Path | None) -> None:
+    """Refuse a flag that was given and contradicts the adapter's own configuration, which decides."""
+    default = type(adapter)()
     for name, recorded in structure.flags.items():
-        given = getattr(config, name)
+        given = getattr(adapter, name)
         is_same = set(given) == set(recorded) if isinstance(recorded, tuple) else given == recorded
-        if not is_same and given != default_of(name):
+        if not is_same and given != getattr(default, name):
             raise ConfigError(
                 f"--{name} is {given}, and the adapter in {checkpoint} was begun with {recorded}; leave the flag out "
                 "to go on, or start anew in another --output_dir"
@@ -176,7 +184,7 @@ def _check_names(what: str, found: Mapping[str, Any], learned: Iterable[str], ch
 
 
 def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> None:
-    """Read a tensor; of one that is divided among ranks, this rank's part is kept."""
+    """Copy a stored tensor into a parameter; of one that is divided among ranks, this rank's part."""
     if stored.shape != tuple(target.shape):
         raise CheckpointError(
             f"{checkpoint}: {name} or its moments have shape {list(stored.shape)}; expected {list(target.shape)}"
@@ -190,12 +198,12 @@ def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> No
 
 
 def _position(trainer: Trainer, step: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Where so many steps lead in this program's order of the examples.
+    """The position after this many steps in this program's order of the examples.
 
-    The position counts examples: that share of them which was in the epoch's batches so far.
+    It counts examples: the fraction of them that the epoch's batches contained so far.
     """
     accumulation = trainer.config.gradient_accumulation_steps
-    epoch, steps = divmod(step, steps_per_epoch(len(trainer.batches), accumulation))
+    epoch, steps = divmod(step, trainer.steps_per_epoch)
     position = steps * accumulation * data["num_examples"] // len(trainer.batches)
     return {**data, "epoch": epoch, "position": position}
 

@@ -3,9 +3,8 @@
 A step is an update of the weights from gradient_accumulation_steps microbatches. All of them are fetched before the
 first one runs, so that each is weighted by its supervised tokens: accumulating gives the update of the large batch.
 An epoch's last step takes the microbatches that are left. Every step seeds dropout from (seed, step), so a run that
-goes on from a checkpoint needs no random state of the past.
-
-This module knows nothing of files: Trainer.state and Trainer.load_state give and take everything as values.
+resumes from a checkpoint does not need the random state of the steps before it. Knows nothing of files: Trainer.state
+and Trainer.load_state exchange values.
 """
 
 import logging
@@ -13,133 +12,53 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bloomlm.data.loader import Batch
+from bloomlm.data.loader import Batch, Batches
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.documents import Documents
 from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
 from bloomlm.parallel.gather import global_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.parallel.tensor_parallel import tensor_parallel_group
-from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
-from bloomlm.training.optimizer import (
-    AdamWConfig,
-    Schedule,
-    build_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from bloomlm.training.losses import batch_loss
+from bloomlm.training.optimizer import AdamWConfig, Schedule, build_optimizer, optimizer_tensors, set_learning_rate
 from bloomlm.training.precision import LearnedParameters, LossScale, Precision
+from bloomlm.training.results import StepResult, Totals
 
 logger = logging.getLogger(__name__)
 
 MAX_NON_FINITE_STEPS = 10
-"""So many NaN or infinite losses in a row end the run."""
-
-
-class Batches(Protocol):
-    """What a run learns from: bloomlm.data.loader.BatchLoader."""
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        ...
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch; a batch counts as used in state_dict as soon as it is handed out."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position."""
-        ...
+"""This many NaN or infinite losses in a row end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What makes an update out of gradients."""
+    """What turns gradients into an update."""
 
     gradient_accumulation_steps: int = 1
     """Microbatches of a step."""
     max_grad_norm: float = 1.0
-    """Global norm that gradients are clipped to; 0 or less: never."""
+    """Global norm that gradients are clipped to; 0 turns this off."""
     label_smoothing: float = 0.0
-    """Part of the probability spread over the whole vocabulary, in training only."""
+    """Probability spread over the whole vocabulary, in training only."""
     seed: int = 42
-    """Of dropout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step did."""
-
-    step: int
-    """Steps done, this one included."""
-    loss: float
-    """Mean over the step's supervised tokens."""
-    learning_rate: float
-    """Of this update."""
-    grad_norm: float
-    """Global norm before clipping, without the loss scale."""
-    num_tokens: int
-    """Tokens that went through the model."""
-    num_supervised_tokens: int
-    """Those of them that had a label."""
-    skipped: str | None
-    """Why the weights were left as they were; None: they were updated."""
-    step_seconds: float
-    """Wall time."""
-
-
-@dataclass(kw_only=True)
-class Totals:
-    """Sums over steps; saved in checkpoints."""
-
-    loss: float = 0.0
-    """Sum over the supervised tokens of the steps that updated the weights."""
-    loss_tokens: int = 0
-    """How many those are."""
-    tokens: int = 0
-    """Tokens through the model."""
-    supervised_tokens: int = 0
-    """Those with a label."""
-    skipped_steps: int = 0
-    """Steps that left the weights as they were."""
-
-    def add(self, result: StepResult) -> None:
-        """Count a step."""
-        self.tokens += result.num_tokens
-        self.supervised_tokens += result.num_supervised_tokens
-        if result.skipped is None:
-            self.loss += result.loss * result.num_supervised_tokens
-            self.loss_tokens += result.num_supervised_tokens
-        else:
-            self.skipped_steps += 1
-
-    @property
-    def mean_loss(self) -> float:
-        """Per supervised token; NaN without any."""
-        return self.loss / self.loss_tokens if self.loss_tokens else math.nan
+    """Seed of dropout."""
 
 
 class Trainer:
-    """A run between two steps: model, optimizer, data position.
+    """The state of a run between two steps: model, optimizer, position in the data.
 
     Args:
-        model: with its adapter applied: exactly the parameters that require a gradient learn. In
-            precision.weights_dtype, on its device.
-        batches: gives the microbatches.
-        optimizer: AdamW's numbers.
+        model: with its adapter applied, in precision.weights_dtype, on its device; exactly the parameters that require
+            a gradient learn.
+        batches: the microbatches.
+        optimizer: AdamW without its learning rate.
         schedule: learning rate of each step.
         precision: number formats.
-        config: what makes an update out of gradients.
+        config: what turns gradients into an update.
         mesh: the ranks among which model, batches or both are divided already; all of them make every call.
 
     Raises:
@@ -164,19 +83,16 @@ class Trainer:
         self.precision = precision
         self.config = config
         self.step = 0
-        """Steps done."""
         self.totals = Totals()
-        """Since the run began, before an interruption too."""
+        """Since the run began, including the time before an interruption."""
         self.window = Totals()
         """Since the last log."""
         self.device = next(model.parameters()).device
         self.learned = LearnedParameters(model.named_parameters())
         if not self.learned.optimized:
             raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
-        # The head gives the tied weight a dense gradient [V, D]; the embedding's is a few rows of it. That of a
-        # half-precision weight goes to its master the moment autograd has it, so autograd has to add the rows.
-        embedding = model.transformer.word_embeddings
-        embedding.adds_to_grad, embedding.sparse = not self.learned.masters, bool(self.learned.masters)
+        # a half-precision gradient moves to its master the moment autograd has it, so autograd has to add the rows
+        model.transformer.word_embeddings.choose_gradient(in_place=not self.learned.masters)
         self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
@@ -187,7 +103,12 @@ class Trainer:
     @property
     def epoch(self) -> float:
         """Epochs done."""
-        return self.step / steps_per_epoch(len(self.batches), self.config.gradient_accumulation_steps)
+        return self.step / self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch."""
+        return steps_per_epoch(len(self.batches), self.config.gradient_accumulation_steps)
 
     def run_step(self) -> StepResult:
         """One update of the weights.
@@ -224,7 +145,7 @@ class Trainer:
         return result
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a later process needs that the weight files of a checkpoint do not hold.
+        """Everything that a later process needs to resume and that the weight files of a checkpoint do not hold.
 
         Returns:
             Tensors by name, sharing the run's memory, and values for JSON.
@@ -250,7 +171,7 @@ class Trainer:
         return tensors, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go on where a saved run stood.
+        """Resume where a saved run stood.
 
         Args:
             tensors: the tensors of this trainer's own state(), after what was saved has been read into them.
@@ -293,15 +214,15 @@ class Trainer:
     def _count_tokens(self, microbatches: list[Batch]) -> tuple[int, int]:
         """Tokens of the step, and those of them with a label, over all data-parallel ranks."""
         with_label = sum(batch.num_supervised_tokens for batch in microbatches)
-        total = sum(len(batch.tokens) for batch in microbatches if batch.num_supervised_tokens)
         if self.mesh.degrees.dp == 1:
             return sum(len(batch.tokens) for batch in microbatches), with_label
+        total = sum(len(batch.tokens) for batch in microbatches if batch.num_supervised_tokens)
         counts = torch.tensor([total, with_label], device=self.device)
         total, with_label = self.mesh.sum_over(counts, ("dp_replicate", "dp_shard")).tolist()
         return total, with_label
 
     def _accumulate_gradients(self, microbatches: list[Batch], num_supervised_tokens: int) -> tuple[float, float]:
-        """Leave the gradients of the step's loss, times the loss scale; give loss and gradient norm without it."""
+        """Compute the gradients of the step's loss times the loss scale; returns loss and gradient norm without it."""
         self.model.train()
         loss_scale = self._loss_scale_value
         total = torch.zeros((), device=self.device)
@@ -319,13 +240,13 @@ class Trainer:
         self.mesh.sum_over(total, ("dp_replicate", "dp_shard"))
         add_up_gradients(self.learned.gradients(), self.mesh)
         norm = global_norm(self.learned.named_gradients(), self.mesh)
-        loss_and_norm: tuple[float, float] = tuple((torch.stack([total, norm.to(total)]) / loss_scale).tolist())
-        return loss_and_norm
+        loss, grad_norm = (torch.stack([total, norm.to(total)]) / loss_scale).tolist()
+        return loss, grad_norm
 
     def _drop_gradients(self) -> None:
-        """Keep the memory of the largest one for the next step: to clear as much new memory takes longer."""
+        """Keep the memory of the largest one for the next step: allocating and clearing it anew takes longer."""
         gradient = self.model.transformer.word_embeddings.weight.grad
-        # under FSDP it is a DTensor, a shard, and of no use to the whole weight's gradient
+        # under FSDP it is a DTensor, whose shard cannot hold the whole weight's gradient
         self._gradient_memory[:] = [gradient] if type(gradient) is Tensor else []
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -341,8 +262,8 @@ class Trainer:
         self.learned.copy_to_model()
 
     def _note(self, skipped: str | None, loss: float) -> None:
-        """Move the loss scale, and name and count what is not finite."""
-        # finite loss and infinite gradients: the loss scale was too large, as it is bound to be now and then
+        """Adjust the loss scale, and report and count values that are not finite."""
+        # a finite loss with infinite gradients means that the loss scale was too large, which happens now and then
         overflow = self.loss_scale is not None and not self.loss_scale.at_minimum and math.isfinite(loss)
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=skipped is not None)
@@ -364,42 +285,8 @@ class Trainer:
         return 1.0 if self.loss_scale is None else self.loss_scale.value
 
 
-def batch_loss(
-    model: BloomForCausalLM,
-    batch: Batch,
-    precision: Precision,
-    *,
-    scale: float,
-    label_smoothing: float = 0.0,
-    gradient_memory: list[Tensor] | None = None,
-) -> Tensor:
-    """scale times the sum of a batch's losses.
-
-    Args:
-        model: in training mode.
-        batch: on the model's device.
-        precision: number formats.
-        scale: known before the forward pass, so that gradients made there carry it.
-        label_smoothing: part of the probability spread over the whole vocabulary.
-        gradient_memory: see linear_cross_entropy.
-    """
-    with precision.autocast(batch.tokens.device.type):
-        hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
-        embedding = model.transformer.word_embeddings
-        return linear_cross_entropy(
-            hidden,
-            embedding.weight,
-            batch.labels,
-            weight_scale=embedding.weight_scale,
-            scale=scale,
-            label_smoothing=label_smoothing,
-            ranks=tensor_parallel_group(model),
-            gradient_memory=gradient_memory,
-        )
-
-
 def step_seed(seed: int, step: int, dp_rank: int = 0) -> int:
-    """Seed of the randomness of update number step, counted from 0, on a data-parallel rank."""
+    """Seed of the random numbers of update number step, counted from 0, on a data-parallel rank."""
     return (seed * 1_000_003 + step + dp_rank * 0x9E3779B1) % 2**63
 
 
@@ -409,8 +296,5 @@ def steps_per_epoch(batches_per_epoch: int, gradient_accumulation_steps: int) ->
 
 
 def _reason_to_skip(loss: float, grad_norm: float) -> str | None:
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    if not math.isfinite(grad_norm):
-        return f"the gradient norm is {grad_norm}"
-    return None
+    values = {"loss": loss, "gradient norm": grad_norm}
+    return next((f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)

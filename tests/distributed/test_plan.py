@@ -17,10 +17,11 @@ from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.plan import Workload, activation_bytes, parameter_bytes, training_memory
 from bloomlm.parallel.traffic import Traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
+from bloomlm.training.losses import batch_loss
 from bloomlm.training.meter import memory_by_kind
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
-from bloomlm.training.step import StepConfig, Trainer, batch_loss
+from bloomlm.training.step import StepConfig, Trainer
 from tests.distributed.models import Case, some_examples, tiny_model
 from tests.distributed.pool import RankPool
 

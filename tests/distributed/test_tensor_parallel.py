@@ -23,8 +23,8 @@ from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
+from bloomlm.training.losses import batch_loss
 from bloomlm.training.precision import Precision
-from bloomlm.training.step import batch_loss
 from tests.distributed.models import Case, assert_close, some_examples, tiny_model
 from tests.distributed.pool import RankPool
 

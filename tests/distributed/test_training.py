@@ -18,7 +18,7 @@ from bloomlm.parallel.gather import whole_tensor
 from bloomlm.parallel.layout import tp_part
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.parallelize import cut_model, divide_adapter
-from bloomlm.training.loop import evaluate_loss
+from bloomlm.training.losses import evaluate_loss
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer

@@ -19,7 +19,7 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import BatchLoader
 from bloomlm.data.splits import open_dataset
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.training.optimizer import AdamWConfig, build_schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
 
@@ -48,7 +48,7 @@ def losses_of(name: str, cache_dir: Path) -> list[float]:
         model,
         BatchLoader(examples, 8, shuffle=True, seed=0),
         optimizer=AdamWConfig(weight_decay=0.1),
-        schedule=build_schedule(learning_rate=1e-3, max_steps=NUM_STEPS),
+        schedule=ScheduleConfig(learning_rate=1e-3).over(NUM_STEPS),
         precision=Precision(),
         config=step_config,
     )

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.training import adamw_8bit
-from bloomlm.training.checks import Machine, resolve
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
+from bloomlm.training.machine import Machine
 from bloomlm.training.optimizer import AdamWConfig, build_optimizer, optimizer_tensors, set_learning_rate
+from bloomlm.training.resolve import resolve
 from bloomlm.training.resume import read_begun
 from tests.unit.test_paddle_finetune import write_full
 
@@ -172,12 +173,12 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         resolve(flags(tmp_path, optim="adamw_8bit"), dataclasses.replace(CPU, world_size=2))
     write_full(tmp_path / "checkpoint-3")
     with pytest.raises(ConfigError, match="moments in float32, which --optim adamw_8bit cannot go on with"):
-        read_begun(flags(tmp_path, optim="adamw_8bit"), tmp_path, tmp_path / "checkpoint-3")
+        read_begun(resolve(flags(tmp_path, optim="adamw_8bit"), CPU), tmp_path, tmp_path / "checkpoint-3")
 
 
 def test_its_price_on_a_cpu_is_told(tmp_path: Path) -> None:
     def notices(machine: Machine) -> str:
-        return "\n".join(resolve(flags(tmp_path, optim="adamw_8bit", device="auto"), machine)[1])
+        return "\n".join(resolve(flags(tmp_path, optim="adamw_8bit", device="auto"), machine).notices)
 
     assert "an update takes" in notices(CPU)
     assert "adamw_8bit" not in notices(dataclasses.replace(CPU, has_cuda=True))

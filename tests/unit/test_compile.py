@@ -8,7 +8,6 @@ from torch._dynamo.testing import CompileCounter
 from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.model.documents import Documents
-from bloomlm.training.build import compile_blocks
 from tests.unit.test_adapters import tiny_model
 
 LENGTHS = ((3, 6), (7, 4, 5), (20,), (2, 9, 1, 1), (6, 6))
@@ -26,7 +25,7 @@ def test_the_same_gradients_from_few_graphs(adapter: FullTuning | LoraConfig, re
         apply_adapter(model, adapter, torch.Generator().manual_seed(0))
         model.transformer.recompute = recompute
         if compiled:
-            compile_blocks(model, backend=counter)
+            model.transformer.compile_blocks(counter)
         for lengths in LENGTHS:
             tokens = torch.arange(sum(lengths)) % 64
             hidden = model.transformer(tokens, Documents.packed(lengths))

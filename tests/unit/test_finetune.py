@@ -19,17 +19,20 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import collate
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.evaluation.answer_scores import score_generations
-from bloomlm.training.build import build_trainer, load_to_train
 from bloomlm.training.checkpoints import CheckpointWriter
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
-from bloomlm.training.loop import evaluate_loss
-from bloomlm.training.optimizer import build_schedule
-from bloomlm.training.precision import Precision, precision_from_flags
+from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.optimizer import ScheduleConfig
+from bloomlm.training.precision import Precision
 from bloomlm.training.report import Reporter
+from bloomlm.training.resolve import resolve
+from bloomlm.training.resume import Begun
+from bloomlm.training.runs import build_trainer, load_batches
+from bloomlm.training.setup import load_to_train
 from bloomlm.training.step import StepConfig
 from tests.tiny_bloom import write_bloom
-from tests.unit.test_training_config import PADDLENLP_FLAGS
+from tests.unit.test_training_config import CPU, PADDLENLP_FLAGS
 
 WORDS = ("the cat sat on the mat", "a b c", "dates and times", "hello world", "one two three", "12 34")
 
@@ -264,6 +267,8 @@ def test_every_number_reaches_the_trainer(material: Path, tmp_path: Path) -> Non
     config = flags(
         material,
         tmp_path,
+        bf16=True,
+        fp16_opt_level="O2",
         max_steps=-1,
         num_train_epochs=1.5,
         gradient_accumulation_steps=2,
@@ -279,18 +284,19 @@ def test_every_number_reaches_the_trainer(material: Path, tmp_path: Path) -> Non
         lr_decay_ratio=0.05,
         recompute=True,
     )
-    precision = precision_from_flags(fp16=False, bf16=True, fp16_opt_level="O2", scale_loss=2.0)
-    model = load_to_train(config, material / "model", precision, None)
+    plan = resolve(config, CPU)
+    assert plan.training is not None
+    model = load_to_train(plan, material / "model", Begun())
     examples = list(
         load_examples(material / "train.jsonl", bloomlm.load(material / "model").tokenizer, src_length=9, tgt_length=9)
     )
-    trainer, max_steps = build_trainer(config, model, examples, precision)
-    assert max_steps == 3 and model.transformer.recompute is True
+    trainer = build_trainer(plan.training, model, load_batches(plan.training, examples), plan.precision)
+    assert trainer.schedule.max_steps == 3 and model.transformer.recompute is True
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert trainer.config == StepConfig(gradient_accumulation_steps=2, max_grad_norm=0.5, label_smoothing=0.4, seed=7)
-    assert trainer.schedule == build_schedule(
-        learning_rate=0.01, max_steps=3, lr_scheduler_type="cosine", warmup_steps=2, lr_decay_ratio=0.05
-    )
+    assert trainer.schedule == ScheduleConfig(
+        learning_rate=0.01, lr_scheduler_type="cosine", warmup_steps=2, lr_decay_ratio=0.05
+    ).over(3)
     decayed, others = trainer.optimizer.param_groups
     assert (decayed["betas"], decayed["eps"], decayed["weight_decay"]) == ((0.8, 0.7), 0.6, 0.3)
     assert others["weight_decay"] == 0.0

@@ -16,8 +16,8 @@ from bloomlm.model.alibi import COLUMNS
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
+from bloomlm.training.losses import batch_loss
 from bloomlm.training.precision import Precision
-from bloomlm.training.step import batch_loss
 
 L, D, H, V, R = 3, 24, 3, 64, 2
 LENGTHS = (150, 160)  # too long to be padded into one group

@@ -29,10 +29,11 @@ from bloomlm.checkpoint.writer import atomic_directory, write_model
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.training.loop import LoopConfig, StepLog, train
+from bloomlm.training.loop import LoopConfig, train
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
-from bloomlm.training.step import StepConfig, StepResult, Trainer
+from bloomlm.training.results import StepLog, StepResult
+from bloomlm.training.step import StepConfig, Trainer
 from tests.unit.test_loop import V, some_examples
 
 ADAPTERS: dict[str, Adapter] = {"full": FullTuning(), "lora": LoraConfig(r=2, lora_dropout=0.2)}

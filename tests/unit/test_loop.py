@@ -22,10 +22,12 @@ from bloomlm.data.loader import Batch, BatchLoader, collate
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.training.loop import LoopConfig, StepLog, evaluate_loss, train
+from bloomlm.training.loop import LoopConfig, train
+from bloomlm.training.losses import evaluate_loss
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
-from bloomlm.training.step import StepConfig, StepResult, Trainer, step_seed, steps_per_epoch
+from bloomlm.training.results import StepLog, StepResult
+from bloomlm.training.step import StepConfig, Trainer, step_seed, steps_per_epoch
 from tests.tiny_checkpoint import learned_tensors
 
 V = 40

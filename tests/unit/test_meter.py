@@ -14,11 +14,11 @@ from bloomlm.data.loader import Batch
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
-from bloomlm.training.meter import BatchMeter, StepFlops, measure_peak_flops, memory_by_kind
-from bloomlm.training.optimizer import AdamWConfig, build_schedule
+from bloomlm.training.losses import batch_loss
+from bloomlm.training.meter import BatchMeter, StepFlops, StepProfiler, measure_peak_flops, memory_by_kind
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
-from bloomlm.training.profile import StepProfiler
-from bloomlm.training.step import StepConfig, Trainer, batch_loss
+from bloomlm.training.step import StepConfig, Trainer
 from tests.tiny_checkpoint import random_model
 
 LENGTHS, NUM_SUPERVISED = (7, 3, 5), 6
@@ -104,7 +104,7 @@ def make_trainer(model: BloomForCausalLM, precision: Precision) -> Trainer:
         model,
         OneBatch(),
         optimizer=AdamWConfig(),
-        schedule=build_schedule(learning_rate=1e-3, max_steps=9),
+        schedule=ScheduleConfig(learning_rate=1e-3).over(9),
         precision=precision,
         config=StepConfig(),
     )

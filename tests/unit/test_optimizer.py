@@ -11,8 +11,8 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.optimizer import (
     AdamWConfig,
+    ScheduleConfig,
     build_optimizer,
-    build_schedule,
     is_decayed,
     optimizer_tensors,
     set_learning_rate,
@@ -86,9 +86,9 @@ def test_state_in_place_changes_no_update() -> None:
     ],
 )
 def test_schedules(lr_scheduler_type: str, expected: list[float | None]) -> None:
-    schedule = build_schedule(
-        learning_rate=8.0, max_steps=8, lr_scheduler_type=lr_scheduler_type, warmup_steps=4, lr_decay_ratio=0.15
-    )
+    schedule = ScheduleConfig(
+        learning_rate=8.0, lr_scheduler_type=lr_scheduler_type, warmup_steps=4, lr_decay_ratio=0.15
+    ).over(8)
     for step, value in enumerate(expected):
         if value is not None:
             assert schedule(step) == pytest.approx(value), step
@@ -96,23 +96,23 @@ def test_schedules(lr_scheduler_type: str, expected: list[float | None]) -> None
 
 def test_schedule_ends_at_the_ratio() -> None:
     for kind in ("linear", "cosine"):
-        schedule = build_schedule(learning_rate=2.0, max_steps=10, lr_scheduler_type=kind, lr_decay_ratio=0.1)
+        schedule = ScheduleConfig(learning_rate=2.0, lr_scheduler_type=kind, lr_decay_ratio=0.1).over(10)
         assert schedule(0) == pytest.approx(2.0)
         assert schedule(5) == pytest.approx(2.0 * 0.55)
         assert schedule(10) == schedule(11) == pytest.approx(0.2)
 
 
 def test_warmup_steps_win_over_warmup_ratio() -> None:
-    assert build_schedule(learning_rate=1.0, max_steps=10, warmup_steps=2, warmup_ratio=0.5).warmup_steps == 2
-    ratio = build_schedule(learning_rate=1.0, max_steps=10, warmup_ratio=0.25)
+    assert ScheduleConfig(learning_rate=1.0, warmup_steps=2, warmup_ratio=0.5).over(10).warmup_steps == 2
+    ratio = ScheduleConfig(learning_rate=1.0, warmup_ratio=0.25).over(10)
     assert ratio.warmup_steps == 2.5
     assert ratio(2) == pytest.approx(2 / 2.5)
     assert ratio(3) == pytest.approx(1 - 0.9 * 0.5 / 7.5)
 
 
 def test_all_warmup_and_constant() -> None:
-    assert build_schedule(learning_rate=1.0, max_steps=4, warmup_ratio=1.0)(3) == 0.75
-    assert build_schedule(learning_rate=1.0, max_steps=4, lr_scheduler_type="constant")(3) == 1.0
+    assert ScheduleConfig(learning_rate=1.0, warmup_ratio=1.0).over(4)(3) == 0.75
+    assert ScheduleConfig(learning_rate=1.0, lr_scheduler_type="constant").over(4)(3) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_all_warmup_and_constant() -> None:
 )
 def test_impossible_schedules_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_schedule(learning_rate=1.0, max_steps=4, **options)  # type: ignore[arg-type]
+        ScheduleConfig(learning_rate=1.0, **options).over(4)  # type: ignore[arg-type]

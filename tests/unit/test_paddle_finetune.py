@@ -14,7 +14,7 @@ from torch import Tensor
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import BloomConfig
-from bloomlm.training import finetune as finetune_module
+from bloomlm.training import runs
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from bloomlm.training.step import Trainer
@@ -171,7 +171,7 @@ class Spy:
         self.state: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
         self.learned: dict[str, Tensor] = {}
-        real = finetune_module.train
+        real = runs.train
 
         def train(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
             tensors, self.values = trainer.state()
@@ -179,7 +179,7 @@ class Spy:
             self.learned = {name: p.detach().clone() for name, p in trainer.learned.optimized.items()}
             return real(trainer, *arguments, **options)
 
-        monkeypatch.setattr(finetune_module, "train", train)
+        monkeypatch.setattr(runs, "train", train)
 
 
 def assert_restored(spy: Spy) -> None:

@@ -16,9 +16,10 @@ from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import AdapterError, CheckpointError
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.decode import generate
-from bloomlm.model.bloom import BloomForCausalLM, WordEmbedding
+from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
+from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear, linear
 from bloomlm.model.quantized import dequantize_rows, quantize_rows
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy

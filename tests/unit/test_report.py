@@ -13,13 +13,14 @@ from rich.console import Console
 
 from bloomlm.errors import CheckpointError
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.history import History, MetricsFile
-from bloomlm.training.loop import StepLog, TrainResult
-from bloomlm.training.plot import _series, _smoothed, draw_losses
-from bloomlm.training.progress import duration, size
-from bloomlm.training.report import Reporter, train_metrics, write_generations, write_picture, write_results
-from bloomlm.training.step import StepResult
-from bloomlm.training.summary import FinetuneResult, next_commands, print_summary
+from bloomlm.training.history import History, MetricsFile, train_metrics, write_answers, write_results
+from bloomlm.training.machine import Machine
+from bloomlm.training.plot import _series, _smoothed, draw_losses, write_picture
+from bloomlm.training.report import Reporter, duration, size
+from bloomlm.training.resolve import resolve
+from bloomlm.training.results import FinetuneResult, StepLog, StepResult, TrainResult
+from bloomlm.training.run_plan import RunPlan
+from bloomlm.training.summary import next_commands, print_summary
 from tests.short_runs import save_figure
 
 
@@ -221,7 +222,7 @@ def test_results_files(tmp_path: Path) -> None:
 
 
 def test_generations_file_is_json_lines_in_all_scripts(tmp_path: Path) -> None:
-    write_generations(tmp_path / "infer_result.json", [{"instruction": "日\n", "answer": "a", "output": "b"}])
+    write_answers(tmp_path, [{"instruction": "日\n", "answer": "a", "output": "b"}])
     text = (tmp_path / "infer_result.json").read_text(encoding="utf-8")
     assert text == '{"instruction": "日\\n", "answer": "a", "output": "b"}\n'
 
@@ -271,12 +272,15 @@ def outcome(**changes: Any) -> FinetuneResult:
     return FinetuneResult(**{**values, **changes})
 
 
+def planned(**options: Any) -> RunPlan:
+    machine = Machine(has_cuda=False, has_tensorboard=False, has_matplotlib=True, has_metrics=True)
+    return resolve(TrainingConfig(**{"output_dir": "out", **options}), machine)
+
+
 def test_summary_says_what_where_and_next() -> None:
     shown = io.StringIO()
-    config = TrainingConfig(
-        model_name_or_path="builtin:tiny", output_dir="out", dataset_name_or_path="builtin:dates", lora=True
-    )
-    print_summary(Console(file=shown, width=100), config, outcome(), "Date: 3 Mai\nISO:")
+    plan = planned(model_name_or_path="builtin:tiny", dataset_name_or_path="builtin:dates", lora=True)
+    print_summary(Console(file=shown, width=100), plan, outcome(), "Date: 3 Mai\nISO:")
     text = shown.getvalue()
     for part in (
         *("8 (2.00 epochs)", "1.2500 (mean of the run)", "0:00:02 (250 tokens/s)", "0.7500"),
@@ -284,19 +288,19 @@ def test_summary_says_what_where_and_next() -> None:
         *("LoRA adapter       out\n", "loss picture       out/loss.png\n", "flags of the run   out/run.yaml\n"),
     ):
         assert part in text, part
-    assert next_commands(config, outcome(), "Date: 3 Mai\nISO:")[:2] == [
+    assert next_commands(plan, outcome(), "Date: 3 Mai\nISO:")[:2] == [
         "bloomlm predict --model_name_or_path builtin:tiny --lora_path out --prompt $'Date: 3 Mai\\nISO:'",
         "bloomlm predict --model_name_or_path builtin:tiny --lora_path out --data_file builtin:dates",
     ]
 
 
 def test_next_command_names_what_was_trained() -> None:
-    full = TrainingConfig(output_dir="my out", train_file="t.jsonl", eval_file="e.jsonl")
+    full = planned(output_dir="my out", train_file="t.jsonl", eval_file="e.jsonl")
     assert next_commands(full, outcome(output_dir=Path("my out")), "x" * 500) == [
         "bloomlm predict --model_name_or_path 'my out' --prompt 'Your prompt'",
         "bloomlm predict --model_name_or_path 'my out' --data_file e.jsonl",
     ]
-    prefix = TrainingConfig(output_dir="out", train_file="t.jsonl", prefix_tuning=True)
+    prefix = planned(train_file="t.jsonl", prefix_tuning=True)
     assert next_commands(prefix, outcome(), "it's") == [
         "bloomlm predict --model_name_or_path bigscience/bloom-560m --prefix_path out --prompt 'it'\"'\"'s'"
     ]

@@ -23,17 +23,18 @@ def weight_gradient(model: BloomForCausalLM, microbatches: int = 1, memory: list
 
 
 def test_rows_are_added_to_the_heads_gradient() -> None:
-    model = make_model()
-    for microbatches in (1, 3):
-        model.transformer.word_embeddings.adds_to_grad = False
-        expected = weight_gradient(model, microbatches)
-        model.transformer.word_embeddings.adds_to_grad = True
-        torch.testing.assert_close(weight_gradient(model, microbatches), expected, rtol=1e-6, atol=1e-7)
+    plain = make_model()  # autograd adds two dense gradients
+    for in_place in (True, False):
+        model = make_model()
+        model.transformer.word_embeddings.choose_gradient(in_place=in_place)
+        for microbatches in (1, 3):
+            expected = weight_gradient(plain, microbatches)
+            torch.testing.assert_close(weight_gradient(model, microbatches), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_no_second_matrix_is_made() -> None:
     model = make_model()
-    model.transformer.word_embeddings.adds_to_grad = True
+    model.transformer.word_embeddings.choose_gradient(in_place=True)
     weight = model.transformer.word_embeddings.weight
     memory = [torch.full_like(weight.detach(), torch.nan)]
     address = memory[0].data_ptr()
@@ -52,11 +53,9 @@ def test_memory_that_does_not_fit_is_not_used() -> None:
 
 
 def test_a_loss_without_the_head_has_the_embeddings_gradient_alone() -> None:
-    model = make_model()
-    model.transformer.word_embeddings.adds_to_grad = True
-    model.transformer(TOKENS, Documents.packed([4, 3])).pow(3).sum().backward()
-    found = model.transformer.word_embeddings.weight.grad
-    model.transformer.word_embeddings.weight.grad = None
-    model.transformer.word_embeddings.adds_to_grad = False
-    model.transformer(TOKENS, Documents.packed([4, 3])).pow(3).sum().backward()
-    torch.testing.assert_close(found, model.transformer.word_embeddings.weight.grad, rtol=1e-6, atol=1e-6)
+    plain, model = make_model(), make_model()
+    model.transformer.word_embeddings.choose_gradient(in_place=True)
+    for each in (plain, model):
+        each.transformer(TOKENS, Documents.packed([4, 3])).pow(3).sum().backward()
+    found, expected = (each.transformer.word_embeddings.weight.grad for each in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

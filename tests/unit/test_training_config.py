@@ -10,11 +10,12 @@ import yaml
 
 from bloomlm.cli.options import build_config, config_command
 from bloomlm.errors import ConfigError
-from bloomlm.generation.config import BeamSearch, Greedy, Sampling
-from bloomlm.training.checks import DEFAULT_DATASET, Machine, resolve
+from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
+from bloomlm.training.checks import DEFAULT_DATASET
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.evaluate import generation_config
+from bloomlm.training.machine import Machine
 from bloomlm.training.output_dir import changed_flags, write_run_file
+from bloomlm.training.resolve import resolve
 
 CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True)
 GPU = dataclasses.replace(CPU, has_cuda=True)
@@ -33,11 +34,15 @@ def config(**options: Any) -> TrainingConfig:
 
 
 def resolved(machine: Machine = CPU, **options: Any) -> TrainingConfig:
-    return resolve(config(**options), machine)[0]
+    return resolve(config(**options), machine).flags
 
 
 def notices(machine: Machine = CPU, **options: Any) -> str:
-    return "\n".join(resolve(config(**options), machine)[1])
+    return "\n".join(resolve(config(**options), machine).notices)
+
+
+def decoding(**options: Any) -> GenerationConfig:
+    return resolve(config(do_generation=True, **options), CPU).evaluation.decoding
 
 
 def parse(line: str) -> TrainingConfig:
@@ -55,7 +60,8 @@ def parse(line: str) -> TrainingConfig:
 )
 @pytest.mark.parametrize("machine", [CPU, GPU])
 def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[str, Any], machine: Machine) -> None:
-    found, notes = resolve(parse(f"{PADDLENLP_FLAGS} {adapter}"), machine)
+    plan = resolve(parse(f"{PADDLENLP_FLAGS} {adapter}"), machine)
+    found, notes = plan.flags, plan.notices
     assert {name: getattr(found, name) for name in expected} == expected
     assert (found.fp16, found.fp16_opt_level, found.scale_loss, found.recompute) == (True, "O2", 32768.0, True)
     assert (found.learning_rate, found.warmup_ratio, found.label_smoothing) == (3e-4, 0.06, 0.1)
@@ -96,8 +102,11 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"do_generation": True, "num_beams": 4, "top_p": 0.9}, "one kind of decoding"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
         ({"overwrite_output_dir": True, "resume_from_checkpoint": "out/checkpoint-3"}, "choose one"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected from 0 to below 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected at least 0 and below 1"),
         ({"logging_steps": 0}, "logging_steps is 0; expected at least 1"),
+        ({"top_p": 1.5}, "top_p is 1.5; expected at least 0 and at most 1"),
+        ({"optim": "sgd"}, "optim is 'sgd'; expected one of adamw, adamw_8bit"),
+        ({"prefix_layout": "newest"}, "prefix_layout is 'newest'; expected one of old, new"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"num_train_epochs": 0.0}, "num_train_epochs is 0.0"),
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
@@ -162,7 +171,7 @@ def test_what_does_nothing_is_said(options: dict[str, Any], words: str) -> None:
 
 
 def test_a_plain_run_needs_no_notice() -> None:
-    assert resolve(config(lora=True, r=8, eval_file="e.jsonl"), CPU)[1] == ()
+    assert resolve(config(lora=True, r=8, eval_file="e.jsonl"), CPU).notices == ()
 
 
 def test_what_depends_on_other_flags_is_filled_in() -> None:
@@ -193,10 +202,10 @@ def test_what_depends_on_other_flags_is_filled_in() -> None:
     ],
 )
 def test_decoding_is_greedy_unless_asked_otherwise(options: dict[str, Any], expected: object) -> None:
-    found = generation_config(resolved(do_generation=True, tgt_length=9, min_tgt_length=2, **options))
+    found = decoding(tgt_length=9, min_tgt_length=2, **options)
     assert found.strategy == expected
     assert (found.max_new_tokens, found.min_new_tokens, found.no_repeat_ngram_size) == (9, 2, 0)
-    assert generation_config(resolved(do_generation=True, no_repeat_ngram_size=3)).no_repeat_ngram_size == 3
+    assert decoding(no_repeat_ngram_size=3).no_repeat_ngram_size == 3
 
 
 @pytest.mark.parametrize(
@@ -214,7 +223,7 @@ def test_run_file_gives_the_same_run(options: dict[str, Any], tmp_path: Path) ->
     run_file = tmp_path / "out" / "run.yaml"
     again = build_config(TrainingConfig, {}, run_file)
     assert again == first
-    assert resolve(again, CPU)[0] == first
+    assert resolve(again, CPU).flags == first
     assert changed_flags(again) is None
     changed = dataclasses.replace(again, learning_rate=0.5, disable_tqdm=True)
     assert changed_flags(changed) == f"--learning_rate was {first.learning_rate}, is 0.5"

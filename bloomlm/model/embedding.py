@@ -1,0 +1,73 @@
+"""The word embedding, which is the head too, and the two ways in which its gradients add up.
+
+Shapes: N packed tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bloomlm.model.linear import linear
+from bloomlm.model.quantized import dequantize_rows
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight, whose gradient goes into weight.grad in place.
+
+    Autograd would add up the weight's gradients in a new [V, D], be this one dense or sparse. In a list the weight is
+    no input that autograd knows; `anchor` makes it call backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows: Tensor, weight: list[Tensor]) -> Tensor:
+        ctx.rows, ctx.weight = rows, weight[0]
+        return F.embedding(rows, weight[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        weight = ctx.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ctx.rows, grad.to(weight.grad.dtype))
+        return None, None, None
+
+
+class WordEmbedding(nn.Embedding):
+    """The word embedding, which is the head too."""
+
+    weight_scale: Tensor | None
+    """[V] where the weight is int8 (see quantized.py); None where it is floating point."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.register_buffer("weight_scale", None, persistent=False)
+        self._adds_to_grad = False
+
+    def choose_gradient(self, *, in_place: bool) -> None:
+        """How training adds the gradient of looked-up rows to the dense one [V, D] that the head gives the same weight.
+
+        Args:
+            in_place: the backward pass adds the rows to weight.grad itself, so that [V, D] is allocated once. Otherwise
+                autograd adds them, as a sparse gradient: for a weight whose gradient is moved elsewhere by a hook.
+        """
+        self._adds_to_grad, self.sparse = in_place, not in_place
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N] ids -> [N, D]; fp32 where the weight is int8."""
+        if self.weight_scale is None:
+            return self.lookup(tokens)
+        return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """[N] rows of the weight here -> [N, D]."""
+        if self._adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
+            found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
+            return found
+        return F.embedding(rows, self.weight, sparse=self.sparse)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] hidden states -> [..., V] logits."""
+        return linear(hidden, self.weight, None, self.weight_scale)

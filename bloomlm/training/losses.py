@@ -1,0 +1,101 @@
+"""The loss of a batch in training, and the mean loss of a set of examples in evaluation."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from bloomlm.data.loader import Batch
+from bloomlm.errors import TrainingError
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.documents import Documents
+from bloomlm.parallel.data_parallel import reshard
+from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.parallel.tensor_parallel import tensor_parallel_group
+from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
+from bloomlm.parallel.vocabulary_scores import score_tokens
+from bloomlm.training.precision import Precision
+from bloomlm.training.results import EvalResult
+
+
+def batch_loss(
+    model: BloomForCausalLM,
+    batch: Batch,
+    precision: Precision,
+    *,
+    scale: float,
+    label_smoothing: float = 0.0,
+    gradient_memory: list[Tensor] | None = None,
+) -> Tensor:
+    """The sum of the losses of a batch's supervised tokens, times scale: a scalar.
+
+    Args:
+        model: in training mode.
+        batch: on the model's device.
+        precision: number formats.
+        scale: known before the forward pass, so that gradients computed there include it.
+        label_smoothing: probability spread over the whole vocabulary.
+        gradient_memory: see linear_cross_entropy.
+    """
+    with precision.autocast(batch.tokens.device.type):
+        hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
+        embedding = model.transformer.word_embeddings
+        return linear_cross_entropy(
+            hidden,
+            embedding.weight,
+            batch.labels,
+            weight_scale=embedding.weight_scale,
+            scale=scale,
+            label_smoothing=label_smoothing,
+            ranks=tensor_parallel_group(model),
+            gradient_memory=gradient_memory,
+        )
+
+
+def evaluate_loss(
+    model: BloomForCausalLM, batches: Iterable[Batch], precision: Precision, mesh: Mesh = ALONE
+) -> EvalResult:
+    """Loss and token accuracy; every token has the same weight, whatever batch it is in.
+
+    Args:
+        model: in evaluation mode during the call, afterwards as before.
+        batches: with at least one supervised token in all. The caller must limit an endless loader.
+        precision: as in training.
+        mesh: the ranks; each data-parallel one has its own batches, as many as the others. All get the same result.
+
+    Raises:
+        TrainingError: no batch holds a token with a label.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    num_correct, num_supervised_tokens = torch.zeros((), dtype=torch.int64, device=device), 0
+    with torch.no_grad(), precision.autocast(device.type):
+        for batch in batches:
+            on_device = batch.to(device)
+            hidden = model.transformer(on_device.tokens, Documents.packed(batch.lengths))
+            embedding = model.transformer.word_embeddings
+            score = score_tokens(
+                hidden,
+                embedding.weight,
+                on_device.labels,
+                weight_scale=embedding.weight_scale,
+                ranks=tensor_parallel_group(model),
+            )
+            loss += score.loss
+            num_correct += score.num_correct
+            num_supervised_tokens += batch.num_supervised_tokens
+    model.train(was_training)
+    reshard(model)
+    if mesh.degrees.dp > 1:
+        sums = torch.stack([loss, num_correct.double(), loss.new_tensor(num_supervised_tokens)])
+        loss, num_correct, tokens = mesh.sum_over(sums, ("dp_replicate", "dp_shard"))
+        num_supervised_tokens = int(tokens)
+    if num_supervised_tokens == 0:
+        raise TrainingError("the evaluation examples have no token with a label; check the targets")
+    return EvalResult(
+        loss=float(loss) / num_supervised_tokens,
+        token_accuracy=int(num_correct) / num_supervised_tokens,
+        num_supervised_tokens=num_supervised_tokens,
+    )

@@ -1,0 +1,265 @@
+"""From flags to a RunPlan: refuses flags that cannot act, fills in what depends on other flags, and says so.
+
+Pure: what the machine offers is passed in. Resolving flags that were resolved already changes nothing, so that run.yaml
+gives the same run again.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bloomlm.adapters.base import Adapter, FullTuning
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.formats import reading_from_flags
+from bloomlm.checkpoint.writer import parse_size
+from bloomlm.data.packing import TokenBudget
+from bloomlm.errors import ConfigError
+from bloomlm.flags import reading_flags
+from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
+from bloomlm.parallel.mesh import Degrees, degrees_from_flags
+from bloomlm.training.checks import (
+    check_adapters,
+    check_decoding,
+    check_optimizer,
+    check_parallelism,
+    check_unused,
+    resolve_best_model,
+    resolve_device,
+    resolve_evaluation_times,
+    resolve_tasks,
+)
+from bloomlm.training.config import TrainingConfig
+from bloomlm.training.machine import Machine
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
+from bloomlm.training.precision import precision_from_flags
+from bloomlm.training.run_plan import (
+    DataPlan,
+    EvaluationPlan,
+    Interval,
+    ModelPlan,
+    OutputPlan,
+    ParallelPlan,
+    ReportPlan,
+    RunPlan,
+    TrainingPlan,
+)
+from bloomlm.training.step import StepConfig
+
+
+def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
+    """Check the flags together, fill in what was left open, and turn them into a plan.
+
+    Args:
+        config: as given.
+        machine: what there is.
+
+    Raises:
+        ConfigError: flags that cannot be used, or not together, with the reason.
+    """
+    notices: list[str] = []
+    config = _resolve_flags(config, machine, notices)
+    return RunPlan(
+        flags=config,
+        notices=tuple(notices),
+        seed=config.seed,
+        model=ModelPlan(
+            name_or_path=config.model_name_or_path,
+            device=torch.device("cuda" if config.device == "gpu" else "cpu"),
+            int8=config.base_quantization == "int8",
+            recompute=config.recompute,
+            compiles_blocks=config.torch_compile,
+        ),
+        adapter=adapter_of(config),
+        precision=precision_from_flags(
+            fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=config.scale_loss
+        ),
+        parallelism=ParallelPlan(
+            degrees=degrees_of(config, machine.world_size), reshard_after_forward=config.sharding == "stage3"
+        ),
+        data=_data_plan(config),
+        training=_training_plan(config) if config.do_train else None,
+        evaluation=_evaluation_plan(config),
+        output=_output_plan(config),
+        report=ReportPlan(
+            show_bar=not config.disable_tqdm,
+            use_tensorboard=config.report_to == "tensorboard",
+            profile=config.profile,
+        ),
+        reading=reading_from_flags(**reading_flags(config)),
+    )
+
+
+def resolve_setup(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, tuple[str, ...]]:
+    """The part of `resolve` that needs no data and no device: processes and adapters.
+
+    Args:
+        config: as given.
+        machine: its world_size counts.
+
+    Returns:
+        The flags with what was left open filled in, and notices.
+
+    Raises:
+        ConfigError: as in `resolve`.
+    """
+    notices: list[str] = []
+    config = _resolve_parallelism(config, machine, notices)
+    check_adapters(config, notices)
+    return config, tuple(notices)
+
+
+def degrees_of(config: TrainingConfig, num_processes: int) -> Degrees:
+    """How the flags divide the processes of a job.
+
+    Raises:
+        ConfigError: they cannot be divided so.
+    """
+    return degrees_from_flags(
+        num_processes,
+        tensor_parallel_degree=config.tensor_parallel_degree,
+        sharding_parallel_degree=config.sharding_parallel_degree,
+        shards=bool(config.sharding),
+    )
+
+
+def adapter_of(config: TrainingConfig) -> Adapter:
+    """What the flags let learn.
+
+    Raises:
+        ConfigError: an adapter that cannot be built.
+    """
+    if config.lora:
+        return LoraConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+        )
+    if config.prefix_tuning:
+        return PrefixConfig(num_prefix_tokens=config.num_prefix_tokens, prefix_projection=config.prefix_projection)
+    return FullTuning()
+
+
+def _resolve_flags(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
+    config = _resolve_parallelism(config, machine, notices)
+    config = resolve_tasks(config, notices)
+    config = resolve_device(config, notices, has_cuda=machine.has_cuda)
+    check_optimizer(config, notices, has_bitsandbytes=machine.has_bitsandbytes)
+    check_adapters(config, notices)
+    config = resolve_evaluation_times(config, notices)
+    check_decoding(config, notices, has_metrics=machine.has_metrics)
+    config = resolve_best_model(config)
+    check_unused(config, notices)
+    return _resolve_reports(config, machine, notices)
+
+
+def _resolve_parallelism(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
+    degrees = degrees_of(config, machine.world_size)
+    check_parallelism(config, degrees, notices)
+    return replace(config, sharding="stage3") if degrees.dp_shard > 1 and not config.sharding else config
+
+
+def _resolve_reports(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
+    if config.report_to == "tensorboard" and not machine.has_tensorboard:
+        raise ConfigError("--report_to tensorboard needs: pip install 'bloomlm[tensorboard]'")
+    if config.do_train and not machine.has_matplotlib:
+        notices.append("no loss picture: it needs pip install 'bloomlm[plots]'; metrics.jsonl has the numbers")
+    if config.report_to != "all":
+        return config
+    if config.do_train and not machine.has_tensorboard:
+        notices.append("no TensorBoard files: they need pip install 'bloomlm[tensorboard]'")
+    return replace(config, report_to="tensorboard" if machine.has_tensorboard else "none")
+
+
+def _data_plan(config: TrainingConfig) -> DataPlan:
+    return DataPlan(
+        dataset_name_or_path=config.dataset_name_or_path,
+        train_file=config.train_file,
+        eval_file=config.eval_file,
+        prompt_template=config.prompt_template,
+        src_length=config.src_length,
+        tgt_length=config.tgt_length,
+        show_progress=not config.disable_tqdm,
+    )
+
+
+def _training_plan(config: TrainingConfig) -> TrainingPlan:
+    budget = config.max_tokens_per_batch
+    return TrainingPlan(
+        batch_size=config.per_device_train_batch_size if budget is None else TokenBudget(budget),
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps if config.max_steps > 0 else None,
+        step=StepConfig(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            max_grad_norm=config.max_grad_norm,
+            label_smoothing=config.label_smoothing,
+            seed=config.seed,
+        ),
+        optimizer=AdamWConfig(
+            weight_decay=config.weight_decay,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            optim=config.optim,
+        ),
+        schedule=ScheduleConfig(
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps,
+            warmup_ratio=config.warmup_ratio,
+            lr_decay_ratio=config.lr_decay_ratio,
+        ),
+        logging_steps=config.logging_steps,
+        evaluate_every=_interval(config.evaluation_strategy, config.eval_steps),
+        save_every=_interval(config.save_strategy, config.save_steps),
+    )
+
+
+def _interval(strategy: str, steps: int | None) -> Interval | None:
+    return None if strategy == "no" else Interval(None if strategy == "epoch" else steps)
+
+
+def _evaluation_plan(config: TrainingConfig) -> EvaluationPlan:
+    return EvaluationPlan(
+        evaluates=bool(config.do_eval),
+        batch_size=config.per_device_eval_batch_size,
+        scores_answers=config.do_generation,
+        decoding=_decoding(config),
+        num_written_answers=config.generate_num,
+        best_metric=config.metric_for_best_model or "eval_loss",
+        greater_is_better=bool(config.greater_is_better),
+    )
+
+
+def _decoding(config: TrainingConfig) -> GenerationConfig:
+    """Greedy decoding, unless the flags ask for a beam search or for sampling."""
+    top_k = config.top_k or 0 if config.select_topk else 0
+    top_p = config.top_p or 0.0
+    strategy: Strategy = Greedy()
+    if config.num_beams is not None and config.num_beams > 1:
+        penalty = 1.0 if config.length_penalty is None else config.length_penalty
+        strategy = BeamSearch(num_beams=config.num_beams, length_penalty=penalty)
+    elif top_k > 1 or top_p > 0:
+        # in PaddleNLP's flags 0 means off; a top_p that keeps all tokens is 1.0 here
+        strategy = Sampling(top_k=top_k, top_p=top_p or 1.0, seed=config.seed)
+    return GenerationConfig(
+        strategy=strategy,
+        max_new_tokens=config.tgt_length,
+        min_new_tokens=config.min_tgt_length,
+        no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
+    )
+
+
+def _output_plan(config: TrainingConfig) -> OutputPlan:
+    chosen = config.resume_from_checkpoint
+    return OutputPlan(
+        directory=Path(config.output_dir),
+        overwrites=config.overwrite_output_dir,
+        resume_from=None if chosen is None else Path(chosen),
+        save_total_limit=config.save_total_limit,
+        ends_with_best=config.load_best_model_at_end,
+        merges_adapter=config.merge_weights and config.lora,
+        max_shard_size_bytes=parse_size(config.max_shard_size),
+    )

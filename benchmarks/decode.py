@@ -21,7 +21,7 @@ PROMPT_TOKENS = 128
 def bloomlm_generate(args: argparse.Namespace) -> Callable[[list[list[int]], int], list[list[int]]]:
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.generation.config import GenerationConfig
-    from bloomlm.generation.decode import generate
+    from bloomlm.generation.generate import generate
 
     model = load_model(str(random_model(args.size)))
 

@@ -55,7 +55,7 @@ class Side(Protocol):
 
 
 class Stepping:
-    """A model that the decoding loop could drive."""
+    """A model that reads prompts and then takes steps."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -132,7 +132,7 @@ def open_side(args: argparse.Namespace) -> Side:
     """A side, ready to be measured."""
     kind = args.side.partition("-")[0]
     if args.side in OURS:
-        return Stepping(our_model(args))
+        return Stepping(Ours(our_model(args)))
     if kind == "ctranslate2":
         return peers.CTranslate2(made(args) / args.side, args.threads)
     if kind == "openvino":
@@ -144,16 +144,29 @@ def open_side(args: argparse.Namespace) -> Side:
     return Stepping(peers.Transformers(model_directory(args)))
 
 
+class Ours:
+    """A model of bloomlm with the calls that the peers have."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def prefill(self, prompts: list[list[int]], max_new_tokens: int) -> tuple["Ours", Any]:
+        self._rows = self._model.open_rows(len(prompts), max(map(len, prompts)) + max_new_tokens)
+        return self, self._rows.prefill(range(len(prompts)), prompts)
+
+    def decode_step(self, tokens: Any) -> Any:
+        return self._rows.decode_step(range(len(tokens)), tokens)
+
+
 def our_model(args: argparse.Namespace) -> Any:
-    """What bloomlm's decoding loop takes."""
+    """A model of bloomlm, or a program of one."""
     from bloomlm.allocator import keep_freed_memory
 
     keep_freed_memory()  # as every command does
     if args.side == "eager":
         from bloomlm.checkpoint.reader import load_model
-        from bloomlm.generation.decode import BloomLanguageModel
 
-        return BloomLanguageModel(load_model(str(model_directory(args))))
+        return load_model(str(model_directory(args)))
     from bloomlm.runtime import Program
 
     return Program(program(args)).model

@@ -27,8 +27,9 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.decode import DecodeText, Generation, OnToken
-from bloomlm.generation.decode import generate as generate_tokens
+from bloomlm.generation.generate import Generation, OnToken
+from bloomlm.generation.generate import generate as generate_tokens
+from bloomlm.generation.sequences import DecodeText
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 

@@ -19,7 +19,7 @@ from bloomlm.errors import ConfigError
 from bloomlm.flags import Flags, flag
 from bloomlm.generation.completion import Completion
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.loop import OnToken
+from bloomlm.generation.generate import OnToken
 
 _LOG = logging.getLogger(__name__)
 # Handed to GenerationConfig as they are; None: not given.

@@ -4,11 +4,11 @@ It states the arithmetic of bloomlm.model once more, because a program needs oth
 (so that a program has some twenty inputs, memory-mapped, and not hundreds), a cache that is an input and is written in
 place, tensors where the model has Python numbers. The tests and every export compare the two by value.
 
-A row's slots are filled as [pads][virtual tokens][tokens]: `starts` says where the first that is no pad lies, and the
-last token of every row lies in the last slot. ALiBi sees distances only, so the number of a slot serves as position.
+The cache has rows, each filled as [virtual tokens][tokens] from its first slot on; a call is told which of them it
+continues. ALiBi sees distances only, so the number of a slot serves as position.
 
-Shapes: B rows, S slots in use (the new tokens' included), M slots of the cache, N packed new tokens, L blocks,
-H heads, K head_dim, D hidden, V vocabulary, C position columns.
+Shapes: R rows of the cache, B rows of a call, S slots that the longest of these uses (the new tokens' included),
+M slots of the cache, N packed new tokens, L blocks, H heads, K head_dim, D hidden, V vocabulary, C position columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,13 @@ from bloomlm.model.config import BloomConfig
 
 EMBEDDING = "word_embeddings"
 SLOPES = "head_slopes"
-# The score of a pad: beside any real key its share of the softmax is 0 in fp32. Query columns are 0 from the 7th on.
-_PAD_COLUMN, _PAD_SCORE = COLUMNS - 1, -1.0e5
+_PAD_SCORE = -1.0e5
+"""The score of a pad: beside any real key its share of the softmax is 0 in fp32."""
 
 Weights = Mapping[str, Tensor]
 Product = Callable[[Tensor, Parts], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Graph(nn.Module):
@@ -90,15 +90,15 @@ class Graph(nn.Module):
 
 
 class Prefill(Graph):
-    """Reads packed prompts into an empty cache."""
+    """Appends packed prompts to rows of the cache."""
 
     def forward(
         self,
         tokens: Tensor,
-        rows: Tensor,
+        prompts: Tensor,
         slots: Tensor,
         last: Tensor,
-        starts: Tensor,
+        rows: Tensor,
         used: Tensor,
         cache: Sequence[Tensor],
         weights: Weights,
@@ -107,44 +107,43 @@ class Prefill(Graph):
 
         Args:
             tokens: [N] int64 ids of all prompts, one after another.
-            rows: [N] int64 row of each.
+            prompts: [N] int64 prompt of each, 0 .. B - 1.
             slots: [N] int64 slot of each.
-            last: [B] int64 place among the N of each row's last token.
-            starts: [B] int64 first slot of each row that is no pad.
+            last: [B] int64 place among the N of each prompt's last token.
+            rows: [B] int64 row of the cache that each prompt goes to.
             used: [S] int64, 0 .. S - 1.
-            cache: keys of block 0, values of block 0, keys of block 1, ...: [B, H, M, K] fp32 each, holding virtual
-                tokens' and zeros; receives the new ones.
+            cache: keys of block 0, values of block 0, keys of block 1, ...: [R, H, M, K] fp32 each. The rows hold
+                virtual tokens' and earlier tokens', and numbers behind them; they receive the new ones.
             weights: see weight_entries.
         """
-        num_rows, num_slots, head_dim = starts.shape[0], used.shape[0], self.config.head_dim
+        num_slots, head_dim = used.shape[0], self.config.head_dim
         torch._check(num_slots <= cache[0].shape[2])
-        query_side = query_columns(weights[SLOPES], head_dim)
-        query_side = torch.cat((query_side[:, :-1], torch.ones_like(query_side[:, -1:])), dim=1)
-        is_pad = used < starts[:, None]
-        pad_side = torch.where(is_pad, _PAD_SCORE, 0.0)[:, :, None]
-        key_side = torch.cat((key_columns(used)[:, :-1].expand(num_rows, -1, -1), pad_side), dim=2)
+        query_side = query_columns(weights[SLOPES], head_dim)[None, :, None]
+        key_side = key_columns(used)
+        token_rows = rows[prompts]
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = cache[2 * layer], cache[2 * layer + 1]
-            keys[rows, :, slots], values[rows, :, slots] = key, value
-            keys, values = keys.narrow(2, 0, num_slots), values.narrow(2, 0, num_slots)
+            keys[token_rows, :, slots], values[token_rows, :, slots] = key, value
+            keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
             queries = torch.zeros_like(keys)
-            queries[rows, :, slots] = query
+            queries[prompts, :, slots] = query
+            # no token sees what lies behind the end of a shorter row, because that comes later
             out = F.scaled_dot_product_attention(
-                _beside(queries, query_side[None, :, None]),
-                _beside(keys, key_side[:, None]),
+                _beside(queries, query_side),
+                _beside(keys, key_side),
                 F.pad(values, (0, COLUMNS)),
                 is_causal=True,
                 scale=head_dim**-0.5,
             )
-            return out[rows, :, slots][..., :head_dim].flatten(1)
+            return out[prompts, :, slots][..., :head_dim].flatten(1)
 
         hidden = self.run(tokens, weights, attend)
         return self.logits(hidden[last], weights)
 
 
 class DecodeStep(Graph):
-    """Gives every row one more token.
+    """Appends one token to each of some rows.
 
     Args:
         attention: slot_attention, or what computes the same.
@@ -156,23 +155,28 @@ class DecodeStep(Graph):
         self.attention = attention
 
     def forward(
-        self, tokens: Tensor, starts: Tensor, used: Tensor, cache: Sequence[Tensor], weights: Weights
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        used: Tensor,
+        cache: Sequence[Tensor],
+        weights: Weights,
     ) -> Tensor:
         """The logits [B, V] of the token after it.
 
         Args:
-            tokens: [B] int64, which go into slot S - 1.
-            starts, used, cache, weights: as Prefill's, S counting the new tokens.
+            tokens: [B] int64.
+            rows: [B] int64 row of each, all different.
+            slots: [B] int64 slot of each, which is the number of slots that its row used before.
+            used, cache, weights: as Prefill's.
         """
-        num_slots = used.shape[0]
-        torch._check(num_slots <= cache[0].shape[2])
-        bias = weights[SLOPES][:, None] * (used - (num_slots - 1)).float()
-        bias = torch.where((used < starts[:, None])[:, None], -torch.inf, bias)  # [B, H, S]
+        torch._check(used.shape[0] <= cache[0].shape[2])
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = cache[2 * layer], cache[2 * layer + 1]
-            keys[:, :, used[-1:]], values[:, :, used[-1:]] = key[:, :, None], value[:, :, None]
-            return self.attention(query, keys, values, bias)
+            keys[rows, :, slots], values[rows, :, slots] = key, value
+            return self.attention(query, keys, values, weights[SLOPES], rows, slots, used)
 
         return self.logits(self.run(tokens, weights, attend), weights)
 
@@ -217,17 +221,25 @@ class Step(Graph):
         return self.logits(hidden.unflatten(0, (num_rows, num_new))[:, -1], self.tensors), grown  # type: ignore[arg-type]
 
 
-def slot_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention of one new token a row over the first S slots of the cache: [B, H * K].
+def slot_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor, used: Tensor
+) -> Tensor:
+    """Attention of one new token a row over the slots up to its own: [B, H * K].
 
     Args:
         query: [B, H, K].
-        keys: [B, H, M, K], S <= M.
-        values: [B, H, M, K].
-        bias: [B, H, S] what is added to the scores: ALiBi, and -inf for pads.
+        keys: [R, H, M, K].
+        values: [R, H, M, K].
+        slopes: [H] of ALiBi.
+        rows: [B] int64 row of each token.
+        slots: [B] int64 slot of each token.
+        used: [S] int64, 0 .. S - 1, S being the largest of slots + 1.
     """
-    num_slots, head_dim = bias.shape[2], query.shape[2]
-    keys, values = keys.narrow(2, 0, num_slots), values.narrow(2, 0, num_slots)
+    num_slots, head_dim = used.shape[0], query.shape[2]
+    keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
+    distance = used - slots[:, None]  # [B, S]
+    bias = slopes[:, None] * distance[:, None].to(slopes.dtype)
+    bias = torch.where((distance > 0)[:, None], -torch.inf, bias)
     scores = (query[:, :, None] * keys).sum(-1) * head_dim**-0.5 + bias
     return (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import ProgramError
-from bloomlm.generation.loop import DecodingBatch, LanguageModel
+from bloomlm.generation.language_model import LanguageModel
 
 # Written for this comparison. How well a model predicts them does not matter; both sides have to agree.
 TEXTS = (
@@ -113,14 +113,14 @@ def compare(model: LanguageModel, program: LanguageModel, prompts: Sequence[Sequ
     """
     tally = _Tally()
     steps = forced.shape[1]
+    rows = range(len(prompts))
     with torch.inference_mode():
-        sides = [side.prefill(prompts, steps) for side in (model, program)]
-        batches: list[DecodingBatch] = [batch for batch, _ in sides]
-        logits = [first.float() for _, first in sides]
+        sides = [side.open_rows(len(prompts), max(map(len, prompts)) + steps) for side in (model, program)]
+        logits = [side.prefill(rows, prompts).float() for side in sides]
         for step in range(steps):
             tally.add(logits[0], logits[1], forced[:, step])
             if step + 1 < steps:
-                logits = [batch.decode_step(forced[:, step]).float() for batch in batches]
+                logits = [side.decode_step(rows, forced[:, step]).float() for side in sides]
     return tally.result()
 
 

@@ -16,7 +16,6 @@ from bloomlm.errors import BackendMissingError, ProgramError
 from bloomlm.export.formats import FORMATS
 from bloomlm.export.formats.base import ExportFormat, ExportJob, OnStage
 from bloomlm.export.parity import TEXTS, Parity, compare, comparison_tokens
-from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.runtime.manifest import Manifest, describe_file
 from bloomlm.runtime.program import Program
@@ -189,7 +188,7 @@ def _compare(
     except BackendMissingError as error:
         return None, str(error)
     prompts, forced = comparison_tokens(job.tokenizer.encode_batch(TEXTS))
-    parity = compare(BloomLanguageModel(job.model), program.model, prompts, forced)
+    parity = compare(job.model, program.model, prompts, forced)
     parity.check(_limits(job, form))
     _write_manifest(job, directory, dataclasses.replace(manifest, parity=dataclasses.asdict(parity)))
     return parity, None

@@ -1,4 +1,5 @@
-"""Tokens after a prompt: options, pure functions on logits, beam bookkeeping, the loop, and texts around it.
+"""Tokens after a prompt: options, pure functions on logits, beam bookkeeping, the session, and the texts around it.
 
-decode.py alone knows BLOOM; the others know no model, and exported programs are decoded by them too.
+Nothing here knows a model. BLOOM in PyTorch (model/decoding.py) and exported programs (bloomlm.runtime) offer the calls
+of language_model.py, so options mean the same for both.
 """

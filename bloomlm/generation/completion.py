@@ -7,7 +7,8 @@ from typing import Protocol
 
 from bloomlm.errors import GenerationError
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.loop import DecodeText, FinishReason, Generation, OnToken
+from bloomlm.generation.generate import Generation, OnToken
+from bloomlm.generation.sequences import DecodeText, FinishReason
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class TextCodec(Protocol):
 
 
 class GenerateTokens(Protocol):
-    """loop.generate with its model given."""
+    """generate with its model given."""
 
     def __call__(
         self,

@@ -101,6 +101,11 @@ class GenerationConfig:
         )
         _check(all(self.stop), "stop", self.stop, "texts that are not empty")
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are followed at once for one prompt: its samples, or its beams."""
+        return self.strategy.num_beams if isinstance(self.strategy, BeamSearch) else self.num_return_sequences
+
     def _most_return_sequences(self) -> float:
         if isinstance(self.strategy, Greedy):
             return 1

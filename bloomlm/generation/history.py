@@ -1,6 +1,6 @@
 """What each row has said so far, and what follows from it for the next token. Knows no model.
 
-Shapes: B rows, S tokens of the longest prompt, M new tokens at most, V vocabulary.
+Shapes: B rows of a call, S tokens of the longest of them, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,42 +13,52 @@ from bloomlm.generation.sampling import apply_repetition_penalty, ban_repeated_n
 
 
 class History:
-    """Prompt and generated tokens of each row, left-padded, in memory that is allocated once."""
+    """Prompt and generated tokens of each row, each from the first place on, in memory that is allocated once."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device) -> None:
-        longest = max(map(len, prompts))
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self.tokens = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.int64, device=device)
-        self.tokens[:, :longest] = torch.tensor(padded, device=device)
-        self.num_pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        self.num_prompt_tokens = longest
-        self.length = longest
+    def __init__(self, num_rows: int, num_tokens: int) -> None:
+        """Allocate num_rows rows of num_tokens tokens."""
+        self._tokens = torch.zeros(num_rows, num_tokens, dtype=torch.int64)
+        self._num_prompt_tokens = [0] * num_rows
+        self._lengths = [0] * num_rows
 
-    def append(self, tokens: Tensor) -> None:
-        """Add one generated token [B] to each row."""
-        self.tokens[:, self.length] = tokens
-        self.length += 1
+    def start(self, row: int, prompt: Sequence[int]) -> None:
+        """Let a row begin with a prompt."""
+        self._tokens[row, : len(prompt)] = torch.tensor(prompt)
+        self._num_prompt_tokens[row] = self._lengths[row] = len(prompt)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows [B'] in the given order, repeats allowed."""
-        self.tokens, self.num_pads = self.tokens[rows], self.num_pads[rows]
+    def append(self, row: int, token: int) -> None:
+        """Add a generated token."""
+        self._tokens[row, self._lengths[row]] = token
+        self._lengths[row] += 1
 
-    def adjust(self, logits: Tensor, config: GenerationConfig, eos_token_id: int | None) -> Tensor:
+    def copy_row(self, source: int, target: int) -> None:
+        """Make the target row equal to the source row."""
+        self._tokens[target] = self._tokens[source]
+        self._num_prompt_tokens[target] = self._num_prompt_tokens[source]
+        self._lengths[target] = self._lengths[source]
+
+    def adjust(self, logits: Tensor, rows: Sequence[int], config: GenerationConfig, eos_token_id: int | None) -> Tensor:
         """Apply the options that act under every strategy: penalty, repeated runs, shortest length.
 
         Args:
             logits: [B, V] of each row's next token, float32 (log-probabilities in a beam search).
+            rows: B rows.
             config: what to apply.
             eos_token_id: the token that a row shorter than min_new_tokens must not take.
 
         Returns:
             [B, V].
         """
-        tokens = self.tokens[:, : self.length]
-        if config.repetition_penalty != 1.0:
-            logits = apply_repetition_penalty(logits, tokens, self.num_pads, config.repetition_penalty)
-        if config.no_repeat_ngram_size:
-            logits = ban_repeated_ngrams(logits, tokens, self.num_pads, config.no_repeat_ngram_size)
-        if eos_token_id is not None and self.length - self.num_prompt_tokens < config.min_new_tokens:
-            logits = ban_token(logits, eos_token_id)
+        if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size:
+            counts = [self._lengths[row] for row in rows]
+            tokens = self._tokens[list(rows), : max(counts)].to(logits.device)
+            lengths = torch.tensor(counts, device=logits.device)
+            if config.repetition_penalty != 1.0:
+                logits = apply_repetition_penalty(logits, tokens, lengths, config.repetition_penalty)
+            if config.no_repeat_ngram_size:
+                logits = ban_repeated_ngrams(logits, tokens, lengths, config.no_repeat_ngram_size)
+        if eos_token_id is not None:
+            generated = [self._lengths[row] - self._num_prompt_tokens[row] for row in rows]
+            short = [place for place, count in enumerate(generated) if count < config.min_new_tokens]
+            logits = ban_token(logits, eos_token_id, short) if short else logits
         return logits

@@ -1,7 +1,8 @@
 """Pure functions from logits to logits and to ids. Nothing here knows a model, a file or a text.
 
 Each changes what may come next in every sequence at once, the definitions being those of transformers' logits
-processors, to which the tests compare values. A sequence's history is left-padded; pads never count as tokens.
+processors, to which the tests compare values. A sequence's history is padded behind its end, and pads never count as
+tokens.
 
 Shapes: B sequences, V vocabulary, S tokens of history (pads included).
 """
@@ -37,13 +38,13 @@ def choose(logits: Tensor, strategy: Sampling | None, uniforms: Tensor | None) -
     return sample(logits, uniforms)
 
 
-def apply_repetition_penalty(logits: Tensor, history: Tensor, num_pads: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, history: Tensor, lengths: Tensor, penalty: float) -> Tensor:
     """Make the tokens that occurred less likely: positive logits are divided by the penalty, negative multiplied.
 
     Args:
         logits: [B, V].
-        history: [B, S] prompt and generated tokens, pads on the left.
-        num_pads: [B] pads of each row.
+        history: [B, S] prompt and generated tokens, at least one, then pads.
+        lengths: [B] tokens of each row that are no pads.
         penalty: above 1.0 discourages, below encourages.
 
     Returns:
@@ -51,41 +52,41 @@ def apply_repetition_penalty(logits: Tensor, history: Tensor, num_pads: Tensor, 
 
     Source: CTRL, https://arxiv.org/abs/1909.05858, section 4.1.
     """
-    # A pad becomes the row's last token, which is real; a token written twice gets the same value twice.
-    is_pad = torch.arange(history.shape[1], device=history.device) < num_pads[:, None]
-    seen = torch.where(is_pad, history[:, -1:], history)
+    # A pad becomes the row's first token, which is real; a token written twice gets the same value twice.
+    is_pad = torch.arange(history.shape[1], device=history.device) >= lengths[:, None]
+    seen = torch.where(is_pad, history[:, :1], history)
     scores = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
-def ban_repeated_ngrams(logits: Tensor, history: Tensor, num_pads: Tensor, ngram_size: int) -> Tensor:
+def ban_repeated_ngrams(logits: Tensor, history: Tensor, lengths: Tensor, ngram_size: int) -> Tensor:
     """Ban each token that would complete a run of ngram_size tokens which the row contains already.
 
     Args:
         logits: [B, V].
-        history: [B, S] prompt and generated tokens, pads on the left.
-        num_pads: [B] pads of each row.
+        history: [B, S] prompt and generated tokens, then pads.
+        lengths: [B] tokens of each row that are no pads.
         ngram_size: length of the runs that may occur once only.
 
     Returns:
         [B, V], minus infinity at banned tokens.
     """
-    num_tokens = history.shape[1]
-    if num_tokens < ngram_size:
+    if history.shape[1] < ngram_size:
         return logits
     ngrams = history.unfold(1, ngram_size, 1)  # [B, S - n + 1, n]
-    suffix = history[:, num_tokens - ngram_size + 1 :]
-    starts = torch.arange(ngrams.shape[1], device=history.device)
-    completes = (ngrams[..., :-1] == suffix[:, None]).all(dim=-1) & (starts >= num_pads[:, None])
+    places = lengths[:, None] + torch.arange(1 - ngram_size, 0, device=history.device)  # the last n - 1 tokens
+    suffix = history.gather(1, places.clamp(min=0))
+    ends = torch.arange(ngram_size, history.shape[1] + 1, device=history.device)
+    completes = (ngrams[..., :-1] == suffix[:, None]).all(dim=-1) & (ends <= lengths[:, None])
     banned = torch.zeros_like(logits, dtype=torch.int8)
     banned.scatter_reduce_(1, ngrams[..., -1], completes.to(torch.int8), reduce="amax")
     return logits.masked_fill(banned.bool(), -torch.inf)
 
 
-def ban_token(logits: Tensor, token_id: int) -> Tensor:
-    """[B, V] -> [B, V] with minus infinity at one id (`</s>` while a sequence is too short)."""
+def ban_token(logits: Tensor, token_id: int, rows: Sequence[int]) -> Tensor:
+    """[B, V] -> [B, V] with minus infinity at one id of some rows (`</s>` while a sequence is too short)."""
     logits = logits.clone()
-    logits[:, token_id] = -torch.inf
+    logits[list(rows), token_id] = -torch.inf
     return logits
 
 

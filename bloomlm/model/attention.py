@@ -18,7 +18,7 @@ from bloomlm.model import flex
 from bloomlm.model.alibi import key_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.exchange import WHOLE, Exchange
-from bloomlm.model.kv_cache import KVCache
+from bloomlm.model.kv_cache import Extension
 
 SHORT_TOKENS = 128
 """Documents of so many tokens or fewer are computed together."""
@@ -36,7 +36,7 @@ def attend(
     head_dim: int,
     virtual: tuple[Tensor, Tensor] | None = None,
     layer: int = 0,
-    kv_cache: KVCache | None = None,
+    extension: Extension | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention within each document.
@@ -45,22 +45,22 @@ def attend(
         fused: [N, H, 3, E] queries, keys and values with their position columns.
         documents: how the N tokens lie.
         head_dim: K; the score scale is K ** -0.5.
-        virtual: keys and values [H, P, E] that stand before every document (not together with a filled cache,
-            which holds them already).
+        virtual: keys and values [H, P, E] that stand before every document; rows of a cache that are not free hold
+            them already.
         layer: index of the block, for the cache.
-        kv_cache: receives the new keys and values; where it is not empty, its tokens come before the new ones.
+        extension: the rows of a cache that the documents continue; they receive the new keys and values.
         dropout: probability on the attention weights.
 
     Returns:
         [N, H * K] in packed order.
     """
     scale = head_dim**-0.5
-    if kv_cache is not None and kv_cache.length:
-        out = _attend_cached(fused, documents, scale, layer, kv_cache)
-    else:
-        if kv_cache is not None:
-            _fill(kv_cache, layer, fused, documents, virtual)
+    if extension is not None:
+        extension.write(layer, fused, virtual)
+    if extension is None or extension.is_prefill:
         out = _attend_documents(fused, documents, scale, virtual, dropout)
+    else:
+        out = _attend_cached(fused[:, :, 0], scale, layer, extension)
     return out[..., :head_dim].flatten(1)
 
 
@@ -175,36 +175,19 @@ def _causal_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return out
 
 
-def _fill(
-    kv_cache: KVCache,
-    layer: int,
-    fused: Tensor,
-    documents: Documents,
-    virtual: tuple[Tensor, Tensor] | None,
-) -> None:
-    num_virtual = 0
-    if virtual is not None:
-        num_virtual = virtual[0].shape[1]
-        kv_cache.append(layer, virtual[0].unsqueeze(0), virtual[1].unsqueeze(0))
-    _, key, value = documents.unpack(fused).permute(3, 0, 2, 1, 4)
-    kv_cache.append(layer, key, value, start=num_virtual)
-
-
-def _attend_cached(fused: Tensor, documents: Documents, scale: float, layer: int, kv_cache: KVCache) -> Tensor:
-    query, key, value = fused.unflatten(0, documents.padded_shape).permute(3, 0, 2, 1, 4)
-    num_new = query.shape[2]
-    key, value = kv_cache.append(layer, key, value)
-    mask = _cache_mask(kv_cache, num_new, query.device)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _cache_mask(kv_cache: KVCache, num_new: int, device: torch.device) -> Tensor | None:
-    """[B or 1, 1, T, S + T] bool, True where a new token may look; None where it may look everywhere."""
-    stop = kv_cache.length + num_new
-    real = None if kv_cache.real is None else kv_cache.real[:, None, None, :stop]
-    if num_new == 1:
-        return real
-    slots = torch.arange(stop, device=device)
-    causal = slots <= slots[kv_cache.length :, None]
-    return causal[None, None] if real is None else causal & real
+def _attend_cached(query: Tensor, scale: float, layer: int, extension: Extension) -> Tensor:
+    """[N, H, E] queries of new tokens -> [N, H, E]."""
+    keys, values = extension.cache.keys[layer], extension.cache.values[layer]
+    if extension.masked is not None:
+        rows, num_slots, places, visible = extension.masked
+        spread = query.new_zeros(len(visible), *query.shape[1:])
+        spread[places] = query
+        key, value = keys[rows, :, :num_slots], values[rows, :, :num_slots]
+        return F.scaled_dot_product_attention(spread[:, :, None], key, value, visible, scale=scale)[places, :, 0]
+    outs = []
+    for call in extension.calls:
+        key, value = keys[call.rows, :, : call.num_slots], values[call.rows, :, : call.num_slots]
+        queries = query[call.tokens].unflatten(0, (len(key), -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, key, value, call.mask, scale=scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from bloomlm.model.alibi import fused_columns, head_slopes
 from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.decoding import BloomRows
 from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
-from bloomlm.model.kv_cache import KVCache
+from bloomlm.model.kv_cache import Extension, KVCache
 from bloomlm.model.linear import Linear
 
 
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
         documents: Documents,
         virtual: tuple[Tensor, Tensor] | None,
         layer: int,
-        kv_cache: KVCache | None,
+        extension: Extension | None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """[N, D] -> [N, D], or [M, D] of the given rows; columns [N, H, 3, C] carry the positions."""
@@ -57,7 +58,7 @@ class SelfAttention(nn.Module):
                 head_dim=self.head_dim,
                 virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
                 layer=layer,
-                kv_cache=kv_cache,
+                extension=extension,
                 dropout=dropout,
             )
         return self.dense(context if rows is None else context[rows])
@@ -95,12 +96,12 @@ class BloomBlock(nn.Module):
         documents: Documents,
         virtual: tuple[Tensor, Tensor] | None = None,
         layer: int = 0,
-        kv_cache: KVCache | None = None,
+        extension: Extension | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """[N, D] -> [N, D], or [M, D] of the given rows."""
         normed = self.input_layernorm(x)
-        attended = self.self_attention(normed, columns, documents, virtual, layer, kv_cache, rows)
+        attended = self.self_attention(normed, columns, documents, virtual, layer, extension, rows)
         residual = normed if self.post_layernorm_residual else x
         x = self._add(residual if rows is None else residual[rows], attended)
         normed = self.post_attention_layernorm(x)
@@ -151,35 +152,34 @@ class BloomModel(nn.Module):
         return self.word_embeddings.weight_scale is not None
 
     def forward(
-        self, tokens: Tensor, documents: Documents, kv_cache: KVCache | None = None, rows: Tensor | None = None
+        self, tokens: Tensor, documents: Documents, extension: Extension | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """Run the blocks over packed tokens.
 
         Args:
             tokens: [N] int64 ids.
-            documents: how they lie; with a filled kv_cache every one of its rows takes the same number of them.
-            kv_cache: where given, receives the new keys and values; its tokens come before the new ones.
+            documents: how they lie.
+            extension: the rows of a cache that the documents continue, where given; they receive the new keys and
+                values.
             rows: [M] int64, the tokens whose hidden states are wanted; None: all. The last block does no more than
                 these need.
 
         Returns:
             [N, D] hidden states after the last layer norm, or [M, D].
         """
-        cached = kv_cache is not None and kv_cache.length > 0
-        virtual = self.prefix() if self.prefix is not None and not cached else [None] * len(self.h)
-        if kv_cache is not None:
-            num_virtual = 0 if cached else self.num_virtual_tokens
-            kv_cache.check_room(num_virtual + documents.padded_shape[1])
-        columns = self._columns(tokens.device, documents, kv_cache)
+        needs_virtual = self.prefix is not None and (extension is None or extension.has_free)
+        virtual = self.prefix() if self.prefix is not None and needs_virtual else [None] * len(self.h)
+        positions = documents.positions(tokens.device) if extension is None else extension.positions
+        columns = self._columns(positions)
         x = self.word_embeddings_layernorm(self.word_embeddings(tokens).to(self.dtype))
         for layer, block in enumerate(self.h):
             block_rows = rows if layer == len(self.h) - 1 else None
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, columns, documents, virtual[layer], rows=block_rows, use_reentrant=False)
             else:
-                x = block(x, columns, documents, virtual[layer], layer, kv_cache, block_rows)
-        if kv_cache is not None:
-            _count_new_tokens(kv_cache, documents, num_virtual, tokens.device)
+                x = block(x, columns, documents, virtual[layer], layer, extension, block_rows)
+        if extension is not None:
+            extension.commit()
         return self.ln_f(x)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -188,24 +188,10 @@ class BloomModel(nn.Module):
             assert isinstance(block, BloomBlock)
             block.compile_around_attention(backend)
 
-    def _columns(self, device: torch.device, documents: Documents, kv_cache: KVCache | None) -> Tensor:
-        positions = documents.positions(device)
-        if kv_cache is not None and kv_cache.length:
-            positions = positions + kv_cache.next_positions.repeat_interleave(documents.padded_shape[1])
+    def _columns(self, positions: Tensor) -> Tensor:
         slopes = [head_slopes(self.config.n_head)[head] for head in self.heads]
-        return fused_columns(positions, torch.tensor(slopes, dtype=torch.float32, device=device), self.config.head_dim)
-
-
-def _count_new_tokens(kv_cache: KVCache, documents: Documents, num_virtual: int, device: torch.device) -> None:
-    num_new = documents.padded_shape[1]
-    if documents.indices is None:
-        kv_cache.advance(num_virtual + num_new, num_new)
-        return
-    real = torch.ones(len(documents.lengths), num_virtual + num_new, dtype=torch.bool, device=device)
-    token_slots = torch.zeros(real.shape[0] * num_new, dtype=torch.bool, device=device)
-    token_slots[documents.indices] = True
-    real[:, num_virtual:] = token_slots.view(-1, num_new)
-    kv_cache.advance(real.shape[1], torch.tensor(documents.lengths, device=device), real)
+        on_device = torch.tensor(slopes, dtype=torch.float32, device=positions.device)
+        return fused_columns(positions, on_device, self.config.head_dim)
 
 
 class BloomForCausalLM(nn.Module):
@@ -227,6 +213,20 @@ class BloomForCausalLM(nn.Module):
                 if isinstance(module, (nn.Linear, nn.LayerNorm)):
                     module.bias.zero_()
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids (V)."""
+        return self.config.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a continuation."""
+        return self.config.eos_token_id
+
+    def open_rows(self, num_rows: int, num_tokens: int) -> BloomRows:
+        """A cache of sequences that this model reads and continues, each of num_tokens at most."""
+        return BloomRows(self, num_rows, num_tokens)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""
         return self.transformer.word_embeddings.logits(hidden)
@@ -239,7 +239,7 @@ class BloomForCausalLM(nn.Module):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], nonzero at real tokens, with pads on either side; None: no pads.
-            kv_cache: empty (prefill, the mask's pads are remembered) or filled (T new tokens for every row, no mask).
+            kv_cache: a cache of B rows, which the batch's rows continue and which receives the new keys and values.
 
         Returns:
             [B, T, V]; rows of pads hold zeros.
@@ -248,5 +248,6 @@ class BloomForCausalLM(nn.Module):
             documents = Documents.equal(*input_ids.shape)
         else:
             documents = Documents.from_mask(attention_mask)
-        hidden = self.transformer(documents.pack(input_ids), documents, kv_cache)
+        extension = None if kv_cache is None else kv_cache.extend(range(len(input_ids)), documents.lengths)
+        hidden = self.transformer(documents.pack(input_ids), documents, extension)
         return self.logits(documents.unpack(hidden))

@@ -1,10 +1,15 @@
-"""Keys and values of the tokens so far, in memory that is allocated once: one append, one length.
+"""Keys and values of the tokens so far: rows of memory that is allocated once, each row with a length of its own.
 
-Rows are left-padded to one common length, so that every row's next token goes to the same slot. Keys and values are
-kept with their position columns (alibi.COLUMNS), ready for the attention kernel.
+A row holds [virtual tokens][tokens] from its first slot on. Rows are filled, copied and freed one by one; nothing that
+happens to one of them moves another. Keys and values are kept with their position columns (alibi.COLUMNS), ready for
+the attention kernel.
 
-Shapes: L blocks, B batch, T new tokens, S cached tokens, H heads, K head_dim.
+Shapes: L blocks, R rows, M slots of a row, N packed new tokens, H heads, K head_dim, C position columns, E = K + C,
+P virtual tokens.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,93 +17,183 @@ from torch import Tensor
 from bloomlm.model.alibi import COLUMNS
 from bloomlm.model.config import BloomConfig
 
+_MOST_PADDED = 2.0
+"""Slots that a masked kernel call reads by those of its rows, at most."""
+
 
 class KVCache:
-    """Cache of B rows and at most max_length tokens each, virtual tokens included."""
+    """Keys and values of R sequences."""
 
     def __init__(
         self,
         config: BloomConfig,
-        batch_size: int,
-        max_length: int,
+        num_rows: int,
+        num_tokens: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         n_head: int | None = None,
+        num_virtual: int = 0,
     ) -> None:
-        """Allocate the memory: 2 * L * B * max_length * H * (head_dim + 8) elements, H being n_head or the model's."""
-        shape = (config.n_layer, batch_size, n_head or config.n_head, max_length, config.head_dim + COLUMNS)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        """Slots in use (S), the same in every row."""
-        self.next_positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        """[B] position of each row's next token."""
-        self.real: Tensor | None = None
-        """[B, max_length] bool, False at pads; None while no row has a pad."""
+        """Allocate 2 * L * R * M * H * E elements.
 
-    @property
-    def batch_size(self) -> int:
-        """Number of rows (B)."""
-        return len(self.next_positions)
+        Args:
+            config: the model's shape.
+            num_rows: sequences at once (R).
+            num_tokens: most tokens of a sequence, besides virtual ones: M is num_virtual + num_tokens.
+            dtype: of the keys and values.
+            device: where they are.
+            n_head: heads that are computed here (H); None: all of the model's.
+            num_virtual: virtual tokens before every sequence (P).
+        """
+        slots = num_virtual + num_tokens
+        shape = (config.n_layer, num_rows, n_head or config.n_head, slots, config.head_dim + COLUMNS)
+        # zeros: a masked slot must hold a number, because 0 * NaN is NaN
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_virtual = num_virtual
+        self.lengths = [0] * num_rows
+        """Slots in use of each row, those of virtual tokens included; 0: the row is free."""
+        self._written = [0] * num_rows  # slots that are no longer zeros
 
-    @property
-    def max_length(self) -> int:
-        """Slots of a row."""
-        return self.keys.shape[3]
+    def extend(self, rows: Sequence[int], num_new: Sequence[int]) -> "Extension":
+        """Prepare a forward pass that appends tokens to rows.
 
-    def check_room(self, num_tokens: int) -> None:
-        """Raise ValueError unless num_tokens more fit."""
-        if self.length + num_tokens > self.max_length:
-            raise ValueError(
-                f"{num_tokens} more tokens do not fit a cache of {self.max_length} slots, {self.length} in use"
+        Args:
+            rows: different rows, in the order of the documents.
+            num_new: tokens of each document, at least 1.
+
+        Raises:
+            ValueError: a row has no room for them.
+        """
+        return Extension(self, rows, num_new)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make the target row equal to the source row."""
+        used = self.lengths[source]
+        self.free(target)
+        self.claim(target, used)
+        self.keys[:, target, :, :used] = self.keys[:, source, :, :used]
+        self.values[:, target, :, :used] = self.values[:, source, :, :used]
+        self.lengths[target] = used
+
+    def free(self, row: int) -> None:
+        """Forget what a row holds."""
+        self.lengths[row] = 0
+
+    def claim(self, row: int, num_slots: int) -> None:
+        """Prepare a row's first num_slots slots to be written; what an earlier sequence left behind becomes zeros."""
+        if self.lengths[row] == 0:
+            self.keys[:, row, :, num_slots : self._written[row]] = 0
+            self.values[:, row, :, num_slots : self._written[row]] = 0
+            self._written[row] = num_slots
+        self._written[row] = max(self._written[row], num_slots)
+
+
+@dataclass(frozen=True, eq=False)
+class CachedCall:
+    """Tokens whose attention is one kernel call."""
+
+    tokens: slice
+    """Of the N new tokens, row after row."""
+    rows: slice
+    """Rows of the cache."""
+    num_slots: int
+    """Slots that the kernel reads of each."""
+    mask: Tensor | None
+    """[T, num_slots] bool, True where a new token may look; None: everywhere."""
+
+
+class Extension:
+    """New tokens of some rows: the slots they go to and the slots they attend to, the same in every block."""
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], num_new: Sequence[int]) -> None:
+        self.cache = cache
+        self.rows = tuple(rows)
+        self.has_free = any(cache.lengths[row] == 0 for row in rows)
+        """Whether a row is free, so that virtual tokens must be written before its first token."""
+        self.is_prefill = all(cache.lengths[row] == 0 for row in rows)
+        """Whether all rows are free, so that attention needs nothing of the cache."""
+        self._free_rows = [row for row in rows if cache.lengths[row] == 0]
+        starts = [cache.lengths[row] or cache.num_virtual for row in rows]
+        self._stops = [start + count for start, count in zip(starts, num_new, strict=True)]
+        max_slots = cache.keys.shape[3]
+        for row, count, stop in zip(rows, num_new, self._stops, strict=True):
+            if stop > max_slots:
+                raise ValueError(
+                    f"{count} more tokens do not fit into a row of {max_slots} slots, {cache.lengths[row]} in use"
+                )
+        for row, stop in zip(rows, self._stops, strict=True):
+            cache.claim(row, stop)
+        device = cache.keys.device
+        slots = [torch.arange(*bounds) for bounds in zip(starts, self._stops, strict=True)]
+        self._slots = torch.cat(slots).to(device)
+        self.positions = self._slots - cache.num_virtual
+        """[N] position of each new token within its sequence."""
+        first, count = rows[0], len(rows)
+        self._is_block = (
+            self.rows == tuple(range(first, first + count)) and len(set(starts)) == 1 and len(set(num_new)) == 1
+        )
+        self._block = (slice(first, first + count), slice(starts[0], self._stops[0]))
+        if not self._is_block:
+            self._token_rows = torch.tensor(rows, device=device).repeat_interleave(
+                torch.tensor(num_new, device=device), output_size=len(self._slots)
             )
+        self.calls: list[CachedCall] = []
+        """The kernel calls, where no masked one serves all rows."""
+        self.masked: tuple[slice, int, Tensor, Tensor] | None = None
+        """One masked call for one new token a row: the span of rows, the slots, the place of each token's row in the
+        span [N], and where it may look [rows, 1, 1, slots] bool."""
+        if not self.is_prefill:
+            self._plan_calls(starts, num_new, device)
 
-    def append(self, layer: int, key: Tensor, value: Tensor, start: int | None = None) -> tuple[Tensor, Tensor]:
-        """Write block `layer`'s T new keys and values after the present ones; `advance` then counts them.
+    def write(self, layer: int, fused: Tensor, virtual: tuple[Tensor, Tensor] | None) -> None:
+        """Put block `layer`'s new keys and values where they go.
 
         Args:
             layer: index of the block.
-            key: [B, H, T, K + C] (B may be 1: the same for all rows).
-            value: the same shape.
-            start: slot of the first; by default the first unused one.
-
-        Returns:
-            Views of all keys and values so far, [B, H, S + T, K + C] each.
+            fused: [N, H, 3, E] queries, keys and values of the new tokens.
+            virtual: keys and values [H, P, E], for rows that were free.
         """
-        start = self.length if start is None else start
-        stop = start + key.shape[2]
-        self.keys[layer, :, :, start:stop] = key
-        self.values[layer, :, :, start:stop] = value
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        for part, memory in ((1, self.cache.keys[layer]), (2, self.cache.values[layer])):
+            new = fused[:, :, part]
+            if self._is_block:
+                rows, slots = self._block
+                memory[rows, :, slots] = new.unflatten(0, (len(self.rows), -1)).transpose(1, 2)
+            else:
+                memory[self._token_rows, :, self._slots] = new
+            if virtual is not None:
+                for row in self._free_rows:
+                    memory[row, :, : self.cache.num_virtual] = virtual[part - 1]
 
-    def advance(self, num_slots: int, num_tokens: Tensor | int, real: Tensor | None = None) -> None:
-        """Count num_slots new slots.
+    def commit(self) -> None:
+        """Count the new tokens, once every block has written them."""
+        for row, stop in zip(self.rows, self._stops, strict=True):
+            self.cache.lengths[row] = stop
 
-        Args:
-            num_slots: slots written in every block since the last call.
-            num_tokens: how many of them are real tokens, by row [B] or for all alike.
-            real: [B, num_slots] bool, False at pads, where there are pads.
-        """
-        if real is not None:
-            self.real = torch.ones(self.batch_size, self.max_length, dtype=torch.bool, device=real.device)
-            self.real[:, self.length : self.length + num_slots] = real
-        self.length += num_slots
-        self.next_positions = self.next_positions + num_tokens
+    def _plan_calls(self, starts: Sequence[int], num_new: Sequence[int], device: torch.device) -> None:
+        if self._is_block:
+            mask = _causal(starts[0], num_new[0], device)
+            self.calls.append(CachedCall(slice(0, sum(num_new)), self._block[0], self._stops[0], mask))
+            return
+        span = slice(min(self.rows), max(self.rows) + 1)
+        longest = max(self._stops)
+        if max(num_new) == 1 and (span.stop - span.start) * longest <= _MOST_PADDED * sum(self._stops):
+            places = torch.tensor(self.rows, device=device) - span.start
+            lengths = torch.ones(span.stop - span.start, dtype=torch.int64, device=device)  # 1: rows between them
+            lengths[places] = torch.tensor(self._stops, device=device)
+            visible = torch.arange(longest, device=device) < lengths[:, None]
+            self.masked = (span, longest, places, visible[:, None, None])
+            return
+        first = 0
+        for row, start, count in zip(self.rows, starts, num_new, strict=True):
+            mask = _causal(start, count, device)
+            self.calls.append(CachedCall(slice(first, first + count), slice(row, row + 1), start + count, mask))
+            first += count
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows in the given order (beam search, dropping finished rows).
 
-        Args:
-            rows: [B'] indices of present rows, repeats allowed.
-        """
-        used = self.keys[:, rows, :, : self.length], self.values[:, rows, :, : self.length]
-        if len(rows) == self.batch_size:
-            self.keys[:, :, :, : self.length], self.values[:, :, :, : self.length] = used
-        else:
-            shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
-            keys, values = self.keys.new_empty(shape), self.values.new_empty(shape)
-            keys[:, :, :, : self.length], values[:, :, :, : self.length] = used
-            self.keys, self.values = keys, values
-        self.next_positions = self.next_positions[rows]
-        self.real = None if self.real is None else self.real[rows]
+def _causal(start: int, num_new: int, device: torch.device) -> Tensor | None:
+    """[T, start + T] bool; None for one token, which sees everything."""
+    if num_new == 1:
+        return None
+    return torch.arange(start + num_new, device=device) <= torch.arange(start, start + num_new, device=device)[:, None]

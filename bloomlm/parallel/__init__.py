@@ -20,7 +20,7 @@ Inside, every rank runs the same program with the same values; three rules make 
   deals them out; add results up with mesh.sum_over(tensor, ("dp_replicate", "dp_shard")). With FSDP they must make
   equally many calls. Only mesh.is_main writes and talks; files that all write: checkpoint/main_rank.py.
 
-KVCache(..., n_head=len(model.transformer.heads)) has room for this rank's heads.
+model.open_rows(...) has room for this rank's heads.
 
 mesh.py          the ranks along three axes      layout.py            which part of a parameter a rank has
 launch.py        join and leave together         tensor_parallel.py   a part of every layer on each rank

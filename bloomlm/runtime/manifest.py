@@ -11,8 +11,8 @@ from typing import Any
 from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
-VERSION = 3
-"""Programs of earlier versions have other scales in int8."""
+VERSION = 4
+"""In programs of earlier versions, functions take left-padded rows of one length."""
 
 VIRTUAL = "virtual_tokens"
 """Name of the tensor with the keys and values that a prefix adapter puts before every prompt."""

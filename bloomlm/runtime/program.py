@@ -9,7 +9,7 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ProgramError
 from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.loop import OnToken, generate
+from bloomlm.generation.generate import OnToken, generate
 from bloomlm.runtime.formats import FORMATS
 from bloomlm.runtime.manifest import Manifest
 

@@ -1,6 +1,7 @@
 """What the onnx and openvino formats share: a function of new tokens and a cache, which returns the grown cache.
 
-Prompts are read one by one, without pads, and decoded together, padded on the left.
+Prompts are read one by one, without pads. Rows are decoded together, padded on the left: the function takes their
+caches as one, which is put together anew only when other rows take part than in the step before.
 
 Shapes: B rows, T new tokens, S slots in use, L blocks, H heads, K head_dim, P virtual tokens, V vocabulary.
 """
@@ -59,41 +60,70 @@ class StepModel:
         self._run = run
         self._virtual = _read_virtual(directory / virtual_file(prefix), manifest)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["StepBatch", Tensor]:
-        """Read the prompts, one after another."""
-        num_slots = self.manifest.num_virtual_tokens + max(map(len, prompts))
-        starts = [num_slots - self.manifest.num_virtual_tokens - len(prompt) for prompt in prompts]
-        shape = (len(prompts), self.manifest.n_head, num_slots, self.manifest.head_dim)
-        cache = [np.zeros(shape, dtype=np.float32) for _ in range(2 * self.manifest.n_layer)]
-        logits = []
-        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            given = [np.array([prompt]), np.zeros(1, dtype=np.int64), *self._virtual]
-            first, *grown = self._run(given)
-            logits.append(first)
-            for target, part in zip(cache, grown, strict=True):
-                target[row, :, start:] = part[0]
-        batch = StepBatch(self._run, cache, np.array(starts, dtype=np.int64))
-        return batch, torch.from_numpy(np.concatenate(logits))
+    def open_rows(self, num_rows: int, num_tokens: int) -> "StepRows":
+        """Memory for num_rows sequences, which grows with them whatever num_tokens is."""
+        return StepRows(self._run, self._virtual, num_rows)
 
 
-class StepBatch:
-    """Rows and their cache."""
+class StepRows:
+    """Sequences and their caches."""
 
-    def __init__(self, run: Run, cache: list[Array], starts: Array) -> None:
+    def __init__(self, run: Run, virtual: list[Array], num_rows: int) -> None:
         self._run = run
-        self._cache = cache
-        self._starts = starts
+        self._virtual = virtual
+        self._caches: list[list[Array] | None] = [None] * num_rows
+        """Keys and values of each row by block, [H, S, K] each; None: the row is free."""
+        self._joined: tuple[list[int], Array, list[Array]] | None = None
+        """Rows of the last step, the first slots [B] of theirs that are no pads, and their caches [B, H, S, K]."""
 
-    def decode_step(self, tokens: Tensor) -> Tensor:
-        """Give every row one more token."""
-        logits, *self._cache = self._run([tokens.numpy()[:, None], self._starts, *self._cache])
+    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows, one after another; see ModelRows."""
+        logits = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            cache = self._caches[row]
+            before = self._virtual if cache is None else [part[None] for part in cache]
+            first, *grown = self._run([np.array([prompt]), np.zeros(1, dtype=np.int64), *before])
+            logits.append(first)
+            self._caches[row] = [part[0] for part in grown]
+        self._joined = None
+        return torch.from_numpy(np.concatenate(logits))
+
+    def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """Append one token to each of the rows; see ModelRows."""
+        rows = list(rows)
+        if self._joined is None or self._joined[0] != rows:
+            self._joined = rows, *self._join(rows)
+        _, starts, caches = self._joined
+        logits, *grown = self._run([tokens.numpy()[:, None], starts, *caches])
+        self._joined = rows, starts, grown
+        for place, (row, start) in enumerate(zip(rows, starts.tolist(), strict=True)):
+            self._caches[row] = [part[place, :, start:] for part in grown]
         return torch.from_numpy(logits)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows."""
-        chosen = rows.numpy()
-        self._cache = [part[chosen] for part in self._cache]
-        self._starts = self._starts[chosen]
+    def copy_row(self, source: int, target: int) -> None:
+        """Make the target row equal to the source row; they share memory, which no step writes into."""
+        self._caches[target] = self._caches[source]
+        self._joined = None
+
+    def free(self, row: int) -> None:
+        """Forget what a row holds."""
+        self._caches[row] = None
+        self._joined = None
+
+    def _join(self, rows: Sequence[int]) -> tuple[Array, list[Array]]:
+        """The caches of rows, padded on the left, and where each begins."""
+        caches = [cache for cache in (self._caches[row] for row in rows) if cache is not None]
+        assert len(caches) == len(rows), "a row that takes a step is free"
+        lengths = [cache[0].shape[1] for cache in caches]
+        starts = np.array([max(lengths) - length for length in lengths], dtype=np.int64)
+        joined = []
+        for parts in zip(*caches, strict=True):
+            heads, _, head_dim = parts[0].shape
+            whole = np.zeros((len(rows), heads, max(lengths), head_dim), dtype=np.float32)
+            for target, part, start in zip(whole, parts, starts.tolist(), strict=True):
+                target[:, start:] = part
+            joined.append(whole)
+        return starts, joined
 
 
 def _read_virtual(path: Path, manifest: Manifest) -> list[Array]:

@@ -8,7 +8,7 @@ from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader, Examples
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.evaluation.answer_scores import score_generations
-from bloomlm.generation.decode import generate
+from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import ALONE, Mesh

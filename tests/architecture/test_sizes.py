@@ -19,8 +19,6 @@ LONG_FUNCTIONS = {
     "checkpoint/writer.py write_model",
     "cli/completion.py run_completions",
     "data/examples.py load_examples",
-    "generation/loop.py _beam_search",
-    "generation/loop.py _decode",
 }
 
 

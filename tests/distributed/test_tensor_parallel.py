@@ -12,7 +12,7 @@ from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import collate
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
-from bloomlm.generation.decode import generate
+from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import linear
 from bloomlm.parallel.collectives import TensorParallelGroup, column_product, copy_to_ranks, own_randomness

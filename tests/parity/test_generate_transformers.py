@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bloomlm.generation.config import BeamSearch, GenerationConfig
-from bloomlm.generation.decode import Generation, generate
+from bloomlm.generation.generate import Generation, generate
 from tests.parity.conftest import make_pair
 
 PROMPTS = [[5, 17, 9], [44, 8, 21, 60, 33, 7, 12], [90]]

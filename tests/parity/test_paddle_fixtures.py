@@ -16,7 +16,7 @@ from bloomlm.checkpoint.reader import read_config, read_into_model
 from bloomlm.data.gpt2_files import build_tokenizer_json
 from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.decode import generate
+from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import install_paddle_adapter, read_paddle_adapter, resume_paddle_adapter
 from tests.paddle_fixtures import ARCHIVE, CHECKSUMS, FIXTURES, SHARED, present

@@ -114,7 +114,7 @@ def test_prefix_is_the_same_padded_packed_and_cached() -> None:
     torch.testing.assert_close(model.logits(packed), torch.cat(single), rtol=1e-4, atol=1e-5)
     ids = torch.stack((torch.cat((torch.zeros(4, dtype=torch.long), rows[0])), rows[1]))
     mask = torch.tensor([[0] * 4 + [1] * 3, [1] * 7])
-    cache = KVCache(model.config, 2, 4 + 8, dtype=torch.float32)
+    cache = KVCache(model.config, 2, 8, dtype=torch.float32, num_virtual=4)
     torch.testing.assert_close(model(ids, mask, cache)[0, 4:], single[0], rtol=1e-4, atol=1e-5)
     step = model(torch.tensor([[9], [11]]), kv_cache=cache)
     for row, token, logits in zip(rows, (9, 11), step, strict=True):

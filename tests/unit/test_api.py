@@ -15,7 +15,7 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError, DataError, GenerationError
 from bloomlm.generation.config import GenerationConfig, Sampling
-from bloomlm.generation.decode import generate as generate_tokens
+from bloomlm.generation.generate import generate as generate_tokens
 from tests.tiny_bloom import write_adapter, write_bloom
 
 PROMPTS = ["the end", "and 中文 here", "a", "one in the other", "é"]

@@ -1,4 +1,4 @@
-"""prefill, decode_step and generate against the model without a cache, and against themselves in other batches."""
+"""Prefill, decode steps and generate against the model without a cache, and against themselves in other batches."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import GenerationError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
-from bloomlm.generation.decode import decode_step, generate, prefill
+from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
@@ -36,15 +36,16 @@ def test_prefill_and_decode_step_give_the_uncached_logits(with_prefix: bool) -> 
     model = tiny_model()
     if with_prefix:
         apply_adapter(model, PrefixConfig(num_prefix_tokens=4), torch.Generator().manual_seed(1))
-    cache, logits = prefill(model, PROMPTS, 2)
+    rows = model.open_rows(len(PROMPTS), max(map(len, PROMPTS)) + 2)
+    logits = rows.prefill(range(len(PROMPTS)), PROMPTS)
     sequences = [list(prompt) for prompt in PROMPTS]
     for new in ([7, 8, 9, 10], [50, 51, 52, 53], None):
         expected = torch.stack([uncached_logits(model, tokens) for tokens in sequences])
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         if new is not None:
             sequences = [[*tokens, token] for tokens, token in zip(sequences, new, strict=True)]
-            logits = decode_step(model, cache, torch.tensor(new))
-    assert cache.length == cache.max_length  # allocated once, exactly for prompt and new tokens
+            logits = rows.decode_step(range(len(PROMPTS)), torch.tensor(new))
+    assert max(rows.cache.lengths) == rows.cache.keys.shape[3]  # allocated once, exactly for prompt and new tokens
 
 
 def test_greedy_follows_the_argmax_of_the_uncached_model() -> None:

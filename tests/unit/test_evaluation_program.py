@@ -20,7 +20,6 @@ from bloomlm.evaluation.report import EvaluationReport, read_report
 from bloomlm.evaluation.scoring.step_scorer import StepScorer
 from bloomlm.evaluation.scoring.windows import Window, continuation_window
 from bloomlm.export.program import export_program
-from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from tests.tiny_bloom import write_adapter, write_bloom
@@ -227,27 +226,31 @@ def test_steps_give_the_scores_of_whole_logits(
 ) -> None:
     likeliest = int(model(torch.from_numpy(windows[0].tokens)[None])[0, -1].argmax())
     windows = [*windows, Window(windows[0].tokens, np.array([likeliest]))]
-    scorer = StepScorer(BloomLanguageModel(model), max_batch_tokens=max_batch_tokens)
+    scorer = StepScorer(model, max_batch_tokens=max_batch_tokens)
     assert_scores(model, windows, scorer)
     assert scorer.score_all(windows)[-1].num_likeliest == 1
 
 
 def test_each_token_is_computed_once(model: BloomForCausalLM, windows: list[Window]) -> None:
-    scorer = StepScorer(BloomLanguageModel(model), max_batch_tokens=1)
+    scorer = StepScorer(model, max_batch_tokens=1)
     scorer.score_all(windows)
     unused = 12 + 1  # of the window without labels, and behind the last label
     assert scorer.num_computed_tokens == sum(len(window.tokens) for window in windows) - unused
 
 
-class SmallMemory(BloomLanguageModel):
-    """Fails where rows times the longest prompt exceeds a number of tokens."""
+class SmallMemory:
+    """A model that fails where rows times the longest sequence exceeds a number of tokens."""
 
-    limit = 70
+    limit = 80
 
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Any:
-        if len(prompts) * max(map(len, prompts)) > self.limit:
+    def __init__(self, model: BloomForCausalLM) -> None:
+        self._model = model
+        self.vocab_size, self.eos_token_id = model.vocab_size, model.eos_token_id
+
+    def open_rows(self, num_rows: int, num_tokens: int) -> Any:
+        if num_rows * num_tokens > self.limit:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return super().prefill(prompts, max_new_tokens)
+        return self._model.open_rows(num_rows, num_tokens)
 
 
 def test_batches_are_halved_when_memory_runs_out(model: BloomForCausalLM, windows: list[Window]) -> None:

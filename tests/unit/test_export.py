@@ -27,7 +27,6 @@ from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
 from bloomlm.export.weights import Int4, Int8, Plain, format_of, many_rows, weight_format
 from bloomlm.export.weights_file import weight_entries
-from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import uses_onednn
@@ -103,7 +102,7 @@ def logits_error(model: BloomForCausalLM, path: Path) -> float:
     """Over prompts of unequal length and forced tokens."""
     ids = torch.randint(4, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(1))
     prompts = [[5], [6, 7, 8, 9], [10, 11]]
-    return compare(BloomLanguageModel(model), Program(path).model, prompts, ids).logits_error
+    return compare(model, Program(path).model, prompts, ids).logits_error
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_int4_refuses_what_it_cannot_hold() -> None:
         (lambda p: p.with_suffix(".json").write_text("{"), "no JSON"),
         (lambda p: p.with_suffix(".json").write_text("{}"), "does not describe an exported program"),
         (lambda p: edit(p, version=99), "version 99"),
-        (lambda p: edit(p, version=1), "is of version 1, this bloomlm runs version 3; export the program again"),
+        (lambda p: edit(p, version=1), "is of version 1, this bloomlm runs version 4; export the program again"),
         (lambda p: edit(p, format="tflite"), "damaged: format 'tflite'"),
         (lambda p: edit(p, unknown=1), "unexpected keyword argument 'unknown'"),
         (lambda p: tamper(p, n_head=5), "damaged or was edited"),

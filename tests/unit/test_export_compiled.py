@@ -15,7 +15,6 @@ from bloomlm.api import load
 from bloomlm.errors import ProgramError
 from bloomlm.export.parity import compare
 from bloomlm.export.program import export_program
-from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
@@ -67,7 +66,7 @@ def test_compiled_equals_uncompiled_and_the_model(exported: Path, rows: Sequence
     quantization = program.manifest.quantization
     between = compare(uncompiled(exported), program.model, prompts, forced)
     assert between.logits_error < COMPILED_LIMITS[quantization]
-    model = BloomLanguageModel(random_model(CONFIG))
+    model = random_model(CONFIG)
     least, most = LIMITS[quantization]
     assert least <= compare(model, program.model, prompts, forced).logits_error < most
 
@@ -100,14 +99,18 @@ sys.exit(", ".join({"torch._inductor", "torch._dynamo", "bloomlm.model"} & set(s
 @pytest.mark.parametrize("num_rows", [3, 8])
 def test_the_cache_is_written_in_place(exported: Path, num_rows: int) -> None:
     program = Program(exported)
-    batch, _ = program.model.prefill(PROMPTS[:num_rows], 4)
-    before = [(part.data_ptr(), part.clone()) for part in batch.cache]
-    batch.decode_step(torch.arange(7, 7 + num_rows))
-    for part, (address, old) in zip(batch.cache, before, strict=True):
+    rows = program.model.open_rows(num_rows + 2, 40)
+    chosen = range(1, num_rows + 1)
+    rows.prefill(chosen, PROMPTS[:num_rows])
+    before = [(part.data_ptr(), part.clone()) for part in rows.cache]
+    rows.decode_step(chosen, torch.arange(7, 7 + num_rows))
+    for part, (address, old) in zip(rows.cache, before, strict=True):
         assert part.data_ptr() == address
-        slot = batch.num_slots - 1
-        assert torch.equal(part[:, :, :slot], old[:, :, :slot])
-        assert part[:, :, slot].abs().min() > 0 and not part[:, :, slot + 1 :].any()
+        for row, prompt in zip(chosen, PROMPTS, strict=False):
+            slot = len(prompt)
+            assert torch.equal(part[row, :, :slot], old[row, :, :slot])
+            assert part[row, :, slot].abs().min() > 0 and not part[row, :, slot + 1 :].any()
+        assert not part[[0, -1]].any()
 
 
 def test_batches_equal_single_prompts(exported: Path) -> None:

@@ -11,9 +11,9 @@ from bloomlm.api import LoadedModel, load
 from bloomlm.errors import ConfigError, ProgramError
 from bloomlm.export.parity import compare
 from bloomlm.export.program import export_program
-from bloomlm.generation.decode import BloomLanguageModel
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime import Program
+from tests.row_operations import largest_error
 from tests.tiny_checkpoint import random_model
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -35,8 +35,9 @@ def test_prefix_programs_equal_the_model(loaded: LoadedModel, tmp_path: Path, fo
     export_program(model, loaded.tokenizer, path, source="small", format=format, verify=False)
     program = Program(path)
     forced = torch.randint(4, config.vocab_size, (3, 5), generator=torch.Generator().manual_seed(1))
-    found = compare(BloomLanguageModel(model), program.model, [[5], [6, 7, 8, 9], [10, 11]], forced)
+    found = compare(model, program.model, [[5], [6, 7, 8, 9], [10, 11]], forced)
     assert found.logits_error < 1e-5
+    assert largest_error(model, program.model) < 1e-5
     beams = {"decode_strategy": "beam_search", "num_beams": 3, "max_new_tokens": 6}
     expected = LoadedModel(model, loaded.tokenizer).generate(["The", "In the beginning"], **beams)
     assert program.generate(["The", "In the beginning"], **beams) == expected

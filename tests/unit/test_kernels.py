@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from bloomlm.export.formats.pt2 import compile_functions
-from bloomlm.export.graph import slot_attention
 from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import Int4, Int8, Plain, WeightFormat
 from bloomlm.runtime.formats.pt2 import instruction_set
@@ -56,11 +55,11 @@ class Compiled:
             matrix[0] = 1.0  # the largest whole numbers in every column
         self.parts = [FORMATS[name].encode(matrix, name) for name, matrix in matrices]
         rows, batch, slots, room = (Dim(name, min=1, max=1 << 20) for name in "NBSM")
-        arguments = ([torch.randn(3, num_in) for _, num_in in SHAPES], self.parts, attention_inputs(2, 5, 7))
+        arguments = ([torch.randn(3, num_in) for _, num_in in SHAPES], self.parts, attention_inputs([2, 0], [5, 3], 7))
         sizes = (
             [{0: rows}] * len(SHAPES),
             [dict.fromkeys(part) for part in self.parts],
-            [({0: batch}, {0: batch, 2: room}, {0: batch, 2: room}, {0: batch, 2: slots})] * len(HEAD_DIMS),
+            [({0: batch}, {0: slots, 2: room}, {0: slots, 2: room}, None, {0: batch}, {0: batch})] * len(HEAD_DIMS),
         )
         traced = torch.export.export(Everything(), arguments, dynamic_shapes=sizes)
         compile_functions({"everything": traced}, directory / "p.pt2", instruction_set(), lambda share: None)
@@ -73,7 +72,7 @@ class Compiled:
         return products, out[2 * len(MATRICES) :]
 
     def products(self, xs: list[Tensor]) -> Outputs:
-        return self(xs, attention_inputs(1, 1, 1))[0]
+        return self(xs, attention_inputs([0], [0], 1))[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +80,30 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return Compiled(tmp_path_factory.mktemp("kernels"))
 
 
-def attention_inputs(rows: int, slots: int, room: int) -> list[tuple[Tensor, ...]]:
-    """For each of HEAD_DIMS queries [B, H, 3, K], of which the second is taken, keys, values and bias."""
-    random = torch.Generator().manual_seed(slots)
+def attention_inputs(rows: list[int], slots: list[int], room: int) -> list[tuple[Tensor, ...]]:
+    """For each of HEAD_DIMS queries [B, H, 3, K], of which the second is taken, and attend's other arguments.
+
+    The cache has a row more than is used, and holds NaN behind every row's end.
+    """
+    random = torch.Generator().manual_seed(room)
     found = []
     for head_dim in HEAD_DIMS:
-        query = torch.randn(rows, 2, 3, head_dim, generator=random)
-        keys, values = (torch.randn(rows, 2, room, head_dim, generator=random) for _ in range(2))
-        bias = torch.randn(rows, 2, slots, generator=random)
-        bias[0, :, : slots // 3] = -torch.inf
-        found.append((query, keys, values, bias))
+        query = torch.randn(len(rows), 2, 3, head_dim, generator=random)
+        keys, values = (torch.randn(max(rows) + 2, 2, room, head_dim, generator=random) for _ in range(2))
+        for row, slot in zip(rows, slots, strict=True):
+            keys[row, :, slot + 1 :], values[row, :, slot + 1 :] = torch.nan, torch.nan
+        found.append((query, keys, values, torch.tensor([0.5, 0.03]), torch.tensor(rows), torch.tensor(slots)))
     return found
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor) -> list[Tensor]:
+    """One row after another in float64, [H * K] each."""
+    outs = []
+    for q, row, slot in zip(query[:, :, 1].double(), rows.tolist(), slots.tolist(), strict=True):
+        k, v = keys[row, :, : slot + 1].double(), values[row, :, : slot + 1].double()
+        scores = (k @ q[:, :, None]).squeeze(2) / q.shape[1] ** 0.5 + slopes[:, None].double() * torch.arange(slot + 1)
+        outs.append((scores.softmax(-1)[:, None] @ v).flatten())
+    return outs
 
 
 def in_16_bits(x: Tensor) -> Tensor:
@@ -135,18 +147,24 @@ def test_zeros_give_zeros(compiled: Compiled) -> None:
         assert not product.any()
 
 
-@pytest.mark.parametrize(("rows", "slots", "room"), [(1, 1, 1), (1, 4, 9), (3, 13, 13), (2, 130, 200)])
-def test_attention_is_that_of_the_formula(compiled: Compiled, rows: int, slots: int, room: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "slots", "room"),
+    [([0], [0], 1), ([1], [3], 9), ([2, 0, 1], [12, 4, 0], 13), ([0, 3], [129, 63], 200)],
+)
+def test_attention_is_that_of_the_formula(compiled: Compiled, rows: list[int], slots: list[int], room: int) -> None:
     given = attention_inputs(rows, slots, room)
     _, found = compiled([torch.zeros(1, num_in) for _, num_in in SHAPES], given)
-    for (query, keys, values, bias), out in zip(given, found, strict=True):
-        expected = slot_attention(query[:, :, 1].double(), keys.double(), values.double(), bias.double())
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    for arguments, out in zip(given, found, strict=True):
+        expected = attention(*arguments)
+        torch.testing.assert_close(list(out.double()), expected, rtol=1e-5, atol=1e-6)
+        query, keys, values, *others = arguments
+        in_python = attend(query[:, :, 1], keys.nan_to_num(), values.nan_to_num(), *others)
+        torch.testing.assert_close(list(in_python.double()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_to_no_number_is_none(compiled: Compiled) -> None:
-    given = attention_inputs(2, 6, 6)
-    for _, keys, _, _ in given:
+    given = attention_inputs([0, 1], [5, 5], 6)
+    for _, keys, *_ in given:
         keys[1, 0, 4, 1] = float("nan")
     for out in compiled([torch.zeros(1, num_in) for _, num_in in SHAPES], given)[1]:
         assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1, : out.shape[1] // 2]).any()

@@ -60,19 +60,44 @@ def test_recompute_gives_the_same_gradients() -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
 
 
-def test_cache_reorder_follows_the_rows() -> None:
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 2, 3], [1, 30, 2]], ids=["equal", "masked", "one by one"])
+@torch.no_grad()
+def test_rows_equal_sequences_without_a_cache(lengths: list[int]) -> None:
+    """Prefill, steps of some rows in any order, more tokens for others, a copy, and rows that are used again."""
     model = tiny_model()
-    ids = torch.randint(0, 64, (3, 5))
-    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
-    with torch.no_grad():
-        cache = KVCache(model.config, 3, 8, dtype=torch.float32)
-        model(ids, mask, cache)
-        expected = model(torch.tensor([[7], [8], [9]]), kv_cache=cache)
-        cache = KVCache(model.config, 3, 8, dtype=torch.float32)
-        model(ids, mask, cache)
-        cache.reorder(torch.tensor([2, 0]))
-        assert cache.batch_size == 2
-        torch.testing.assert_close(model(torch.tensor([[9], [7]]), kv_cache=cache), expected[[2, 0]])
+    rows = model.open_rows(4, 40)
+    texts: dict[int, list[int]] = {
+        row: torch.randint(0, 64, (n,)).tolist() for row, n in zip((3, 0, 1), lengths, strict=True)
+    }
+
+    def check(chosen: list[int], found: torch.Tensor) -> None:
+        for row, logits in zip(chosen, found, strict=True):
+            torch.testing.assert_close(logits, model(torch.tensor([texts[row]]))[0, -1], rtol=1e-4, atol=1e-5)
+
+    def step(chosen: list[int]) -> None:
+        tokens = torch.randint(0, 64, (len(chosen),))
+        for row, token in zip(chosen, tokens.tolist(), strict=True):
+            texts[row].append(token)
+        check(chosen, rows.decode_step(chosen, tokens))
+
+    def read(chosen: list[int], counts: list[int]) -> None:
+        new = [torch.randint(0, 64, (count,)).tolist() for count in counts]
+        for row, tokens in zip(chosen, new, strict=True):
+            texts[row] = [*texts.get(row, []), *tokens]
+        check(chosen, rows.prefill(chosen, new))
+
+    check([3, 0, 1], rows.prefill([3, 0, 1], [texts[row] for row in (3, 0, 1)]))
+    step([0, 1])
+    step([3, 0])
+    read([1, 0], [3, 3])
+    rows.copy_row(0, 2)
+    texts[2] = list(texts[0])
+    step([2, 0, 3, 1])
+    rows.cache.values[:, 3, :, : rows.cache.lengths[3]] = torch.nan  # what an earlier sequence left behind
+    rows.free(3)
+    del texts[3]
+    read([3, 2], [2, 1])
+    step([0, 1, 2, 3])
 
 
 def test_cache_overflow_is_refused() -> None:
@@ -86,7 +111,7 @@ def test_double_precision_gradients_equal_finite_differences() -> None:
     model = tiny_model().double()
     hidden = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     documents = Documents.packed((2, 3))
-    columns = model.transformer._columns(hidden.device, documents, None)
+    columns = model.transformer._columns(documents.positions(hidden.device))
     assert torch.autograd.gradcheck(lambda x: model.transformer.h[0](x, columns, documents), hidden)
 
 

@@ -15,7 +15,7 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import AdapterError, CheckpointError
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.decode import generate
+from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents

@@ -31,7 +31,8 @@ def random_history(rows: int = 4, length: int = 9, ids: int = 5) -> Tensor:
     return torch.randint(0, ids, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-NO_PADS = torch.zeros(4, dtype=torch.int64)
+WHOLE = torch.full((4,), 9)
+"""Lengths of rows without pads."""
 
 
 def equal(found: Tensor, expected: Tensor) -> None:
@@ -67,51 +68,57 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
 def test_repetition_penalty(penalty: float) -> None:
     logits, history = random_logits(), random_history()
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(history, logits)
-    equal(apply_repetition_penalty(logits, history, NO_PADS, penalty), expected)
+    equal(apply_repetition_penalty(logits, history, WHOLE, penalty), expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9, 10])
 def test_no_repeat_ngram(size: int) -> None:
     logits, history = random_logits(), random_history()
     expected = theirs.NoRepeatNGramLogitsProcessor(size)(history, logits)
-    equal(ban_repeated_ngrams(logits, history, NO_PADS, size), expected)
+    equal(ban_repeated_ngrams(logits, history, WHOLE, size), expected)
 
 
 def test_no_repeat_ngram_bans_every_continuation_of_the_suffix() -> None:
     history = torch.tensor([[7, 1, 7, 2, 7]])
-    found = ban_repeated_ngrams(torch.zeros(1, 9), history, torch.zeros(1, dtype=torch.int64), 2)
+    found = ban_repeated_ngrams(torch.zeros(1, 9), history, torch.tensor([5]), 2)
     assert found.isinf().nonzero()[:, 1].tolist() == [1, 2]
 
 
 def test_min_new_tokens() -> None:
     logits = random_logits()
-    ours = ban_token(logits, 2)
+    ours = ban_token(logits, 2, range(4))
     equal(ours, theirs.MinNewTokensLengthLogitsProcessor(9, 3, 2)(random_history(), logits))
     assert logits.isfinite().all()  # the input is left alone
+    assert ban_token(logits, 2, [1, 3]).isinf().nonzero().tolist() == [[1, 2], [3, 2]]
 
 
 @pytest.mark.parametrize("num_pads", [1, 4])
 def test_pads_are_not_history(num_pads: int) -> None:
     """A padded row gets the values of the same row without pads, whatever the pads hold."""
     logits, history = random_logits(1), random_history(1)
-    pads = torch.tensor([num_pads])
+    lengths = torch.tensor([9])
     for pad_id in (0, 3, 20):
-        padded = torch.cat((torch.full((1, num_pads), pad_id), history), dim=1)
+        padded = torch.cat((history, torch.full((1, num_pads), pad_id)), dim=1)
         for size in (1, 2, 3):
             equal(
-                ban_repeated_ngrams(logits, padded, pads, size),
-                ban_repeated_ngrams(logits, history, NO_PADS[:1], size),
+                ban_repeated_ngrams(logits, padded, lengths, size),
+                ban_repeated_ngrams(logits, history, lengths, size),
             )
         equal(
-            apply_repetition_penalty(logits, padded, pads, 1.5),
-            apply_repetition_penalty(logits, history, NO_PADS[:1], 1.5),
+            apply_repetition_penalty(logits, padded, lengths, 1.5),
+            apply_repetition_penalty(logits, history, lengths, 1.5),
         )
+
+
+ROWS = [2, 0]
 
 
 def test_history_applies_the_options_in_transformers_order() -> None:
     prompts = [[4, 1, 4, 1], [1, 2, 3, 4]]
-    history = History(prompts, 3, torch.device("cpu"))
-    history.append(torch.tensor([4, 1]))
+    history = History(3, 7)
+    for row, prompt in zip(ROWS, prompts, strict=True):
+        history.start(row, prompt)
+        history.append(row, prompt[0])
     config = GenerationConfig(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=2)
     logits = random_logits(2)
     expected = theirs.LogitsProcessorList(
@@ -122,9 +129,10 @@ def test_history_applies_the_options_in_transformers_order() -> None:
         ]
     )
     ids = torch.tensor([[*prompts[0], 4], [*prompts[1], 1]])
-    equal(history.adjust(logits, config, 2), expected(ids, logits))
-    history.append(torch.tensor([2, 2]))
-    assert history.adjust(logits, GenerationConfig(min_new_tokens=2), 2).isfinite().all()
+    equal(history.adjust(logits, ROWS, config, 2), expected(ids, logits))
+    history.append(ROWS[1], 2)
+    found = history.adjust(logits, ROWS, GenerationConfig(min_new_tokens=2), 2)
+    assert found.isinf().nonzero().tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize(

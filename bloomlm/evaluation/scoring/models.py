@@ -6,9 +6,10 @@ from bloomlm.evaluation.scoring.batches import BatchLimit, own_share
 from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.step_scorer import StepScorer
 from bloomlm.evaluation.scoring.window_scorer import WindowScorer
-from bloomlm.generation import decode, loop
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.loop import DecodeText, Generation, LanguageModel
+from bloomlm.generation.generate import Generation, generate
+from bloomlm.generation.language_model import LanguageModel
+from bloomlm.generation.sequences import DecodeText
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
@@ -57,9 +58,7 @@ def generate_batches(
 
     def compute(numbers: list[int]) -> list[Generation]:
         chosen = [prompts[number] for number in numbers]
-        if isinstance(model, BloomForCausalLM):
-            return decode.generate(model, chosen, config, decode_text=decode_text, first_sequence=num_done)
-        return loop.generate(model, chosen, config, decode_text=decode_text, first_sequence=num_done)
+        return generate(model, chosen, config, decode_text=decode_text, first_sequence=num_done)
 
     order = own_share(sorted(prompts, key=lambda number: len(prompts[number]), reverse=True), mesh)
     limit = BatchLimit(

@@ -159,16 +159,19 @@ class Branched:
     def hidden(self, model: BloomForCausalLM, rows: Tensor) -> Tensor:
         """The hidden states [M, D] of some rows [M]."""
         cache = self._cache(model, rows.device)
-        longest = max(self._lengths)
-        lengths = torch.tensor(self._lengths, device=rows.device)
-        left_padded = torch.arange(longest, device=rows.device) >= longest - lengths[:, None]
+        firsts = [self._owners.index(group) for group in range(len(self._lengths))]
         beginnings = torch.from_numpy(self._beginnings).to(rows.device)
         is_shared = rows < len(beginnings)
-        shared = model.transformer(beginnings, Documents.from_mask(left_padded), cache, rows=rows[is_shared])
-        cache.reorder(torch.tensor(self._owners, device=rows.device))
+        extension = cache.extend(firsts, self._lengths)
+        shared = model.transformer(beginnings, Documents.packed(self._lengths), extension, rows=rows[is_shared])
+        for row, group in enumerate(self._owners):
+            if row != firsts[group]:
+                cache.copy_row(firsts[group], row)
         rests = torch.from_numpy(self._rests).to(rows.device)
         own_rows = rows[~is_shared] - len(beginnings)
-        own = model.transformer(rests.flatten(), Documents.equal(*rests.shape), cache, rows=own_rows)
+        documents = Documents.equal(*rests.shape)
+        extension = cache.extend(range(len(rests)), documents.lengths)
+        own = model.transformer(rests.flatten(), documents, extension, rows=own_rows)
         out: Tensor = own.new_empty(len(rows), own.shape[1])
         out[is_shared], out[~is_shared] = shared, own
         return out
@@ -176,11 +179,12 @@ class Branched:
     def _cache(self, model: BloomForCausalLM, device: torch.device) -> KVCache:
         return KVCache(
             model.config,
-            len(self._lengths),
-            model.transformer.num_virtual_tokens + max(self._lengths) + self._rests.shape[1],
+            len(self._owners),
+            max(self._lengths) + self._rests.shape[1],
             dtype=model.transformer.dtype,
             device=device,
             n_head=len(model.transformer.heads),
+            num_virtual=model.transformer.num_virtual_tokens,
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from bloomlm.evaluation.scoring.batches import own_share
 from bloomlm.evaluation.scoring.window_scorer import WindowScorer
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore
-from bloomlm.generation.loop import LanguageModel
+from bloomlm.generation.language_model import LanguageModel
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
@@ -60,7 +60,8 @@ class StepScorer(WindowScorer):
         for row, window in enumerate(batch):
             tokens[row, : num_steps[row]] = torch.from_numpy(window.tokens)
             labels[row, : num_steps[row] + 1] = torch.from_numpy(window.labels)
-        decoding, logits = self._model.prefill([window.prompt.tolist() for window in batch], num_steps[0])
+        rows = self._model.open_rows(len(batch), max(window.size for window in batch))
+        logits = rows.prefill(range(len(batch)), [window.prompt.tolist() for window in batch])
         self.num_computed_tokens += sum(len(window.prompt) for window in batch)
         log_probs, num_likeliest = torch.zeros(len(batch), dtype=torch.float64), torch.zeros(len(batch))
         num_rows = len(batch)
@@ -70,11 +71,8 @@ class StepScorer(WindowScorer):
             num_likeliest[:num_rows] += is_likeliest
             if step == num_steps[0]:
                 break
-            num_going = sum(count > step for count in num_steps)
-            if num_going <= num_rows // 2:  # ended windows leave the batch once they are half of it
-                num_rows = num_going
-                decoding.reorder(torch.arange(num_rows))
-            logits = decoding.decode_step(tokens[:num_rows, step])
+            num_rows = sum(count > step for count in num_steps)
+            logits = rows.decode_step(range(num_rows), tokens[:num_rows, step])
             self.num_computed_tokens += num_rows
         return [
             WindowScore(log_prob=float(log_prob), num_scored=window.num_scored, num_likeliest=int(hits))

@@ -1,6 +1,6 @@
 """The pt2 format: traced functions over one weights file, and a package of them compiled where there is a compiler.
 
-Shapes: B rows, S slots in use, M slots of the cache, N packed tokens.
+Shapes: R rows of the cache, B of them in a call, S slots in use, M slots of the cache, N packed tokens.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import DecodeStep, Prefill, Product, slot_attention
-from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
+from bloomlm.export.kernels.operators import attend_of, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import Multiply, WeightFormat, many_rows, weight_format
 from bloomlm.export.weights_file import weight_entries, write_weights
 from bloomlm.model.config import BloomConfig
@@ -78,7 +78,7 @@ def trace_all(
         multiply=_fastest_product() if for_compiler else F.linear,
     )
     few: Product = few_rows_of if has_kernels else library
-    attention = attend if has_kernels else slot_attention
+    attention = attend_of if has_kernels else slot_attention
     functions: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
         "prefill": (Prefill(config, weights, linear=library, head=few), _prefill_example),
         "decode_step": (DecodeStep(config, weights, linear=few, head=few, attention=attention), _decode_example),
@@ -116,23 +116,23 @@ def _fastest_product() -> Multiply:
 
 
 def _prefill_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    lengths, num_slots = torch.tensor([5, 3]), 5
-    tokens, rows, used = torch.arange(8), torch.tensor([0] * 5 + [1] * 3), torch.arange(num_slots)
-    slots, starts = torch.tensor([0, 1, 2, 3, 4, 2, 3, 4]), num_slots - lengths
+    lengths, rows, used = torch.tensor([5, 3]), torch.tensor([2, 0]), torch.arange(5)
+    tokens, prompts = torch.arange(8), torch.tensor([0] * 5 + [1] * 3)
+    slots = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     size_n, size_b, size_s = (Dim(name, min=1, max=_MOST) for name in ("N", "B", "S"))
-    cache, cache_sizes = _cache_example(config, 2, size_b)
+    cache, cache_sizes = _cache_example(config)
     sizes = ({0: size_n}, {0: size_n}, {0: size_n}, {0: size_b}, {0: size_b}, {0: size_s}, cache_sizes)
-    return (tokens, rows, slots, lengths.cumsum(0) - 1, starts, used, cache), sizes
+    return (tokens, prompts, slots, lengths.cumsum(0) - 1, rows, used, cache), sizes
 
 
 def _decode_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     size_b, size_s = (Dim(name, min=1, max=_MOST) for name in ("B", "S"))
-    cache, cache_sizes = _cache_example(config, 3, size_b)
-    arguments = (torch.arange(3), torch.tensor([0, 2, 1]), torch.arange(6), cache)
-    return arguments, ({0: size_b}, {0: size_b}, {0: size_s}, cache_sizes)
+    cache, cache_sizes = _cache_example(config)
+    arguments = (torch.arange(3), torch.tensor([3, 0, 2]), torch.tensor([5, 3, 4]), torch.arange(6), cache)
+    return arguments, ({0: size_b}, {0: size_b}, {0: size_b}, {0: size_s}, cache_sizes)
 
 
-def _cache_example(config: BloomConfig, num_rows: int, size_b: Dim) -> tuple[list[Tensor], list[dict[int, Dim]]]:
-    shape = (num_rows, config.n_head, 9, config.head_dim)
-    cache = [torch.zeros(shape) for _ in range(2 * config.n_layer)]
-    return cache, [{0: size_b, 2: Dim("M", min=1, max=_MOST)}] * len(cache)
+def _cache_example(config: BloomConfig) -> tuple[list[Tensor], list[dict[int, Dim]]]:
+    cache = [torch.zeros(4, config.n_head, 9, config.head_dim) for _ in range(2 * config.n_layer)]
+    sizes = {0: Dim("R", min=1, max=_MOST), 2: Dim("M", min=1, max=_MOST)}
+    return cache, [sizes] * len(cache)

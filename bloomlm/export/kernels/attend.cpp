@@ -1,5 +1,6 @@
-// bloomlm::attend: attention of one new token a row. query [B, H, K], keys and values [B, H, M, K], bias [B, H, S]
-// -> [B, H * K]. B rows, H heads, M slots of the cache, S of them in use, K head_dim.
+// bloomlm::attend: attention of one new token a row over the slots up to its own. query [B, H, K], keys and values
+// [R, H, M, K], slopes [H] of ALiBi, rows [B] and slots [B] of the tokens -> [B, H * K].
+// R rows of the cache, B of them in the call, H heads, M slots of the cache, K head_dim.
 
 #include <algorithm>
 #include <cmath>
@@ -26,8 +27,8 @@ inline void weighted_sum(const float* weights, const float* values, int64_t slot
     _mm256_storeu_ps(result + column + 8 * j, _mm256_mul_ps(sums[j], _mm256_set1_ps(factor)));
 }
 
-// softmax(q k^T / sqrt(K) + bias) v for one head of one row. `scores` is room for S numbers.
-inline void attend(const float* query, const float* keys, const float* values, const float* bias, int64_t slots,
+// softmax(q k^T / sqrt(K) + slope * distance) v for one head of one row. `scores` is room for a number a slot.
+inline void attend(const float* query, const float* keys, const float* values, float slope, int64_t slots,
                    int64_t head_dim, float* scores, float* result) {
   constexpr int kSlots = 4, kVectors = 8;
   const int64_t whole = head_dim / 8 * 8;
@@ -46,7 +47,7 @@ inline void attend(const float* query, const float* keys, const float* values, c
     for (int64_t j = 0; j < count; ++j) {
       float sum = total(sums[j]);
       for (int64_t i = whole; i < head_dim; ++i) sum += query[i] * keys[(slot + j) * head_dim + i];
-      scores[slot + j] = sum * factor + bias[slot + j];
+      scores[slot + j] = sum * factor + slope * static_cast<float>(slot + j + 1 - slots);
       largest = std::max(largest, scores[slot + j]);
     }
   }
@@ -67,19 +68,23 @@ inline void attend(const float* query, const float* keys, const float* values, c
 }  // namespace bloomlm
 
 extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
-                                                AtenTensorHandle bias, AtenTensorHandle* result) {
-  const bloomlm::Floats q(query), k(keys), v(values), scores(bias);
-  const int64_t rows = q.sizes[0], heads = q.sizes[1], head_dim = q.sizes[2], slots = scores.sizes[2];
-  *result = bloomlm::new_floats(rows, heads * head_dim);
+                                                AtenTensorHandle slopes, AtenTensorHandle rows, AtenTensorHandle slots,
+                                                AtenTensorHandle* result) {
+  const bloomlm::Floats q(query), k(keys), v(values), slope(slopes);
+  const int64_t *row = bloomlm::int64s(rows), *last = bloomlm::int64s(slots);
+  const int64_t count = q.sizes[0], heads = q.sizes[1], head_dim = q.sizes[2];
+  *result = bloomlm::new_floats(count, heads * head_dim);
   float* out = bloomlm::Floats(*result).data;
 #pragma omp parallel
   {
-    std::vector<float> room(slots);
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < rows * heads; ++unit) {
-      const int64_t row = unit / heads, head = unit % heads;
-      const auto at = [&](const bloomlm::Floats& t) { return t.data + row * t.strides[0] + head * t.strides[1]; };
-      bloomlm::attend(at(q), at(k), at(v), at(scores), slots, head_dim, room.data(), out + unit * head_dim);
+    std::vector<float> room(k.sizes[2]);
+    // rows differ in length, so a thread takes the next head when it is done with one
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < count * heads; ++unit) {
+      const int64_t i = unit / heads, head = unit % heads;
+      const auto at = [&](const bloomlm::Floats& t, int64_t r) { return t.data + r * t.strides[0] + head * t.strides[1]; };
+      bloomlm::attend(at(q, i), at(k, row[i]), at(v, row[i]), slope.data[head], last[i] + 1, head_dim, room.data(),
+                      out + unit * head_dim);
     }
   }
   return AOTI_TORCH_SUCCESS;

@@ -44,9 +44,10 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 @torch.library.custom_op("bloomlm::attend", mutates_args=())
-def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """slot_attention as an operator."""
-    return slot_attention(query, keys, values, bias)
+def attend(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """slot_attention as an operator, which reads no slot behind a row's own."""
+    used = torch.arange(int(slots.max()) + 1, device=slots.device)
+    return slot_attention(query, keys, values, slopes, rows, slots, used)
 
 
 @decoded.register_fake
@@ -61,7 +62,7 @@ def _few_rows_shape(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> T
 
 
 @attend.register_fake
-def _attend_shape(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+def _attend_shape(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
 
 
@@ -74,6 +75,14 @@ def few_rows_of(x: Tensor, parts: Parts) -> Tensor:
 def decoded_of(parts: Parts) -> Tensor:
     """decoded with the parts of a matrix."""
     out: Tensor = decoded(parts["weight"], parts.get("scale"))
+    return out
+
+
+def attend_of(
+    query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor, used: Tensor
+) -> Tensor:
+    """attend with slot_attention's arguments."""
+    out: Tensor = attend(query, keys, values, slopes, rows, slots)
     return out
 
 

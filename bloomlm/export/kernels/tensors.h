@@ -21,6 +21,13 @@ struct Floats {
   }
 };
 
+// The numbers of a contiguous tensor of int64.
+inline const int64_t* int64s(AtenTensorHandle tensor) {
+  void* pointer = nullptr;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &pointer));
+  return static_cast<const int64_t*>(pointer);
+}
+
 // An uninitialised tensor [rows, columns].
 inline AtenTensorHandle new_floats(int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};

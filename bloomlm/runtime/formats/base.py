@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomlm.generation.loop import LanguageModel
+from bloomlm.generation.language_model import LanguageModel
 from bloomlm.runtime.manifest import Manifest
 
 

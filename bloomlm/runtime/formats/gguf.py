@@ -76,54 +76,52 @@ class LlamaCppModel:
                 "copy all files of the program again"
             )
 
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["LlamaCppBatch", Tensor]:
-        """Read the prompts."""
-        batch = LlamaCppBatch(self, [len(prompt) for prompt in prompts], max_new_tokens)
-        tokens = [
-            _Token(token, position, row, position + 1 == len(prompt))
-            for row, prompt in enumerate(prompts)
-            for position, token in enumerate(prompt)
-        ]
-        return batch, batch.context.read(tokens)
+    def open_rows(self, num_rows: int, num_tokens: int) -> "LlamaCppRows":
+        """Allocate memory for num_rows sequences of at most num_tokens tokens each, all rows free.
+
+        Raises:
+            GenerationError: llama.cpp continues fewer sequences at once.
+            ProgramError: it has no memory for them.
+        """
+        return LlamaCppRows(self, num_rows, num_tokens)
 
     def last_message(self) -> str:
         """What llama.cpp complained of last."""
         return self._messages[-1] if self._messages else "it gives no reason"
 
 
-class LlamaCppBatch:
+class LlamaCppRows:
     """Rows, each a sequence of a context."""
 
-    def __init__(self, model: LlamaCppModel, lengths: Sequence[int], max_new_tokens: int) -> None:
-        self._model = model
-        self._max_new_tokens = max_new_tokens
-        self._lengths = list(lengths)
-        """Tokens of each row."""
-        self._sequences = list(range(len(lengths)))
-        """The sequence of each row."""
-        self.context = self._new_context(len(lengths), sum(lengths))
+    def __init__(self, model: LlamaCppModel, num_rows: int, num_tokens: int) -> None:
+        self._context = _Context(model, num_rows, num_rows * num_tokens)
+        self._lengths = [0] * num_rows
 
-    def decode_step(self, tokens: Tensor) -> Tensor:
-        """Give every row one more token."""
-        places = zip(tokens.tolist(), self._lengths, self._sequences, strict=True)
-        logits = self.context.read([_Token(token, length, sequence, True) for token, length, sequence in places])
-        self._lengths = [length + 1 for length in self._lengths]
+    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows; see ModelRows."""
+        tokens = [
+            _Token(token, position, row, place + 1 == len(prompt))
+            for row, prompt in zip(rows, prompts, strict=True)
+            for place, (position, token) in enumerate(enumerate(prompt, start=self._lengths[row]))
+        ]
+        logits = self._context.read(tokens)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._lengths[row] += len(prompt)
         return logits
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows; those that come from one row share what it has read."""
-        chosen = rows.tolist()
-        sources = [self._sequences[row] for row in chosen]
-        if len(chosen) > self.context.num_sequences:
-            grown = self._new_context(len(chosen), sum(self._lengths[row] for row in set(chosen)))
-            for source in set(sources):
-                grown.take_over(self.context, source, sources.index(source))
-            self.context, sources = grown, [sources.index(source) for source in sources]
-        self._sequences = self.context.keep(sources)
-        self._lengths = [self._lengths[row] for row in chosen]
+    def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """Append one token to each of the rows; see ModelRows."""
+        return self.prefill(rows, tokens[:, None].tolist())
 
-    def _new_context(self, num_rows: int, num_read: int) -> "_Context":
-        return _Context(self._model, num_rows, num_read + num_rows * self._max_new_tokens)
+    def copy_row(self, source: int, target: int) -> None:
+        """Make the target row equal to the source row; they share the cells of what both have read."""
+        self._context.copy(source, target)
+        self._lengths[target] = self._lengths[source]
+
+    def free(self, row: int) -> None:
+        """Forget what a row holds."""
+        self._context.remove(row)
+        self._lengths[row] = 0
 
 
 class _Context:
@@ -147,7 +145,6 @@ class _Context:
         parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.no_perf = True
         self._model = model  # which must outlive it
-        self.num_sequences = num_sequences
         self.handle = library.llama_init_from_model(model.handle, parameters)
         if not self.handle:
             raise ProgramError(f"llama.cpp has no room for {num_cells} tokens: {model.last_message()}")
@@ -159,29 +156,14 @@ class _Context:
         logits = [row for chunk in _chunks(tokens) for row in self._read_chunk(chunk)]
         return torch.from_numpy(np.stack(logits))
 
-    def keep(self, sources: Sequence[int]) -> list[int]:
-        """Make the given sequences the only ones, repeats as copies; returns the sequence of each."""
-        library = self._model.library
-        for sequence in set(range(self.num_sequences)).difference(sources):
-            library.llama_memory_seq_rm(self._memory, sequence, _ALL, _ALL)
-        free = sorted(set(range(self.num_sequences)).difference(sources))
-        placed: list[int] = []
-        for source in sources:
-            target = source
-            if source in placed:
-                target = free.pop()
-                library.llama_memory_seq_cp(self._memory, source, target, _ALL, _ALL)
-            placed.append(target)
-        return placed
+    def remove(self, sequence: int) -> None:
+        """Give a sequence's cells back."""
+        self._model.library.llama_memory_seq_rm(self._memory, sequence, _ALL, _ALL)
 
-    def take_over(self, other: "_Context", source: int, target: int) -> None:
-        """Copy a sequence of another context."""
-        library = self._model.library
-        size = library.llama_state_seq_get_size(other.handle, source)
-        buffer = (ctypes.c_uint8 * size)()
-        library.llama_state_seq_get_data(other.handle, buffer, size, source)
-        if not library.llama_state_seq_set_data(self.handle, buffer, size, target):
-            raise ProgramError(f"llama.cpp cannot copy a sequence: {self._model.last_message()}")
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence hold what another one holds."""
+        self.remove(target)
+        self._model.library.llama_memory_seq_cp(self._memory, source, target, _ALL, _ALL)
 
     def _read_chunk(self, tokens: Sequence[_Token]) -> list[np.ndarray[Any, Any]]:
         library = self._model.library

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from bloomlm.errors import BackendMissingError, ProgramError, first_line
-from bloomlm.generation.loop import LanguageModel
+from bloomlm.generation.language_model import LanguageModel
 from bloomlm.runtime.formats.base import ProgramFormat
 from bloomlm.runtime.manifest import Manifest
 from bloomlm.runtime.step import Array, StepModel, input_names

@@ -70,54 +70,83 @@ class Pt2Model:
         open_named = partial(open_function, directory, prefix, weights=tensors)
         self._prefill, self._decode_step = open_named("prefill"), open_named("decode_step")
 
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple["Pt2Batch", Tensor]:
-        """Read the prompts, without computing on pads outside of attention."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        num_virtual = self.manifest.num_virtual_tokens
-        num_slots = num_virtual + int(lengths.max())
-        cache = self._empty_cache(len(prompts), num_slots + max_new_tokens)
-        batch = Pt2Batch(self._decode_step, cache)
-        batch.starts = num_slots - num_virtual - lengths
-        batch.num_slots = num_slots
-        if self._virtual is not None:
-            _put_virtual(batch.cache, self._virtual, batch.starts)
-        rows = torch.arange(len(prompts)).repeat_interleave(lengths)
-        slots = torch.cat([torch.arange(num_slots - int(length), num_slots) for length in lengths])
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        used = batch.slots[:num_slots]
-        return batch, self._prefill(tokens, rows, slots, lengths.cumsum(0) - 1, batch.starts, used, batch.cache)
-
-    def _empty_cache(self, num_rows: int, num_slots: int) -> list[Tensor]:
+    def open_rows(self, num_rows: int, num_tokens: int) -> "Pt2Rows":
+        """Allocate memory for num_rows sequences of at most num_tokens tokens each, all rows free."""
+        num_slots = self.manifest.num_virtual_tokens + num_tokens
         shape = (num_rows, self.manifest.n_head, num_slots, self.manifest.head_dim)
-        return [torch.zeros(shape) for _ in range(2 * self.manifest.n_layer)]
+        cache = [torch.zeros(shape) for _ in range(2 * self.manifest.n_layer)]
+        return Pt2Rows(self._prefill, self._decode_step, cache, self._virtual)
 
 
-class Pt2Batch:
-    """Rows in a cache that decode_step writes into."""
+class Pt2Rows:
+    """Sequences in a cache that both functions write into."""
 
-    def __init__(self, decode_step: Function, cache: list[Tensor]) -> None:
+    def __init__(
+        self, prefill: Function, decode_step: Function, cache: list[Tensor], virtual: Tensor | None = None
+    ) -> None:
+        self._prefill = prefill
         self._decode_step = decode_step
+        self._virtual = virtual
+        self._slots = torch.arange(cache[0].shape[2])
+        self._written = [0] * len(cache[0])  # slots of each row that are no longer zeros
         self.cache = cache
-        """Keys and values by block, [B, H, M, K] each."""
-        self.starts = torch.empty(0, dtype=torch.int64)
-        """[B] first slot of each row that is no pad."""
-        self.num_slots = 0
-        """Slots in use (S)."""
-        self.slots = torch.arange(cache[0].shape[2])
+        """Keys and values by block, [R, H, M, K] each."""
+        self.lengths = [0] * len(cache[0])
+        """Slots in use of each row, those of virtual tokens included; 0: the row is free."""
 
-    def decode_step(self, tokens: Tensor) -> Tensor:
-        """Give every row one more token."""
-        assert self.num_slots < len(self.slots), "the loop asked for room for fewer tokens"
-        self.num_slots += 1
-        return self._decode_step(tokens, self.starts, self.slots[: self.num_slots], self.cache)
+    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows, without computing on pads outside of attention; see ModelRows."""
+        counts = torch.tensor([len(prompt) for prompt in prompts])
+        stops = [self._start(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        numbers = torch.arange(len(prompts)).repeat_interleave(counts)
+        slots = torch.cat([self._slots[stop - len(prompt) : stop] for stop, prompt in zip(stops, prompts, strict=True)])
+        used = self._slots[: max(stops)]
+        logits = self._prefill(tokens, numbers, slots, counts.cumsum(0) - 1, torch.tensor(rows), used, self.cache)
+        self._count(rows, stops)
+        return logits
 
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows."""
-        for index, old in enumerate(self.cache):
-            new = old.new_zeros(len(rows), *old.shape[1:])
-            new[:, :, : self.num_slots] = old[rows, :, : self.num_slots]
-            self.cache[index] = new
-        self.starts = self.starts[rows]
+    def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """Append one token to each of the rows; see ModelRows."""
+        stops = [self._start(row, 1) for row in rows]
+        used = self._slots[: max(stops)]
+        logits = self._decode_step(tokens, torch.tensor(rows), torch.tensor(stops) - 1, used, self.cache)
+        self._count(rows, stops)
+        return logits
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make the target row equal to the source row."""
+        used = self.lengths[source]
+        for part in self.cache:
+            part[target, :, :used] = part[source, :, :used]
+            part[target, :, used : self._written[target]] = 0
+        self.lengths[target] = self._written[target] = used
+
+    def free(self, row: int) -> None:
+        """Forget what a row holds."""
+        self.lengths[row] = 0
+
+    def _start(self, row: int, num_new: int) -> int:
+        """Prepare a row for new tokens; returns the number of slots that it will use.
+
+        Virtual tokens go into a free row, and what an earlier sequence left behind becomes zeros, since it may be NaN.
+        """
+        num_virtual = 0 if self._virtual is None else self._virtual.shape[3]
+        stop = (self.lengths[row] or num_virtual) + num_new
+        # compiled code would write behind the end of its memory
+        assert stop <= len(self._slots), "a row has no room for its new tokens"
+        if self.lengths[row] == 0:
+            for index, part in enumerate(self.cache):
+                part[row, :, stop : self._written[row]] = 0
+                if self._virtual is not None:
+                    part[row, :, :num_virtual] = self._virtual[index // 2, index % 2]
+            self._written[row] = 0
+        self._written[row] = max(self._written[row], stop)
+        return stop
+
+    def _count(self, rows: Sequence[int], stops: Sequence[int]) -> None:
+        for row, stop in zip(rows, stops, strict=True):
+            self.lengths[row] = stop
 
 
 def instruction_set(flags: frozenset[str] | None = None) -> str:
@@ -197,13 +226,6 @@ def _open_graph(directory: Path, prefix: str, entry_point: str, weights: Mapping
             f"{path} cannot be loaded by PyTorch {torch.__version__}: {type(error).__name__}: {error}"
         ) from error
     return lambda *arguments: module(*arguments, dict(weights))
-
-
-def _put_virtual(cache: Sequence[Tensor], virtual: Tensor, starts: Tensor) -> None:
-    """Copy keys and values [L, 2, H, P, K] to the first slots of each row that are no pads."""
-    for index, tensor in enumerate(cache):
-        for row, start in enumerate(starts.tolist()):
-            tensor[row, :, start : start + virtual.shape[3]] = virtual[index // 2, index % 2]
 
 
 PT2 = ProgramFormat(name="pt2", backend="pt2", large_file=weights_file, open=Pt2Model)

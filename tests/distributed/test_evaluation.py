@@ -1,4 +1,4 @@
-"""Evaluations on ranks: what one process gives, each window scored by one copy of the model, files of a stopped run."""
+"""Evaluations on ranks: the results of one process, each window scored once, and continued after a stop."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def mesh_of(degrees: Degrees) -> Mesh:
 
 
 def some_windows() -> list[Window]:
-    """Choices behind common questions, and an odd number of windows of their own."""
+    """Choices after common questions, and an odd number of windows that share nothing."""
     source = np.random.default_rng(0)
     windows = []
     for length in (20, 33, 45):
@@ -81,7 +81,7 @@ def test_scores_are_those_of_one_process(
             assert one.log_prob == pytest.approx(other.log_prob, rel=2e-6)
             assert (one.num_scored, one.num_likeliest) == (other.num_scored, other.num_likeliest)
     shares = [own for _, own, _ in results]
-    if kind == "copies":  # each once, whatever the remainder
+    if kind == "copies":  # each window once, although their number is odd
         assert sorted(shares[0] + shares[1]) == sorted(everything) and min(map(len, shares)) > 0
     else:
         assert shares[0] == shares[1] == everything
@@ -192,7 +192,7 @@ def test_ranks_that_share_a_model_cannot_halve(ranks: RankPool) -> None:
 def test_make_evaluates_on_one_and_on_two_processes(tmp_path: Path, target: str) -> None:
     wiki = tmp_path / "wiki.tokens"
     wiki.write_text(" = The Sea = \n \n The sea , and the rain @-@ fed river . \n" * 8)
-    # the environment that the tests run in stands for the one that make would build
+    # make uses the environment of the tests instead of building one
     make = ["make", "--silent", f"--old-file={sys.prefix}/.installed-dev", f"VENV={sys.prefix}", "MODEL=builtin:tiny"]
     make += [target, f"EVAL_PATH={wiki}", f"EVAL_FLAGS=--dtype float32 --output_file {tmp_path}/report.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

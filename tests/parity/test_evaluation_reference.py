@@ -18,7 +18,7 @@ SEQ_LENGTH = 64
 
 
 def expected_lines() -> dict[str, str]:
-    """What the script printed, by the setting's name."""
+    """The lines that the script printed, by the name of the setting."""
     lines = (FIXTURES / "eval_data" / "EXPECTED.txt").read_text().splitlines()
     return {
         setting.removeprefix(f"seq_length={SEQ_LENGTH} "): printed.partition(" | ")[2]
@@ -51,7 +51,7 @@ def test_lambada_line_is_the_printed_one(bloom: LoadedModel) -> None:
 
 
 def test_sliding_windows_score_as_transformers_does(pair: tuple[HFBloom, BloomForCausalLM]) -> None:
-    """Each window a batch of its own through transformers, all logits."""
+    """Against all logits of transformers, one window at a time."""
     theirs, ours = pair
     ids = torch.randint(4, 101, (90,), generator=torch.Generator().manual_seed(0))
     windows = reference.sliding_windows(ids.numpy(), 24, 5, 3)

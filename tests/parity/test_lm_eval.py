@@ -1,4 +1,4 @@
-"""Against lm-eval itself: its tasks with its own transformers model beside ours, on the same weights."""
+"""Against lm-eval: its tasks with its own transformers model and with ours, on the same weights."""
 
 import importlib
 import json
@@ -93,7 +93,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_task(model: Any, task: dict[str, Any]) -> tuple[dict[str, Any], list[list[Any]]]:
-    """lm-eval's results, and what the model answered to each document.
+    """lm-eval's results, and the model's answers to each document.
 
     Not by simple_evaluate, which reads all of its tasks and asks the machine for its versions first.
     """
@@ -207,7 +207,7 @@ def test_model_is_registered_and_named_by_an_entry_point() -> None:
 
 @pytest.fixture
 def task_directory(tmp_path: Path) -> Path:
-    """A task of one's own, as --include_path takes it."""
+    """A directory with a task, as --include_path takes it."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))
     (tmp_path / "here.yaml").write_text(

@@ -129,9 +129,11 @@ def test_stopped_evaluation_goes_on(bloom: Path, wiki: Path, tmp_path: Path, mon
     assert not (tmp_path / "parts.json").exists()
     monkeypatch.undo()
     (partial,) = tmp_path.glob(".parts.json.*.partial")
-    with partial.open("ab") as file:  # the power went while a line was written
+    with partial.open("ab") as file:  # as if the power failed while a line was written
         file.write(b'{"number": 1, "log_pro')
-    other = evaluate(*words, tmp_path / "parts.json", "--limit", 2)  # another evaluation, which must not use it
+    other = evaluate(
+        *words, tmp_path / "parts.json", "--limit", 2
+    )  # another evaluation, which must not use the results
     assert other.exit_code == 0
     result = evaluate(*words, tmp_path / "parts.json")
     parts = json.loads((tmp_path / "parts.json").read_text())

@@ -1,4 +1,4 @@
-"""Standard errors: against formulas, against resampling, and of differences."""
+"""Standard errors against formulas and against resampling, and those of differences."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`bloomlm evaluate --model_dir`: an exported program gives the numbers of the model that it was made of."""
+"""`bloomlm evaluate --model_dir`: an exported program gives the numbers of its model."""
 
 import json
 import random
@@ -192,7 +192,7 @@ def model() -> BloomForCausalLM:
 
 @pytest.fixture(scope="module")
 def windows() -> list[Window]:
-    """Continuations, windows that are scored from their first position, gaps between labels, and nothing to score."""
+    """Continuations, windows scored from their first position, windows with gaps between labels, and one without labels."""
     source = random.Random(0)
 
     def draw(count: int) -> np.ndarray[Any, Any]:
@@ -206,7 +206,7 @@ def windows() -> list[Window]:
 
 
 def by_whole_logits(model: BloomForCausalLM, window: Window) -> tuple[float, int, int]:
-    """The slow, obvious way: log-probability, scored positions, and those whose likeliest token is the label."""
+    """Without any shortcut: log-probability, scored positions, and those whose likeliest token is the label."""
     log_probs = model(torch.from_numpy(window.tokens)[None])[0].detach().double().log_softmax(-1)[-len(window.labels) :]
     pairs = [(row, int(label)) for row, label in zip(log_probs, window.labels, strict=True) if label != IGNORE_INDEX]
     hits = sum(int(row.argmax()) == label for row, label in pairs)
@@ -234,7 +234,7 @@ def test_steps_give_the_scores_of_whole_logits(
 def test_each_token_is_computed_once(model: BloomForCausalLM, windows: list[Window]) -> None:
     scorer = StepScorer(model, max_batch_tokens=1)
     scorer.score_all(windows)
-    unused = 12 + 1  # of the window without labels, and behind the last label
+    unused = 12 + 1  # tokens of the window without labels, and the one after the last label
     assert scorer.num_computed_tokens == sum(len(window.tokens) for window in windows) - unused
 
 

@@ -1,4 +1,4 @@
-"""The protocols: their windows by hand, their numbers against the definitions done naively."""
+"""The protocols: their windows against lists written by hand, their numbers against naive computations."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def passages(*texts: str) -> list[Passage]:
 
 
 def naive_reference_loss(model: BloomForCausalLM, ids: list[int], seq_length: int, overlap: int) -> float:
-    """Every window whole and padded, all logits, a mask over them: as run_eval.py had it."""
+    """The loss as in run_eval.py: every window padded to its full length, all logits, and a mask."""
     count = max(math.ceil(max(len(ids) - 1 - overlap, 0) / overlap) + 1, 1)
     total = 0.0
     for number in range(count):

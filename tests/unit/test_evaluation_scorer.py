@@ -1,4 +1,4 @@
-"""Scoring windows: against whole logits, in every batch, with what they share computed once."""
+"""Scores of windows against whole logits, in batches of every size, with common beginnings computed once."""
 
 import random
 
@@ -10,6 +10,7 @@ from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.scoring import eager_scorer
+from bloomlm.evaluation.scoring.batches import BatchLimit
 from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.shared_prefix import Branched, Packed, find_branches, join_documents
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
@@ -31,7 +32,7 @@ def model() -> BloomForCausalLM:
 
 @pytest.fixture(scope="module")
 def windows() -> list[Window]:
-    """Questions with choices of several lengths, some of them beginnings of others, and windows of their own."""
+    """Questions with choices of several lengths, some of which begin others, and windows that share nothing."""
     source = random.Random(0)
     found = []
     for length in (24, 40, 57):
@@ -47,7 +48,7 @@ def windows() -> list[Window]:
 
 
 def by_whole_logits(model: BloomForCausalLM, window: Window) -> WindowScore:
-    """The slow, obvious way."""
+    """Without any shortcut."""
     log_probs = model(torch.from_numpy(window.tokens)[None])[0].detach().double().log_softmax(-1)[-len(window.labels) :]
     pairs = [(row, int(label)) for row, label in zip(log_probs, window.labels, strict=True) if label != IGNORE_INDEX]
     return WindowScore(
@@ -148,6 +149,29 @@ def test_batches_are_halved_when_memory_runs_out(
     assert_scores(found, [by_whole_logits(model, window) for window in windows])
     assert max(sizes) > 70
     assert scorer.max_batch_tokens < 500
+
+
+def test_batches_hold_as_much_as_fits() -> None:
+    computed = []
+
+    def compute(batch: list[int]) -> list[int]:
+        computed.append(sum(batch))
+        if sum(batch) > 10:
+            raise MemoryError
+        return [piece + 100 for piece in batch]
+
+    limit = BatchLimit(size=24, unit="tokens", single="piece of {size}", advice="--size")
+
+    def halves(piece: int) -> tuple[int, ...]:
+        return (piece // 2, piece - piece // 2) if piece > 10 else (piece,)
+
+    found = list(limit.batches([16, 8, 6, 4, 3, 3], compute, sum, halves=halves))
+    # 24 do not fit, so the limit is 12; 16 is above it and halved alone, which lowers the limit to 8
+    assert computed == [24, 16, 8, 8, 8, 6, 7, 3]
+    assert found == [([8], [108])] * 3 + [([6], [106]), ([4, 3], [104, 103]), ([3], [103])]
+    with pytest.raises(ConfigError, match="memory ran out on a single piece of 16; give a smaller --size"):
+        list(limit.batches([16], compute, sum))
+    assert list(limit.batches([4, 3, 1, 1], compute, sum, most=4)) == [([4], [104]), ([3, 1], [103, 101]), ([1], [101])]
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(

@@ -126,7 +126,7 @@ def test_half_precision_is_near_the_fp32_oracle(dtype: torch.dtype, autocast: bo
     assert found[0].dtype is torch.float32
     assert found[1].dtype is stored and found[2].dtype is stored
     for ours, plain, oracles in zip(found, theirs, expected, strict=True):
-        # as near as plain cross entropy on half-precision logits, but for luck in the last bit
+        # as near as plain cross entropy on half-precision logits, up to chance in the last bit
         assert relative_error(ours, oracles) < 1.5 * relative_error(plain, oracles) + torch.finfo(dtype).eps / 4
 
 

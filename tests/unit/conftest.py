@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import bloomlm.export.program
+import bloomlm.export.formats.pt2
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import bloomlm.export.formats.pt2
-import bloomlm.export.program
 import bloomlm.export.weights
 import bloomlm.runtime.manifest
 from bloomlm.adapters.base import apply_adapter

@@ -35,7 +35,7 @@ run_eval: $(VENV)/.installed-dev
 
 # The same with the model divided among processes.
 run_eval_tps: $(VENV)/.installed-dev
-	$(BIN)/torchrun --nproc-per-node $(TENSOR_PARALLEL_DEGREE) run_eval.py \
+	$(BIN)/python run_eval.py --num_processes $(TENSOR_PARALLEL_DEGREE) \
 		--tensor_parallel_degree $(TENSOR_PARALLEL_DEGREE) --model_name_or_path $(MODEL) --eval_path $(EVAL_PATH) $(EVAL_FLAGS)
 
 # The lock pins every version that the tests were run with; the package itself allows ranges.

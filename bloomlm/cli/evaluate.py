@@ -242,6 +242,7 @@ command = _two_files(
         "evaluate",
         EvaluateFlags,
         evaluate,
+        has_ranks=True,
         help="""Tell how good a model is: WikiText, LAMBADA, any task of lm-eval, or answers to rows of your own.
 
     The numbers hold under the definition that --protocol names; compare them with numbers of the same one only.

@@ -22,6 +22,7 @@ command = config_command(
     "finetune",
     TrainingConfig,
     run,
+    has_ranks=True,
     help="""Train a BLOOM on your examples: fully, with LoRA or with prefix tuning.
 
     Everything the run makes is in --output_dir. Started again with the same flags, a run that was stopped goes on from

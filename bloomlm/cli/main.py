@@ -131,7 +131,7 @@ def _click_message(error: click.ClickException) -> str:
 
 
 def _report(message: str, notes: Sequence[str] = ()) -> None:
-    """Say it once: before ranks have joined they all fail alike, and afterwards the one that notes its rank speaks."""
-    if notes or os.environ.get("RANK", "0") == "0":
+    """Say it once a machine: until ranks have joined all fail alike; afterwards the one that notes its rank speaks."""
+    if notes or os.environ.get("LOCAL_RANK", "0") == "0":
         where = "" if not notes or notes[0].startswith("on rank 0 ") else f" {notes[0]}"
         click.echo(f"error{where}: {message}", err=True)

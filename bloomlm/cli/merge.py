@@ -64,9 +64,10 @@ command = config_command(
     "merge",
     MergeConfig,
     merge,
+    has_ranks=True,
     help="""Write a model as one plain directory: shards into one file, another precision, LoRA into its base.
 
-    The weights go from file to file one tensor at a time. A prefix adapter cannot be merged. Under torchrun every
-    process reads, adds up and writes a part.
+    The weights go from file to file one tensor at a time. A prefix adapter cannot be merged. With
+    --num_processes every process reads, adds up and writes a part.
     """,
 )

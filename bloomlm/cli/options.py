@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, Uni
 import click
 import yaml
 
+from bloomlm.cli.processes import ProcessFlags, start_ranks, starts_ranks
 from bloomlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ else:
     _ParamType = click.ParamType  # generic from click 8.4 on only
 
 _CONFIG_FLAG = "config"
+_WORDS = "bloomlm.words"
+"""Where a command keeps its arguments as they were given."""
 
 
 class _Dataclass(Protocol):
@@ -101,7 +104,9 @@ class Flag:
             raise ConfigError(f"{where}: {self.name} is {value!r}; expected {_expected(self.type)}") from error
 
 
-def config_command(name: str, config_class: type[C], run: Callable[[C], None], *, help: str) -> click.Command:
+def config_command(
+    name: str, config_class: type[C], run: Callable[[C], None], *, help: str, has_ranks: bool = False
+) -> click.Command:
     """Build the command whose flags are the fields of `config_class`.
 
     Args:
@@ -109,13 +114,21 @@ def config_command(name: str, config_class: type[C], run: Callable[[C], None], *
         config_class: a dataclass with keyword arguments.
         run: receives the finished config.
         help: what the verb does; the first line is its summary.
+        has_ranks: whether many processes can do it together, which --num_processes then starts.
     """
-    flags = config_flags(config_class)
+    process_flags = config_flags(ProcessFlags) if has_ranks else ()
+    flags = (*config_flags(config_class), *process_flags)
 
     def callback(**values: Any) -> None:
         config_file = values.pop(_CONFIG_FLAG)
         given = {key: value for key, value in values.items() if value is not None}
-        run(build_config(config_class, given, config_file))
+        joined = join_values(flags, given, config_file)
+        processes = ProcessFlags(**{flag.name: joined.pop(flag.name) for flag in process_flags if flag.name in joined})
+        config = config_class(**joined)
+        if starts_ranks(processes):
+            start_ranks(processes, [name, *click.get_current_context().meta[_WORDS]])
+        else:
+            run(config)
 
     return _SectionedCommand(
         name,
@@ -138,18 +151,26 @@ def config_flags(config_class: type[_Dataclass]) -> tuple[Flag, ...]:
 
 
 def build_config(config_class: type[C], given: Mapping[str, Any], config_file: Path | None) -> C:
+    """Make a config of the run file and the flags given on the command line.
+
+    Raises:
+        ConfigError: as for `join_values`, or a number is out of range.
+    """
+    return config_class(**join_values(config_flags(config_class), given, config_file))
+
+
+def join_values(flags: tuple[Flag, ...], given: Mapping[str, Any], config_file: Path | None) -> dict[str, Any]:
     """Join the run file and the flags given on the command line; the flags win.
 
     Raises:
         ConfigError: the file cannot be read, has a key or a value that does not fit, or a required flag is missing.
     """
-    flags = config_flags(config_class)
     values = {**(read_run_file(config_file, flags) if config_file else {}), **given}
     missing = [flag for flag in flags if flag.is_required and flag.name not in values]
     if missing:
         lines = "; ".join(f"--{flag.name} ({flag.help})" for flag in missing)
         raise ConfigError(f"missing {lines}")
-    return config_class(**values)
+    return values
 
 
 def read_run_file(path: Path, flags: tuple[Flag, ...]) -> dict[str, Any]:
@@ -184,6 +205,11 @@ class _SectionedCommand(click.Command):
     def __init__(self, name: str, *, sections: Mapping[str, str], **attributes: Any) -> None:
         super().__init__(name, **attributes)
         self._sections = sections
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments, with which ranks can be started, and parse them."""
+        ctx.meta[_WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one definition list per section."""

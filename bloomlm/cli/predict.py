@@ -40,7 +40,7 @@ class PredictConfig(CompletionFlags, DeviceFlags, ModelFlags):
     )
     max_new_tokens: int = flag("decoding", 200, "most tokens to generate, </s> included", aliases=("tgt_length",))
     tensor_parallel_degree: int = flag(
-        "computing", -1, "under torchrun: processes that compute one copy of the model together [default: all]"
+        "computing", -1, "processes that compute one copy of the model together  [default: all]"
     )
 
 
@@ -119,6 +119,7 @@ command = config_command(
     "predict",
     PredictConfig,
     predict,
+    has_ranks=True,
     help="""Complete prompts with a BLOOM, with or without an adapter.
 
     The prompts come from --prompt, from --data_file or, one on each line, through a pipe.

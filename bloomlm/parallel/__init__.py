@@ -1,12 +1,12 @@
 """How tensors lie on ranks, and what ranks exchange.
 
-For whoever runs a model on many ranks (a command, an evaluation), started by torchrun:
+For whoever runs a model on many ranks (a command, an evaluation), started by --num_processes or torchrun:
 
     from bloomlm.parallel.launch import joined_ranks, world_size
     from bloomlm.parallel.mesh import degrees_from_flags
 
     degrees = degrees_from_flags(world_size(), tensor_parallel_degree=2)   # refuses what cannot work
-    with joined_ranks(degrees, "cpu") as mesh:                             # ALONE without torchrun
+    with joined_ranks(degrees, "cpu") as mesh:                             # ALONE without a launcher
         model = load_model(path, mesh=mesh)                                # each rank reads its parts
         ...
 

@@ -1,11 +1,12 @@
-"""Join the processes that torchrun started, and end together: the first rank that fails says why, the others are quiet.
+"""Join the ranks that a launcher started, and end together: the first rank that fails says why, the others are quiet.
 
-A process that torchrun did not start is alone, and nothing here costs it anything.
+Without a launcher (torchrun, --num_processes) a process is alone, and nothing here costs it anything.
 """
 
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,16 +25,13 @@ FAILED_KEY = "failed"
 # What gloo and NCCL say when the other end of a connection is gone: never the cause.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 EXIT_CODE = 1
+GRACE_SECONDS = 15
+"""How long a rank that has nothing to say waits for the one that has: when a rank ends, the launcher ends all."""
 
 
 def world_size() -> int:
-    """Processes of this job, as torchrun tells them; 1 without it."""
+    """The number of processes of this job, as the launcher says; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that talks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
     """The mesh of all ranks of the job, for as long as the block lasts.
 
     Ranks other than the first log errors only. If a rank raises, the first to do so says that it was that rank; the
-    others, whose exchanges then break, exit without a word, and torchrun ends those that still wait.
+    others, whose exchanges then break, exit without a word, and the launcher ends those that still wait.
 
     Args:
         degrees: for all processes of the job.
@@ -49,15 +47,16 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
         timeout: for which a rank waits for the others in an exchange.
 
     Raises:
+        ConfigError: this machine has fewer GPUs than processes.
         SystemExit: another rank failed.
     """
     if degrees.world_size == 1:
         yield ALONE
         return
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_gpu()
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-    # a job that torchrun starts again finds the store of its last life
+    # a job that the launcher starts again finds the store of its last life
     store = PrefixStore(f"bloomlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -67,10 +66,22 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
     except Exception as error:
         if not _is_first_failure(store, error):
             sys.stderr.flush()
+            if dist.is_torchelastic_launched():
+                time.sleep(GRACE_SECONDS)
             os._exit(EXIT_CODE)  # threads of broken exchanges would keep the interpreter from ending
         error.add_note(f"on rank {rank} of {size}")
         raise
     dist.destroy_process_group()
+
+
+def _take_gpu() -> None:
+    num_processes, num_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if num_processes > num_gpus:
+        raise ConfigError(
+            f"{num_processes} processes on this machine need a GPU each, and PyTorch finds {num_gpus}; start fewer, or "
+            "compute with --device cpu"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def check_agreement(what: Mapping[str, Any], mesh: Mesh) -> None:
@@ -107,7 +118,7 @@ def _is_first_failure(store: Store, error: Exception) -> bool:
     """Whether this rank is the one to tell; a lost connection is told only if nobody told a cause."""
     try:
         if any(text in str(error) for text in LOST_CONNECTION):
-            # the one that left has said why, or says it in a moment, or was killed, which torchrun says
+            # the one that left has said why, or says it in a moment, or was killed, which the launcher says
             return False
         return store.add(FAILED_KEY, 1) == 1
     except Exception:  # the store went with the machine that had it

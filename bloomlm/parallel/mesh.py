@@ -221,4 +221,4 @@ def _ranks(world_size: int) -> str:
 
 
 def _launch_hint(group: int) -> str:
-    return f"Start a multiple of {group} with torchrun --nproc-per-node"
+    return f"Start a multiple of {group} with --num_processes"

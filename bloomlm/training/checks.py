@@ -48,7 +48,7 @@ def check_parallelism(config: TrainingConfig, degrees: Degrees, notices: list[st
         raise ConfigError(
             f"--sharding {config.sharding} shares weights and optimizer out among data-parallel processes, and here "
             f"is one ({processes} / tensor_parallel_degree {degrees.tp} / sharding_parallel_degree "
-            f"{config.sharding_parallel_degree}); leave it out, or start more with torchrun --nproc-per-node"
+            f"{config.sharding_parallel_degree}); leave it out, or start more with --num_processes"
         )
     if config.sharding == "stage1":
         notices.append("--sharding stage1 is computed as stage2: the same numbers, with the gradients shared out too")

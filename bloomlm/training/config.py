@@ -79,7 +79,8 @@ class TrainingConfig(Flags):
     torch_compile: bool = flag("precision and memory", False, "on a GPU: fuse small operations with torch.compile")
 
     lora: bool = flag("adapters", False, "train a LoRA adapter instead of the whole model")
-    r: int = flag("adapters", 4, "LoRA: rank of the update; a higher one learns more and takes more memory")
+    r: int = flag("adapters", 4,
+        "LoRA: rank of the update; a higher one learns more and takes more memory", aliases=("lora_rank",))
     lora_alpha: float | None = flag("adapters", None,
         "LoRA: the update is scaled by lora_alpha / r  [default: 2r]")
     lora_dropout: float = flag("adapters", 0.0, "LoRA: dropout on the input of the update", minimum=0, below=1)

@@ -110,7 +110,7 @@ def test_degrees(world_size: int, flags: dict[str, int], expected: Degrees) -> N
     ("world_size", "flags", "message"),
     [
         (4, {"tensor_parallel_degree": 3}, "cannot be divided into groups of 3.*one of the degrees 1, 2, 4"),
-        (1, {"tensor_parallel_degree": 2}, "with 1 process: .*torchrun --nproc-per-node"),
+        (1, {"tensor_parallel_degree": 2}, "with 1 process: .*--num_processes"),
         (6, {"tensor_parallel_degree": 2, "sharding_parallel_degree": 2}, "3 data-parallel ranks.*degrees 1, 3"),
         (4, {"tensor_parallel_degree": 0}, "tensor_parallel_degree is 0"),
         (4, {"sharding_parallel_degree": -2}, "sharding_parallel_degree is -2"),

@@ -1,4 +1,4 @@
-"""A job on two machines: two network namespaces that see each other through one cable only, a torchrun in each."""
+"""A job on two machines: two network namespaces that see each other through one cable only, a launcher in each."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 from bloomlm.training.finetune import finetune
 from tests.distributed.test_finetune import assert_same_losses, data, flags, losses  # noqa: F401
-from tests.distributed.test_torchrun import ROOT, command_line
+from tests.distributed.test_launchers import ROOT, command_line
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 CABLE = "cable0"
@@ -49,15 +49,19 @@ def nodes() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def run_job(nodes: list[str], fault: str, *arguments: str) -> list[tuple[int, str]]:
-    """`bloomlm finetune` on two processes of each node; status and stderr of each torchrun."""
+# The same flags in the spelling of torchrun, which counts the processes of a machine, and of bloomlm, which counts all.
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2")
+BLOOMLM = ("bloomlm", "finetune", "--num_processes", "4")
+
+
+def run_job(nodes: list[str], launcher: tuple[str, ...], *arguments: str) -> list[tuple[int, str]]:
+    """Two processes on each node; status and stderr of each launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": CABLE}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    torchrun += ["--master-addr", ADDRESSES[0], "--master-port", "29400"]
-    command = ["tests/distributed/killed_run.py", fault, "finetune"]
+    places = ["--nnodes", "2", "--master-addr", ADDRESSES[0], "--master-port", "29400"]
+    command = [sys.executable, "-m", *launcher, *places]
     jobs = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, *torchrun, "--node-rank", str(number), *command, *arguments],
+            ["ip", "netns", "exec", name, *command, "--node-rank", str(number), *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -89,10 +93,10 @@ def test_a_job_on_two_nodes_dies_and_goes_on(nodes: list[str], tmp_path: Path, d
     """Tensor parallelism on each node, FSDP between them; a rank is killed in the third step."""
     output_dir = tmp_path / "run"
     words = [*command_line(output_dir, data), "--per_device_train_batch_size", "2", "--sharding", "stage3"]
-    died = run_job(nodes, "kill", *words)
+    died = run_job(nodes, TORCHRUN, "tests/distributed/killed_run.py", "kill", "finetune", *words)
     assert all(status != 0 for status, _ in died)
     assert (output_dir / "checkpoint-2").is_dir() and not (output_dir / "checkpoint-3").exists()
-    went_on = run_job(nodes, "none", *words)
+    went_on = run_job(nodes, BLOOMLM, *words)
     assert [status for status, _ in went_on] == [0, 0], went_on
     assert "going on from" in went_on[0][1]
     assert "going on from" not in went_on[1][1]  # rank 0 alone talks

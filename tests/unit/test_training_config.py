@@ -75,10 +75,10 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tensor_parallel_degree": 4}, "tensor_parallel_degree 4 with 1 process.*torchrun"),
+        ({"tensor_parallel_degree": 4}, "tensor_parallel_degree 4 with 1 process.*--num_processes"),
         ({"pipeline_parallel_degree": 2}, "does not spread blocks over processes"),
         ({"sharding_parallel_degree": 0}, "sharding_parallel_degree is 0"),
-        ({"sharding": "stage2"}, "here is one .*torchrun"),
+        ({"sharding": "stage2"}, "here is one .*--num_processes"),
         ({"fp16": True, "bf16": True}, "choose one"),
         ({"lora": True, "prefix_tuning": True}, "one adapter"),
         ({"prefix_tuning": True, "merge_weights": True}, "virtual tokens are no weights"),

@@ -10,29 +10,30 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 import yaml
 
 from bloomlm.cli.processes import ProcessFlags, start_ranks, starts_ranks
 from bloomlm.errors import ConfigError
+from bloomlm.flags import Flags
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # generic from click 8.4 on only
 
-_CONFIG_FLAG = "config"
+_CONFIG_OPTION = click.Option(
+    ["--config"],
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="read flags from a YAML file of `name: value` lines; flags given here win over it",
+)
 _WORDS = "bloomlm.words"
 """Where a command keeps its arguments as they were given."""
 
-
-class _Dataclass(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-
-C = TypeVar("C", bound=_Dataclass)
+C = TypeVar("C", bound=Flags)
 
 
 class NameList(_ParamType):
@@ -60,19 +61,9 @@ class Flag:
     aliases: tuple[str, ...]
     is_repeatable: bool
 
-    @property
-    def is_required(self) -> bool:
-        """Whether the user must give it."""
-        return self.default is MISSING
-
-    @property
-    def is_boolean(self) -> bool:
-        """Whether it may stand without a value."""
-        return self.type is click.BOOL
-
     def described(self) -> str:
         """The help line, ending in the default."""
-        if self.is_required:
+        if self.default is MISSING:
             return f"{self.help}  [required]"
         if self.default in (None, "", ()):
             return self.help
@@ -120,7 +111,7 @@ def config_command(
     flags = (*config_flags(config_class), *process_flags)
 
     def callback(**values: Any) -> None:
-        config_file = values.pop(_CONFIG_FLAG)
+        config_file = values.pop("config")
         given = {key: value for key, value in values.items() if value is not None}
         joined = join_values(flags, given, config_file)
         processes = ProcessFlags(**{flag.name: joined.pop(flag.name) for flag in process_flags if flag.name in joined})
@@ -133,7 +124,7 @@ def config_command(
     return _SectionedCommand(
         name,
         callback=callback,
-        params=[_config_file_option(), *(_option(flag) for flag in flags)],
+        params=[_CONFIG_OPTION, *(_option(flag) for flag in flags)],
         help=help,
         sections={flag.name: flag.section for flag in flags},
         context_settings={
@@ -144,7 +135,7 @@ def config_command(
     )
 
 
-def config_flags(config_class: type[_Dataclass]) -> tuple[Flag, ...]:
+def config_flags(config_class: type[Flags]) -> tuple[Flag, ...]:
     """Read the flags from a dataclass, in the order of its fields."""
     hints = get_type_hints(config_class)
     return tuple(_flag(item, hints[item.name]) for item in fields(config_class))
@@ -166,7 +157,7 @@ def join_values(flags: tuple[Flag, ...], given: Mapping[str, Any], config_file: 
         ConfigError: the file cannot be read, has a key or a value that does not fit, or a required flag is missing.
     """
     values = {**(read_run_file(config_file, flags) if config_file else {}), **given}
-    missing = [flag for flag in flags if flag.is_required and flag.name not in values]
+    missing = [flag for flag in flags if flag.default is MISSING and flag.name not in values]
     if missing:
         lines = "; ".join(f"--{flag.name} ({flag.help})" for flag in missing)
         raise ConfigError(f"missing {lines}")
@@ -224,19 +215,10 @@ class _SectionedCommand(click.Command):
                 formatter.write_dl(records, col_max=34)
 
 
-def _config_file_option() -> click.Option:
-    return click.Option(
-        ["--config"],
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="read flags from a YAML file of `name: value` lines; flags given here win over it",
-    )
-
-
 def _option(flag: Flag) -> click.Option:
     # Every default stays None here: what the user did not give must not hide what the run file says.
     spellings = [flag.name, *(f"--{spelling}" for spelling in (flag.name, *flag.aliases))]
-    if flag.is_boolean:
+    if flag.type is click.BOOL:
         return click.Option(
             spellings,
             type=click.BOOL,

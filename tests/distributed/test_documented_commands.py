@@ -48,6 +48,7 @@ THEIRS, THE_SAME = "PaddleNLP", re.compile(r"^bloomlm: .*(same line|lines as the
 
 # Pattern in a command -> what takes its place; `bloomlm plan` needs no files and runs as it stands.
 SUBSTITUTIONS = {
+    r" \[--lora_path LORA\]": "",
     r"bigscience/bloomz?(-\w+)?\b": "builtin:tiny",
     r"builtin:dates": "dates",
     r"torchrun --nproc-per-node \d+ -- (\w+\.py)": r"python \1 --num_processes 2",
@@ -64,7 +65,6 @@ SUBSTITUTIONS = {
     r"\./data/(lambada_test.jsonl)": r"\1",
     r"--lora_path (\./checkpoints/bloom-560m|LORA|checkpoints/my-lora|runs/lora|runs/176b)\b": "--lora_path demo",
     r"--prefix_path \S+": "--prefix_path prefix",
-    r" \[--lora_path LORA\]": "",
     r"\bBASE\b": "builtin:tiny",
     r"checkpoints/bloom-560m/checkpoint-\d+": "paddle_model",
     r"--input checkpoints/paddle": "--input paddle_model",

@@ -141,15 +141,6 @@ def config_flags(config_class: type[Flags]) -> tuple[Flag, ...]:
     return tuple(_flag(item, hints[item.name]) for item in fields(config_class))
 
 
-def build_config(config_class: type[C], given: Mapping[str, Any], config_file: Path | None) -> C:
-    """Make a config of the run file and the flags given on the command line.
-
-    Raises:
-        ConfigError: as for `join_values`, or a number is out of range.
-    """
-    return config_class(**join_values(config_flags(config_class), given, config_file))
-
-
 def join_values(flags: tuple[Flag, ...], given: Mapping[str, Any], config_file: Path | None) -> dict[str, Any]:
     """Join the run file and the flags given on the command line; the flags win.
 
@@ -168,7 +159,7 @@ def read_run_file(path: Path, flags: tuple[Flag, ...]) -> dict[str, Any]:
     """Read `--config`: a YAML mapping from flag names to values.
 
     Raises:
-        ConfigError: as for `build_config`.
+        ConfigError: as for `join_values`.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Bytes to weights and back: Hugging Face directories, PEFT adapters, training state."""
+"""Files to weights and back: models and adapters in several programs' formats, and the state of training runs."""

@@ -1,7 +1,8 @@
-"""Files and directories that appear whole or not at all, whatever moment the process dies or the disk fills up.
+"""Files and directories that appear complete or not at all, even if the process is killed or the disk fills up.
 
-Everything is written beside its place under a name that ends in .bloomlm-tmp, brought to the disk, and renamed. While
-it is being written it is locked (flock), so that the next writer can tell what a killed one left behind, and remove it.
+Everything is first written under a temporary name that ends in .bloomlm-tmp, flushed to the disk, and then renamed.
+While it is being written it is locked (flock), so that the next writer can recognise and remove what a killed process
+left behind.
 """
 
 import ctypes
@@ -23,16 +24,16 @@ RENAME_EXCHANGE = 2
 
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Fill a directory aside, then put it in its place, replacing what was there.
+    """Fill a temporary directory, then put it in its final place, replacing what was there.
 
     Where the file system can exchange two names (Linux) there is no moment without a complete directory of this name;
-    elsewhere the old one is first renamed to NAME.bloomlm-old, and put back by the next call should this one die there.
+    elsewhere the old one is first renamed to NAME.bloomlm-old; if the process dies then, the next call puts it back.
 
     Args:
-        final: where it shall be; its parents are made.
+        final: its final place; missing parents are created.
 
     Yields:
-        An empty directory beside it to write into. After an error it is gone, and final is as before.
+        An empty directory beside it to write into. After an error it is removed, and `final` is unchanged.
 
     Raises:
         CheckpointError: it cannot be written (disk full, no permission).
@@ -53,17 +54,14 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def directory_beside(path: Path) -> Iterator[Path]:
-    """An empty directory in the same place as path, locked against other writers' cleaning, removed in the end.
+    """An empty directory beside `path`, locked so that other writers do not clean it up, and removed at the end.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     _clean(path.parent)
-    temporary = _beside(path)
-    temporary.mkdir()
-    lock = os.open(temporary, os.O_RDONLY)
+    temporary, lock = _make_locked(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,14 +69,14 @@ def directory_beside(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file aside, bring it to the disk, and rename it over what was there.
+    """Write a temporary file, flush it to the disk, and rename it to its final name, replacing what was there.
 
     Args:
-        path: the file; its parents are made.
-        content: bytes, or text for UTF-8.
+        path: the file; missing parents are created.
+        content: bytes, or text, which is encoded in UTF-8.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is untouched.
+        CheckpointError: it cannot be written; an older file is unchanged.
     """
     temporary = _beside(path)
     try:
@@ -98,7 +96,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a directory's names, to the disk."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,7 +105,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Bring a directory and everything in it to the disk."""
+    """Flush a directory and everything in it to the disk."""
     for root, _, files in os.walk(directory, topdown=False):
         for file in files:
             sync(Path(root, file))
@@ -130,7 +128,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names at once; False where the system or the file system has no such call."""
+    """Exchange two names atomically; False where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -142,8 +140,22 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
 
 
+def _make_locked(path: Path) -> tuple[Path, int]:
+    """A new directory beside a path, and the descriptor that holds its lock."""
+    while True:
+        temporary = _beside(path)
+        temporary.mkdir()
+        with suppress(FileNotFoundError):
+            lock = os.open(temporary, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.is_dir():
+                return temporary, lock
+            os.close(lock)
+        # before it was locked, another process took it for one that a killed writer left behind
+
+
 def _put_back(final: Path) -> None:
-    """Undo the first of two renames where a writer was killed before the second."""
+    """Undo the first of two renames if a writer was killed between them."""
     replaced = final.with_name(f".{final.name}{REPLACED_SUFFIX}")
     if replaced.is_dir():
         if final.exists():
@@ -153,9 +165,9 @@ def _put_back(final: Path) -> None:
 
 
 def _clean(directory: Path) -> None:
-    """Remove what killed writers left half written in a directory."""
+    """Remove temporary files and directories that killed writers left behind."""
     for left_over in directory.glob(f".*{TEMPORARY_SUFFIX}"):
-        with suppress(OSError):  # locked: its writer lives; gone: another cleaner was faster
+        with suppress(OSError):  # locked: its writer is alive; missing: another process removed it first
             descriptor = os.open(left_over, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,7 +27,7 @@ T = TypeVar("T", Tensor, Tensor | Rows)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConversion:
-    """A model and what shall become of it; creating one reads no tensor."""
+    """A model and the form to write it in; creating one reads no tensor."""
 
     config: BloomConfig
     """The model's."""
@@ -61,18 +61,18 @@ def open_model_conversion(
     tensor_parallel_degree: int = 1,
     max_shard_size_bytes: int | None = None,
 ) -> ModelConversion:
-    """Look at a model and refuse what cannot be done with it, before anything is read or written.
+    """Check that a model can be converted, before any tensor is read or written.
 
     Args:
-        directory: the model, in any form.
+        directory: the model, in any form that bloomlm reads.
         form: files to write.
         dtype: precision to write; None: the one the model is stored in.
         tensor_parallel_degree: ranks to cut it for; more than 1 only in a form that is for ranks.
-        max_shard_size_bytes: of one file; None: the form's usual.
+        max_shard_size_bytes: of one file; None: the default of the form.
 
     Raises:
         CheckpointError: there is no model, or it is incomplete; or of mixed precision, and no dtype is given.
-        ConfigError: it cannot be divided among so many ranks, or the form knows no ranks.
+        ConfigError: it cannot be divided among so many ranks, or files of this form are never cut for ranks.
     """
     config = read_config(directory)
     check_ranks(form, tensor_parallel_degree)
@@ -101,10 +101,10 @@ def open_model_conversion(
 
 
 def check_ranks(form: FileForm, tensor_parallel_degree: int) -> None:
-    """Refuse ranks where the form knows none.
+    """Refuse a number of ranks for a form whose files are never cut for ranks.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: more than one rank was asked for.
     """
     if tensor_parallel_degree != 1 and not form.is_for_ranks:
         for_ranks = next(other.value for other in FileForm if other.is_for_ranks)
@@ -125,15 +125,15 @@ def convert_model(
 ) -> None:
     """Write a model's files, all of them or none.
 
-    Memory: a tensor once where it is neither mapped nor read row by row, and some blocks of it.
+    In memory are a few blocks of one tensor, and the tensor itself where it can be neither mapped nor read row by row.
 
     Args:
         conversion: what open_model_conversion gave.
-        directory: where to; replaced as a whole if it holds a model already.
+        directory: to write; replaced as a whole if it holds a model already.
         tokenizer: written beside the weights.
         verify: read the written files back from the disk, before they take their place, and compare checksums.
-        report: told the number of bytes whenever some more are written, written_bytes in all.
-        report_verified: the same of bytes that were read back, verified_bytes in all.
+        report: called with a number of bytes after each write, written_bytes in total.
+        report_verified: the same for bytes that were read back, verified_bytes in total.
 
     Raises:
         CheckpointError: the directory holds something else or cannot be written, a tensor cannot be read, or what was
@@ -147,7 +147,7 @@ def convert_model(
 
 
 def checksum(tensor: Tensor | Rows, dtype: torch.dtype, report: Report = no_report) -> int:
-    """CRC-32 of a tensor's numbers in a precision, row by row; the layout in memory does not matter."""
+    """CRC-32 of a tensor's numbers in a precision, row by row; independent of its layout in memory."""
     crc = 0
     for block in row_blocks(tensor, dtype):
         crc = zlib.crc32(block.view(torch.uint8).numpy().data, crc)
@@ -156,7 +156,7 @@ def checksum(tensor: Tensor | Rows, dtype: torch.dtype, report: Report = no_repo
 
 
 def leave_page_cache(path: Path) -> None:
-    """Bring a file to the disk and forget it, where the system can, so that it is read back from there."""
+    """Flush a file and, where the system can, drop it from the page cache, so that it is read from the disk."""
     sync(path)
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)

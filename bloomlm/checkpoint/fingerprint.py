@@ -1,4 +1,4 @@
-"""A name for what a model computes: the same weights give the same name, in whatever files they lie, on any ranks."""
+"""A digest of what a model computes: the same weights give the same one, from any files and on any ranks."""
 
 import hashlib
 import math
@@ -12,17 +12,17 @@ from bloomlm.parallel.gather import own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 _SAMPLES = 256
-"""Elements of each parameter that are looked at, so that 176B parameters need not be read twice."""
+"""Elements of each parameter that count, so that 176B parameters need not be read twice."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_fingerprint(model: BloomForCausalLM, mesh: Mesh = ALONE) -> str:
     """Hex digest of the configuration, the adapter's options, and evenly spread elements of every parameter.
 
-    Two trainings of the same model differ in it; a change of single elements by hand may not.
+    Two training runs of one model differ in it; a change of single elements may go unnoticed.
 
     Args:
-        model: whole, or cut among ranks that all come here.
+        model: whole, or cut among ranks, all of which must call this.
         mesh: those ranks.
     """
     config = {key: value for key, value in vars(model.config).items() if key not in ("extra", "dtype")}
@@ -47,5 +47,5 @@ def _sample(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
     own = tensor[tuple(c[is_own] - start for c, (start, _) in zip(coordinates, bounds, strict=True))]
     bits = torch.zeros_like(places)
     bits[is_own] = own.view(_BITS[tensor.itemsize]).to(torch.int64)
-    # of what is cut, each element is on one rank
+    # each element of a cut parameter is on exactly one rank
     return bits if shape == tuple(tensor.shape) else mesh.sum_over(bits, ("tp",))

@@ -15,7 +15,7 @@ _LEAST_BYTES = 32 * 2**20
 
 
 def fresh_memory(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8, aligned for every dtype, its contents undefined; given back to the system when let go of."""
+    """[num_bytes] uint8, aligned for every dtype, with undefined contents; returned to the system when it is freed."""
     if num_bytes < _LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

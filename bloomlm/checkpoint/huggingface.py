@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: safetensors or pytorch_model.bin, whole or in shards, under BLOOM's published names.
 
-Some files leave out the "transformer." before every name (they hold the bare model), some hold the tied head a second
-time, and some of 2022 hold the attention mask as a buffer.
+Some files lack the "transformer." before every name (they hold the bare model), some hold the tied head a second time,
+and some of 2022 hold the attention mask as a buffer.
 """
 
 import json
@@ -51,7 +51,7 @@ class TorchFile:
             path: the file.
 
         Raises:
-            CheckpointError: it is damaged, or holds other than tensors.
+            CheckpointError: it is damaged, or holds other things than tensors.
         """
         self._tensors = _torch_load(path)
         self.entries: Mapping[str, TensorEntry] = {
@@ -99,7 +99,7 @@ class HuggingFaceReader:
         return file.read(stored_name)
 
     def open(self, name: str) -> Tensor:
-        """One parameter; what is mapped takes no memory."""
+        """One parameter; a mapped one takes no memory."""
         return self.read(name)
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
@@ -107,14 +107,14 @@ class HuggingFaceReader:
         return self.read(name).narrow(dim, start, stop - start)
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """The part of a parameter within bounds of every dimension; of safetensors no other byte is read."""
+        """The part of a parameter within bounds of every dimension; from safetensors no other byte is read."""
         file, stored_name = self._places[name]
         if isinstance(file, SafetensorsFile):
             return file.read_box(stored_name, bounds)
         return file.read(stored_name)[tuple(slice(*pair) for pair in bounds)]
 
     def _check_head(self, file: TensorFile, stored_name: str) -> None:
-        """Drop a head that repeats the embedding; refuse one that does not."""
+        """Ignore a head that equals the embedding; refuse another one."""
         if EMBEDDING not in self.entries:
             return  # reported as missing when the model is built
         head, embedding = file.read(stored_name), self.read(EMBEDDING)
@@ -152,7 +152,7 @@ def open_torch(directory: Path, config: BloomConfig) -> HuggingFaceReader:
 
 
 def checkpoint_files(directory: Path, single_name: str) -> list[Path]:
-    """The single file where it lies, as transformers prefers it, or else the shards of the index."""
+    """The single file if it exists, which transformers prefers too, otherwise the shards of the index."""
     if (directory / single_name).is_file():
         return [directory / single_name]
     index = directory / f"{single_name}.index.json"

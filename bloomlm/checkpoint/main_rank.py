@@ -1,4 +1,4 @@
-"""Files that many ranks write together: one directory, and an error on one rank is an error on all."""
+"""What one rank does for all: open a directory that they write together, and raise its errors on every rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 @contextmanager
 def one_directory(context: AbstractContextManager[Path], mesh: Mesh) -> Iterator[Path]:
-    """Enter a context that yields a directory (atomic_directory, ...) on the main rank, and give all ranks its path.
+    """Enter a context that yields a directory (atomic_directory, ...) on the main rank, and give its path to all ranks.
 
-    The context ends once every rank is done, with an error if any of them had one; no rank goes on before it has.
+    The context ends when every rank is done, with an error if any of them had one; no rank continues before that.
 
     Args:
         context: used on the main rank only.
-        mesh: the ranks, all of which must come here.
+        mesh: the ranks, all of which must call this.
 
     Raises:
-        CheckpointError: what went wrong on another rank; errors of this one come as they are.
+        CheckpointError: the error of another rank; errors of this rank are raised unchanged.
     """
     if mesh.is_alone:
         with context as directory:
@@ -55,14 +55,14 @@ def one_directory(context: AbstractContextManager[Path], mesh: Mesh) -> Iterator
 
 
 def fail_together(error: Exception | None, mesh: Mesh) -> None:
-    """Raise on every rank if there is an error on one.
+    """Raise an error on every rank if one of them has one.
 
     Args:
         error: of this rank.
-        mesh: the ranks, all of which must come here.
+        mesh: the ranks, all of which must call this.
 
     Raises:
-        CheckpointError: another rank's error; that of this one as it is.
+        CheckpointError: the error of another rank; that of this rank is raised unchanged.
     """
     if not mesh.is_alone:
         found: list[str | None] = [None] * mesh.degrees.world_size
@@ -75,10 +75,10 @@ def fail_together(error: Exception | None, mesh: Mesh) -> None:
 
 
 def on_main(action: Callable[[], T], mesh: Mesh) -> T:
-    """What an action on the main rank returns, on every rank; an error there is one everywhere.
+    """Do something on the main rank alone and return its result on every rank; its error is raised on every rank.
 
     Raises:
-        CheckpointError: what went wrong on the main rank; there it comes as it is.
+        CheckpointError: the error of the main rank, which raises it unchanged.
     """
     found: list[Any] = [None]
     error: Exception | None = None
@@ -95,10 +95,10 @@ def on_main(action: Callable[[], T], mesh: Mesh) -> T:
 
 
 def main_first(action: Callable[[], T], mesh: Mesh) -> T:
-    """Do the same on every rank, on the main one before the others: they find what it leaves behind.
+    """Do the same on every rank, on the main rank before the others, which then find the files that it wrote.
 
     Raises:
-        CheckpointError: what went wrong on another rank; errors of this one come as they are.
+        CheckpointError: the error of another rank; errors of this rank are raised unchanged.
     """
     results: list[T] = []
     for turn in (True, False):

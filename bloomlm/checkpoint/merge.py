@@ -1,4 +1,4 @@
-"""Write one plain Hugging Face directory from a model and what it learned."""
+"""Write a model with its adapter merged into the weights as one plain Hugging Face directory."""
 
 from collections.abc import Iterator
 from pathlib import Path

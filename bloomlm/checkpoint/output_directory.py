@@ -1,4 +1,4 @@
-"""What converting and merging share: a directory that is replaced as a whole, and progress in bytes."""
+"""The directory that converting and merging write: replaced as a whole or not at all, with progress in bytes."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from bloomlm.checkpoint.atomic import atomic_directory
 from bloomlm.errors import CheckpointError
 
 Report = Callable[[int], None]
-"""Told the number of bytes whenever some more are done."""
+"""Called with the number of bytes processed since the last call."""
 
 CONFIG_FILES = ("config.json", "adapter_config.json", "lora_config.json", "prefix_config.json")
 
 
 class WritesItself(Protocol):
-    """A tokenizer, which belongs into the same directory."""
+    """A tokenizer, which is written into the same directory."""
 
     def save(self, directory: Path) -> None:
         """Write its files into an existing directory."""
@@ -24,7 +24,7 @@ class WritesItself(Protocol):
 
 
 def no_report(num_bytes: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def output_directory(final: Path, size_bytes: int, tokenizer: WritesItself | Non
     """Fill a directory with a model or an adapter; it appears whole or not at all, as atomic_directory says.
 
     Args:
-        final: where it shall be; an older model or adapter there is replaced.
+        final: its final place; an older model or adapter there is replaced.
         size_bytes: of its tensors.
         tokenizer: written beside them.
 
@@ -40,7 +40,7 @@ def output_directory(final: Path, size_bytes: int, tokenizer: WritesItself | Non
         An empty directory to write into.
 
     Raises:
-        CheckpointError: the directory holds what would be lost, there is no space, or it cannot be written.
+        CheckpointError: the directory holds other things, the disk is too full, or it cannot be written.
     """
     check_replaceable(final)
     _check_space(final, size_bytes)
@@ -54,7 +54,7 @@ def check_replaceable(directory: Path) -> None:
     """Refuse to replace a directory that holds other things than the files of one model or adapter.
 
     Raises:
-        CheckpointError: so it does.
+        CheckpointError: the directory holds other things.
     """
     if not directory.is_dir() or not any(directory.iterdir()):
         return
@@ -68,7 +68,7 @@ def check_replaceable(directory: Path) -> None:
 
 
 def _check_space(directory: Path, size_bytes: int) -> None:
-    """An older model goes only once the new one is complete, so it makes no room."""
+    """An older model is removed only after the new one is complete, so its space does not count as free."""
     existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < size_bytes:

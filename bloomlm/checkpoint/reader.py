@@ -1,7 +1,7 @@
 """From a name to a model: resolve, read config.json, check every tensor's name and shape, read them one by one.
 
-Nothing is allocated before the check, and then one tensor at a time in the precision asked for: the peak is one copy
-of the model and one tensor of the file.
+Nothing is allocated before the check; then one tensor at a time is read in the requested precision, so that the peak of
+memory is one copy of the model and one tensor of the file.
 """
 
 import dataclasses
@@ -101,15 +101,14 @@ def load_model(
         dtype: precision of the parameters; None: as the checkpoint stores its embedding.
         device: where they go.
         revision: of a hub repository.
-        memory_map: on the CPU and in the stored precision, let parameters be private mappings of the file, read when
-            first used. Changing them never changes the file, and bloomlm's own writers replace files instead of
-            overwriting them; but another program that cuts the file short takes the memory away. Long training runs
-            pass False and own their memory.
+        memory_map: on the CPU and in the stored precision, let parameters be private mappings of the file, which are
+            read when first used. Changing them never changes the file; but if another program truncates the file, the
+            process dies. Long training runs pass False.
         int8: quantise the weights of the linear layers and the embedding as they are read (see model/quantized.py);
             biases, norms and what is computed have dtype. Such a model learns through LoRA only.
-        mesh: the ranks to divide the model among (parallel/parallelize.py); each reads its own parts and nothing else.
-        install_adapter: called, if there is more than one rank, with the model cut and on the meta device, to put an
-            adapter with real weights into it before it is divided further.
+        mesh: the ranks to divide the model among (parallel/parallelize.py); each reads its own parts only.
+        install_adapter: called on several ranks with the cut model on the meta device, to put an adapter with real
+            weights into it before it is divided further.
         reshard_after_forward: as in shard_model.
 
     Raises:
@@ -183,10 +182,10 @@ def read_own_parts(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give a divided model this rank's parts of parameters, one after another; bytes of others' parts stay unread.
+    """Give a divided model this rank's parts of its parameters, one after another; other parts are not read.
 
     Args:
-        parameters: name -> what stands in the model now, perhaps on the meta device.
+        parameters: name -> the parameter of the model, perhaps on the meta device.
         reader: the checkpoint.
         model: changed in place.
         mesh: the ranks.

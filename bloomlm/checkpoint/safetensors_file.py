@@ -1,8 +1,8 @@
 """One safetensors file, opened without reading its tensors.
 
-Written out here instead of through the safetensors package, whose tensors are views of one mapping of the whole file:
-here every tensor has a storage of its own size (so that torch.save of one writes one), a mapping lives only as long as
-a tensor uses it (so that a converted tensor leaves no pages behind), and damage is reported by file and size.
+The safetensors package is not used because its tensors are views of one mapping of the whole file. Here every tensor
+has a storage of its own size (so that torch.save writes that tensor alone), a mapping lives only while a tensor uses it
+(so that a converted tensor leaves no pages in memory), and errors name the file and its size.
 
 Source: the format, https://github.com/huggingface/safetensors#format: 8 bytes of header length, little endian;
 the header, JSON of name -> dtype, shape, data_offsets; the tensors' bytes without gaps.
@@ -49,7 +49,7 @@ class SafetensorsFile:
     """The tensors of one file, mapped privately: changing one changes memory, never the file."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header and hold it against the file's size.
+        """Read the header and compare it with the size of the file.
 
         Args:
             path: the file.
@@ -102,7 +102,7 @@ class SafetensorsFile:
         return flat.view(entry.shape)
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """The part of one tensor within bounds, copied: where it is no run of bytes, row by row, and no byte between.
+        """A copy of the part of one tensor within bounds; bytes outside of it are not read.
 
         Args:
             name: of the tensor.
@@ -120,7 +120,7 @@ class SafetensorsFile:
 
     def _read_runs(self, buffer: memoryview, offset: int, entry: TensorEntry, bounds: Bounds) -> None:
         strides = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(len(bounds))]
-        # from the last dimension that is cut on, what is wanted lies in one piece
+        # the wanted bytes are contiguous from the last dimension that is cut
         last = max((d for d, (start, stop) in enumerate(bounds) if stop - start < entry.shape[d]), default=0)
         run_bytes = (bounds[last][1] - bounds[last][0]) * strides[last]
         first = offset + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
@@ -155,11 +155,11 @@ def num_bytes(entry: TensorEntry) -> int:
 
 
 def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Lay tensors out in a file, in the order given.
+    """The header of a file that holds tensors in the given order.
 
     Args:
         entries: name -> shape and dtype.
-        metadata: text kept in the header.
+        metadata: texts to keep in the header.
 
     Returns:
         The file's first bytes, padded to 64, and the offset in the file of each tensor's data.
@@ -176,23 +176,23 @@ def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
             "data_offsets": [starts[name], position],
         }
     text = json.dumps(fields, separators=(",", ":")).encode()
-    # data from a whole cache line on: vector loads of a mapped file then touch one line each
+    # data starts at a cache line, so that each vector load of a mapped file touches one line
     text += b" " * (-(LENGTH_BYTES + len(text)) % 64)
     data_start = LENGTH_BYTES + len(text)
     return struct.pack("<Q", len(text)) + text, {name: data_start + start for name, start in starts.items()}
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's data as the file holds them, row by row."""
+    """A tensor's data as in the file, row by row."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def row_blocks(tensor: Tensor | Rows, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor's rows in blocks of some megabytes, contiguous and in the precision to write: no copy of all of it.
+    """A tensor's rows in contiguous blocks of some megabytes in the precision to write, without a copy of the whole.
 
     Args:
-        tensor: of one dimension or more, of any strides, or mapped; a transposed one is turned block by block, and of
-            Rows no more than a block is in memory.
+        tensor: of at least one dimension and of any strides; a transposed one is copied block by block, and only one
+            block of Rows is in memory.
         dtype: precision of the blocks.
 
     Raises:
@@ -204,7 +204,7 @@ def row_blocks(tensor: Tensor | Rows, dtype: torch.dtype) -> Iterator[Tensor]:
     for rows in tensor.split(max(1, BLOCK_BYTES // row_bytes)):
         rows = rows.detach()
         if rows.dim() == 2 and rows.stride(1) != 1:
-            # as rows of the transposed matrix first: both copies then run along memory
+            # transposed twice, so that both copies read and write contiguous memory
             rows = rows.t().contiguous().t()
         block = rows.contiguous().to(dtype)
         if dtype is torch.float16 and rows.dtype is not dtype and not torch.equal(block.isinf(), rows.isinf()):
@@ -220,8 +220,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     Args:
         path: the file.
-        tensors: name -> tensor, in the order they shall lie.
-        metadata: text kept in the header.
+        tensors: name -> tensor, in the order of the file.
+        metadata: texts to keep in the header.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -245,7 +245,7 @@ def _fill(descriptor: int, buffer: memoryview, position: int) -> None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was replaced or written to."""
+    """Numbers that differ after a file was replaced or written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""Where a model lies: builtin:NAME, a directory, or a name on the Hugging Face hub, as a local directory.
+"""From builtin:NAME, a directory, or a name on the Hugging Face hub to a local directory.
 
 The hub client reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE itself.
 """
@@ -21,7 +21,7 @@ from bloomlm.errors import CheckpointError
 BUILTIN_PREFIX = "builtin:"
 # Configuration, indices, tokenizer; the model card and the weights of other frameworks stay where they are.
 SMALL_FILES = ("*.json", "merges.txt", "vocab.txt")
-# One of these is fetched: the first that the repository has.
+# Only the first kind that the repository has is fetched.
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
@@ -30,7 +30,7 @@ class Source:
     """A model or an adapter on this machine."""
 
     directory: Path
-    """Where its files lie."""
+    """Holds its files."""
     name: str
     """What the user called it."""
 
@@ -43,7 +43,7 @@ def resolve_source(name: str, revision: str | None = None) -> Source:
         revision: branch, tag or commit of a hub repository; None: its main branch.
 
     Raises:
-        CheckpointError: nothing of that name can be had; the message says what was tried.
+        CheckpointError: there is nothing of that name; the message says what was tried.
     """
     directory = Path(name).expanduser()
     if name.startswith(BUILTIN_PREFIX):

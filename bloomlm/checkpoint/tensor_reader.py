@@ -1,7 +1,7 @@
 """What every file format offers: named tensors, read one at a time, whole or in part.
 
-A format (huggingface.py, ...) turns its own names, layouts and files into this; reader.py builds models from it and
-knows no format.
+Each format (huggingface.py, ...) turns its own names, layouts and files into this; reader.py builds models from it
+without knowing the format.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor whose rows are read when they are needed, some at a time."""
+    """A tensor whose rows are read on demand, some at a time."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Rows:
     """Rows from the first number up to the second."""
 
     def split(self, num_rows: int) -> Iterator[Tensor]:
-        """All of them in order, so many at a time."""
+        """All rows in order, in blocks of num_rows."""
         for start in range(0, self.shape[0], num_rows):
             yield self.read_rows(start, min(start + num_rows, self.shape[0]))
 
@@ -45,7 +45,7 @@ class LazyTensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it will be read."""
+        """Of the tensor that `read` returns."""
         ...
 
     @property
@@ -55,11 +55,11 @@ class LazyTensor(Protocol):
 
     @property
     def has_rows_together(self) -> bool:
-        """Whether a slice of dimension 0 is read as fast as its share of the whole."""
+        """Whether the rows of a slice of dimension 0 lie together, so that reading it costs no more than its share."""
         ...
 
     def read(self) -> Tensor:
-        """All of it, in memory of its own."""
+        """The whole tensor, in memory of its own."""
         ...
 
     def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
@@ -80,27 +80,27 @@ class TensorReader(Protocol):
         ...
 
     def open(self, name: str) -> Tensor | Rows:
-        """One tensor for somebody who goes through its rows once: as read gives it, or without taking memory for it."""
+        """One tensor whose rows are needed once, in order: as from `read`, or as Rows, to save memory."""
         ...
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim; where the format allows nothing else is read."""
+        """Rows start to stop of dimension dim; other bytes are not read if the format allows it."""
         ...
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """The part of a tensor within bounds of every dimension; the same."""
+        """The part of a tensor within bounds of every dimension; other bytes are not read if the format allows it."""
         ...
 
 
 def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorEntry]) -> None:
-    """Hold a file's tensors against what its configuration promises.
+    """Compare the tensors of a file with those that its configuration implies.
 
     Args:
         expected: name -> shape.
-        found: what is there.
+        found: name -> what the file holds.
 
     Raises:
-        CheckpointError: they differ; every kind of difference is named, five tensors of each.
+        CheckpointError: they differ; the message names every kind of difference, with five tensors of each.
     """
     problems = []
     if missing := [name for name in expected if name not in found]:

@@ -1,4 +1,4 @@
-"""checkpoint-N directories: everything a run needs to go on, complete or not there at all.
+"""checkpoint-N directories: everything a run needs to resume, complete or absent.
 
     output_dir/checkpoint-500/
         ...                          weights or adapter and tokenizer, written by the caller
@@ -6,8 +6,8 @@
         training_state.json          its plain values: step, data position, loss scale, ...
         checkpoint_manifest.json     every file and its size; a directory that differs from it is damaged
 
-The directory is filled under another name, brought to the disk and renamed, so a killed process, a full disk or lost
-power leave the checkpoints that were there. The distributed format is read on any number of processes.
+The directory is filled under another name, flushed to the disk and renamed, so that older checkpoints survive a killed
+process, a full disk and a power failure. The distributed format is read on any number of processes.
 Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
@@ -42,7 +42,7 @@ VALUES_FILE = "training_state.json"
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The directory of the checkpoint of a step."""
     return output_dir / f"checkpoint-{step}"
 
 
@@ -50,7 +50,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     """The step of a checkpoint-N directory.
 
     Raises:
-        ConfigError: the name is no such one.
+        ConfigError: it has another name.
     """
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     if match is None:
@@ -60,10 +60,10 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 @contextmanager
 def checkpoint_directory(output_dir: Path, step: int) -> Iterator[Path]:
-    """Fill checkpoint-STEP aside; it appears, complete and on the disk, when the block ends.
+    """Fill a temporary directory, which becomes checkpoint-STEP, complete and flushed to the disk, when the block ends.
 
     Args:
-        output_dir: the run's directory; made where missing.
+        output_dir: the run's directory; created if it is missing.
         step: steps done.
 
     Yields:
@@ -89,9 +89,9 @@ def save_training_state(
     """Write a run's state into a directory of checkpoint_directory.
 
     Args:
-        directory: where to.
+        directory: to write into.
         tensors: by name.
-        values: what JSON can hold.
+        values: plain values that JSON can hold.
         mesh: the ranks, each of which writes its own parts.
 
     Raises:
@@ -120,11 +120,11 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read a run's state. The format's index is a pickle, so read only what your own runs wrote.
+    """Read a run's state. The index of the format is a pickle, so read only the checkpoints of your own runs.
 
     Args:
         checkpoint: a complete checkpoint-N directory.
-        tensors: by name, of the saved shapes; receive the saved content in place.
+        tensors: by name, in the saved shapes; their content is replaced in place.
 
     Returns:
         The plain values.
@@ -146,7 +146,7 @@ def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The undamaged checkpoint-N directories of ours, oldest first; damaged ones are named in a warning."""
+    """The undamaged checkpoint-N directories that bloomlm wrote, oldest first; damaged ones are named in a warning."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
@@ -163,12 +163,12 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The undamaged checkpoint of the highest step; None without any."""
+    """The undamaged checkpoint of the highest step; None if there is none."""
     return next(reversed(complete_checkpoints(output_dir)), None)
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What differs from the manifest, in words; None: nothing."""
+    """How a checkpoint differs from its manifest, in words; None if it does not."""
     try:
         files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         sizes = _file_sizes(checkpoint)
@@ -185,12 +185,12 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def prune_checkpoints(output_dir: Path, save_total_limit: int, best: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond a limit, but never the newest nor the best.
+    """Remove the oldest checkpoints beyond a limit, but neither the newest nor the best.
 
     Args:
         output_dir: the run's directory.
-        save_total_limit: how many may stay, at least 1; with the best not among the newest, one more than 1 may.
-        best: the one to keep besides.
+        save_total_limit: checkpoints to keep, at least 1; with a limit of 1, the newest and the best are both kept.
+        best: the best checkpoint, which is kept; None: there is none.
 
     Raises:
         ConfigError: the limit is below 1.
@@ -208,7 +208,7 @@ def prune_checkpoints(output_dir: Path, save_total_limit: int, best: Path | None
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename, then delete: killed in between, no half-deleted directory bears a checkpoint's name."""
+    """Rename, then delete, so that no half-deleted directory has the name of a checkpoint if the process is killed."""
     condemned = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         checkpoint.rename(condemned)
@@ -227,7 +227,7 @@ def _file_sizes(directory: Path) -> dict[str, int]:
 
 @contextmanager
 def _single_process() -> Iterator[None]:
-    """Without a process group torch says that it assumes a single process, which is so."""
+    """Silence the warning that torch assumes a single process, where there is one."""
     with warnings.catch_warnings():
         if not (dist.is_available() and dist.is_initialized()):
             warnings.filterwarnings("ignore", message=".*single process.*")
@@ -235,7 +235,7 @@ def _single_process() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong, from inside the distributed checkpoint's wrapping."""
+    """The first line of the original error inside the exception of the distributed checkpoint."""
     if isinstance(error, CheckpointException):
         first, _ = next(iter(error.failures.values()))
         return f"{type(first).__name__}: {first}".splitlines()[0]

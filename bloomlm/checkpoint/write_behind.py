@@ -1,4 +1,4 @@
-"""Write to files in a thread, so that the next block is made while the last one goes to the disk."""
+"""Write to files in a thread, so that the next block is computed while the last one is written."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 
 class WriteBehind:
-    """One thread that does what it is given, in order; at most one thing waits for it, so memory stays small.
+    """One thread that runs actions in order; at most one is pending, so little memory is held.
 
-    A context: on leaving it everything is done. An error in the thread is raised by the next call, or on leaving.
+    A context manager: all actions are done when it exits. The next call, or the exit, raises the error of an action.
     """
 
     def __init__(self) -> None:
@@ -27,28 +27,28 @@ class WriteBehind:
             self.wait()
 
     def do(self, action: Callable[[], object]) -> None:
-        """Hand over an action as soon as the last one is done."""
+        """Start an action when the last one is done."""
         self.wait()
         self._last = self._pool.submit(action)
 
     def wait(self) -> None:
-        """Come back when everything is done, and nothing is held any more."""
+        """Wait until all actions are done and their data is released."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
 
 class FileBehind:
-    """The part of a binary file that writers use, its bytes written behind."""
+    """A binary file with the two methods that writers use, run in the thread."""
 
     def __init__(self, file: BinaryIO, behind: WriteBehind) -> None:
         self._file, self._behind = file, behind
 
     def seek(self, offset: int) -> None:
-        """Go to a place."""
+        """Move to an offset."""
         self._behind.do(lambda: self._file.seek(offset))
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write bytes, which must not change from now on; returns how many."""
+        """Write bytes, which must not change afterwards; returns their number."""
         self._behind.do(lambda: self._file.write(data))
         return len(data)

@@ -1,7 +1,7 @@
 """Write Hugging Face model directories: config.json, generation_config.json and safetensors, in shards when large.
 
-Every parameter has its file and its place in it before the first tensor arrives, because BloomConfig alone says all
-names and shapes: tensors may come in any order and lazily, and one at a time is in memory.
+BloomConfig alone determines all names and shapes, so every parameter has its file and offset before the first tensor
+arrives: tensors may come in any order and lazily, and only one at a time is in memory.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from bloomlm.parallel.mesh import ALONE, Mesh
 __all__ = ["atomic_directory", "atomic_write", "parse_size", "write_model"]
 
 DEFAULT_SHARD_SIZE_BYTES = 5 * 10**9
-# Keys of config.json that say how other files lay, or what they held besides the parameters of BloomForCausalLM.
+# Keys of config.json that describe other files, or what they held besides the parameters of BloomForCausalLM.
 OTHER_FILES_KEYS = ("architectures", "tensor_parallel_degree", "tensor_parallel_output", "tensor_parallel_rank")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -42,7 +42,7 @@ def parse_size(text: str) -> int:
         text: a number and a unit: KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB (of 1024), or none for bytes.
 
     Raises:
-        ConfigError: it is no such size, or less than a byte.
+        ConfigError: it is not a size, or less than a byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
@@ -64,14 +64,13 @@ def write_model(
     """Write a model into an existing directory; use atomic_directory around it.
 
     Args:
-        directory: where to.
-        config: the model's configuration; its dtype becomes what is written.
+        directory: to write into.
+        config: the model's configuration, whose dtype is replaced by the written one.
         tensors: every parameter once, under its published name, in any order; on several ranks no Rows.
-        dtype: precision to write; None: that of the first tensor, and all must have it.
-        max_shard_size_bytes: a file holds at most this much data, or a single larger tensor.
-        report: told the number of bytes whenever some more are written.
-        mesh: the ranks among which the tensors are divided. All of them bring their parts, in the same order; each file
-            is written by one of them, which gathers one tensor at a time.
+        dtype: precision to write; None: that of the first tensor, which all must have.
+        max_shard_size_bytes: most data in one file, unless it holds a single larger tensor.
+        report: called with a number of bytes after each write.
+        mesh: the ranks that hold parts of the tensors, in the same order; one rank gathers and writes each file.
 
     Raises:
         CheckpointError: tensors are missing, unknown, misshapen or of mixed precision, or cannot be written.
@@ -87,7 +86,7 @@ def write_model(
             write_json(directory / "config.json", _config_file(config, target))
             write_json(directory / "generation_config.json", generation_config(config))
         with ExitStack() as stack:
-            # an iterator lets go of what it gave; a tuple would hold the first tensor, often the largest, to the end
+            # an iterator releases what it returned; a tuple would hold the first tensor, often the largest, to the end
             remaining = chain(iter((first,)), stream)
             del first
             if mesh.is_alone:
@@ -114,7 +113,7 @@ def _gather_and_write(
     convert: bool,
     report: Report,
 ) -> None:
-    # ranks of the first copy of the model take turns with the files
+    # the ranks of the first copy of the model take turns to write files
     writers = mesh.ranks_of_first_copy
     rank_of_file = {file_name: writers[number % len(writers)] for number, file_name in enumerate(shards)}
     rank_of = {name: rank_of_file[file_name] for file_name, entries in shards.items() for name in entries}
@@ -129,7 +128,7 @@ def _gather_and_write(
         assert isinstance(tensor, Tensor), name
         whole = whole_tensor(name, tensor, mesh, rank_of.get(name, 0))
         del tensor
-        # after an error this rank still gathers with the others, who would wait for it
+        # after an error this rank still takes part in gathering, because the others would wait for it
         if whole is not None and writer is not None and problem is None:
             try:
                 writer.write(name, whole)
@@ -142,7 +141,7 @@ def _gather_and_write(
 
 
 def plan_shards(entries: Mapping[str, TensorEntry], max_shard_size_bytes: int) -> dict[str, dict[str, TensorEntry]]:
-    """Deal parameters out to files, in order, a new file where the next one would not fit.
+    """Assign parameters to files in order, with a new file whenever the next parameter would not fit.
 
     Args:
         entries: name -> shape and dtype.
@@ -176,7 +175,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 class _ShardWriter:
-    """All files of a model, open, each with its header written and a place for every tensor."""
+    """All files of a model, open, with their headers written and an offset for every tensor."""
 
     def __init__(
         self,
@@ -199,7 +198,7 @@ class _ShardWriter:
         stack.enter_context(self._behind)  # last, so that it ends before the files are closed
 
     def write(self, name: str, tensor: Tensor | Rows) -> None:
-        """Put one tensor in its place."""
+        """Write one tensor at its offset."""
         if name not in self._places:
             raise CheckpointError(f"{name} cannot be written: BLOOM has no parameter of this name")
         file, offset, entry = self._places[name]
@@ -218,7 +217,7 @@ class _ShardWriter:
         self._written.add(name)
 
     def check_complete(self) -> None:
-        """Refuse a model with a parameter that nobody gave."""
+        """Refuse a model whose parameters were not all written."""
         if missing := [name for name in self._places if name not in self._written]:
             raise CheckpointError(f"{len(missing)} parameters were not given to write: {name_some(missing)}")
 

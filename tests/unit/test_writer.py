@@ -1,8 +1,10 @@
 """Model directories and what makes them appear whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,3 +265,22 @@ def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch) -> None:
         atomic_write(path, "newer")
     assert path.read_text() == "new"
     assert names_in(path.parent) == ["state.json"]
+
+
+def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between mkdir and flock another process may take it for one that a killed writer left behind."""
+    flock, removed = fcntl.flock, []
+
+    def lock_late(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and not removed:
+            removed.extend(tmp_path.glob(".*.bloomlm-tmp"))
+            shutil.rmtree(removed[0])
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("bloomlm.checkpoint.atomic.fcntl.flock", lock_late)
+    with atomic_directory(tmp_path / "model") as directory:
+        (directory / "file").write_text("content")
+    assert removed and (tmp_path / "model" / "file").read_text() == "content"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bloomlm.cli.options import build_config, config_command
+from bloomlm.cli.options import config_command, config_flags, join_values
 from bloomlm.errors import ConfigError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.training.checks import DEFAULT_DATASET
@@ -221,7 +221,7 @@ def test_run_file_gives_the_same_run(options: dict[str, Any], tmp_path: Path) ->
     first = resolved(output_dir=str(tmp_path / "out"), **options)
     write_run_file(first)
     run_file = tmp_path / "out" / "run.yaml"
-    again = build_config(TrainingConfig, {}, run_file)
+    again = TrainingConfig(**join_values(config_flags(TrainingConfig), {}, run_file))
     assert again == first
     assert resolve(again, CPU).flags == first
     assert changed_flags(again) is None

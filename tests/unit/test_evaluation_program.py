@@ -90,7 +90,7 @@ RUNTIMES = {"onnx": ("onnxruntime", 1e-5), "openvino": ("openvino", 1e-3), "gguf
 @pytest.mark.parametrize("form", RUNTIMES)
 def test_programs_of_other_formats_give_the_numbers_too(form: str, bloom: Path, tmp_path: Path) -> None:
     runtime, tolerance = RUNTIMES[form]
-    pytest.importorskip(runtime)
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     loaded = load(bloom)
     export_program(loaded.model, loaded.tokenizer, tmp_path / form / "bloom", source="bloom", format=form, verify=False)
     for name in ("reference", "lm_eval, LAMBADA", "answers"):

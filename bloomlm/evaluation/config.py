@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.protocol import Protocol, Task
@@ -30,10 +30,6 @@ def _with_protocol_options(config_class: type[C]) -> type[C]:
                 _, _, defaults = found.setdefault(item.name, (hints[item.name], item, {}))
                 defaults[protocol.name] = item.default
     made = [(name, hint | None, _optional(item, defaults)) for name, (hint, item, defaults) in found.items()]
-    choices: Any = Literal[tuple(PROTOCOLS)]
-    made.append(
-        ("protocol", choices | None, flag("protocol", None, f"{_PROTOCOL_HELP}  [default: {DEFAULT_PROTOCOL}]"))
-    )
     namespace = {"__module__": config_class.__module__, "__doc__": config_class.__doc__}
     return make_dataclass(
         config_class.__name__, made, bases=(config_class,), namespace=namespace, frozen=True, kw_only=True
@@ -64,7 +60,9 @@ class EvaluateConfig(Flags):
     limit: int | None = flag(
         "data", None, "evaluate only this many examples, documents or windows, from the first", minimum=1
     )
-    protocol: str | None = None
+    protocol: str | None = flag(
+        "protocol", None, f"{_PROTOCOL_HELP}  [default: {DEFAULT_PROTOCOL}]", choices=tuple(PROTOCOLS)
+    )
     do_generation: bool = flag(
         "generation", False, "answer the rows of eval_path (src and tgt) and score the answers: --protocol generation"
     )
@@ -91,7 +89,7 @@ class EvaluateConfig(Flags):
         elif vars(self)["tasks"]:
             name = "lm_eval_tasks"
         if name not in PROTOCOLS:
-            raise ConfigError(f"--protocol {name}: expected one of {', '.join(PROTOCOLS)}")
+            raise ConfigError(f"--protocol is {name!r}; expected one of {', '.join(PROTOCOLS)}")
         return PROTOCOLS[name]
 
     @property

@@ -24,9 +24,10 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH, encode_pairs, rolling_windows
 from bloomlm.evaluation.scoring.batches import join_shares
-from bloomlm.evaluation.scoring.models import Model, generate_batches, window_scorer
+from bloomlm.evaluation.scoring.models import generate_batches, window_scorer
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.generation.config import GenerationConfig, Greedy, Sampling, Strategy
+from bloomlm.generation.language_model import LanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
@@ -63,7 +64,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        pretrained: str | Model,
+        pretrained: str | LanguageModel,
         *,
         tokenizer: Tokenizer | None = None,
         lora_path: str | None = None,
@@ -76,7 +77,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         mesh: Mesh = ALONE,
     ) -> None:
         super().__init__()
-        self._model: Model
+        self._model: LanguageModel
         if not isinstance(pretrained, str):
             assert tokenizer is not None, "a loaded model needs its tokenizer"
             self._model, self._tokenizer = pretrained, tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.evaluation.scoring.models import Model
+from bloomlm.generation.language_model import LanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.runtime.program import Program
@@ -16,7 +16,7 @@ from bloomlm.runtime.program import Program
 class Subject:
     """A model with its tokenizer."""
 
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
     mesh: Mesh
     """The ranks, which share the model or have copies of it."""

@@ -188,7 +188,7 @@ def test_evaluate_finds_the_data_before_it_loads(base: Path, tmp_path: Path) -> 
         bloomlm.evaluate(load, no_such_flag=1)
     with pytest.raises(ConfigError, match="--limit is 0; expected at least 1"):
         bloomlm.evaluate(load, eval_path="f", limit=0)
-    with pytest.raises(ConfigError, match="--protocol ppl: expected one of reference, lm_eval, gptq"):
+    with pytest.raises(ConfigError, match="--protocol is 'ppl'; expected one of reference, lm_eval, gptq"):
         bloomlm.evaluate(load, eval_path="f", protocol="ppl")
     with pytest.raises(ConfigError, match="--protocol lm_eval_tasks needs --tasks"):
         bloomlm.evaluate(load, eval_path="f", protocol="lm_eval_tasks")

@@ -21,8 +21,7 @@ from bloomlm.evaluation.scoring.shared_prefix import (
     join_documents,
     num_slots,
 )
-from bloomlm.evaluation.scoring.window_scorer import WindowScorer
-from bloomlm.evaluation.scoring.windows import Window, WindowScore
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, WindowScorer
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group

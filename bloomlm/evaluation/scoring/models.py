@@ -1,11 +1,11 @@
-"""What can be evaluated: a BLOOM with its weights, or anything that can prefill and decode, such as a program."""
+"""Scores windows and generates answers with any language model: a BLOOM with its weights, or an exported program."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from bloomlm.evaluation.scoring.batches import BatchLimit, own_share
 from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.step_scorer import StepScorer
-from bloomlm.evaluation.scoring.window_scorer import WindowScorer
+from bloomlm.evaluation.scoring.windows import WindowScorer
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import Generation, generate
 from bloomlm.generation.language_model import LanguageModel
@@ -13,10 +13,8 @@ from bloomlm.generation.sequences import DecodeText
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
-Model = BloomForCausalLM | LanguageModel
 
-
-def window_scorer(model: Model, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> WindowScorer:
+def window_scorer(model: LanguageModel, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> WindowScorer:
     """The scorer of windows for this kind of model.
 
     Args:
@@ -30,7 +28,7 @@ def window_scorer(model: Model, *, max_batch_tokens: int, mesh: Mesh = ALONE) ->
 
 
 def generate_batches(
-    model: Model,
+    model: LanguageModel,
     prompts: Mapping[int, Sequence[int]],
     config: GenerationConfig,
     *,

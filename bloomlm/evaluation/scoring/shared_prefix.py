@@ -132,17 +132,15 @@ class Packed:
 
 
 class Branched:
-    """A batch of groups: first their common beginnings, packed, then the rest of every document, padded to one
-    length."""
+    """A batch of groups: the common beginnings, packed, then the rest of each document, padded to one length."""
 
     def __init__(self, groups: Sequence[Branches]) -> None:
         self._lengths = [group.num_shared for group in groups]
         self._beginnings = np.concatenate([group.documents[0].tokens[: group.num_shared] for group in groups])
         self._owners = [number for number, group in enumerate(groups) for _ in group.documents]
         longest_rest = max(group.longest_rest for group in groups)
-        self._rests = np.zeros(
-            (len(self._owners), longest_rest), dtype=np.int64
-        )  # pads come last, where no token attends to them
+        # pads come last, where no token attends to them
+        self._rests = np.zeros((len(self._owners), longest_rest), dtype=np.int64)
         self.num_tokens = len(self._beginnings) + self._rests.size
         """Tokens that go through the blocks, pads included."""
         self.placed: list[Placed] = []

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.evaluation.scoring.batches import own_share
-from bloomlm.evaluation.scoring.window_scorer import WindowScorer
-from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore
+from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, WindowScorer
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX

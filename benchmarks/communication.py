@@ -121,12 +121,12 @@ def measure(name: str, steps: int) -> None:
         trainer = random_trainer(mesh, adapter, recompute)
         trainer.run_step()
         payloads = Payloads()
-        mesh.barrier()
+        dist.barrier()
         kernel_before = loopback_bytes()
         payloads.begin()
         results = [trainer.run_step() for _ in range(steps)]
         payloads.end()
-        mesh.barrier()
+        dist.barrier()
         kernel_bytes = loopback_bytes() - kernel_before
         peak = peak_memory_bytes(trainer.device)
         if not mesh.is_main:

@@ -1,6 +1,6 @@
-"""Rows to tokenised examples: src, tgt, </s>, cut to their lengths, cached on disk by content.
+"""Rows to tokenised examples: src, tgt, </s>, cut to their maximum lengths and cached on disk by content.
 
-The cut keeps the beginning of a text. A cached set is mapped from disk, so it costs no memory of its own.
+A text that is cut keeps its beginning. A cached set is mapped from disk, so it takes no memory of its own.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ _CHUNK_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One thing to learn: after the source, say the target and stop."""
+    """What is learned: to continue the source with the target and then stop."""
 
     tokens: npt.NDArray[np.int32]
     """Source tokens, target tokens, </s>."""
 
     num_source_tokens: int
-    """How many of them are the source, which is given and not learned."""
+    """Number of source tokens, which are given and not learned."""
 
     source_text: str
     """The whole source, before any cut."""
@@ -46,13 +46,13 @@ class Example:
 
     @property
     def prompt_tokens(self) -> npt.NDArray[np.int32]:
-        """The source tokens alone: what generation starts from."""
+        """The source tokens alone, from which generation starts."""
         return self.tokens[: self.num_source_tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """How a set of examples came about."""
+    """Size of a set of examples, and what was cut from it."""
 
     name: str
     num_examples: int
@@ -67,15 +67,16 @@ class LoadReport:
             f"{self.num_sources_cut} sources cut to src_length {self.src_length}, {self.num_targets_cut} targets "
             f"to tgt_length - 1 = {self.tgt_length - 1} tokens"
         )
-        return f"{self.name}: {self.num_examples} examples, {cuts if self._any_cut else 'none cut'}"
+        return f"{self.name}: {self.num_examples} examples, {cuts if self.any_cut else 'none cut'}"
 
     @property
-    def _any_cut(self) -> bool:
+    def any_cut(self) -> bool:
+        """Whether a source or target lost its end."""
         return self.num_sources_cut + self.num_targets_cut > 0
 
 
 class ExampleSet:
-    """Examples by number, from flat arrays in memory or mapped from disk. Made by load_examples."""
+    """Examples by index, in flat arrays in memory or mapped from disk. Created by load_examples."""
 
     def __init__(self, arrays: Arrays, report: LoadReport) -> None:
         self._tokens = arrays["tokens"]
@@ -133,16 +134,16 @@ def load_examples(
     cache_dir: Path | None = None,
     show_progress: bool = True,
 ) -> ExampleSet:
-    """Tokenise rows into examples, or take them from the cache.
+    """Tokenise rows into examples, or read them from the cache.
 
     Args:
         rows: where they are; a path stands for FileRows(path).
         tokenizer: of the model that will learn them.
-        src_length: most tokens of a source; the end of a longer one is dropped.
-        tgt_length: most tokens of a target with its </s>; the end of a longer target is dropped, </s> is not.
-        prompt_template: makes the source of each row, see PromptTemplate.
-        cache_dir: where cached sets are; default_cache_dir() / "examples" if None.
-        show_progress: a bar while tokenising, on a terminal.
+        src_length: maximum tokens of a source; a longer one loses its end.
+        tgt_length: maximum tokens of a target with its </s>; a longer target loses its end, but not </s>.
+        prompt_template: builds the source of each row, see PromptTemplate.
+        cache_dir: directory of cached sets; None: default_cache_dir() / "examples".
+        show_progress: a bar on a terminal while tokenising.
 
     Raises:
         ConfigError: a length that leaves no token, or a template that cannot be read.
@@ -153,30 +154,34 @@ def load_examples(
             f"src_length {src_length} and tgt_length {tgt_length}: a source needs at least 1 token, "
             "a target at least 2 (one of its own and </s>)"
         )
-    template = PromptTemplate(prompt_template) if prompt_template is not None else None
     source: RowSource = FileRows(rows) if isinstance(rows, str | Path) else rows
     key = _cache_key(source, tokenizer, src_length, tgt_length, prompt_template)
     path = (cache_dir or default_cache_dir() / "examples") / f"{key}.safetensors"
     arrays: Arrays | None = read_arrays(path)
     from_cache = arrays is not None
     if arrays is None:
-        pairs = [read_pair(row, template) for row in source.rows()]
-        if not pairs:
-            raise DataError(f"{source.name}: no rows in it; expected at least one example")
+        pairs = _read_pairs(source, prompt_template)
         arrays = _tokenise(pairs, tokenizer, src_length, tgt_length, show_progress=show_progress)
         write_arrays(path, arrays)
-    cut_sources, cut_targets = arrays["num_cut"].tolist()
     report = LoadReport(
         name=source.name,
         num_examples=len(arrays["num_source_tokens"]),
-        num_sources_cut=cut_sources,
-        num_targets_cut=cut_targets,
+        num_sources_cut=int(arrays["num_cut"][0]),
+        num_targets_cut=int(arrays["num_cut"][1]),
         src_length=src_length,
         tgt_length=tgt_length,
         from_cache=from_cache,
     )
-    _LOG.log(logging.WARNING if cut_sources + cut_targets else logging.INFO, "%s", report)
+    _LOG.log(logging.WARNING if report.any_cut else logging.INFO, "%s", report)
     return ExampleSet(arrays, report)
+
+
+def _read_pairs(source: RowSource, prompt_template: str | None) -> list[TextPair]:
+    template = PromptTemplate(prompt_template) if prompt_template is not None else None
+    pairs = [read_pair(row, template) for row in source.rows()]
+    if not pairs:
+        raise DataError(f"{source.name}: no rows in it; expected at least one example")
+    return pairs
 
 
 def _tokenise(
@@ -212,14 +217,14 @@ def _tokenise(
 
 
 def _offsets(lengths: list[int]) -> npt.NDArray[np.int64]:
-    """Where each piece starts in the joined array, and where the last one ends: [2, 3] -> [0, 2, 5]."""
+    """The start of each piece in the joined array, and the end of the last one: [2, 3] -> [0, 2, 5]."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _cache_key(
     source: RowSource, tokenizer: Tokenizer, src_length: int, tgt_length: int, prompt_template: str | None
 ) -> str:
-    """Digest of everything that decides the examples, this package's own code included."""
+    """Digest of everything that the examples depend on, including the code of this package."""
     code = hashlib.sha256()
     for module in ("cache.py", "examples.py", "files.py", "rows.py", "tokenizer.py"):
         code.update((importlib.resources.files("bloomlm.data") / module).read_bytes())

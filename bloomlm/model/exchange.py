@@ -45,4 +45,13 @@ class Exchange:
         return nullcontext()
 
 
+class VocabularyExchange(Exchange):
+    """The exchange of a word embedding that holds the whole vocabulary; `enter` and `leave` are those of the head."""
+
+    def look_up(self, tokens: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
+        """[N] ids -> [N, D], where lookup gives rows of the weight that is here."""
+        return lookup(tokens)
+
+
 WHOLE = Exchange()
+WHOLE_VOCABULARY = VocabularyExchange()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -201,11 +200,6 @@ class Mesh:
         found: list[T] = [value] * self.degrees.world_size
         dist.all_gather_object(found, value)
         return found[:: self.degrees.tp]
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.device_mesh is not None:
-            self.sum_over(torch.zeros((), device=self.device_mesh.device_type))
 
 
 ALONE = Mesh(Degrees())

@@ -10,18 +10,17 @@ which whole they are.
 Shapes: N packed tokens, D hidden, V vocabulary, R lora rank.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.embedding import WordEmbedding
-from bloomlm.model.exchange import Exchange, Product
-from bloomlm.model.linear import Linear, linear
+from bloomlm.model.exchange import Exchange, Product, VocabularyExchange
+from bloomlm.model.linear import Linear
 from bloomlm.parallel.collectives import (
     TensorParallelGroup,
     column_product,
@@ -78,22 +77,34 @@ class RowExchange(Exchange):
         return own_randomness(self.ranks.rank)
 
 
-class VocabParallelEmbedding(WordEmbedding):
-    """Rows of the vocabulary from first_token on; the other ranks have the others."""
+class CutVocabulary(VocabularyExchange):
+    """Of an embedding that holds the rows of some tokens; the other ranks have the others.
 
-    ranks: TensorParallelGroup
-    first_token: int
+    Args:
+        ranks: that share the vocabulary.
+        first_token: of this rank's rows.
+        num_tokens: rows of this rank.
+    """
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[N] -> [N, D]: each rank looks up its own tokens, the sum has all."""
+    def __init__(self, ranks: TensorParallelGroup, first_token: int, num_tokens: int) -> None:
+        self.ranks = ranks
+        self.first_token = first_token
+        self.num_tokens = num_tokens
+
+    def look_up(self, tokens: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
+        """[N] -> [N, D]: each rank looks up its own tokens, and the sum has all of them."""
         rows = tokens - self.first_token
-        elsewhere = (rows < 0) | (rows >= len(self.weight))
-        found = self.lookup(rows.masked_fill(elsewhere, 0))
+        elsewhere = (rows < 0) | (rows >= self.num_tokens)
+        found = lookup(rows.masked_fill(elsewhere, 0))
         return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.ranks)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], the same on every rank. Training never calls this: see training/loss.py."""
-        return gather_last_dim(linear(copy_to_ranks(hidden, self.ranks), self.weight), self.ranks)
+    def enter(self, x: Tensor) -> Tensor:
+        """The hidden states before the head; their gradients are added up."""
+        return copy_to_ranks(x, self.ranks)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The logits of all ranks, [..., V]. Training never calls this: see vocabulary_loss.py."""
+        return gather_last_dim(y, self.ranks)
 
 
 def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
@@ -115,10 +126,7 @@ def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
     ranks = tp_group(mesh)
     heads, vocabulary = (Part(0, ranks.rank, degree).bounds(n) for n in (model.config.n_head, model.config.vocab_size))
     model.transformer.heads = range(*heads)
-    embedding = model.transformer.word_embeddings
-    embedding.__class__ = VocabParallelEmbedding
-    cast(VocabParallelEmbedding, embedding).ranks = ranks
-    cast(VocabParallelEmbedding, embedding).first_token = vocabulary[0]
+    model.transformer.word_embeddings.exchange = CutVocabulary(ranks, vocabulary[0], vocabulary[1] - vocabulary[0])
     _cut(model, ranks, of_base=True)
 
 
@@ -148,8 +156,8 @@ def tp_group(mesh: Mesh) -> TensorParallelGroup:
 
 def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None:
     """The ranks among which a model is cut; None for a whole one."""
-    embedding = model.transformer.word_embeddings
-    return embedding.ranks if isinstance(embedding, VocabParallelEmbedding) else None
+    exchange = model.transformer.word_embeddings.exchange
+    return exchange.ranks if isinstance(exchange, CutVocabulary) else None
 
 
 def _cut(model: nn.Module, ranks: TensorParallelGroup, *, of_base: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from bloomlm.parallel.launch import agreed
-from bloomlm.training.results import StepLog, StepResult, Totals, TrainResult
+from bloomlm.training.results import StepLog, StepResult, TrainResult
 from bloomlm.training.step import Trainer
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
@@ -82,7 +82,8 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
             callbacks.on_step(result)
             if _due(trainer.step, config.logging_steps, config.max_steps):
                 callbacks.on_log(_step_log(trainer, result, speed, config.max_steps))
-                trainer.window, speed = Totals(), _Stopwatch()
+                trainer.start_window()
+                speed = _Stopwatch()
             if _due(trainer.step, config.eval_steps, config.max_steps):
                 callbacks.on_evaluate(trainer.step)
             stops = agreed(bool(requests), trainer.mesh)

@@ -1,9 +1,10 @@
-"""In which number format a run computes, and what keeps half precision honest.
+"""The number formats of a run, and what keeps training in half precision accurate.
 
-O1: fp32 weights, autocast runs the matrix products in half. O2: weights in half, the optimizer works on fp32 master
-weights. fp16 adds a dynamic loss scale, so that small gradients do not vanish. This module knows nothing of steps.
+O1: fp32 weights, autocast computes the matrix products in half precision. O2: weights in half precision, and the
+optimizer updates fp32 master weights. fp16 adds a dynamic loss scale, so that small gradients do not vanish.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Precision:
     half_weights: bool = False
     """O2: the model's own weights are in compute_dtype too."""
     initial_loss_scale: float = 32768.0
-    """Where fp16's dynamic loss scale starts."""
+    """Initial value of fp16's dynamic loss scale."""
 
     def __post_init__(self) -> None:
         if self.initial_loss_scale < 1:
@@ -36,11 +37,11 @@ class Precision:
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is scaled: fp16 only."""
+        """Whether the loss is scaled, which only fp16 needs."""
         return self.compute_dtype is torch.float16
 
     def autocast(self, device_type: str) -> AbstractContextManager[None]:
-        """The context of every forward pass."""
+        """The context in which forward passes run."""
         if self.half_weights or self.compute_dtype is torch.float32:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.compute_dtype)
@@ -52,8 +53,8 @@ def precision_from_flags(*, fp16: bool, bf16: bool, fp16_opt_level: str, scale_l
     Args:
         fp16: compute in float16.
         bf16: compute in bfloat16.
-        fp16_opt_level: "O1" (fp32 weights) or "O2" (weights in half); acts on bf16 too.
-        scale_loss: where fp16's loss scale starts.
+        fp16_opt_level: "O1" (fp32 weights) or "O2" (weights in half precision); for bf16 too.
+        scale_loss: initial loss scale of fp16.
 
     Raises:
         ConfigError: both formats, or an unknown level.
@@ -72,7 +73,7 @@ def precision_from_flags(*, fp16: bool, bf16: bool, fp16_opt_level: str, scale_l
 
 
 class LossScale:
-    """fp16's dynamic loss scale: halved after an overflow, doubled after growth_interval good steps in a row.
+    """The dynamic loss scale of fp16: halved after an overflow, doubled after growth_interval good steps in a row.
 
     Source: Micikevicius et al., Mixed precision training, https://arxiv.org/abs/1710.03740, section 3.2.
     """
@@ -84,11 +85,11 @@ class LossScale:
 
     @property
     def at_minimum(self) -> bool:
-        """Whether another overflow can no longer be blamed on the scale."""
+        """Whether the scale cannot fall further, so that another overflow has a different cause."""
         return self.value <= 1.0
 
     def update(self, *, overflow: bool) -> None:
-        """Take note of a step's outcome."""
+        """Adjust the scale after a step."""
         if overflow:
             self.value = max(1.0, self.value / 2)
             self.good_steps = 0
@@ -99,11 +100,17 @@ class LossScale:
             self.good_steps = 0
 
 
+def reason_to_skip(loss: float, grad_norm: float) -> str | None:
+    """Why a step must not update the weights: a value that is not finite; None: it may."""
+    values = {"loss": loss, "gradient norm": grad_norm}
+    return next((f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
+
+
 class LearnedParameters:
     """What the optimizer updates: the model's trainable parameters, or fp32 masters of those in half precision.
 
-    A master collects its parameter's gradient in fp32 as soon as autograd has it, so gradients of many microbatches
-    add up in fp32 and half-precision gradients never all live at once.
+    A master takes its parameter's gradient as soon as autograd has computed it. So the gradients of many microbatches
+    add up in fp32, and never all half-precision gradients exist at once.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -123,12 +130,18 @@ class LearnedParameters:
             self.masters.append((parameter, master))
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that exist."""
+        """The gradients that exist, of the masters where there are some."""
         return [p.grad for p in self.optimized.values() if p.grad is not None]
 
     def named_gradients(self) -> dict[str, Tensor]:
         """The same by the name of their parameter."""
         return {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients by a factor, in place."""
+        if factor != 1.0:
+            for gradient in self.gradients():
+                gradient.mul_(factor)
 
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""

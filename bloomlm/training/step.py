@@ -25,7 +25,7 @@ from bloomlm.parallel.gather import global_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.losses import batch_loss
 from bloomlm.training.optimizer import AdamWConfig, Schedule, build_optimizer, optimizer_tensors, set_learning_rate
-from bloomlm.training.precision import LearnedParameters, LossScale, Precision
+from bloomlm.training.precision import LearnedParameters, LossScale, Precision, reason_to_skip
 from bloomlm.training.results import StepResult, Totals
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Trainer:
         learning_rate = self.schedule(self.step)
         loss, grad_norm = self._accumulate_gradients(microbatches, num_supervised_tokens)
         self.step += 1
-        skipped = _reason_to_skip(loss, grad_norm)
+        skipped = reason_to_skip(loss, grad_norm)
         if skipped is None:
             self._update(learning_rate, grad_norm)
         self._note(skipped, loss)
@@ -143,6 +143,10 @@ class Trainer:
         self.totals.add(result)
         self.window.add(result)
         return result
+
+    def start_window(self) -> None:
+        """Begin the sums since the last log anew."""
+        self.window = Totals()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a later process needs to resume and that the weight files of a checkpoint do not hold.
@@ -254,9 +258,7 @@ class Trainer:
         factor = 1.0 / self._loss_scale_value
         if self.config.max_grad_norm > 0 and grad_norm > self.config.max_grad_norm:
             factor *= self.config.max_grad_norm / grad_norm
-        if factor != 1.0:
-            for gradient in self.learned.gradients():
-                gradient.mul_(factor)
+        self.learned.scale_gradients(factor)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.learned.copy_to_model()
@@ -293,8 +295,3 @@ def step_seed(seed: int, step: int, dp_rank: int = 0) -> int:
 def steps_per_epoch(batches_per_epoch: int, gradient_accumulation_steps: int) -> int:
     """Steps of an epoch; the last one may hold fewer microbatches."""
     return -(-batches_per_epoch // gradient_accumulation_steps)
-
-
-def _reason_to_skip(loss: float, grad_norm: float) -> str | None:
-    values = {"loss": loss, "gradient norm": grad_norm}
-    return next((f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)

@@ -14,7 +14,6 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS = {
     "api.py load",
     "cli/completion.py run_completions",
-    "data/examples.py load_examples",
 }
 
 

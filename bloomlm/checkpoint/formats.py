@@ -26,6 +26,7 @@ __all__ = [
     "READING_OF_WRITTEN_PREFIX",
     "FileForm",
     "PaddleReading",
+    "Reading",
     "bytes_on_ranks",
     "check_degree",
     "config_of_export",
@@ -34,7 +35,6 @@ __all__ = [
     "foreign_adapter_kind",
     "read_foreign_run",
     "read_recorded_adapter",
-    "reading_from_flags",
     "write_model_for_ranks",
 ]
 
@@ -48,8 +48,8 @@ MODEL_FORMATS: tuple[tuple[FindModel, OpenModel], ...] = (
 )
 """(is it there?, open it), asked in this order."""
 
-reading_from_flags = PaddleReading.from_flags
-"""How the files of another program are to be read, from the flags that say so."""
+Reading = PaddleReading
+"""How the files of another program are to be read where they do not say it themselves."""
 
 READING_OF_WRITTEN_PREFIX = PaddleReading(prefix_layout=PrefixLayout.NEW)
 """How a prefix that was written for ranks is read again, because its files do not tell."""

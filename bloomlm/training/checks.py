@@ -11,7 +11,7 @@ from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig, default_of
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
-"""Learned by PaddleNLP's script when no data was named; this is its name on the Hugging Face hub."""
+"""What finetune_generation.py has always learned when no data is named; the name on the Hugging Face hub."""
 
 # Flags that act only where another one is on.
 _LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
@@ -81,8 +81,8 @@ def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
             raise ConfigError("no data named: give --train_file and --eval_file, or --dataset_name_or_path")
         dataset = DEFAULT_DATASET
         notices.append(
-            f"no data named, so {dataset} is fetched from the Hugging Face hub, as PaddleNLP's script did from its "
-            "own; --train_file names yours"
+            f"no data named, so {dataset} is fetched from the Hugging Face hub, as finetune_generation.py has "
+            "always done; --train_file names yours"
         )
     if wants_train and not (config.train_file or dataset):
         raise ConfigError("--do_train needs examples to learn: give --train_file or --dataset_name_or_path")
@@ -149,10 +149,10 @@ def check_adapters(config: TrainingConfig, notices: list[str]) -> None:
     if config.merge_weights and not config.lora:
         notices.append("--merge_weights is not used: without --lora the whole model is trained and written anyway")
     if config.prefix_layout is not None and not config.prefix_tuning:
-        raise ConfigError("--prefix_layout says how to read a prefix that PaddleNLP began; add --prefix_tuning")
+        raise ConfigError("--prefix_layout says how to read a prefix that another program began; add --prefix_tuning")
     if config.trained_tensor_parallel_degree is not None and not (config.lora or config.prefix_tuning):
         raise ConfigError(
-            "--trained_tensor_parallel_degree says how to read an adapter that PaddleNLP began; add --lora or "
+            "--trained_tensor_parallel_degree says how to read an adapter that another program began; add --lora or "
             "--prefix_tuning. The ranks of a whole model are seen in its files"
         )
     _note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
@@ -190,7 +190,7 @@ def check_decoding(config: TrainingConfig, notices: list[str], *, has_metrics: b
     if config.do_generation and not has_metrics:
         raise ConfigError("--do_generation computes ROUGE and BLEU, which need: pip install 'bloomlm[metrics]'")
     generates = config.do_generation or config.generate_num > 0
-    # PaddleNLP's command lines always give min_tgt_length; 0 is the default, so it never shows here.
+    # older command lines always give min_tgt_length 0, which is the default and so never noted
     _note_unused(config, notices, (*_DECODING_FLAGS, "min_tgt_length"), generates, "--do_generation or --generate_num")
     searches_beams = (config.num_beams or 1) > 1
     samples = (config.top_k or 0) > 1 or (config.top_p or 0.0) > 0

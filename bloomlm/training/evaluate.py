@@ -78,7 +78,7 @@ class Evaluator:
         return metrics
 
     def answer_rows(self, count: int) -> list[dict[str, str]]:
-        """Prompt, target and generated answer of the first examples, under PaddleNLP's names."""
+        """Prompt, target and generated answer of the first examples, under the names of infer_result.json."""
         examples = [self._examples[index] for index in range(min(count, len(self._examples)))]
         return [
             {"instruction": example.source_text, "answer": example.target_text, "output": answer}

@@ -27,7 +27,7 @@ Entry = dict[str, Any]
 
 @dataclass(kw_only=True)
 class History:
-    """The log of a run, in the shape that transformers and PaddleNLP write."""
+    """The log of a run, in the shape that transformers' Trainer writes."""
 
     max_steps: int
     """Steps of the whole run."""
@@ -127,7 +127,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def train_metrics(result: TrainResult, epoch: float, num_examples: int) -> dict[str, float]:
-    """The numbers of train_results.json, under the names that transformers and PaddleNLP give them.
+    """The numbers of train_results.json, under the names that transformers' Trainer gives them.
 
     Args:
         result: of the loop.
@@ -167,7 +167,7 @@ def read_train_results(output_dir: Path) -> dict[str, Any] | None:
 
 
 def write_answers(output_dir: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write infer_result.json: one JSON object a line, as PaddleNLP's script did."""
+    """Write infer_result.json: one JSON object on each line."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     atomic_write(output_dir / ANSWERS_FILE, "".join(lines))
 

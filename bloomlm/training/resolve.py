@@ -12,7 +12,7 @@ import torch
 from bloomlm.adapters.base import Adapter, FullTuning
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.formats import reading_from_flags
+from bloomlm.checkpoint.formats import Reading
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.data.packing import TokenBudget
 from bloomlm.errors import ConfigError
@@ -87,7 +87,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             use_tensorboard=config.report_to == "tensorboard",
             profile=config.profile,
         ),
-        reading=reading_from_flags(**reading_flags(config)),
+        reading=Reading.from_flags(**reading_flags(config)),
     )
 
 
@@ -242,7 +242,7 @@ def _decoding(config: TrainingConfig) -> GenerationConfig:
         penalty = 1.0 if config.length_penalty is None else config.length_penalty
         strategy = BeamSearch(num_beams=config.num_beams, length_penalty=penalty)
     elif top_k > 1 or top_p > 0:
-        # in PaddleNLP's flags 0 means off; a top_p that keeps all tokens is 1.0 here
+        # as a flag, 0 means off; in Sampling the top_p that keeps all tokens is 1.0
         strategy = Sampling(top_k=top_k, top_p=top_p or 1.0, seed=config.seed)
     return GenerationConfig(
         strategy=strategy,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bloomlm.adapters.base import Adapter
-from bloomlm.checkpoint.formats import PaddleReading
+from bloomlm.checkpoint.formats import Reading
 from bloomlm.data.packing import TokenBudget
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.mesh import Degrees
@@ -183,5 +183,5 @@ class RunPlan:
     evaluation: EvaluationPlan
     output: OutputPlan
     report: ReportPlan
-    reading: PaddleReading
+    reading: Reading
     """How files of another program are to be read, where they do not say."""

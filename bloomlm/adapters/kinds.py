@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bloomlm.adapters.base import Adapter
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import AdapterError
@@ -11,6 +12,7 @@ from bloomlm.errors import AdapterError
 # peft_type and use_dora in adapter_config.json -> kind.
 KINDS: dict[tuple[str, bool], type[Adapter]] = {
     ("LORA", False): LoraConfig,
+    ("LORA", True): DoraConfig,
     ("PREFIX_TUNING", False): PrefixConfig,
 }
 

@@ -41,6 +41,7 @@ UPDATE_LAYOUT = {
     "lora_A": {1: 1},
     "lora_B": {0: 0},
     "lora_B_learns": {0: 0},
+    "lora_magnitude_vector": {0: 0},
 }
 
 # The prefix's projection is an MLP like a block's, and cut like one; its embedding lies whole on every rank.

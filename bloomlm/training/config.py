@@ -86,6 +86,8 @@ class TrainingConfig(Flags):
     lora_dropout: float = flag("adapters", 0.0, "LoRA: dropout on the input of the update", minimum=0, below=1)
     target_modules: tuple[str, ...] = flag("adapters", ("query_key_value",),
         "LoRA: layers that learn, any of query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
+    use_rslora: bool = flag("adapters", False, "LoRA: scale the update by lora_alpha / sqrt(r) instead (rsLoRA)")
+    use_dora: bool = flag("adapters", False, "LoRA: also train the norm of each row of the updated weights (DoRA)")
     base_quantization: Literal["none", "int8"] = flag("adapters", "none",
         "LoRA: int8 keeps the frozen weights rounded to 8 bits, in a quarter of float32's memory")
     merge_weights: bool = flag("adapters", False,

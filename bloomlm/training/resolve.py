@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bloomlm.adapters.base import Adapter, FullTuning
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.formats import Reading
@@ -131,11 +132,13 @@ def adapter_of(config: TrainingConfig) -> Adapter:
         ConfigError: an adapter that cannot be built.
     """
     if config.lora:
-        return LoraConfig(
+        kind = DoraConfig if config.use_dora else LoraConfig
+        return kind(
             r=config.r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=config.target_modules,
+            use_rslora=config.use_rslora,
         )
     if config.prefix_tuning:
         return PrefixConfig(num_prefix_tokens=config.num_prefix_tokens, prefix_projection=config.prefix_projection)

@@ -76,7 +76,15 @@ def assert_same_losses(found: dict[int, list[float]], expected: dict[int, list[f
         assert found[step] == pytest.approx(numbers, rel=2e-4), step
 
 
-@pytest.mark.parametrize("kind", [{}, LORA, {"prefix_tuning": True, "num_prefix_tokens": 3, "prefix_projection": True}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        LORA,
+        LORA | {"use_dora": True, "use_rslora": True},
+        {"prefix_tuning": True, "num_prefix_tokens": 3, "prefix_projection": True},
+    ],
+)
 @pytest.mark.parametrize(("world_size", "degrees"), [(2, {"tensor_parallel_degree": 2}), (4, TWO_BY_TWO)])
 def test_a_run_on_ranks_is_that_of_one(
     ranks: RankPool, tmp_path: Path, data: Path, kind: dict[str, Any], world_size: int, degrees: dict[str, int]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.adapters.base import FullTuning
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import collate
@@ -33,6 +34,8 @@ CASES = {
     "full": Case(),
     "smoothed": Case(label_smoothing=0.2),
     "lora": Case(adapter=ALL_LINEARS),
+    "dora": Case(adapter=DoraConfig(r=3, target_modules=BLOCK_LINEARS)),
+    "recomputed dora": Case(adapter=DoraConfig(r=3, target_modules=BLOCK_LINEARS), recompute=True),
     "prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3)),
     "projected prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3, prefix_projection=True)),
     "post layernorm": Case(post_layernorm=True),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.training_state import load_training_state, save_training_state
@@ -39,6 +40,7 @@ CASES = {
     "full": Case(),
     "clipped, accumulated, smoothed": Case(max_grad_norm=0.5, accumulation=3, label_smoothing=0.1, batch_size=4),
     "lora": Case(adapter=ALL_LINEARS, max_grad_norm=0.5),
+    "dora": Case(adapter=DoraConfig(r=3, target_modules=BLOCK_LINEARS), max_grad_norm=0.5),
     "prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3)),
     "projected prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3, prefix_projection=True), max_grad_norm=0.5),
     "post layernorm, recompute": Case(post_layernorm=True, recompute=True, max_grad_norm=0.5),
@@ -233,7 +235,7 @@ def _copy_part(name: str, parameter: Tensor, whole: Tensor, mesh: Mesh) -> None:
         parameter.copy_(part)
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "projected prefix"])
+@pytest.mark.parametrize("name", ["full", "lora", "dora", "projected prefix"])
 @pytest.mark.parametrize(
     "then",
     [Degrees(), Degrees(tp=2), Degrees(dp_shard=2), Degrees(dp_replicate=2), SETUPS["tp 4"], SETUPS["tp 2 x fsdp 2"]],

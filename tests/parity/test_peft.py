@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bloomlm.adapters.base import adapter_of, apply_adapter
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.adapters.prefix import PrefixConfig
@@ -85,6 +86,14 @@ LORA = {
     "biases of its layers": {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"},
     "all biases": {"target_modules": ["dense_h_to_4h"], "bias": "all"},
     "patterns and rslora": {"target_modules": ["dense"], "rank_pattern": {"dense": 9}, "use_rslora": True},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora, rslora, patterns and biases": {
+        "target_modules": ["query_key_value", "dense_4h_to_h"],
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"query_key_value": 5},
+        "bias": "all",
+    },
 }
 
 
@@ -119,6 +128,8 @@ def test_we_open_lora_that_peft_writes(base: Path, tmp_path: Path, options: dict
             rank_pattern={"h.0.self_attention.dense": 1},
             alpha_pattern={"dense": 2.5},
         ),
+        DoraConfig(r=3, lora_alpha=2.5, target_modules=BLOCK_LINEARS, lora_dropout=0.2),
+        DoraConfig(r=9, target_modules=("dense",), use_rslora=True),
     ],
 )
 def test_peft_opens_lora_that_we_write(base: Path, tmp_path: Path, config: LoraConfig) -> None:
@@ -132,9 +143,75 @@ def test_peft_opens_lora_that_we_write(base: Path, tmp_path: Path, config: LoraC
     load_adapter(again, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(again), logits_of(ours), rtol=0, atol=0)
     found = adapter_of(again)
-    assert isinstance(found, LoraConfig) and found.alpha == config.alpha
+    assert type(found) is type(config) and found.alpha == config.alpha
     assert (found.rank_pattern, found.alpha_pattern) == (config.rank_pattern, config.alpha_pattern)
     assert set(found.target_modules) == set(config.target_modules)
+
+
+GRADIENTS = {
+    "lora": {"target_modules": "all-linear"},
+    "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora of one layer, rslora": {"target_modules": ["dense"], "use_dora": True, "use_rslora": True},
+    "lora with dropout": {"target_modules": "all-linear", "lora_dropout": 0.3},
+    "dora with dropout": {"target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", GRADIENTS.values(), ids=GRADIENTS.keys())
+def test_loss_and_gradients_are_those_of_peft(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    theirs = write_theirs(base, tmp_path, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **options))
+    ours = load_model(base)
+    load_adapter(ours, tmp_path)
+    ids = torch.arange(18).view(2, 9) * 7 % 101
+    losses = []
+    for model in (theirs.train(), ours.train()):
+        torch.manual_seed(3)  # the same elements are dropped
+        output = model(ids)
+        logits = getattr(output, "logits", output)
+        losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    found = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None and gradient.abs().max() > 0
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
+
+
+def test_dora_starts_where_peft_does(base: Path) -> None:
+    ours = load_model(base)
+    before = logits_of(ours)
+    apply_adapter(ours, DoraConfig(r=4, target_modules=BLOCK_LINEARS))
+    torch.testing.assert_close(logits_of(ours), before, rtol=1e-4, atol=1e-4)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=True)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    names = [name for name, _ in theirs.named_parameters() if "magnitude" in name]
+    assert len(names) == 4 * ours.config.n_layer
+    for name in names:
+        own = ours.get_parameter(name.removeprefix("base_model.model.").removesuffix(".default.weight"))
+        torch.testing.assert_close(own, theirs.get_parameter(name), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_dora_is_merged_as_peft_merges_it(base: Path, tmp_path: Path, use_rslora: bool) -> None:
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=True, use_rslora=use_rslora
+    )
+    theirs = write_theirs(base, tmp_path / "adapter", config)
+    ours = load_model(base)
+    load_adapter(ours, tmp_path / "adapter")
+    merge_to_directory(ours, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    assert_equal_logits(merged, ours)
+    expected = dict(theirs.merge_and_unload().named_parameters())
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_old_adapter_files_in_pickle(base: Path, tmp_path: Path) -> None:
@@ -179,7 +256,6 @@ def test_fp32_adapter_on_a_bf16_model_keeps_its_precision(base: Path, tmp_path: 
 
 
 REFUSED = {
-    "use_dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["ln_f"]},
     "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "h"},
     "exclude_modules": {"exclude_modules": ["dense"]},

@@ -102,6 +102,11 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "adapter_model.safetensors",
         "lora",
     ),
+    "dora": (
+        {"lora": True, "r": 3, "use_dora": True, "use_rslora": True, "lora_dropout": 0.1},
+        "adapter_model.safetensors",
+        "lora",
+    ),
     "prefix": (
         {"prefix_tuning": True, "num_prefix_tokens": 3, "prefix_projection": True},
         "adapter_model.safetensors",

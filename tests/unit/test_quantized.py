@@ -8,6 +8,7 @@ from torch import Tensor
 
 import bloomlm.model.quantized as quantized
 from bloomlm.adapters.base import FullTuning, apply_adapter
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.merge import merge_to_directory
@@ -55,8 +56,8 @@ def dequantized(checkpoint: Path, dtype: torch.dtype = torch.float32) -> BloomFo
     return model.to(dtype)
 
 
-def with_lora(model: BloomForCausalLM) -> BloomForCausalLM:
-    apply_adapter(model, LoraConfig(r=3, target_modules=BLOCK_LINEARS))
+def with_lora(model: BloomForCausalLM, kind: type[LoraConfig] = LoraConfig) -> BloomForCausalLM:
+    apply_adapter(model, kind(r=3, target_modules=BLOCK_LINEARS))
     generator = torch.Generator().manual_seed(1)
     for parameter in learned_tensors(model).values():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -116,12 +117,16 @@ def test_a_model_in_int8_has_one_copy_of_each_weight(checkpoint: Path) -> None:
     assert {p.dtype for p in model.parameters() if p.dim() == 2} == {torch.int8}
 
 
-def test_equals_an_fp32_model_of_the_same_values(checkpoint: Path, block_elements: int) -> None:
+@pytest.mark.parametrize("kind", [LoraConfig, DoraConfig])
+def test_equals_an_fp32_model_of_the_same_values(checkpoint: Path, block_elements: int, kind: type[LoraConfig]) -> None:
     model, exact = load_model(checkpoint, int8=True), dequantized(checkpoint)
     ids = torch.randint(0, CONFIG.vocab_size, (2, 7))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), exact(ids), rtol=1e-5, atol=1e-5)
-    (loss, gradients), (exact_loss, exact_gradients) = step(with_lora(model), 0.1), step(with_lora(exact), 0.1)
+    (loss, gradients), (exact_loss, exact_gradients) = (
+        step(with_lora(model, kind), 0.1),
+        step(with_lora(exact, kind), 0.1),
+    )
     torch.testing.assert_close(loss, exact_loss, rtol=1e-6, atol=0)
     assert gradients.keys() == exact_gradients.keys() == {*learned_tensors(model)}
     for name, gradient in exact_gradients.items():

@@ -1,0 +1,129 @@
+"""DoRA: a low-rank update that turns the rows of a weight, and a trained length of each row.
+
+Source: Liu et al., https://arxiv.org/abs/2402.09353: y = x (m / |V|)^T V^T + b with V = W + scaling * B A and a trained
+magnitude m for each row. |V|, the norms of V's rows, gets no gradient (section 4.3), as in PEFT.
+
+Shapes: N tokens, R lora rank.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bloomlm.adapters.base import PeftForm
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.lora_linear import LoRALinear
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.linear import linear as weight_product
+from bloomlm.model.quantized import dequantize_rows, row_blocks
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class DoraLinear(LoRALinear):
+    """A LoRALinear with lora_magnitude_vector [out] beside its matrices."""
+
+    own_names = (*LoRALinear.own_names, MAGNITUDE)
+    lora_magnitude_vector: nn.Parameter
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: LoraConfig,
+        module_name: str,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> "DoraLinear":
+        """Wrap a layer; where its weight is there and whole, the layer computes what it did."""
+        layer = super().from_linear(linear, config, module_name, generator, device)
+        assert isinstance(layer, DoraLinear)
+        layer.lora_magnitude_vector = nn.Parameter(layer.lora_A.new_ones(linear.out_features))
+        if not linear.weight.is_meta and linear.weight.shape == (linear.out_features, linear.in_features):
+            layer.start_from_weight()
+        return layer
+
+    @torch.no_grad()
+    def start_from_weight(self) -> None:
+        """Set the magnitudes to the norms of the weight's rows, of which FSDP's ranks each have some."""
+        weight = _local(self.weight)
+        squares = torch.empty(len(weight), device=weight.device)
+        for rows in row_blocks(weight):
+            if self.weight_scale is None:
+                block = weight[rows].float()
+            else:
+                block = dequantize_rows(weight[rows], self.weight_scale[rows], torch.float32)
+            squares[rows] = block.square().sum(1)
+        _local(self.lora_magnitude_vector).copy_(self.exchange.leave(squares).sqrt())
+
+    def norms(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
+        """[out] the norms of the updated weight's rows in fp32; of rows that ranks divide, of all of it.
+
+        Args:
+            whole: as of merged_weight.
+        """
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            squares = torch.cat([updated.square().sum(1) for _, updated in self.updated_rows(whole)])
+            return self.exchange.leave(squares).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        dropped = self.dropped(x)
+        update = F.linear(self.low_rank(dropped), self.learning_b()) * self.scaling
+        base = self._without_bias(x)
+        scale = self.lora_magnitude_vector.float() / self.norms()
+        if dropped is x:
+            scaled = scale * (base + update)
+        else:  # dropout acts on all that is new, the change of the base's rows included
+            scaled = base + (scale - 1) * self._without_bias(dropped) + scale * update
+        return (scaled + self.bias).to(base.dtype)
+
+    def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """[out, in] the updated weight with rows of the trained magnitudes; see LoRALinear."""
+        merged = super().merged_weight(whole, torch.float32)
+        scale = whole(self.lora_magnitude_vector).float() / self.norms(whole)
+        return merged.mul_(scale[:, None]).to(dtype)
+
+    def _without_bias(self, x: Tensor) -> Tensor:
+        product = self.exchange.multiply(x, self.weight, None, self.weight_scale, weight_product)
+        return self.exchange.leave(product)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoraConfig(LoraConfig):
+    """Which layers get an update and magnitudes, and of what rank."""
+
+    kind = "DoRA"
+    layer_class = DoraLinear
+
+    def start_from_weights(self, model: BloomForCausalLM) -> None:
+        """Set every magnitude to the norm of its row."""
+        for _, layer in self.layers(model):
+            assert isinstance(layer, DoraLinear)
+            layer.start_from_weight()
+
+    def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
+        """PEFT names the magnitudes without the ending of modules."""
+        keys = super().peft_keys(model)
+        return {name: key.removesuffix(".weight") if name.endswith(MAGNITUDE) else key for name, key in keys.items()}
+
+    def to_peft(self, model: BloomForCausalLM) -> PeftForm:
+        """LoRA's with use_dora and the magnitudes."""
+        form = super().to_peft(model)
+        return dataclasses.replace(form, values={**form.values, "use_dora": True})
+
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
+        """LoRA's configuration, with use_dora."""
+        return super().from_peft({key: value for key, value in values.items() if key != "use_dora"}, keys, model)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that FSDP shares out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

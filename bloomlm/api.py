@@ -182,21 +182,12 @@ def load(
     if lora_path is None and prefix_path is None:
         for name in reading.adapter_flags:
             raise ConfigError(f"{name} says how to read an adapter; give lora_path or prefix_path, or leave it out")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
-        dtype = DTYPES[dtype]
     directory = resolve_source(str(name_or_path)).directory
     tokenizer = Tokenizer.from_directory(directory, as_gpt2=reading.tokenization)
-    model = load_model(directory, dtype=dtype, device=device, mesh=mesh)
+    model = load_model(directory, dtype=_dtype_of(dtype), device=device, mesh=mesh)
     for path, flag in ((lora_path, "lora_path"), (prefix_path, "prefix_path")):
         if path is not None:
-            load_adapter(
-                model,
-                resolve_source(str(path)).directory,
-                reading=reading,
-                mesh=mesh,
-            )
+            load_adapter(model, resolve_source(str(path)).directory, reading=reading, mesh=mesh)
             _check_kind(model, path, flag)
     adapter = lora_path or prefix_path
     return LoadedModel(
@@ -288,6 +279,14 @@ def evaluate(
         return Subject.of_model(found.model, found.tokenizer, name=found.name, adapter=found.adapter, mesh=ranks)
 
     return run(make_config(options), open_subject, mesh=ranks, display=display or LoggedNotices())
+
+
+def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
+    return DTYPES[dtype]
 
 
 def _check_kind(model: BloomForCausalLM, path: str | Path, flag: str) -> None:

@@ -1,19 +1,23 @@
 """What `bloomlm predict` and `bloomlm infer` share: flags of prompts, decoding and output, and the run they make."""
 
+import json
 import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bloomlm.cli.predict_output import CompletionPrinter, ResultFile, TokenPrinter
-from bloomlm.cli.predict_prompts import Prompts, read_prompts
+from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.checkpoint.resumable import ResumableResults
+from bloomlm.cli.display import CompletionPrinter, TokenPrinter
+from bloomlm.cli.prompts import Prompts, read_prompts
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.flags import Flags, flag
@@ -22,7 +26,7 @@ from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import OnToken
 
 _LOG = logging.getLogger(__name__)
-# Handed to GenerationConfig as they are; None: not given.
+# Passed on to GenerationConfig; None means that the flag was not given.
 _DECODING_FLAGS = (
     *("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences"),
     *("temperature", "top_k", "top_p", "num_beams", "length_penalty"),
@@ -35,7 +39,7 @@ class Completer(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Texts to ids and back."""
+        """Turns texts into ids and back."""
         ...
 
     def completions(
@@ -96,17 +100,17 @@ class CompletionFlags(Flags):
     batch_size: int = flag("computing", 2, "prompts computed at once; changes the speed, not the results")
 
     def generation_of(self, max_new_tokens: int) -> GenerationConfig:
-        """What to generate and how.
+        """How to continue the prompts.
 
         Args:
-            max_new_tokens: as the verb's own flag says.
+            max_new_tokens: the value of the verb's own flag.
 
         Raises:
             GenerationError: a value out of range, or a flag without effect under the strategy.
         """
         seed = self.seed
         if seed is not None and self.decode_strategy != "sampling":
-            # the commands that infer_generation.py takes always give one
+            # Commands written for infer_generation.py always give one.
             _LOG.warning("--seed has no effect with --decode_strategy %s", self.decode_strategy)
             seed = None
         return GenerationConfig.from_options(
@@ -116,6 +120,48 @@ class CompletionFlags(Flags):
             stop=[re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text) for text in self.stop],
             **{name: getattr(self, name) for name in _DECODING_FLAGS},
         )
+
+
+class ResultFile:
+    """A JSONL file of completions that appears when it is complete; a stopped run continues after its last prompt.
+
+    Args:
+        path: the file to be; one that is there is replaced at the end.
+        identity: what decides the completions, as text.
+        lines_per_prompt: completions of each prompt.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
+        self.path = path
+        self._results = ResumableResults(path, identity=identity)
+        found: list[Completion] = []
+        with suppress(KeyError, TypeError):
+            while len(found) < len(self._results.done):
+                found.append(Completion(**self._results.done[len(found)]))
+        self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
+        """The completions so far; at first those that an earlier run left, whole prompts only."""
+
+    def write(self, completion: Completion) -> None:
+        """Add one completion, which is in a file when this returns."""
+        self._results.add({len(self.completions): asdict(completion)})
+        self.completions.append(completion)
+
+    def finish(self) -> None:
+        """Put the complete file in its place."""
+        lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in self.completions)
+        atomic_write(self.path, "".join(line + "\n" for line in lines))
+        self._results.remove(of_all_runs=True)
+
+    def __enter__(self) -> "ResultFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._results.__exit__(kind, error, trace)
 
 
 def run_completions(
@@ -128,51 +174,36 @@ def run_completions(
     is_main: bool = True,
     from_main: Callable[[list[Completion]], list[Completion]] = lambda done: done,
 ) -> None:
-    """Complete the prompts; show or write what comes.
+    """Complete the prompts, and show the completions or write them to a file.
 
     Args:
         config: the flags.
-        generation: what they ask for.
-        completer: completes.
-        prompts: what to complete.
-        identity: everything that decides the completions, as text: a stopped run goes on only where it is the same.
+        generation: how to continue the prompts.
+        completer: a model or a program.
+        prompts: the texts, and the right answers where they are known.
+        identity: everything that decides the completions, as text: a stopped run continues only where it is the same.
         is_main: whether this rank shows and writes; every rank completes.
-        from_main: gives every rank the main one's value.
+        from_main: gives every rank the main rank's value.
 
     Raises:
         GenerationError: an empty prompt.
         CheckpointError: the output file cannot be written.
     """
     started = time.perf_counter()
-    console = Console(quiet=not is_main)
     messages = Console(stderr=True, highlight=False, markup=False, quiet=not is_main)
-    printer = CompletionPrinter(console)
+    printer = CompletionPrinter(Console())
     per_prompt = generation.num_return_sequences
-    with ExitStack() as stack:
-        file = None
-        done: list[Completion] = []
-        if config.output_file is not None and is_main:
-            file = stack.enter_context(ResultFile(config.output_file, identity=identity, lines_per_prompt=per_prompt))
-            done = list(file.completions)
-            if done:
-                messages.print(f"{len(done)} completions are there from a run that was stopped; going on after them")
-        done = from_main(done)
+    path = config.output_file if is_main else None
+    with nullcontext() if path is None else ResultFile(path, identity=identity, lines_per_prompt=per_prompt) as file:
+        done = from_main([] if file is None else list(file.completions))
+        num_before = len(done)
+        if num_before:
+            messages.print(f"{num_before} completions are there from a run that was stopped; going on after them")
         stream = None
         if config.stream and is_main:
             stream = TokenPrinter(printer, completer.tokenizer, prompts.texts, generation.stop)
-        coming = completer.completions(
-            prompts.texts,
-            generation,
-            batch_size=1 if config.stream else config.batch_size,
-            src_length=config.src_length,
-            num_done=len(done) // per_prompt,
-            on_token=stream.push if stream else None,
-        )
-        if file is not None and stream is None:
-            coming = _with_progress(coming, messages, len(done), len(prompts.texts) * per_prompt)
-        num_tokens = 0
-        for completion in coming:
-            num_tokens += len(completion.tokens)
+        bar = messages if messages.is_terminal and file is not None and stream is None else None
+        for completion in _completions(config, generation, completer, prompts, num_before, stream, bar):
             if file is not None:
                 file.write(completion)
             if stream is not None:
@@ -182,12 +213,7 @@ def run_completions(
             done.append(completion)
         if file is not None:
             file.finish()
-    seconds = time.perf_counter() - started
-    messages.print(f"{num_tokens} tokens in {seconds:.1f} s ({num_tokens / seconds:.1f} tokens/s)", style="dim")
-    if config.output_file is not None:
-        messages.print(f"{len(done)} completions in {config.output_file}")
-    if prompts.targets is not None:
-        messages.print(_exact_match(done[::per_prompt], prompts.targets))
+    _report(messages, config, prompts, done, num_before, time.perf_counter() - started)
 
 
 def check_completion_flags(config: CompletionFlags, generation: GenerationConfig) -> None:
@@ -215,18 +241,48 @@ NO_PROMPTS = (
 )
 
 
-def _with_progress(
-    completions: Iterator[Completion], console: Console, num_done: int, total: int
+def _completions(
+    config: CompletionFlags,
+    generation: GenerationConfig,
+    completer: Completer,
+    prompts: Prompts,
+    num_before: int,
+    stream: TokenPrinter | None,
+    bar_console: Console | None,
 ) -> Iterator[Completion]:
+    """The completions after the first num_before, with a progress bar where there is a console for it."""
+    coming = completer.completions(
+        prompts.texts,
+        generation,
+        batch_size=1 if config.stream else config.batch_size,
+        src_length=config.src_length,
+        num_done=num_before // generation.num_return_sequences,
+        on_token=stream.push if stream else None,
+    )
     columns = TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("predicting", total=total, completed=num_done)
-        for completion in completions:
+    with Progress(*columns, console=bar_console, disable=bar_console is None) as progress:
+        total = len(prompts.texts) * generation.num_return_sequences
+        task = progress.add_task("predicting", total=total, completed=num_before)
+        for completion in coming:
             yield completion
             progress.advance(task)
 
 
-def _exact_match(completions: list[Completion], targets: list[str]) -> str:
-    pairs = zip(completions, targets, strict=True)
-    num_equal = sum(completion.completion.strip() == target.strip() for completion, target in pairs)
-    return f"exact match: {num_equal / len(targets):.1%} ({num_equal} of {len(targets)})"
+def _report(
+    console: Console,
+    config: CompletionFlags,
+    prompts: Prompts,
+    completions: Sequence[Completion],
+    num_before: int,
+    seconds: float,
+) -> None:
+    """Print the speed of this run, the file, and the part of right answers."""
+    num_tokens = sum(len(completion.tokens) for completion in completions[num_before:])
+    console.print(f"{num_tokens} tokens in {seconds:.1f} s ({num_tokens / seconds:.1f} tokens/s)", style="dim")
+    if config.output_file is not None:
+        console.print(f"{len(completions)} completions in {config.output_file}")
+    if prompts.targets is not None:
+        per_prompt = len(completions) // len(prompts.texts)
+        pairs = zip(completions[::per_prompt], prompts.targets, strict=True)
+        num_equal = sum(completion.completion.strip() == target.strip() for completion, target in pairs)
+        console.print(f"exact match: {num_equal / len(prompts.targets):.1%} ({num_equal} of {len(prompts.targets)})")

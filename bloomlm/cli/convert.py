@@ -19,7 +19,7 @@ from bloomlm.checkpoint.paddle.importer import PaddleReading
 from bloomlm.checkpoint.reader import find_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
-from bloomlm.cli.bytes_display import BytesDisplay
+from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.options import config_command
 from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_gpt2_files
 from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer

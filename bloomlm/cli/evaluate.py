@@ -12,8 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from bloomlm.api import LoadedModel
 from bloomlm.api import evaluate as evaluate_model
-from bloomlm.cli.device import find_device
-from bloomlm.cli.loading import load_named
+from bloomlm.cli.loading import find_device, load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.compare import compare
@@ -32,8 +31,8 @@ _NOT_OF_PROGRAMS = {
     "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
     "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
     "device": "exported programs run on the CPU; leave the flag out",
-    "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process of "
-    "torchrun takes other examples",
+    "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process "
+    "takes other examples",
 }
 """Flags that say how a model is loaded, and what to do instead."""
 

@@ -18,7 +18,7 @@ from bloomlm.cli.completion import (
     run_completions,
 )
 from bloomlm.cli.options import config_command
-from bloomlm.cli.predict_prompts import Prompts
+from bloomlm.cli.prompts import Prompts
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Flags, flag
 from bloomlm.generation.config import GenerationConfig

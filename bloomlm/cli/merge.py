@@ -8,7 +8,7 @@ from rich.console import Console
 from bloomlm.api import DTYPES
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.writer import parse_size
-from bloomlm.cli.bytes_display import BytesDisplay
+from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError

@@ -12,7 +12,6 @@ from bloomlm.api import LoadedModel
 from bloomlm.checkpoint.main_rank import on_main
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.cli.bytes_display import BytesDisplay
 from bloomlm.cli.completion import (
     NO_PROMPTS,
     CompletionFlags,
@@ -20,10 +19,10 @@ from bloomlm.cli.completion import (
     prompts_of,
     run_completions,
 )
-from bloomlm.cli.device import find_device
-from bloomlm.cli.loading import load_named
+from bloomlm.cli.display import BytesDisplay
+from bloomlm.cli.loading import find_device, load_named
 from bloomlm.cli.options import config_command
-from bloomlm.cli.predict_prompts import Prompts
+from bloomlm.cli.prompts import Prompts
 from bloomlm.errors import ConfigError
 from bloomlm.flags import DeviceFlags, ModelFlags, flag, reading_flags
 from bloomlm.generation.config import GenerationConfig

@@ -31,7 +31,7 @@ from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.cli import bytes_display
-from bloomlm.cli.bytes_display import BytesDisplay
+from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.main import main
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError

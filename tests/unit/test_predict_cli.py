@@ -15,7 +15,8 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.cli import main as cli
 from bloomlm.cli import predict as predict_module
-from bloomlm.cli.predict_output import CompletionPrinter, ResultFile, TokenPrinter
+from bloomlm.cli.completion import ResultFile
+from bloomlm.cli.display import CompletionPrinter, TokenPrinter
 from tests.bloom_tokenizer import make_tokenizer
 from tests.tiny_bloom import write_adapter, write_bloom
 

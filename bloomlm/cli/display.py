@@ -1,65 +1,100 @@
-"""What `bloomlm predict` shows and writes: completions on the terminal, token by token, and in a JSONL file."""
+"""What verbs show while they work: the bytes written and their rate, and completions, whole or token by token."""
 
-import dataclasses
-import json
 import re
+import time
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from bloomlm.checkpoint.atomic import atomic_write
-from bloomlm.checkpoint.resumable import ResumableResults
+from bloomlm.checkpoint.output_directory import Report
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
 from bloomlm.generation.completion import Completion
+from bloomlm.training.report import size
 
-# What could steer the terminal; line ends and tabs may stay.
+LINE_SECONDS = 2.0
+"""The shortest time from one line to the next, where there is no bar."""
+NUM_LINES = 10
+# Control characters that could steer a terminal; line ends and tabs may stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class ResultFile:
-    """A JSONL file of completions that appears when it is complete; a stopped run continues after its last prompt.
+class BytesDisplay:
+    """A bar for each phase on a terminal, up to ten lines anywhere else.
 
     Args:
-        path: the file to be; one that is there is replaced at the end.
-        identity: what decides the completions, as text.
-        lines_per_prompt: completions of each prompt.
-
-    Raises:
-        CheckpointError: it cannot be written.
+        console: where to.
     """
 
-    def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
-        self.path = path
-        self._results = ResumableResults(path, identity=identity)
-        found: list[Completion] = []
-        with suppress(KeyError, TypeError):
-            while len(found) < len(self._results.done):
-                found.append(Completion(**self._results.done[len(found)]))
-        self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
-        """The completions so far; at first those that an earlier run left, whole prompts only."""
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
-    def write(self, completion: Completion) -> None:
-        """Add one completion, which is in a file when this returns."""
-        self._results.add({len(self.completions): dataclasses.asdict(completion)})
-        self.completions.append(completion)
-
-    def finish(self) -> None:
-        """Put the complete file in its place."""
-        lines = (json.dumps(dataclasses.asdict(completion), ensure_ascii=False) for completion in self.completions)
-        atomic_write(self.path, "".join(line + "\n" for line in lines))
-        self._results.remove(of_all_runs=True)
-
-    def __enter__(self) -> "ResultFile":
+    def __enter__(self) -> "BytesDisplay":
+        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._results.__exit__(kind, error, trace)
+        self._progress.stop()
+
+    def phase(self, name: str, total_bytes: int) -> Report:
+        """A part of the work, shown from its first bytes on.
+
+        Args:
+            name: what it does, such as "writing".
+            total_bytes: of the whole phase.
+
+        Returns:
+            A function to be told the number of bytes whenever some more are done.
+        """
+        return _Phase(self._console, self._progress, name, total_bytes).advance
+
+
+class _Phase:
+    def __init__(self, console: Console, progress: Progress, name: str, total_bytes: int) -> None:
+        self._console, self._progress = console, progress
+        self._name, self._total_bytes = name, total_bytes
+        self._task = progress.add_task(name, total=total_bytes, visible=False, start=False)
+        self._done_bytes = self._num_lines = 0
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, num_bytes: int) -> None:
+        """Note that some more bytes are done."""
+        if not self._done_bytes:
+            self._start = self._last_line = time.monotonic()
+            self._progress.start_task(self._task)
+        self._done_bytes += num_bytes
+        self._progress.update(self._task, completed=self._done_bytes, visible=True)
+        if not self._console.is_terminal:
+            self._print_when_due()
+
+    def _print_when_due(self) -> None:
+        now = time.monotonic()
+        is_next = self._done_bytes * NUM_LINES >= self._total_bytes * (self._num_lines + 1)
+        is_done = self._done_bytes >= self._total_bytes
+        if not (is_done or (is_next and now - self._last_line >= LINE_SECONDS)):
+            return
+        self._num_lines = self._done_bytes * NUM_LINES // max(self._total_bytes, 1)
+        self._last_line = now
+        rate = self._done_bytes / max(now - self._start, 1e-3)
+        self._console.print(
+            f"{self._name} {size(self._done_bytes)} of {size(self._total_bytes)} "
+            f"({self._done_bytes / max(self._total_bytes, 1):.0%})  {size(rate)}/s",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 class CompletionPrinter:
@@ -78,7 +113,7 @@ class CompletionPrinter:
         """Print a whole completion.
 
         Args:
-            completion: what.
+            completion: to be printed.
             number: its place among the completions of its prompt, from 1; None where there is only one.
         """
         if number is None or number == 1:
@@ -135,7 +170,7 @@ class TokenPrinter:
         self._emit(self._decoder.push(token_id))
 
     def finish(self) -> None:
-        """End the present completion."""
+        """End the current completion."""
         self._emit(self._decoder.finish())
         self._printer.piece(self._held)
         self._printer.end()
@@ -146,7 +181,7 @@ class TokenPrinter:
             return
         text = self._held + piece
         ends = [text.index(stop) for stop in self._stop if stop in text]
-        # no stop text yet: hold back the longest end of the text that one may begin with
+        # No stop text yet: hold back the longest end of the text with which one may begin.
         beginnings = (text[-n:] for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         self._has_stopped = bool(ends)
         self._held = "" if ends else max(beginnings, key=len, default="")

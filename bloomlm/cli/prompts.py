@@ -1,4 +1,4 @@
-"""Where `bloomlm predict` takes its prompts from: flags, a file, a data set, or a pipe."""
+"""The prompts of `bloomlm predict` and `infer`: from flags, a file, a data set or a pipe."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Prompts:
 
     texts: list[str]
     targets: list[str] | None = None
-    """What should come after each of them, where the source of the prompts says so."""
+    """The right answer to each prompt, where the source of the prompts has it for all."""
 
 
 def read_prompts(prompt: Sequence[str], data_file: str | None, prompt_template: str | None) -> Prompts | None:
@@ -87,7 +87,7 @@ def _from_rows(rows: RowSource, template: PromptTemplate | None) -> Prompts:
     if not pairs:
         raise DataError(f"{rows.name}: no rows in it; expected at least one")
     targets = [target for _, target in pairs if target is not None]
-    # Some rows without a target: the file is no test set, and a score of the others would mislead.
+    # Where some rows have no target the file is no test set, and a score of the others would mislead.
     return Prompts(texts=[text for text, _ in pairs], targets=targets if len(targets) == len(pairs) else None)
 
 

@@ -60,7 +60,7 @@ class DoraLinear(LoRALinear):
             else:
                 block = dequantize_rows(weight[rows], self.weight_scale[rows], torch.float32)
             squares[rows] = block.square().sum(1)
-        _local(self.lora_magnitude_vector).copy_(self.exchange.leave(squares).sqrt())
+        _local(self.lora_magnitude_vector).copy_(self.partition.leave(squares).sqrt())
 
     def norms(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
         """[out] the norms of the updated weight's rows in fp32; of rows that ranks divide, of all of it.
@@ -70,7 +70,7 @@ class DoraLinear(LoRALinear):
         """
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             squares = torch.cat([updated.square().sum(1) for _, updated in self.updated_rows(whole)])
-            return self.exchange.leave(squares).sqrt()
+            return self.partition.leave(squares).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
@@ -91,8 +91,8 @@ class DoraLinear(LoRALinear):
         return merged.mul_(scale[:, None]).to(dtype)
 
     def _without_bias(self, x: Tensor) -> Tensor:
-        product = self.exchange.multiply(x, self.weight, None, self.weight_scale, weight_product)
-        return self.exchange.leave(product)
+        product = self.partition.multiply(x, self.weight, None, self.weight_scale, weight_product)
+        return self.partition.leave(product)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class LoRALinear(Linear, AdapterModule):
         with torch.no_grad():
             layer.lora_A.uniform_(-bound, bound, generator=generator)
         if isinstance(linear, Linear):
-            layer.exchange, layer.weight_scale = linear.exchange, linear.weight_scale
+            layer.partition, layer.weight_scale = linear.partition, linear.weight_scale
         layer.config = config
         layer.scaling = config.scaling_of(module_name)
         layer.train(linear.training)
@@ -91,12 +91,12 @@ class LoRALinear(Linear, AdapterModule):
         """x after dropout in training."""
         if not (self.training and self.config.lora_dropout):
             return x
-        with self.exchange.input_randomness():
+        with self.partition.input_randomness():
             return F.dropout(x, self.config.lora_dropout)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, R]."""
-        return self.exchange.between(F.linear(x.to(self.lora_A.dtype), self.lora_A))
+        return self.partition.between(F.linear(x.to(self.lora_A.dtype), self.lora_A))
 
     def learning_b(self) -> Tensor:
         """[out, R] lora_B, in which entries that do not learn get no gradient."""

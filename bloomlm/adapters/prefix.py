@@ -190,7 +190,7 @@ class PrefixEncoder(VirtualTokens, AdapterModule):
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """For each block the keys and values, [H, P, K] each, of the heads that are needed here."""
-        flat = self.exchange.enter(self.flat()).unflatten(1, self.head_shape)
+        flat = self.partition.enter(self.flat()).unflatten(1, self.head_shape)
         blocks = flat[:, :, :, self.heads.start : self.heads.stop].permute(1, 2, 3, 0, 4)
         return [(block[0], block[1]) for block in blocks.unbind(0)]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bloomlm.model import flex
 from bloomlm.model.alibi import key_columns
 from bloomlm.model.documents import Documents
-from bloomlm.model.exchange import WHOLE, Exchange
 from bloomlm.model.kv_cache import Extension
+from bloomlm.model.partition import WHOLE, Partition
 
 SHORT_TOKENS = 128
 """Documents of so many tokens or fewer are computed together."""
@@ -72,7 +72,7 @@ class VirtualTokens(nn.Module):
         self.num_tokens = num_tokens
         self.heads = heads
         """The heads whose keys and values are needed here."""
-        self.exchange: Exchange = WHOLE
+        self.partition: Partition = WHOLE
         """Of the keys and values, before the heads are chosen."""
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:

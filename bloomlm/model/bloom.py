@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         """[N, D] -> [N, D], or [M, D] of the given rows; columns [N, H, 3, C] carry the positions."""
         fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
-        with self.dense.exchange.input_randomness() if dropout else nullcontext():
+        with self.dense.partition.input_randomness() if dropout else nullcontext():
             context = self.attend(
                 with_columns(fused, columns),
                 documents,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.model.exchange import WHOLE_VOCABULARY, VocabularyExchange
 from bloomlm.model.linear import linear
+from bloomlm.model.partition import WHOLE_VOCABULARY, VocabularyPartition
 from bloomlm.model.quantized import dequantize_rows
 
 
@@ -39,7 +39,7 @@ class _Lookup(torch.autograd.Function):
 class WordEmbedding(nn.Embedding):
     """The word embedding, which is the head too."""
 
-    exchange: VocabularyExchange = WHOLE_VOCABULARY
+    partition: VocabularyPartition = WHOLE_VOCABULARY
     weight_scale: Tensor | None
     """[V] where the weight is int8 (see quantized.py); None where it is floating point."""
 
@@ -60,7 +60,7 @@ class WordEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """[N] ids -> [N, D]; fp32 where the weight is int8."""
         if self.weight_scale is None:
-            return self.exchange.look_up(tokens, self.lookup)
+            return self.partition.look_up(tokens, self.lookup)
         return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)
 
     def lookup(self, rows: Tensor) -> Tensor:
@@ -72,4 +72,4 @@ class WordEmbedding(nn.Embedding):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""
-        return self.exchange.leave(linear(self.exchange.enter(hidden), self.weight, None, self.weight_scale))
+        return self.partition.leave(linear(self.partition.enter(hidden), self.weight, None, self.weight_scale))

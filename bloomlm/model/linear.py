@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.model.exchange import WHOLE, Exchange
+from bloomlm.model.partition import WHOLE, Partition
 from bloomlm.model.quantized import dequantize_rows, row_blocks
 
 _ONEDNN_LINEAR = (
@@ -147,7 +147,7 @@ class _Int8Linear(torch.autograd.Function):
 class Linear(nn.Linear):
     """nn.Linear through `linear`. Where its weight is cut, in_features and out_features stay those of the whole."""
 
-    exchange: Exchange = WHOLE
+    partition: Partition = WHOLE
     weight_scale: Tensor | None
     """[out] where the weight is int8 (see quantized.py); None where it is floating point."""
 
@@ -162,14 +162,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        exchange = self.exchange
-        if exchange.sums_inputs:
-            return exchange.leave(exchange.multiply(x, self.weight, None, self.weight_scale, linear)) + self.bias
-        return exchange.leave(exchange.multiply(x, self.weight, self.bias, self.weight_scale, linear))
+        partition = self.partition
+        if partition.sums_inputs:
+            return partition.leave(partition.multiply(x, self.weight, None, self.weight_scale, linear)) + self.bias
+        return partition.leave(partition.multiply(x, self.weight, self.bias, self.weight_scale, linear))
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh form) of what forward gives, in one pass where nothing stands between the two."""
-        is_plain = type(self) is Linear and not self.exchange.sums_inputs and x.dim() == 2
+        is_plain = type(self) is Linear and not self.partition.sums_inputs and x.dim() == 2
         if is_plain and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
-            return product(self.exchange.enter(x), self.weight, self.bias, gelu=True)
+            return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bloomlm.model.exchange import Product
+from bloomlm.model.partition import Product
 
 
 @dataclass(frozen=True)

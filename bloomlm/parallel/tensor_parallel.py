@@ -1,6 +1,6 @@
 """Cut a model so that ranks compute it together, each with a part of every layer.
 
-A rank's model is the same Python: its parameters are smaller, and its layers have an Exchange that makes their results
+A rank's model is the same Python: its parameters are smaller, and its layers have a Partition that makes their results
 whole. A block has two all-reduces of [N, D] forward (after dense and dense_4h_to_h) and two backward (before
 query_key_value and dense_h_to_4h); LoRA adds one of [N, R] for each layer.
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.exchange import Exchange, Product, VocabularyExchange
 from bloomlm.model.linear import Linear
+from bloomlm.model.partition import Partition, Product, VocabularyPartition
 from bloomlm.parallel.collectives import (
     TensorParallelGroup,
     column_product,
@@ -33,7 +33,7 @@ from bloomlm.parallel.layout import Part, is_of_base, tp_dim, tp_part
 from bloomlm.parallel.mesh import Mesh, check_model_divides
 
 
-class ColumnExchange(Exchange):
+class ColumnPartition(Partition):
     """Of a weight cut by outputs: input whole, output this rank's part."""
 
     def __init__(self, ranks: TensorParallelGroup) -> None:
@@ -56,7 +56,7 @@ class ColumnExchange(Exchange):
         return copy_to_ranks(low_rank, self.ranks)
 
 
-class RowExchange(Exchange):
+class RowPartition(Partition):
     """Of a weight cut by inputs: input this rank's part, outputs added up, the bias added once."""
 
     sums_inputs = True
@@ -77,7 +77,7 @@ class RowExchange(Exchange):
         return own_randomness(self.ranks.rank)
 
 
-class CutVocabulary(VocabularyExchange):
+class CutVocabulary(VocabularyPartition):
     """Of an embedding that holds the rows of some tokens; the other ranks have the others.
 
     Args:
@@ -126,7 +126,7 @@ def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
     ranks = tp_group(mesh)
     heads, vocabulary = (Part(0, ranks.rank, degree).bounds(n) for n in (model.config.n_head, model.config.vocab_size))
     model.transformer.heads = range(*heads)
-    model.transformer.word_embeddings.exchange = CutVocabulary(ranks, vocabulary[0], vocabulary[1] - vocabulary[0])
+    model.transformer.word_embeddings.partition = CutVocabulary(ranks, vocabulary[0], vocabulary[1] - vocabulary[0])
     _cut(model, ranks, of_base=True)
 
 
@@ -145,7 +145,7 @@ def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
     ranks = tp_group(mesh)
     if (prefix := model.transformer.prefix) is not None:
         prefix.heads = model.transformer.heads
-        prefix.exchange = ColumnExchange(ranks)
+        prefix.partition = ColumnPartition(ranks)
     _cut(model, ranks, of_base=False)
 
 
@@ -156,15 +156,15 @@ def tp_group(mesh: Mesh) -> TensorParallelGroup:
 
 def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None:
     """The ranks among which a model is cut; None for a whole one."""
-    exchange = model.transformer.word_embeddings.exchange
-    return exchange.ranks if isinstance(exchange, CutVocabulary) else None
+    partition = model.transformer.word_embeddings.partition
+    return partition.ranks if isinstance(partition, CutVocabulary) else None
 
 
 def _cut(model: nn.Module, ranks: TensorParallelGroup, *, of_base: bool) -> None:
     """Leave this rank its part of the base model's or the adapter's layers."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and is_of_base(f"{name}.weight") is of_base:
-            module.exchange = ColumnExchange(ranks) if tp_dim(f"{name}.weight") == 0 else RowExchange(ranks)
+            module.partition = ColumnPartition(ranks) if tp_dim(f"{name}.weight") == 0 else RowPartition(ranks)
     for name, tensor in list(chain(model.named_parameters(), model.named_buffers())):
         part = tp_part(name, ranks.rank, ranks.degree)
         if part.dim is None or is_of_base(name) is not of_base:

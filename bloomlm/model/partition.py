@@ -1,7 +1,8 @@
-"""What a layer exchanges with others around its products. On one device: nothing.
+"""How a layer's weight is divided among ranks, and what the layer exchanges for that around its products.
 
-A layer that holds only a part of its weight (`parallel/` cuts it) needs others to make its result whole. It says so
-here; the layers themselves compute with what they hold. The points of a linear layer, with LoRA's low-rank product:
+A layer that holds a part of its weight (`parallel/` cuts it) needs the other ranks to make its result whole. It asks
+its partition at fixed points; its products are computed with what it holds. The points of a linear layer, with LoRA's
+low-rank product:
 
     x -- enter -- weight ----------- leave -- + bias -->
       \\- lora_A -- between -- lora_B /
@@ -16,20 +17,20 @@ Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """x W^T + b of x, weight, bias and scale: model/linear.py's linear."""
 
 
-class Exchange:
-    """The exchange of a layer that is whole: each step gives back what it gets."""
+class Partition:
+    """The partition of a layer that holds its whole weight: every point returns what it is given."""
 
     sums_inputs = False
-    """Whether `leave` adds up results, so that a bias must be added after it."""
+    """Whether `leave` adds up partial results, so that a bias must be added after it."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """What goes into the weight's product."""
+        """The input of the weight's product."""
         return x
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, product: Product
     ) -> Tensor:
-        """`enter` and the weight's product in one, so that their gradients can be made side by side."""
+        """`enter` and the weight's product in one, so that their gradients can be computed at the same time."""
         return product(self.enter(x), weight, bias, scale)
 
     def between(self, low_rank: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class Exchange:
         return low_rank
 
     def leave(self, y: Tensor) -> Tensor:
-        """What came out of the weight's product; may be changed in place."""
+        """The result of the weight's product; may be changed in place."""
         return y
 
     def input_randomness(self) -> AbstractContextManager[None]:
@@ -45,13 +46,13 @@ class Exchange:
         return nullcontext()
 
 
-class VocabularyExchange(Exchange):
-    """The exchange of a word embedding that holds the whole vocabulary; `enter` and `leave` are those of the head."""
+class VocabularyPartition(Partition):
+    """The partition of a word embedding that holds the whole vocabulary; `enter` and `leave` are those of the head."""
 
     def look_up(self, tokens: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
         """[N] ids -> [N, D], where lookup gives rows of the weight that is here."""
         return lookup(tokens)
 
 
-WHOLE = Exchange()
-WHOLE_VOCABULARY = VocabularyExchange()
+WHOLE = Partition()
+WHOLE_VOCABULARY = VocabularyPartition()

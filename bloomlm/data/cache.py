@@ -1,8 +1,7 @@
-"""Named arrays on disk, one file for each key: whole or not there, mapped into memory when read.
+"""Named arrays on disk, one file for each key, written atomically and mapped into memory when read.
 
-A file has the layout of safetensors (any such library opens it) and a checksum of the arrays in its header. This
-module knows nothing of what the arrays mean. Nothing here stops a run: a cache that cannot be read or written is a
-warning, and the arrays are made again.
+A file is a safetensors file with a checksum of the arrays in its header. This module does not know their meaning.
+Nothing here stops a run: a cache that cannot be read or written causes a warning, and the arrays are computed again.
 """
 
 import json
@@ -27,7 +26,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def default_cache_dir() -> Path:
-    """What bloomlm can make again is kept in $BLOOMLM_CACHE, else $XDG_CACHE_HOME/bloomlm, else ~/.cache/bloomlm."""
+    """$BLOOMLM_CACHE, else $XDG_CACHE_HOME/bloomlm, else ~/.cache/bloomlm: for files that bloomlm can make again."""
     if own := os.environ.get("BLOOMLM_CACHE"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -35,7 +34,7 @@ def default_cache_dir() -> Path:
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """The arrays of a cache file, mapped read-only; None if there is no file, or (with a warning) if it is damaged."""
+    """The arrays of a cache file, mapped read-only; None if it does not exist or, with a warning, if it is damaged."""
     try:
         return _map_arrays(path)
     except FileNotFoundError:
@@ -46,7 +45,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write a cache file beside its place and move it there; a failure is only a warning."""
+    """Write a cache file under another name and rename it; a failure only causes a warning."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

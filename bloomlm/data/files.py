@@ -1,6 +1,6 @@
-"""Rows of .jsonl, .json and .csv files, each with the line it stands on.
+"""Rows of .jsonl, .json and .csv files, each with its line number.
 
-This module knows how rows lie in a file, not what their fields mean.
+This module knows the formats of files, not what the fields of a row mean.
 """
 
 import csv
@@ -25,21 +25,21 @@ class Row:
 
     fields: Mapping[str, object]
     where: str
-    """Where it stands, for error messages: "train.jsonl, line 3"."""
+    """Its place for error messages: "train.jsonl, line 3"."""
 
 
 class RowSource(Protocol):
-    """Something that rows can be read from, more than once."""
+    """A source whose rows can be read repeatedly."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
 
     def rows(self) -> Iterator[Row]:
-        """The rows from first to last; raises DataError at one that cannot be read."""
+        """The rows in order; raises DataError at one that cannot be read."""
 
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides what rows() gives."""
+        """Hex digest of everything that the result of rows() depends on."""
 
 
 class FileRows:
@@ -50,7 +50,7 @@ class FileRows:
             or a .csv file (comma, first line the names); UTF-8, with or without a byte order mark.
 
     Raises:
-        DataError: the file is not there or cannot be read, or it is of another kind.
+        DataError: the file does not exist, cannot be read, or is of another kind.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,15 +66,15 @@ class FileRows:
 
     @property
     def name(self) -> str:
-        """The path as it was given."""
+        """The path of the file."""
         return str(self.path)
 
     def rows(self) -> Iterator[Row]:
-        """Rows in the order of the file, blank lines left out."""
+        """Rows in the order of the file, without blank lines."""
         return _READERS[self.path.suffix.lower()](self.path)
 
     def fingerprint(self) -> str:
-        """Digest of the file's kind and bytes."""
+        """Digest of the kind and the bytes of the file."""
         with self.path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(f"{self.path.suffix.lower()} {content}".encode()).hexdigest()

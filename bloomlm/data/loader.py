@@ -1,7 +1,7 @@
 """Batches of packed examples, in an order that depends on (seed, epoch) alone.
 
-An example of n tokens fills n - 1 positions: its tokens but the last, each with the token after it as its label.
-Nothing is predicted from the closing </s>, so the model need not see it.
+An example of n tokens fills n - 1 positions: all of its tokens but the last, each labelled with the token after it.
+Nothing is predicted from the closing </s>, so the model does not read it.
 
     tokens   src0 src1 tgt0 tgt1         of the example   src0 src1 tgt0 tgt1 </s>
     labels   -100 tgt0 tgt1 </s>
@@ -25,7 +25,7 @@ from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Examples one after another, without pads."""
+    """Examples one after another, without padding."""
 
     tokens: torch.Tensor
     """Token ids [N], int64."""
@@ -50,7 +50,7 @@ class Batch:
 
 
 class Examples(Protocol):
-    """What a loader reads from: an ExampleSet, or a list of examples."""
+    """A source of examples for a loader, such as an ExampleSet or a list."""
 
     def __len__(self) -> int: ...
 
@@ -58,7 +58,7 @@ class Examples(Protocol):
 
     @property
     def lengths(self) -> Sequence[int] | npt.NDArray[np.int64]:
-        """Tokens of each; only a loader with a TokenBudget asks."""
+        """Tokens of each example, which a loader with a TokenBudget needs."""
         ...
 
 
@@ -94,7 +94,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     labels = np.full(sum(lengths), IGNORE_INDEX, dtype=np.int64)
     start, num_supervised_tokens = 0, 0
     for example, length in zip(examples, lengths, strict=True):
-        first = max(example.num_source_tokens - 1, 0)  # the last source token predicts the first of the target
+        first = max(example.num_source_tokens - 1, 0)  # the last source token predicts the first target token
         tokens[start : start + length] = example.tokens[:-1]
         labels[start + first : start + length] = example.tokens[first + 1 :]
         start += length
@@ -108,18 +108,18 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 class BatchLoader:
-    """Goes through examples epoch by epoch; iterating goes on where the last iteration stopped.
+    """Goes through examples epoch by epoch; each iteration continues where the last one stopped.
 
-    `for batch in loader` gives the rest of the current epoch. A loader that got another one's state_dict gives
-    exactly the batches that the other would have given next.
+    `for batch in loader` yields the rest of the current epoch. A loader with the state_dict of another one yields
+    exactly the batches that the other would have yielded next.
 
     Args:
         examples: what to learn, at least one.
         batch_size: examples in a batch (the last batch of an epoch may hold fewer), or a budget of tokens.
-        shuffle: a new order each epoch, else the order of the examples.
+        shuffle: use a new order in each epoch, instead of that of the examples.
         seed: of the shuffle.
-        dp_degree: data-parallel ranks, which take turns: of so many batches in a row each gets one, and where an epoch
-            ends with fewer, the last ranks get one token without a label. Position and length count for all of them.
+        dp_degree: data-parallel ranks, which take turns: each gets one of this many successive batches. If an epoch
+            ends with fewer, the last ranks get one token without a label. Position and length count for all ranks.
         dp_rank: which of them this is.
 
     Raises:
@@ -167,7 +167,7 @@ class BatchLoader:
         return self._epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches that are left of the current epoch."""
+        """The remaining batches of the current epoch."""
         epoch = self._epoch
         order, ends = self._epoch_plan(epoch)
         while self._epoch == epoch:
@@ -177,18 +177,18 @@ class BatchLoader:
                 chosen = order[position:stop] if dp_rank == self._dp_rank else chosen
                 position = stop
             batch = collate([self._examples[int(index)] for index in chosen]) if len(chosen) else self._idle_batch()
-            # The state moves on before the batch is handed out: saved while it is in use, it points behind it.
+            # the position moves on before the batch is handed out, so that a state saved meanwhile points behind it
             self._position = position
             if self._position >= len(order):
                 self._epoch, self._position = epoch + 1, 0
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: epoch, position (examples of it handed out), and what must not change."""
+        """Epoch, position (examples of it that were handed out), and what must not change when a run resumes."""
         return {"epoch": self._epoch, "position": self._position, **self._fixed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where another loader stood. The batch size may differ: the position counts examples.
+        """Continue where another loader stood. The batch size may differ, because the position counts examples.
 
         Raises:
             TrainingError: the other loader had other examples, another seed or another shuffle.
@@ -214,13 +214,13 @@ class BatchLoader:
         return position + self._batch_size
 
     def _idle_batch(self) -> Batch:
-        """What a rank computes that has nothing to learn while the others do: they wait for it in every exchange."""
+        """A batch for a rank that has nothing to learn while others do, which wait for it in every exchange."""
         token = torch.from_numpy(self._examples[0].tokens[:1].astype(np.int64))
         return Batch(tokens=token, labels=torch.tensor([IGNORE_INDEX]), lengths=(1,), num_supervised_tokens=0)
 
     def _epoch_plan(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The examples of an epoch in their order, and where each batch of a TokenPlan ends."""
-        # Sorting raw 64-bit draws, and not Generator.permutation, which numpy may change from version to version.
+        # raw 64-bit draws are sorted, because numpy may change Generator.permutation from version to version
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
 
         def shuffled(count: int) -> npt.NDArray[np.int64]:

@@ -1,8 +1,8 @@
-"""Which examples share a batch where a batch is a budget of tokens, not a number of examples.
+"""Which examples share a batch whose size is a budget of tokens and not a number of examples.
 
-The plan is made once, from the lengths alone: lengths are rounded up to classes, and each batch takes as many of the
-largest class as fit, then of the next. An epoch deals its shuffled examples out to the places of their class and
-shuffles the batches. So every epoch has the same number of batches, filled alike, and a new mix of examples.
+The plan is made once, from the lengths alone: lengths are rounded up to classes, and each batch takes as many examples
+of the largest class as fit, then of the next class. An epoch assigns its shuffled examples to the places of their
+classes and shuffles the batches. So every epoch has the same number of equally full batches with a new mix of examples.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 CLASS_TOKENS = 16
-"""Lengths are rounded up to a multiple of this; a batch stays that much below its budget for each example at most."""
+"""Lengths are rounded up to a multiple of this; for each of its examples a batch wastes less than this."""
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """The size of a batch as tokens."""
+    """The size of a batch in tokens."""
 
     max_tokens: int
-    """A batch holds so many or fewer; an example that is longer than that is a batch of its own."""
+    """Maximum tokens of a batch; a longer example forms a batch of its own."""
 
 
 class TokenPlan:
-    """Places of a whole epoch.
+    """The places for examples in the batches of an epoch.
 
     Args:
         lengths: tokens of each example, each at least 1.
@@ -35,7 +35,7 @@ class TokenPlan:
 
     def __init__(self, lengths: Sequence[int] | Indices, max_tokens: int) -> None:
         rounded = -(-np.asarray(lengths, dtype=np.int64) // CLASS_TOKENS) * CLASS_TOKENS
-        # the classes, the largest first, and which one each example is in
+        # the classes, the largest first, and the class of each example
         sizes, self._class_of = np.unique(-rounded, return_inverse=True)
         counts = np.bincount(self._class_of)
         takes, repeats = _fill(-sizes, counts, max_tokens)
@@ -48,14 +48,14 @@ class TokenPlan:
         return len(self._batch_sizes)
 
     def deal(self, order: Indices, batch_order: Indices) -> tuple[Indices, Indices]:
-        """An epoch.
+        """Assign the examples of an epoch to the places.
 
         Args:
-            order: the examples as shuffled.
-            batch_order: the batches as shuffled.
+            order: the shuffled examples.
+            batch_order: the shuffled batches.
 
         Returns:
-            The examples in the order of their batches, and where each batch ends.
+            The examples in the order of their batches, and the end of each batch.
         """
         places = np.argsort(self._place_classes, kind="stable")
         dealt = np.empty_like(order)
@@ -65,7 +65,7 @@ class TokenPlan:
 
 
 def _fill(sizes: Indices, counts: Indices, max_tokens: int) -> tuple[Indices, Indices]:
-    """How many of each class go into a batch, [patterns, classes], and how often each pattern occurs."""
+    """How many examples of each class a batch takes, [patterns, classes], and how often each pattern occurs."""
     left = counts.copy()
     takes, repeats = [], []
     while left.any():
@@ -75,7 +75,7 @@ def _fill(sizes: Indices, counts: Indices, max_tokens: int) -> tuple[Indices, In
             take[index] = min(left[index], room // size)
             room -= take[index] * size
         if not take.any():
-            take[np.flatnonzero(left)[0]] = 1  # longer than a whole batch
+            take[np.flatnonzero(left)[0]] = 1  # an example that is longer than a whole batch
         taken = take > 0
         times = int((left[taken] // take[taken]).min())
         left -= take * times

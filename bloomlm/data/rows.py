@@ -1,4 +1,4 @@
-"""What the fields of a row mean: which text is given, which text is learned.
+"""What the fields of a row mean: which text is given, and which text is learned.
 
 | fields                         | source, given                                     | target, learned |
 |--------------------------------|---------------------------------------------------|-----------------|
@@ -27,7 +27,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 @dataclass(frozen=True, kw_only=True)
 class TextPair:
-    """What one row teaches: after `source`, say `target`."""
+    """What one row teaches: to continue `source` with `target`."""
 
     source: str
     target: str
@@ -41,7 +41,7 @@ class PromptTemplate:
             another backslash (what a shell hands over as two characters) for a line end, a tab, a backslash.
 
     Raises:
-        ConfigError: braces that do not match, something else than a name between them, no field at all.
+        ConfigError: braces do not match, or hold something other than a name, or there is no field.
     """
 
     def __init__(self, text: str) -> None:
@@ -91,10 +91,10 @@ def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
 
     Args:
         row: fields as in the table at the top of this file; with a template, any fields and one known target.
-        template: makes the source.
+        template: builds the source.
 
     Raises:
-        DataError: the fields fit no format or two, a field is not text, source or target is empty.
+        DataError: the fields fit no format or several, a field is not text, or source or target is empty.
     """
     if template is None:
         fitting = [form for form in _FORMATS if form.fits(row.fields) and form.target in row.fields]
@@ -110,14 +110,14 @@ def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
 
 
 def read_source(row: Row, template: PromptTemplate | None = None) -> str:
-    """The source of one row, whether or not the row has a target: what prediction starts from.
+    """The source of one row, from which prediction starts; the row need not have a target.
 
     Args:
-        row: fields as in the table at the top of this file, the target not needed; with a template, any fields.
-        template: makes the source.
+        row: fields as in the table at the top of this file, without need of a target; with a template, any fields.
+        template: builds the source.
 
     Raises:
-        DataError: the fields fit no format or two, a field is not text, the source is empty.
+        DataError: the fields fit no format or several, a field is not text, or the source is empty.
     """
     if template is not None:
         return _filled(template.fill(row), row, "source")

@@ -1,4 +1,4 @@
-"""From --dataset_name_or_path, --train_file and --eval_file to the rows of each split.
+"""The rows of each split, from --dataset_name_or_path, --train_file and --eval_file.
 
 A data set is a directory with train, dev and test files, `builtin:NAME`, or a name on the Hugging Face hub.
 """
@@ -25,7 +25,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSplits:
-    """Where the rows of each split are; None for a split that the data set lacks."""
+    """The rows of each split; None for a split that the data set does not have."""
 
     train: RowSource | None = None
     dev: RowSource | None = None
@@ -38,7 +38,7 @@ def resolve_splits(
     train_file: str | Path | None = None,
     eval_file: str | Path | None = None,
 ) -> DatasetSplits:
-    """Find the splits that three flags name together.
+    """Find the splits that the three flags name together.
 
     Args:
         dataset_name_or_path: a data set, see open_dataset.
@@ -68,7 +68,7 @@ def open_dataset(name_or_path: str) -> DatasetSplits:
 
     Args:
         name_or_path: `builtin:NAME`; a directory with train, dev (or validation, valid) and test files ending in
-            .jsonl, .json or .csv, not all of them needed; or a hub name, `NAME` or `NAME:CONFIGURATION`.
+            .jsonl, .json or .csv, of which some may be missing; or a hub name, `NAME` or `NAME:CONFIGURATION`.
 
     Raises:
         ConfigError: a hub name, and the `datasets` extra is not installed.
@@ -138,7 +138,7 @@ class HubRows:
 
 def _open_hub(name: str) -> DatasetSplits:
     try:
-        import datasets  # an extra: heavy, and of no use to those who have files
+        import datasets  # a heavy extra, which files do not need
     except ImportError as error:
         raise ConfigError(
             f"{name}: no such directory here, and a data set of the hub needs pip install 'bloomlm[datasets]'"
@@ -146,7 +146,7 @@ def _open_hub(name: str) -> DatasetSplits:
     repository, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(repository, configuration or None)
-    except Exception as error:  # offline, unknown, gated, a configuration missing: the library tells which
+    except Exception as error:  # offline, unknown, gated, a configuration missing: its message says which
         raise DataError(
             f"{name}: neither a directory here nor a data set that the hub gives ({error}). A configuration is "
             "named after a colon, as in openai/gsm8k:main"

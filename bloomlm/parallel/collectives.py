@@ -1,9 +1,9 @@
 """Exchanges among the ranks that compute one model together, with their gradients.
 
-Each has the other as its gradient (Megatron-LM, https://arxiv.org/abs/1909.08053, figure 3): what enters the ranks'
-parts of a product is the same everywhere, so its gradients, each a part, are added up; what leaves them is added up,
-so its gradient is the same everywhere. All ranks get the same bits out of a sum, which keeps what lies whole on each
-of them equal without ever being compared.
+Copying to ranks and summing over ranks are each other's gradient (Megatron-LM, https://arxiv.org/abs/1909.08053, figure
+3): the input of a cut product is the same on all ranks, so its partial gradients are summed; the output is summed, so
+its gradient is the same on all ranks. A sum has the same bits on all ranks, so parameters that each rank holds whole
+stay equal without any comparison.
 """
 
 from collections.abc import Iterator
@@ -20,35 +20,35 @@ from bloomlm.model.partition import Product
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
-    """The ranks that compute one model together, and which of them this is."""
+    """The ranks that compute one model together, and the number of this one among them."""
 
     group: dist.ProcessGroup
     rank: int
     degree: int
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up in place."""
+        """The sum over the ranks, in place."""
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest of each element, in place."""
+        """The maximum over the ranks of each element, in place."""
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def min(self, tensor: Tensor) -> Tensor:
-        """The smallest of each element, in place."""
+        """The minimum over the ranks of each element, in place."""
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> dist.Work:
-        """Begin to add up in place; the tensor must not be touched before the work's wait()."""
+        """Begin to sum in place; the tensor must not be used before the wait() of what is returned."""
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         return work
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
-        """All ranks' tensors of one shape, one after another along a dimension; not differentiable."""
+        """The tensors of all ranks, which have one shape, concatenated along a dimension; not differentiable."""
         pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.degree)]
         dist.all_gather(pieces, tensor.contiguous(), group=self.group)
         return torch.cat(pieces, dim=dim)
@@ -63,15 +63,15 @@ def copy_to_ranks(x: Tensor, ranks: TensorParallelGroup) -> Tensor:
 def column_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorParallelGroup, product: Product
 ) -> Tensor:
-    """copy_to_ranks and a product in one: x's gradient is added up while the weight's and the bias's are computed.
+    """copy_to_ranks and a product in one: the gradient of x is summed while those of weight and bias are computed.
 
-    Under autocast it is added up in the format of the product, in half as many bytes as x may have.
+    Under autocast it is summed in the format of the product, which has half as many bytes as fp32.
 
     Args:
         x: [N, in], the same on every rank.
         weight: [out, in], this rank's part of the outputs.
         bias: [out].
-        ranks: to add up over.
+        ranks: to sum over.
         product: computes x W^T + b.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -82,13 +82,13 @@ def column_product(
 
 
 def sum_over_ranks(y: Tensor, ranks: TensorParallelGroup) -> Tensor:
-    """The sum over the ranks, in place of y; the gradient goes through as it is."""
+    """The sum over the ranks, computed in place of y; the gradient passes unchanged."""
     out: Tensor = _Sum.apply(y, ranks)
     return out
 
 
 def gather_last_dim(y: Tensor, ranks: TensorParallelGroup) -> Tensor:
-    """All ranks' y side by side in the last dimension; each gets its part of the gradient."""
+    """The y of all ranks concatenated along the last dimension; each rank gets its part of the gradient."""
     out: Tensor = _Gather.apply(y, ranks)
     return out
 
@@ -153,13 +153,13 @@ class _Gather(torch.autograd.Function):
 def own_randomness(rank: int) -> Iterator[None]:
     """Random numbers that differ among ranks which otherwise draw the same ones.
 
-    They follow from the state of the common ones, so that recomputed activations see them again. The common ones go on
-    afterwards as if one number had been drawn.
+    They depend on the state of the common generator, so that recomputed activations get them again. Afterwards the
+    common generator continues as if one number had been drawn.
 
     Args:
-        rank: of this process among those.
+        rank: of this process among those ranks.
     """
-    # generators of CPUs take 32 bits of a seed: all of them shall depend on both numbers
+    # CPU generators use 32 bits of a seed, so all 32 bits must depend on both numbers
     seed = (int(torch.randint(2**32, ())) + rank * 0x9E3779B1) % 2**32
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)

@@ -1,9 +1,10 @@
-"""Copies of the model that learn from different examples, and keep equal.
+"""Copies of the model that learn from different examples and stay equal.
 
-Replicated copies add up their gradients after the backward pass. Sharded ones (FSDP2, torch's fully_shard) hold a part
-of every parameter, gradient and optimizer state each; a block is gathered just before it is computed, while the one
-before it is still at work, and its gradients are added up where their part lies. Both together (hybrid): shards within
-a group, copies across. Gradients are sums, not means: the loss is divided by the tokens of all ranks beforehand.
+Replicated copies sum their gradients after the backward pass. Sharded ones (FSDP2, torch's fully_shard) hold a part
+of every parameter, gradient and optimizer state each; a block is gathered just before it is computed, while the block
+before it is still computing, and its gradients are reduced to the rank that holds their part. Both combine (hybrid):
+shards within a group, copies across groups. Gradients are sums, not means: the loss is divided by the tokens of all
+ranks beforehand.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -22,20 +23,20 @@ from bloomlm.parallel.layout import tp_dim
 from bloomlm.parallel.mesh import Mesh
 
 BUCKET_BYTES = 64 * 2**20
-"""Gradients are added up together in pieces of about this size."""
+"""Approximate size of the buffers in which gradients are summed."""
 
 
 def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: bool = True) -> None:
-    """Leave this rank its shard of every parameter, in place; nothing where the mesh shards nothing.
+    """Keep only this rank's shard of every parameter, in place; does nothing if the mesh has no shards.
 
     Args:
-        model: cut for tensor parallelism and with its adapter; parameters may be on the meta device.
+        model: cut for tensor parallelism, with its adapter; parameters may be on the meta device.
         mesh: the ranks.
-        reshard_after_forward: give a block's weights back after its forward pass and gather them again for the
-            backward pass (stage 3); False keeps them in between (stage 2): faster, and more memory.
+        reshard_after_forward: free a block's gathered weights after its forward pass and gather them again for the
+            backward pass (stage 3); False keeps them in between (stage 2), which is faster and takes more memory.
 
     Raises:
-        ConfigError: this PyTorch cannot add up gradients without taking their mean.
+        ConfigError: this version of PyTorch cannot sum gradients without taking their mean.
     """
     if mesh.degrees.dp_shard == 1:
         return
@@ -46,7 +47,7 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh.device_mesh[axes], mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # the embedding is needed until the loss is known, which comes after forward: it stays gathered until backward ends
+    # the loss needs the embedding after the forward pass, so it stays gathered until the backward pass ends
     fully_shard(model.transformer, mesh=mesh.device_mesh[axes], mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -55,14 +56,14 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what forward passes without a backward pass left gathered: parameters are this rank's shards again."""
+    """Free weights that a forward pass without backward pass left gathered: parameters are this rank's shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def add_up_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
-    """Add up gradients over replicated copies, in place; FSDP has done it for sharded ones."""
+    """Sum gradients over replicated copies, in place; FSDP has already done so for sharded ones."""
     if mesh.degrees.dp_replicate == 1 or mesh.degrees.dp_shard > 1:
         return
     group = mesh.group("dp_replicate")
@@ -76,20 +77,20 @@ def add_up_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
 
 
 def global_norm(gradients: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
-    """The norm of all gradients as if one device had them: the same bits on every rank.
+    """The norm of all gradients as if they were on one device; bitwise the same on every rank.
 
     Args:
-        gradients: of this rank, added up over copies, by the name of their parameter.
+        gradients: of this rank, summed over copies, by the name of their parameter.
         mesh: the ranks.
 
     Returns:
-        Scalar; infinite or NaN everywhere if it is on one rank.
+        Scalar; infinite or NaN on all ranks if it is on one.
     """
     if mesh.is_alone:
         return torch.nn.utils.get_total_norm(list(gradients.values()))
     counted = []
     for name, gradient in gradients.items():
-        # what several ranks have alike counts once
+        # a gradient that several ranks have in common counts once
         if tp_dim(name) is not None or mesh.tp_rank == 0:
             counted.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
     if mesh.index("dp_replicate") > 0:

@@ -1,11 +1,11 @@
-"""How the processes of a job are divided: three named axes over all ranks.
+"""How the processes of a job are arranged: three named axes over all ranks.
 
-    dp_replicate   copies of the model, each learning from its own examples
-    dp_shard       the same, but the copies share out weights, gradients and optimizer among themselves (FSDP)
+    dp_replicate   copies of the model that learn from different examples
+    dp_shard       the same, but the copies divide weights, gradients and optimizer among themselves (FSDP)
     tp             ranks that compute one copy together, each with a part of every layer (tensor parallelism)
 
-Neighbouring ranks are tp ranks of one copy: they talk most, and a machine's ranks are neighbours. Degrees that cannot
-work are refused before anything is loaded.
+Successive ranks are tp ranks of one copy, because these exchange most and the ranks of a machine are successive.
+Impossible degrees are refused before anything is loaded.
 """
 
 import math
@@ -26,7 +26,7 @@ AXES = ("dp_replicate", "dp_shard", "tp")
 
 @dataclass(frozen=True, kw_only=True)
 class Degrees:
-    """Ranks along each axis."""
+    """Number of ranks along each axis."""
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -39,7 +39,7 @@ class Degrees:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return self.dp * self.tp
 
     def __str__(self) -> str:
@@ -50,16 +50,16 @@ class Degrees:
 def degrees_from_flags(
     world_size: int, *, tensor_parallel_degree: int = -1, sharding_parallel_degree: int = -1, shards: bool = False
 ) -> Degrees:
-    """Divide the ranks as the flags say.
+    """The degrees that the flags ask for.
 
     Args:
         world_size: ranks of the job.
         tensor_parallel_degree: ranks that compute one copy of the model; -1: 1.
-        sharding_parallel_degree: copies that share out what they hold; -1: all of them with shards, else 1.
-        shards: whether sharing out was asked for.
+        sharding_parallel_degree: copies that divide their state among themselves; -1: all of them with shards, else 1.
+        shards: whether copies divide their state at all.
 
     Raises:
-        ConfigError: the ranks cannot be divided so; the message names degrees that would work.
+        ConfigError: the ranks cannot be divided in this way; the message names degrees that would work.
     """
     for name, degree in (
         ("tensor_parallel_degree", tensor_parallel_degree),
@@ -85,11 +85,11 @@ def degrees_from_flags(
 
 
 def check_model_divides(config: BloomConfig, tp_degree: int) -> None:
-    """Refuse a tensor_parallel_degree that a model cannot be cut for.
+    """Refuse a tensor_parallel_degree by which a model cannot be divided.
 
     Args:
         config: of the model.
-        tp_degree: ranks.
+        tp_degree: ranks that would compute it together.
 
     Raises:
         ConfigError: heads or vocabulary cannot be divided by it; the message names the degrees that would work.
@@ -105,11 +105,11 @@ def check_model_divides(config: BloomConfig, tp_degree: int) -> None:
 
 
 class Mesh:
-    """The ranks of a job and where this process stands among them.
+    """The ranks of a job and the place of this process among them.
 
     Args:
-        degrees: how they are divided.
-        device_mesh: over the axes of AXES; None where this process is alone.
+        degrees: how the ranks are arranged.
+        device_mesh: over the axes of AXES; None if this process is alone.
     """
 
     def __init__(self, degrees: Degrees, device_mesh: DeviceMesh | None = None) -> None:
@@ -120,28 +120,28 @@ class Mesh:
 
     @classmethod
     def over_all_ranks(cls, degrees: Degrees, device_type: str) -> "Mesh":
-        """Divide the ranks of the default process group; every rank must call this.
+        """Arrange the ranks of the default process group; every rank must call this.
 
         Args:
             degrees: their product is the number of ranks.
-            device_type: "cpu" or "cuda", where the tensors that are exchanged lie.
+            device_type: "cpu" or "cuda", where exchanged tensors lie.
         """
         shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)
         return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=AXES))
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is one rank only."""
+        """Whether there is only one rank."""
         return self.device_mesh is None
 
     @property
     def rank(self) -> int:
-        """This process's number among all."""
+        """The number of this process among all."""
         return 0 if self.device_mesh is None else dist.get_rank()
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that talks and writes what all have alike."""
+        """Whether this rank is the one that prints and writes what is the same on all ranks."""
         return self.rank == 0
 
     def index(self, axis: str) -> int:
@@ -149,13 +149,13 @@ class Mesh:
         return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks along an axis that this one belongs to."""
+        """The process group of this rank along an axis."""
         assert self.device_mesh is not None
         return self.device_mesh.get_group(axis)
 
     @property
     def tp_rank(self) -> int:
-        """This rank's number among those that compute one copy."""
+        """This rank's number among those that compute one copy of the model."""
         return self.index("tp")
 
     @property
@@ -170,9 +170,9 @@ class Mesh:
 
     @property
     def state_mesh(self) -> DeviceMesh:
-        """The same ranks along (dp_replicate, tp, dp_shard): a tensor is cut for tp first, its part for dp_shard.
+        """The same ranks along (dp_replicate, tp, dp_shard): a tensor is cut for tp first, then its part for dp_shard.
 
-        Every rank must ask for it the first time.
+        The first call is collective: every rank must make it.
         """
         assert self.device_mesh is not None
         if self._state_mesh is None:
@@ -182,7 +182,7 @@ class Mesh:
         return self._state_mesh
 
     def sum_over(self, tensor: Tensor, axes: Sequence[str] = AXES) -> Tensor:
-        """Add a tensor up over axes, in place; every rank along them gets the sum."""
+        """Sum a tensor over axes, in place; every rank along them gets the sum."""
         if self.device_mesh is None:
             return tensor
         if tuple(axes) == AXES:
@@ -194,7 +194,7 @@ class Mesh:
         return tensor
 
     def gather_copies(self, value: T) -> list[T]:
-        """What each copy of the model has: a plain value of every data-parallel rank, in their order."""
+        """A plain value of every copy of the model, in the order of the data-parallel ranks."""
         if self.device_mesh is None:
             return [value]
         found: list[T] = [value] * self.degrees.world_size
@@ -203,7 +203,7 @@ class Mesh:
 
 
 ALONE = Mesh(Degrees())
-"""One process without others."""
+"""The mesh of a single process."""
 
 
 def _divisors_text(number: int) -> str:

@@ -1,13 +1,13 @@
-"""What ranks send in a training step, computed from the model's shape, against what they cannot do without.
+"""What ranks send in a training step, computed from the shape of the model, and the minimum that they must send.
 
-A collective's payload is the tensor that it makes whole. Sent bytes are those that leave a rank: all-reduces take
-2 (k - 1) / k of the payload along a ring of k ranks, all-gathers and reduce-scatters half of that, and no algorithm
-takes less (Patarasuk and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002).
+The payload of a collective is the tensor that it sums or completes. Sent bytes are those that leave a rank: on a ring
+of k ranks an all-reduce sends 2 (k - 1) / k of the payload, an all-gather or a reduce-scatter half of that, and no
+algorithm sends less (Patarasuk and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002).
 
-The least that tensor parallelism needs is two all-reduces of [N, D] a block forward and two backward, one more of it
-for the embedding and of [M, D] for the head, in the format of the matrix products, and three fp32 numbers for each
-supervised token. Of FSDP it is each weight gathered once forward, and backward if it was given back, and each gradient
-added up once.
+Tensor parallelism needs at least two all-reduces of [N, D] per block forward and two backward, another one for the
+embedding and one of [M, D] for the head, in the format of the matrix products, and three fp32 numbers for each
+supervised token. FSDP must gather each weight once forward, and again backward if it was freed, and sum each gradient
+once.
 
 Shapes: N packed tokens, M supervised ones, D hidden, L blocks, P virtual tokens.
 """
@@ -26,28 +26,28 @@ _FP32, _FP64, _INT64 = 4, 8, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Collectives of one kind, of a whole step."""
+    """The collectives of one kind in a whole step."""
 
     what: str
-    """Which, in a few words."""
+    """Their purpose, in a few words."""
     operation: Operation
     axis: str
-    """Of the mesh; "all" for all ranks."""
+    """An axis of the mesh, or "all" for all ranks."""
     num_ranks: int
-    """Along it."""
+    """Ranks along that axis."""
     payload_bytes: int
-    """Of the tensors that are made whole."""
+    """Size of the tensors that are summed or completed."""
     least_bytes: int
-    """What of it no program can do without."""
+    """The part of it that every program must exchange."""
 
     @property
     def sent_bytes(self) -> float:
-        """What each rank sends."""
+        """Bytes that each rank sends."""
         return sent_bytes(self.operation, self.payload_bytes, self.num_ranks)
 
     @property
     def least_sent_bytes(self) -> float:
-        """What each rank has to send."""
+        """Bytes that each rank must send."""
         return sent_bytes(self.operation, self.least_bytes, self.num_ranks)
 
 
@@ -56,16 +56,16 @@ class Links:
     """How fast a rank computes and sends."""
 
     flops_per_second: float
-    """Matrix products, as they are reached."""
+    """Speed that matrix products reach."""
     node_bytes_per_second: float
     """From one rank to another of the same machine, in one direction."""
     network_bytes_per_second: float
     """From a rank to one of another machine."""
     ranks_per_node: int
-    """Neighbouring ranks on a machine."""
+    """Ranks of a machine."""
 
     def bytes_per_second(self, axis: str, degrees: Degrees) -> float:
-        """Along an axis: the network's, where one of its groups lies on more than one machine."""
+        """Speed along an axis: that of the network if a group of ranks along it spans several machines."""
         span = {"tp": degrees.tp, "dp_shard": degrees.tp * degrees.dp_shard}.get(axis, degrees.world_size)
         fits = span <= self.ranks_per_node and (self.ranks_per_node % span == 0 or degrees.world_size == span)
         return self.node_bytes_per_second if fits else self.network_bytes_per_second
@@ -73,28 +73,28 @@ class Links:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step, by what takes them."""
+    """Seconds of a step, by cause."""
 
     computing: float
     """Matrix products."""
     tensor_parallelism: float
-    """Exchanges that a product waits for."""
+    """Exchanges for which a product waits."""
     data_parallelism: float
-    """Exchanges that go on beside the computing."""
+    """Exchanges that may overlap with computing."""
 
     @property
     def shortest(self) -> float:
-        """If those hide behind each other as far as can be."""
+        """With as much overlap as possible."""
         return max(self.computing + self.tensor_parallelism, self.data_parallelism)
 
     @property
     def longest(self) -> float:
-        """If nothing overlaps."""
+        """Without any overlap."""
         return self.computing + self.tensor_parallelism + self.data_parallelism
 
 
 def sent_bytes(operation: str, payload_bytes: float, num_ranks: int) -> float:
-    """What a rank of a ring sends for a payload."""
+    """Bytes that a rank of a ring sends for a payload."""
     share = (num_ranks - 1) / num_ranks
     return payload_bytes * share * (2 if operation == "all-reduce" else 1)
 
@@ -108,7 +108,7 @@ def step_traffic(
         model: whole, with its adapter, in the format its weights will have; may be on the meta device.
         degrees: ranks along each axis.
         load: of a step on this rank's copy of the model.
-        label_smoothing: the loss has some, and exchanges a fourth number for each supervised token.
+        label_smoothing: whether the loss uses it and so exchanges a fourth number for each supervised token.
     """
     found = []
     if degrees.tp > 1:
@@ -138,7 +138,7 @@ def step_time(traffic: Sequence[Traffic], degrees: Degrees, links: Links, flops:
     seconds = {"tp": 0.0, "dp": 0.0}
     for item in traffic:
         if item.axis == "all":
-            continue  # one number: that takes a latency, of which nothing is known here
+            continue  # a single number costs a latency, which is unknown here
         speed = links.bytes_per_second(item.axis, degrees)
         seconds["tp" if item.axis == "tp" else "dp"] += item.sent_bytes / speed
     return StepTime(
@@ -154,9 +154,9 @@ def _tensor_parallel(model: BloomForCausalLM, tp: int, load: Workload, label_smo
     row, supervised = load.num_tokens * config.hidden_size, load.num_supervised_tokens
     linears = [linear for block in block_linears(model) for linear in block]
     backward = sum(linear.needs_input_gradient for linear in linears if linear.is_column)
-    # recompute ends before a block's last sum, unless a LoRA follows it
+    # recompute stops before the last sum of a block, unless an adapter follows it
     again = sum(linear.kind == "dense" or linear.lora_rank > 0 for linear in linears if not linear.is_column)
-    # [N, R]: gradients of columns, sums of rows, and those a second time with recompute
+    # [N, R]: gradients of column-cut layers, sums of row-cut layers, the latter twice with recompute
     times = {True: 1, False: 1 + load.recompute}
     low_rank = load.num_tokens * sum(linear.lora_rank * times[linear.is_column] for linear in linears)
     prefix = _prefix_numel(model)
@@ -200,7 +200,7 @@ def _prefix_numel(model: BloomForCausalLM) -> int:
 def _sharded(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> list[Traffic]:
     once, twice, learned, exact_once, exact_twice, exact_learned = 0, 0, 0, 0, 0, 0
     for name, parameter in model.named_parameters():
-        # FSDP fills up the last ranks' parts to the size of the first's
+        # FSDP pads the parts of the last ranks to the size of the first
         padded = rank_numel(name, parameter, degrees) * degrees.dp_shard
         exact = rank_numel(name, parameter, Degrees(tp=degrees.tp))
         if name.startswith("transformer.h.") and load.reshards:

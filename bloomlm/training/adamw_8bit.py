@@ -1,4 +1,4 @@
-"""AdamW whose moments take a byte a value instead of four, rounded and updated by bitsandbytes' own kernels.
+"""AdamW whose moments take one byte per value instead of four, rounded and updated by the kernels of bitsandbytes.
 
 A block of 256 values shares a scale, and a byte picks one of 256 unevenly spaced values between -1 and 1 (0 and 1 for
 the squares). Source: Dettmers et al., 8-bit optimizers via block-wise quantization, https://arxiv.org/abs/2110.02861.
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 BLOCK_VALUES = 256
-"""Values with one scale: what bitsandbytes' kernels are made for."""
+"""Values that share a scale; the kernels of bitsandbytes support no other number."""
 MIN_VALUES = 4096
-"""Moments of smaller parameters (biases, norms) stay in fp32: they weigh nothing, and bitsandbytes does the same."""
+"""Moments of smaller parameters (biases, norms) stay in fp32, as in bitsandbytes: they take hardly any memory."""
 PIECE_VALUES = 2**20
-"""Values updated at once. On a CPU the kernel makes five fp32 copies of what it is given, on a GPU it counts values in
-32 bits; the embedding of a large model would be too much for either. Whole blocks, so results are the same."""
+"""Values updated at once. On a CPU the kernel makes five fp32 copies of its input, on a GPU it counts in 32 bits; the
+embedding of a large model is too large for either. A piece consists of whole blocks, so results are the same."""
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with its state in place, all of it tensors, so that it is saved and read as any other.
+    """AdamW whose whole state exists from the start as tensors, so that it is saved and read as any other.
 
     State of a parameter: "step"; "exp_avg" and "exp_avg_sq" in fp32, or for a large one "exp_avg_codes" and
     "exp_avg_sq_codes" (uint8, of its shape) with "exp_avg_scales" and "exp_avg_sq_scales" (fp32, one a block).
@@ -91,7 +91,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 sq_codes,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                beta3=0.0,  # of other optimizers, as alpha is
+                beta3=0.0,  # like alpha, only for other optimizers
                 alpha=0.0,
                 eps=group["eps"],
                 step=int(state["step"]),
@@ -105,7 +105,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    # on the CPU wherever the parameter is: the kernels take the count as a number
+    # on the CPU, wherever the parameter is: the kernels take the count as a Python number
     state = {"step": torch.zeros((), dtype=torch.float32)}
     for moment in ("exp_avg", "exp_avg_sq"):
         if parameter.numel() < MIN_VALUES:

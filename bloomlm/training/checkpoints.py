@@ -31,7 +31,7 @@ class CheckpointWriter:
     Args:
         trainer: the run.
         tokenizer: written beside the weights.
-        history: written too; names the best checkpoint.
+        history: written too; knows the best checkpoint.
         output: where they go, and how many are kept.
         base_model: the model that an adapter belongs to.
         structure: an adapter that another program began, noted in checkpoints; None: the run's flags describe it.
@@ -74,7 +74,7 @@ class CheckpointWriter:
             prune_checkpoints(output.directory, output.save_total_limit, kept)
 
     def write_learned(self, directory: Path) -> None:
-        """Write the whole model, or its adapter, and the tokenizer into a directory; every rank must come here."""
+        """Write the whole model, or its adapter, and the tokenizer into a directory; every rank must call this."""
         model, mesh = self._trainer.model, self._trainer.mesh
         if adapter_of(model) is None:
             write_model(
@@ -97,7 +97,7 @@ class CheckpointWriter:
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Bring a trainer to where a checkpoint was written.
+    """Bring a trainer to the state in which a checkpoint was written.
 
     Args:
         trainer: of the same model, adapter, precision, data and seed.

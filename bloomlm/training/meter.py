@@ -1,8 +1,8 @@
 """Measures a run: its arithmetic, padding and memory, and where the time of a few steps goes (--profile).
 
-The count is of the arithmetic that training needs, matrix products only: what recompute does a second time, and what a
-frozen weight does not need, are not in it. Source of the counting: the PaLM paper, https://arxiv.org/abs/2204.02311,
-appendix B, here for supervised positions, documents of different lengths and frozen weights.
+Only the matrix products that training needs are counted, not what recompute computes a second time, nor gradients that
+a frozen weight does not need. Source: the PaLM paper, https://arxiv.org/abs/2204.02311, appendix B, here extended to
+supervised positions, documents of different lengths and frozen weights.
 
 Shapes: N packed tokens, M supervised ones, T tokens of a document, P virtual tokens, D hidden, V vocabulary.
 """
@@ -32,14 +32,14 @@ _TABLE_ROWS = 10
 
 
 class StepFlops:
-    """Floating-point operations of forward and backward passes of a model as it is set up to learn."""
+    """Floating-point operations of the forward and backward passes of a model with its adapter."""
 
     def __init__(self, model: BloomForCausalLM) -> None:
         config = model.config
         self._num_virtual = model.transformer.num_virtual_tokens
         embedding = model.transformer.word_embeddings.weight
         self._per_token = self._forward_per_token = 0
-        # the gradient of a layer's input is needed where something in front of it learns
+        # the gradient of a layer's input is needed if something before the layer learns
         needs_input_gradient = embedding.requires_grad
         for block in model.transformer.h:
             for module in block.modules():
@@ -54,12 +54,12 @@ class StepFlops:
                     self._forward_per_token += 2 * matrix.numel()
                 learns = any(parameter.requires_grad for parameter in module.parameters())
                 needs_input_gradient = needs_input_gradient or learns or self._num_virtual > 0
-        # queries with keys and weights with values, each once forward and twice backward
+        # products of queries with keys and of weights with values, each once forward and twice backward
         self._per_pair = 12 * config.hidden_size * config.n_layer
         self._per_supervised = 2 * config.vocab_size * config.hidden_size * (2 + embedding.requires_grad)
 
     def recomputed(self, lengths: Sequence[int]) -> int:
-        """Operations of a batch that recompute does a second time: the blocks' forward pass."""
+        """Operations of a batch that recompute repeats: the forward pass of the blocks."""
         pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
         return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs
 
@@ -75,7 +75,7 @@ class StepFlops:
 
 
 class BatchMeter:
-    """Batches that are counted as they are handed out; nothing else about them changes."""
+    """Counts batches as they are handed out, and leaves them as they are."""
 
     def __init__(self, batches: Batches, flops: StepFlops) -> None:
         self._batches = batches
@@ -84,9 +84,9 @@ class BatchMeter:
         """Of all batches so far."""
         self.num_tokens = 0
         self.num_padded_tokens = 0
-        """What the same batches would have come to, padded to the longest example of each."""
+        """Tokens of the same batches if each were padded to its longest example."""
         self.fetch_seconds = 0.0
-        """Time that steps waited for their batches."""
+        """Time that steps spent waiting for their batches."""
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -114,11 +114,11 @@ class BatchMeter:
         self._batches.load_state_dict(state)
 
     def metrics(self, train_seconds: float, peak_flops_per_second: float) -> dict[str, float]:
-        """For train_results.json.
+        """The measurements, under their names in train_results.json.
 
         Args:
             train_seconds: time in steps.
-            peak_flops_per_second: of this machine.
+            peak_flops_per_second: the highest speed of matrix products on this machine.
         """
         speed = self.num_flops / train_seconds if train_seconds > 0 else 0.0
         avoided = 1.0 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
@@ -132,13 +132,13 @@ class BatchMeter:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
-    """Operations per second of a large square matrix product, the best of some.
+    """Operations per second of a large square matrix product, the best of several.
 
     Args:
         device: to measure.
         dtype: of the product.
         size: rows and columns.
-        repeats: products timed; one more goes before them.
+        repeats: products that are timed, after one that is not.
     """
     x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -154,7 +154,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 
 
 
 def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on this rank, and what is left of the peak: activations, the program.
+    """Bytes of weights, gradients and optimizer on this rank, and the rest of the peak: activations and the program.
 
     Args:
         trainer: of the run.
@@ -163,7 +163,7 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
     learned = trainer.learned.optimized.values()
     sizes = {
         "weights": sum(_held_bytes(p) for p in trainer.model.parameters()),
-        # of half-precision weights they are collected in fp32
+        # those of half-precision weights are accumulated in fp32
         "gradients": sum(_held_bytes(p) for p in learned),
         "optimizer": sum(_state_bytes(trainer.optimizer.state[p]) for p in learned)
         + sum(_held_bytes(master) for _, master in trainer.learned.masters),
@@ -172,10 +172,12 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
 
 
 class StepProfiler:
-    """Profiles the steps after the first two; a run that is shorter has no profile.
+    """Profiles some steps after the first two, as a Chrome trace and a table of the most costly operations.
+
+    A run that ends earlier has no profile.
 
     Args:
-        directory: where the files go.
+        directory: where the files are written.
         device: of the model.
     """
 
@@ -199,7 +201,7 @@ class StepProfiler:
         self._profile.__exit__(kind, error, trace)
 
     def step(self) -> None:
-        """Note that a step is over."""
+        """Note that a step has ended."""
         self._profile.step()
 
     def _write(self, finished: profile) -> None:
@@ -214,7 +216,7 @@ def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:
 
 
 def _held_bytes(tensor: torch.Tensor) -> int:
-    """Of FSDP's tensors, which tell the size of the whole, this rank's part."""
+    """Bytes on this rank: a DTensor of FSDP reports the size of the whole."""
     return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
 
 

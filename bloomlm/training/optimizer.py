@@ -1,4 +1,4 @@
-"""AdamW as BLOOM is fine-tuned with it, and learning-rate schedules as pure functions of the step."""
+"""AdamW for fine-tuning, and learning-rate schedules as pure functions of the step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from bloomlm.training.adamw_8bit import AdamW8bit
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """Everything of AdamW but its learning rate."""
+    """AdamW without its learning rate."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; biases and norms have none."""
@@ -25,21 +25,21 @@ class AdamWConfig:
     epsilon: float = 1e-8
     """Added to the denominator."""
     optim: str = "adamw"
-    """A name in OPTIMIZERS: what its moments are kept in."""
+    """A name in OPTIMIZERS, which decides the format of the moments."""
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay acts on the parameter of this name: not on biases nor on any layer norm."""
+    """Whether weight decay acts on the parameter of this name; it does not act on biases and layer norms."""
     module_name, _, kind = name.rpartition(".")
     return kind != "bias" and not module_name.endswith(("layernorm", "ln_f"))
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.Optimizer:
-    """AdamW with its state in place, so that a saved state can be read straight into it.
+    """AdamW whose state exists from the start, so that a saved state can be read into it.
 
     Args:
-        parameters: name -> what learns, in fp32 (LearnedParameters.optimized).
-        config: decay, betas, epsilon, kind; the learning rate is set at each step.
+        parameters: name -> fp32 parameter that learns (LearnedParameters.optimized).
+        config: everything but the learning rate, which is set at each step.
     """
     decayed = [p for name, p in parameters.items() if is_decayed(name)]
     others = [p for name, p in parameters.items() if not is_decayed(name)]
@@ -55,7 +55,7 @@ def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> to
         [dict(group) for group in groups], lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
     for parameter in (parameter for group in groups for parameter in group["params"]):
-        # what AdamW itself would make at its first step
+        # the state that AdamW itself creates at its first step
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -96,7 +96,7 @@ def linear_decay(progress: float, lr_decay_ratio: float) -> float:
 
 
 def cosine_decay(progress: float, lr_decay_ratio: float) -> float:
-    """Half a cosine from 1 at progress 0 to lr_decay_ratio at 1."""
+    """Half a period of a cosine, from 1 at progress 0 to lr_decay_ratio at 1."""
     return lr_decay_ratio + (1.0 - lr_decay_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -116,10 +116,10 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate of each step: a straight rise over warmup_steps, then a decay to the run's end.
+    """The learning rate of each step: a linear rise over warmup_steps, then a decay until the end of the run.
 
-    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w, so the very first update of a
-    warm-up has 0, and learning_rate * decay((k - w) / (T - w)) after it.
+    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w, so that the first update of a
+    warm-up has 0, and learning_rate * decay((k - w) / (T - w)) afterwards.
     """
 
     learning_rate: float
@@ -127,9 +127,9 @@ class Schedule:
     max_steps: int
     """Steps of the run (T)."""
     warmup_steps: float = 0.0
-    """Length of the rise (w); a ratio of the run need not be whole."""
+    """Length of the rise (w), which need not be a whole number."""
     lr_decay_ratio: float = 0.1
-    """Where the decay ends, as a part of the peak."""
+    """Where the decay ends, as a fraction of the peak."""
     decay: Callable[[float, float], float] = linear_decay
     """One of SCHEDULES."""
 

@@ -1,21 +1,28 @@
 """The flags of fine-tuning: PaddleNLP's command lines parse, and what flags mean together."""
 
 import dataclasses
+import importlib.resources
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from bloomlm.adapters.base import FullTuning
+from bloomlm.adapters.lora import LoraConfig
 from bloomlm.cli.options import config_command, config_flags, join_values
+from bloomlm.data.packing import TokenBudget
 from bloomlm.errors import ConfigError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.training.checks import DEFAULT_DATASET
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.machine import Machine
 from bloomlm.training.output_dir import changed_flags, write_run_file
+from bloomlm.training.precision import Precision
 from bloomlm.training.resolve import resolve
+from bloomlm.training.run_plan import Interval
 
 CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True)
 GPU = dataclasses.replace(CPU, has_cuda=True)
@@ -228,6 +235,48 @@ def test_run_file_gives_the_same_run(options: dict[str, Any], tmp_path: Path) ->
     changed = dataclasses.replace(again, learning_rate=0.5, disable_tqdm=True)
     assert changed_flags(changed) == f"--learning_rate was {first.learning_rate}, is 0.5"
     assert list(yaml.safe_load(run_file.read_text())) == [item.name for item in dataclasses.fields(TrainingConfig)]
+
+
+def test_a_plan_has_the_values_of_the_flags() -> None:
+    plan = resolve(
+        config(
+            eval_file="e.jsonl",
+            evaluation_strategy="epoch",
+            save_steps=7,
+            max_tokens_per_batch=64,
+            lora=True,
+            r=3,
+            merge_weights=True,
+            bf16=True,
+            fp16_opt_level="O2",
+            prefix_layout=None,
+            resume_from_checkpoint="out/checkpoint-2",
+            max_shard_size="20KB",
+        ),
+        CPU,
+    )
+    training = plan.training
+    assert training is not None
+    assert (training.evaluate_every, training.save_every) == (Interval(None), Interval(7))
+    assert [interval.in_steps(5) for interval in (Interval(None), Interval(7))] == [5, 7]
+    assert (training.batch_size, training.max_steps, training.num_train_epochs) == (TokenBudget(64), None, 3.0)
+    assert plan.adapter == LoraConfig(r=3)
+    assert plan.precision == Precision(compute_dtype=torch.bfloat16, half_weights=True)
+    assert plan.output.merges_adapter and plan.output.max_shard_size_bytes == 20_000
+    assert plan.output.resume_from == Path("out/checkpoint-2")
+    assert (plan.evaluation.evaluates, plan.evaluation.best_metric) == (True, "eval_loss")
+
+
+def test_a_run_that_only_evaluates_has_no_training() -> None:
+    plan = resolve(config(train_file=None, eval_file="e.jsonl", do_eval=True), CPU)
+    assert plan.training is None and plan.adapter == FullTuning()
+
+
+def test_flags_end_where_they_are_resolved() -> None:
+    directory = Path(str(importlib.resources.files("bloomlm.training")))
+    users = {path.stem for path in directory.glob("*.py") if "TrainingConfig" in path.read_text(encoding="utf-8")}
+    # run_plan carries them for output_dir, which writes run.yaml and compares it when a run resumes
+    assert users == {"config", "checks", "resolve", "finetune", "run_plan", "output_dir"}
 
 
 def test_every_flag_teaches() -> None:

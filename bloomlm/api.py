@@ -250,7 +250,7 @@ def evaluate(
 
     Args:
         model: what `load` gave, an opened program, a name or path that `load` takes, or a function that opens a model
-            or a program, which is called once the data have been found.
+            or a program, which is called once the data have been read.
         mesh: the ranks; None: those of the loaded model, or this process alone.
         display: shows notices and progress; None: notices are logged as warnings.
         options: the flags of `bloomlm evaluate` about data, protocol and output as keywords: eval_path, protocol,

@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         config: what to evaluate on.
-        open_subject: loads what is evaluated; called once the data are there, as a large model takes long to read.
+        open_subject: loads what is evaluated; called once the data have been read, as loading a large model takes long.
         mesh: the ranks, all of which must make this call; all get the whole report, and the first one writes it.
         display: shows notices and progress.
 
@@ -58,8 +58,8 @@ def evaluate(
         _check_writable(config.output_file)
     name, raw = config.eval_path, config.chosen_protocol.uses_raw_text
     path = None if name is None else main_first(lambda: find_data(name, raw=raw), mesh)
-    subject = open_subject()
     data = None if path is None else config.task.read(path)
+    subject = open_subject()
     plan = config.task.make_plan(data, subject.tokenizer, limit=config.limit, **config.task_options)
     report = _report_without_results(config, plan, subject, path)
     identity = _identity(report, subject)

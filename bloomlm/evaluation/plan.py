@@ -1,4 +1,4 @@
-"""A plan: what a protocol wants to have scored on one data set, and the metrics that it computes from the scores."""
+"""A plan: what a protocol scores on one data set, and how it computes its metrics from the scores."""
 
 import dataclasses
 import math
@@ -43,15 +43,15 @@ class Display(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a plan gave; the same on every rank."""
+    """The result of a plan; the same on every rank."""
 
     metrics: Mapping[str, Metric]
     run: Mapping[str, Any]
     """Seconds without loading, and what else describes the run."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that are known at the end only."""
+    """Settings that are known only at the end."""
     counts: Mapping[str, float] = field(default_factory=dict)
-    """Counts that are known at the end only."""
+    """Counts that are known only at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Execution:
             batches: takes the numbers that are finished and yields this copy's share of the others, batch by batch.
             total: how many results there are.
             encode, decode: a result to the fields of a JSON object, and back.
-            summary: starts a summary: a function that takes more results and describes all that it was given.
+            summary: makes a function that is given results batch by batch and describes all of them so far.
 
         Returns:
             The results, and how many of them a stopped run left.
@@ -119,7 +119,7 @@ class Plan(ABC):
     definition: Definition
     task: str
     settings: Mapping[str, Any]
-    """What decides the numbers besides the data, by the names of the flags."""
+    """What decides the numbers besides the data: flag -> value."""
     counts: Mapping[str, float]
     """What was counted in the data, for the report."""
     notices: tuple[str, ...] = ()

@@ -184,6 +184,9 @@ def test_evaluate_finds_the_data_before_it_loads(base: Path, tmp_path: Path) -> 
 
     with pytest.raises(DataError, match="no such file"):
         bloomlm.evaluate(load, eval_path=tmp_path / "nothing.txt")
+    (tmp_path / "lambada.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="line 1: expected an object"):
+        bloomlm.evaluate(load, eval_path=tmp_path / "lambada.jsonl")
     with pytest.raises(ConfigError, match=r"unknown option 'no_such_flag' of evaluate.*seq_length"):
         bloomlm.evaluate(load, no_such_flag=1)
     with pytest.raises(ConfigError, match="--limit is 0; expected at least 1"):

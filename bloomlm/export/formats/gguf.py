@@ -46,7 +46,7 @@ _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BLOCK_SIZE = 32
 """Neighbouring weights that share a scale in Q8_0 and Q4_0."""
 _CONTEXT_TOKENS = 2048
-"""What BLOOM was trained on; the file must name a length, ALiBi has none."""
+"""Length of BLOOM's training sequences: the file must name a length, although ALiBi does not limit it."""
 
 
 def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
@@ -89,7 +89,7 @@ def _check(model: BloomForCausalLM, tokenizer: Mapping[str, Any], quantization: 
     """Raise ProgramError where llama.cpp cannot hold the model or its tokenizer."""
     if model.config.apply_residual_connection_post_layernorm:
         raise ProgramError(
-            "llama.cpp's BLOOM takes residuals before the layer norm only, and this model after it "
+            "llama.cpp's BLOOM has residuals before the layer norm only, and this model has them after it "
             "(apply_residual_connection_post_layernorm); export it as --format pt2"
         )
     if quantization != "none" and model.config.hidden_size % _BLOCK_SIZE:
@@ -101,7 +101,7 @@ def _check(model: BloomForCausalLM, tokenizer: Mapping[str, Any], quantization: 
     patterns = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
     if BLOOM_WORDS not in patterns or tokenizer.get("model", {}).get("type") != "BPE":
         raise ProgramError(
-            "the tokenizer cuts texts otherwise than BLOOM's, and llama.cpp would cut them as BLOOM's; "
+            "the tokenizer does not split texts as BLOOM's does, and llama.cpp would split them so; "
             "export it as --format pt2"
         )
 
@@ -143,7 +143,7 @@ def _add_tokenizer(writer: Any, token_type: Any, tokenizer: Mapping[str, Any], c
     for added in tokenizer.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = token_type.CONTROL if added["special"] else token_type.USER_DEFINED
-    ids = range(config.vocab_size)  # the embedding is padded to more ids than there are tokens
+    ids = range(config.vocab_size)  # the embedding may have more rows than there are tokens
     merges = tokenizer["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("bloom")
@@ -165,14 +165,14 @@ def _tensor_name(name: str) -> str:
 
 
 def _laid_out(name: str, tensor: Tensor, config: BloomConfig) -> Tensor:
-    """query_key_value's rows (head, 3, head_dim) become (3, head, head_dim)."""
+    """A tensor as llama.cpp expects it: rows (head, 3, head_dim) of query_key_value become (3, head, head_dim)."""
     if ".query_key_value." not in name:
         return tensor
     return tensor.unflatten(0, (config.n_head, 3, config.head_dim)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
 def _q4_0(name: str, matrix: Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of Q4_0, with scales of less error than the library's, which span the largest weight of each group.
+    """A matrix in Q4_0, with smaller errors than the library's, whose scales always span the largest weight of a group.
 
     A group of 32 neighbours is a scale in float16 and 16 bytes; byte j holds weights j (low half) and j + 16, plus 8
     each.

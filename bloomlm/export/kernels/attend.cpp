@@ -82,7 +82,9 @@ extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTens
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < count * heads; ++unit) {
       const int64_t i = unit / heads, head = unit % heads;
-      const auto at = [&](const bloomlm::Floats& t, int64_t r) { return t.data + r * t.strides[0] + head * t.strides[1]; };
+      const auto at = [&](const bloomlm::Floats& t, int64_t r) {
+        return t.data + r * t.strides[0] + head * t.strides[1];
+      };
       bloomlm::attend(at(q, i), at(k, row[i]), at(v, row[i]), slope.data[head], last[i] + 1, head_dim, room.data(),
                       out + unit * head_dim);
     }

@@ -1,8 +1,9 @@
 // bloomlm::few_rows: x [N, ins] times the transpose of a matrix [outs, ins] in any format -> [N, outs].
 //
-// The matrix is read once, at the memory's speed. To reach it, several places are read at a time, each in order and on a
-// page of its own, which is what processors prefetch by themselves. With more than four rows of x, a few rows of the
-// matrix stay in the cache and meet four rows of x after another, while instructions prefetch the next ones.
+// The matrix is read once, at the memory's speed. To reach it, several places are read at a time, each in order and on
+// a page of its own: that is the pattern that processors prefetch by themselves. With more than four rows of x, a few
+// rows of the matrix stay in the cache for one group of four rows of x after another, and instructions prefetch the
+// next ones.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +21,7 @@ constexpr int64_t kGroup = 12;           // rows of a matrix that stay in the ca
 constexpr int64_t kMostRows = 4;         // rows of x in a tile, whose sums all lie in registers
 constexpr int64_t kFarBytes = 16 << 10;  // between two places that are read at a time
 
-// What meets in a product: float rows and float matrices, or 16-bit rows and int8 matrices with scales for parts.
+// The operands of a product: rows and matrix in float, or 16-bit rows and an int8 matrix with a scale for each part.
 template <class X, class W>
 struct Operands {
   const X* x;
@@ -31,13 +32,14 @@ struct Operands {
   int64_t parts;
 };
 
-// Where a tile lies: its rows of the matrix are `spread` apart. It prefetches, `ahead` rows further, the even or odd
-// cache lines (phase 0, 1) or none (another phase).
+// The place of a tile: its rows of the matrix are `spread` apart. It prefetches the even (phase 0) or odd (phase 1)
+// cache lines of the rows that are `ahead` rows further, and nothing in any other phase.
 struct Place {
   int64_t row, out, spread, first, last, part, ahead, phase;
 };
 
-// results[row + r, out + o * spread] = or += the sum over a segment of columns, for R rows of x and O of the matrix.
+// Adds the sums over a segment of columns to results[row + r, out + o * spread], for R rows of x and O of the matrix.
+// The first segment of a row sets them instead.
 template <int R, int O, class X, class W>
 inline __attribute__((always_inline)) void tile(const Operands<X, W>& p, const Place& at, float* results,
                                                 int64_t outs) {
@@ -100,7 +102,7 @@ template <int O, class X, class W>
 void group(const Operands<X, W>& p, int64_t rows, int64_t start, int64_t spread, float* results, int64_t outs) {
   const bool one_pass = rows <= kMostRows;
   const int64_t part_columns = p.ins / p.parts;
-  // in one pass row by row of the matrix, else segment by segment, which stays in the cache
+  // in a single pass, whole rows of the matrix; else segments of rows, which stay in the cache between passes
   const int64_t at_once = one_pass ? 1 : spread;
   for (int64_t out = start; out < start + spread; out += at_once) {
     for (int64_t first = 0, last; first < p.ins; first = last) {
@@ -129,7 +131,7 @@ void groups(const Operands<X, W>& p, int64_t rows, float* results, int64_t outs)
   }
 }
 
-// As many rows of the matrix in a tile as leave registers free for what they are multiplied with.
+// A tile has as many rows of the matrix as leave enough registers for the operands.
 template <class X, class W>
 void product(const Operands<X, W>& p, int64_t rows, float* results, int64_t outs) {
   if (rows <= 2) return groups<4>(p, rows, results, outs);
@@ -137,12 +139,13 @@ void product(const Operands<X, W>& p, int64_t rows, float* results, int64_t outs
   groups<2>(p, rows, results, outs);
 }
 
-// A row of x as 16-bit numbers, with a scale for each part; it is NaN where a number of the part is none.
+// Rounds a row of x to 16-bit integers, with a scale for each part. The scale is not finite if a number of the part is
+// not.
 inline void to_shorts(const float* x, int64_t ins, int64_t parts, int16_t* shorts, float* scales) {
   const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const int64_t columns = ins / parts;
   for (int64_t part = 0; part < parts; ++part, x += columns, shorts += columns) {
-    __m256 maxima = _mm256_setzero_ps(), zeros = _mm256_setzero_ps();  // NaN where x is, which maxima do not show
+    __m256 maxima = _mm256_setzero_ps(), zeros = _mm256_setzero_ps();  // NaN where x is NaN, which a maximum would lose
     int64_t i = 0;
     for (; i + 8 <= columns; i += 8) {
       maxima = _mm256_max_ps(maxima, _mm256_and_ps(load(x + i), absolute));
@@ -164,7 +167,7 @@ inline void to_shorts(const float* x, int64_t ins, int64_t parts, int16_t* short
   }
 }
 
-// The product with a matrix in any format: int8 in whole numbers, the others in float32.
+// The product with a matrix in any format: int8 in integers, the others in float32.
 inline void product(const float* x, const Matrix& matrix, int64_t rows, float* results) {
   const int64_t outs = matrix.outs, ins = matrix.ins;
   if (matrix.format == Matrix::kFloat32)

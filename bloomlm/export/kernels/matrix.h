@@ -30,8 +30,8 @@ struct Matrix {
   void decode_row(int64_t row, float* values) const;
 };
 
-// int8 has a scale for each part of a row. int4 keeps columns j and j + ins / 2 in byte j, and has G = ins / 32 scales a
-// row, of which columns g, g + G, g + 2 G, ... share number g.
+// int8 has a scale for each part of a row. int4 keeps columns j and j + ins / 2 in byte j, and has G = ins / 32 scales
+// for a row, of which columns g, g + G, g + 2 G, ... share number g.
 inline void Matrix::decode_row(int64_t row, float* values) const {
   const int64_t start = row * ins, half = ins / 2, groups = ins / 32;
   const auto* bytes = static_cast<const int8_t*>(data) + start;

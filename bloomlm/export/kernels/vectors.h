@@ -25,7 +25,8 @@ inline float total(__m256 v) {
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
-inline float total(__m256i v) { return total(_mm256_cvtepi32_ps(v)); }  // as floats: the sum of all eight may exceed 32 bits
+// as floats, because the sum of all eight may exceed 32 bits
+inline float total(__m256i v) { return total(_mm256_cvtepi32_ps(v)); }
 
 }  // namespace bloomlm
 

@@ -14,8 +14,6 @@ from typing import Literal, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bloomlm.checkpoint.atomic import atomic_write
-from bloomlm.checkpoint.resumable import ResumableResults
 from bloomlm.cli.display import CompletionPrinter, TokenPrinter
 from bloomlm.cli.prompts import Prompts, read_prompts
 from bloomlm.data.tokenizer import Tokenizer
@@ -135,6 +133,9 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
+        # here, because `bloomlm infer` needs nothing else of checkpoint
+        from bloomlm.checkpoint.resumable import ResumableResults
+
         self.path = path
         self._results = ResumableResults(path, identity=identity)
         found: list[Completion] = []
@@ -151,6 +152,8 @@ class ResultFile:
 
     def finish(self) -> None:
         """Put the complete file in its place."""
+        from bloomlm.checkpoint.atomic import atomic_write
+
         lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in self.completions)
         atomic_write(self.path, "".join(line + "\n" for line in lines))
         self._results.remove(of_all_runs=True)

@@ -2,17 +2,15 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from bloomlm.checkpoint.output_directory import Report
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
 from bloomlm.generation.completion import Completion
-from bloomlm.training.report import size
 
 LINE_SECONDS = 2.0
 """The shortest time from one line to the next, where there is no bar."""
@@ -48,7 +46,7 @@ class BytesDisplay:
     ) -> None:
         self._progress.stop()
 
-    def phase(self, name: str, total_bytes: int) -> Report:
+    def phase(self, name: str, total_bytes: int) -> Callable[[int], None]:
         """A part of the work, shown from its first bytes on.
 
         Args:
@@ -80,6 +78,8 @@ class _Phase:
             self._print_when_due()
 
     def _print_when_due(self) -> None:
+        from bloomlm.training.report import size  # here, because `bloomlm infer` loads this file and not training
+
         now = time.monotonic()
         is_next = self._done_bytes * NUM_LINES >= self._total_bytes * (self._num_lines + 1)
         is_done = self._done_bytes >= self._total_bytes

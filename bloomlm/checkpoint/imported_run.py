@@ -1,4 +1,4 @@
-"""A run that another program began, as ordinary state: what its checkpoint holds, under the names of the model here."""
+"""The state of a run that another program began, under the parameter names of bloomlm's models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from bloomlm.model.bloom import BloomForCausalLM
 
 
 class RecordedAdapter(Protocol):
-    """An adapter as another program began it, with what PEFT's files cannot say about how it learns on."""
+    """An adapter that another program began to train, with what PEFT's files cannot say about its further training."""
 
     @property
     def kind(self) -> str:
-        """The flag that lets such an adapter learn: "lora" or "prefix_tuning"."""
+        """The flag of finetune that trains such an adapter: "lora" or "prefix_tuning"."""
         ...
 
     @property
     def flags(self) -> Mapping[str, Any]:
-        """Name of a flag of finetune -> the value with which the adapter was begun."""
+        """Name of a flag of finetune -> its value in the recorded run."""
         ...
 
     def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
-        """Put it into a model, in the precision of the model; the values are yet to come.
+        """Put it into a model, in the precision of the model; its values are read afterwards.
 
         Args:
             model: the base model, without an adapter.
@@ -37,11 +37,11 @@ class RecordedAdapter(Protocol):
         ...
 
     def describe(self) -> str:
-        """What it is, in a few words."""
+        """A few words about it, for a message."""
         ...
 
     def write(self, directory: Path) -> None:
-        """Note it in a checkpoint of ours.
+        """Record it in a checkpoint that bloomlm writes.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -51,18 +51,18 @@ class RecordedAdapter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedRun:
-    """The state of a run, under the parameter names of the model that goes on.
+    """The state of a run, under the parameter names of the model that resumes it.
 
-    Those are the published names; lora_A and lora_B of the plain LoRA; transformer.prefix.embedding.weight and so on of
-    a prefix's encoder.
+    Those are the published names, or lora_A and lora_B of the plain LoRA, or those of a prefix's encoder
+    (transformer.prefix.embedding.weight, ...).
     """
 
     origin: str
     """The program that wrote it."""
     adapter: RecordedAdapter | None
-    """What learns; None: all of the model."""
+    """What is trained; None: the whole model."""
     weights: Mapping[str, LazyTensor]
-    """What learns, as stored."""
+    """The trained parameters, as stored."""
     exp_avg: Mapping[str, LazyTensor]
     """AdamW's first moments; empty where the checkpoint has no optimizer state."""
     exp_avg_sq: Mapping[str, LazyTensor]

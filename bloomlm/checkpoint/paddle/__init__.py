@@ -1,1 +1,1 @@
-"""Files that PaddleNLP wrote or reads: models, adapters, training state; no Paddle is needed."""
+"""PaddleNLP's files, read and written without Paddle: models, adapters and training runs. importer.py is the door."""

@@ -1,4 +1,4 @@
-"""What PaddleNLP's LoRA and prefix adapters have in common: a JSON configuration and a state dict, whole or by rank."""
+"""The files of a PaddleNLP adapter of either kind: a JSON configuration and a state dict, whole or one a rank."""
 
 import json
 import re
@@ -20,16 +20,16 @@ PREFIX_STEM = "prefix_model_state"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """An adapter as it lies in its directory."""
+    """The files of an adapter."""
 
     directory: Path
-    """Where it lies."""
+    """Holds them."""
     values: dict[str, Any]
     """Its JSON configuration."""
     states: list[PaddleState]
-    """One for each tensor-parallel rank, or the whole."""
+    """State dicts, one for each tensor-parallel rank or one for all."""
     trained_tp_degree: int | None
-    """Tensor-parallel ranks that trained it; None: its files do not tell."""
+    """Tensor-parallel ranks that trained it; None: its files do not say."""
 
 
 def read_adapter_files(
@@ -37,17 +37,17 @@ def read_adapter_files(
 ) -> AdapterFiles:
     """Open an adapter; no tensor is read.
 
-    How many ranks trained it shows in its files as long as they are the ranks' own (.tp00, .tp01, ...), and where they
-    name their variables, which one process writes and merging loses.
+    The number of ranks that trained it is known if each rank's file is there (.tp00, .tp01, ...), or if the one file
+    names its variables: a single process writes their names, and merging loses them.
 
     Args:
         directory: the adapter.
         config_file: name of its JSON configuration.
-        stem: name of its state dict, without the ending.
+        stem: name of its state dict, without the suffix.
         reading: what the user knows of the ranks that trained it.
 
     Raises:
-        AdapterError: it is not there, damaged, or its files contradict what the user says.
+        AdapterError: files are missing or damaged, or contradict what the user says.
     """
     values = read_adapter_config(directory / config_file)
     whole = directory / f"{stem}.pdparams"
@@ -84,10 +84,10 @@ def require_trained_degree(files: AdapterFiles, why: str) -> int:
 
     Args:
         files: the adapter.
-        why: what depends on it.
+        why: what depends on it, for the message.
 
     Raises:
-        AdapterError: its files do not tell and the user did not.
+        AdapterError: neither its files nor the user said it.
     """
     if files.trained_tp_degree is None:
         raise AdapterError(
@@ -105,7 +105,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         path: the file.
 
     Raises:
-        AdapterError: it is missing or no JSON object.
+        AdapterError: it is missing or not a JSON object.
     """
     if not path.is_file():
         raise AdapterError(f"{path.parent} has no {path.name}")

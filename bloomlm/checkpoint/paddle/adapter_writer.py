@@ -40,13 +40,13 @@ PREFIX_VARIABLES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in PaddleNLP's orientation."""
+    """A tensor as PaddleNLP stores it."""
 
     tensor: Tensor
     dim: int | None
-    """That the ranks divide; None: each holds all of it."""
+    """Dimension that the ranks divide; None: each rank holds the whole tensor."""
     variable: str
-    """Paddle's name of it."""
+    """Name of its Paddle variable."""
 
 
 def write_paddle_adapter(
@@ -55,13 +55,13 @@ def write_paddle_adapter(
     """Write an adapter into an existing directory; use atomic_directory around it.
 
     Args:
-        directory: where to.
+        directory: to write into.
         adapter: a LoRA or a prefix.
         model_config: of its base model.
-        tensor_parallel_degree: ranks that PaddleNLP shall run it on; 1: one file for one device.
+        tensor_parallel_degree: ranks on which PaddleNLP will run it; 1: one file for one device.
 
     Raises:
-        AdapterError: PaddleNLP 2.6 had no such adapter.
+        AdapterError: PaddleNLP 2.6 has no such adapter.
         ConfigError: it cannot be divided among so many ranks.
         CheckpointError: it cannot be written.
     """
@@ -113,7 +113,7 @@ def _write_lora(
 
 
 def _rank_and_alpha(config: LoraConfig, modules: list[str]) -> tuple[int, float]:
-    """The r and lora_alpha of all modules: PaddleNLP 2.6 has one of each, and scales by lora_alpha / r."""
+    """The r and lora_alpha that all modules share, as PaddleNLP 2.6 needs it, which scales by lora_alpha / r."""
     kinds = {(config.rank_of(module), config.scaling_of(module)): module for module in modules}
     if len(kinds) != 1:
         raise AdapterError(
@@ -133,7 +133,7 @@ def _lora_variable(name: str, modules: list[str]) -> str:
 
 
 def _trainable_bias(biases: list[str], modules: list[str]) -> str | None:
-    """PaddleNLP's word for which biases learn: those of layers with an update, or all."""
+    """The value that says which biases learn: those of layers with an update ("lora"), or all."""
     if not biases:
         return None
     return "lora" if all(name.removesuffix(".bias") in modules for name in biases) else "all"
@@ -146,7 +146,7 @@ def _write_prefix(
         raise ConfigError(f"{model_config.n_head} heads cannot be divided among {tp_degree} tensor-parallel ranks")
     head_shape = (model_config.n_layer, model_config.n_head, model_config.head_dim)
     arrangement = Arrangement(layout=PrefixLayout.NEW, tp_degree=tp_degree, head_shape=head_shape)
-    # where each of PaddleNLP's columns stands in the flat prefix
+    # for each of PaddleNLP's columns its column in the flat prefix
     places = arrangement.columns().argsort()
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     own = dict(tensors)
@@ -190,14 +190,14 @@ def _with_width(config: PrefixConfig, model_config: BloomConfig) -> PrefixConfig
 def _write_pre_caches(
     path: Path, config: PrefixConfig, tensors: Mapping[str, Tensor], model_config: BloomConfig
 ) -> None:
-    """The keys and values, [L, 2, H, P, K], which PaddleNLP's predictor reads."""
+    """Write the keys and values, [L, 2, H, P, K], which PaddleNLP's predictor reads."""
     with torch.device("meta"):
         encoder = PrefixEncoder(config, model_config)
     encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     with torch.no_grad():
         caches = encoder.flat().unflatten(1, encoder.head_shape).permute(1, 2, 3, 0, 4)
         caches = caches.to(tensors["embedding.weight"].dtype).contiguous()
-    if caches.dtype is torch.bfloat16:  # numpy has none; Paddle keeps its bits as uint16
+    if caches.dtype is torch.bfloat16:  # numpy has no bfloat16; Paddle stores its bits as uint16
         np.save(path, caches.view(torch.int16).numpy().view(np.uint16))
     else:
         np.save(path, caches.detach().numpy())

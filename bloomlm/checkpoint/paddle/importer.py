@@ -43,7 +43,7 @@ __all__ = [
     "read_run",
 ]
 VERSION_KEY = "paddlenlp_version"
-"""In PaddleNLP's config.json: which version wrote it."""
+"""Key of PaddleNLP's config.json with the version that wrote it."""
 
 
 def find_adapter(directory: Path) -> bool:
@@ -52,7 +52,7 @@ def find_adapter(directory: Path) -> bool:
 
 
 def adapter_kind(directory: Path) -> str | None:
-    """The flag that lets such an adapter learn as a directory holds: "lora", "prefix_tuning", or None without one."""
+    """The flag of finetune for the kind of adapter in a directory: "lora", "prefix_tuning", or None without one."""
     kinds = {LORA_CONFIG_FILE: RecordedLora.kind, PREFIX_CONFIG_FILE: RecordedPrefix.kind}
     return next((kind for name, kind in kinds.items() if (directory / name).is_file()), None)
 
@@ -65,11 +65,11 @@ def read_adapter(
     Args:
         directory: the adapter.
         model_config: of the base model.
-        reading: what its files leave open.
+        reading: what its files do not say.
 
     Raises:
-        AdapterError: there is none or one of each kind, its files are missing or damaged, do not fit the model, or
-            leave open what they mean.
+        AdapterError: there is no adapter or one of each kind, its files are missing or damaged, do not fit the model,
+            or do not say how they are to be read.
     """
     return open_adapter(directory, model_config, reading).plain()
 
@@ -77,7 +77,7 @@ def read_adapter(
 def open_adapter(
     directory: Path, model_config: BloomConfig, reading: PaddleReading = AS_THE_FILES_TELL
 ) -> PaddleLora | PaddlePrefix:
-    """Understand an adapter's files and read no tensor; arguments and errors are those of read_adapter."""
+    """Interpret an adapter's files without reading a tensor; arguments and errors are those of read_adapter."""
     is_lora, is_prefix = ((directory / name).is_file() for name in (LORA_CONFIG_FILE, PREFIX_CONFIG_FILE))
     if is_lora == is_prefix:
         found = "both" if is_lora else "neither"
@@ -93,7 +93,7 @@ def adapter_base_config(directory: Path) -> BloomConfig:
     """The shape of an adapter's base model; see adapters/base_config.py.
 
     Raises:
-        AdapterError: files are missing or damaged, or do not tell.
+        AdapterError: files are missing or damaged, or do not say it.
     """
     if (directory / PREFIX_CONFIG_FILE).is_file():
         values = read_adapter_config(directory / PREFIX_CONFIG_FILE)
@@ -115,8 +115,8 @@ def read_run(
     Args:
         directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
         model_config: of the model, or of an adapter's base model.
-        adam_beta1: that the run was started with; needed only where no file counts the steps.
-        reading: what an adapter's files leave open.
+        adam_beta1: of the run; needed only where no file counts the steps.
+        reading: what an adapter's files do not say.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not fit the weights.

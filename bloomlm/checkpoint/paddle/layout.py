@@ -35,7 +35,7 @@ VARIABLE = re.compile(r"(embedding|layer_norm|linear)_(\d+)\.(w|b)_0")
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter as published, and along which of its dimensions ranks hold pieces (None: each holds all)."""
+    """The published shape of a parameter, and the dimension that ranks divide (None: each rank holds the whole)."""
 
     shape: tuple[int, ...]
     dim: int | None
@@ -52,7 +52,7 @@ def model_cuts(config: BloomConfig) -> dict[str, Cut]:
         config: its shape.
 
     Returns:
-        Published name -> its shape and cut: PaddleNLP's ranks cut as ours do.
+        Published name -> its shape and cut, which is the same in PaddleNLP as here.
     """
     d, ffn = config.hidden_size, config.ffn_size
     outputs_inputs = {
@@ -85,7 +85,7 @@ def stored_name(name: str) -> str:
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether a parameter, under whichever name, is the weight of a linear layer and so stored (in, out)."""
+    """Whether a parameter, under any of its names, is the weight of a linear layer and so stored (in, out)."""
     return any(name.endswith(f"{linear}.weight") for linear in LINEARS)
 
 
@@ -94,11 +94,11 @@ def published_tensors(tensors: Mapping[str, LazyTensor], source: str) -> dict[st
 
     Args:
         tensors: under structured names or variable names, as stored.
-        source: what error messages call the file.
+        source: name of the file in error messages.
 
     Raises:
-        CheckpointError: two tensors of one name, a linear's weight that is no matrix, or variable names that are
-            not those of a BLOOM.
+        CheckpointError: two tensors have one name, a linear's weight is not a matrix, or variable names are not those
+            of a BLOOM.
     """
     if tensors and all(VARIABLE.fullmatch(name) for name in tensors):
         names = structured_by_variable(tensors, source)
@@ -122,11 +122,11 @@ def published_tensors(tensors: Mapping[str, LazyTensor], source: str) -> dict[st
 
 
 def structured_by_variable(variables: Iterable[str], source: str) -> dict[str, str]:
-    """Name the variables of a BLOOM by the order of their numbers, from whichever number they start.
+    """Name the variables of a BLOOM by the order of their numbers, which may start anywhere.
 
     Args:
         variables: "embedding_0.w_0", "linear_4.b_0", ...: all of a model's.
-        source: what error messages call the file.
+        source: name of the file in error messages.
 
     Returns:
         Variable name -> published name.
@@ -166,21 +166,21 @@ def structured_by_variable(variables: Iterable[str], source: str) -> dict[str, s
 
 @dataclass(frozen=True)
 class RankTensors:
-    """What one tensor-parallel rank saved."""
+    """The tensors that one tensor-parallel rank saved."""
 
     place: str
-    """What error messages call its file."""
+    """Name of its file in error messages."""
     tensors: Mapping[str, LazyTensor]
     """Under published names, in the published orientation."""
 
 
 def check_ranks_complete(tp_ranks: list[int], source: str, tp_degree: int | None = None) -> None:
-    """Hold the ranks that were found against those that there were.
+    """Compare the ranks whose files were found with those that saved files.
 
     Args:
         tp_ranks: found, sorted.
-        source: what error messages call the checkpoint.
-        tp_degree: what its configuration says; None: it does not say, and ranks are missing only between others.
+        source: name of the checkpoint in error messages.
+        tp_degree: number of ranks by the configuration; None: it does not say, so that missing last ranks go unnoticed.
 
     Raises:
         CheckpointError: some are missing, or there are too many.
@@ -199,11 +199,11 @@ def check_ranks_complete(tp_ranks: list[int], source: str, tp_degree: int | None
 
 
 def missing_numbers(found: Collection[int], count: int) -> list[int]:
-    """Of the numbers below count those that are not there, the first eight of them.
+    """The first eight of the numbers below `count` that were not found.
 
     Args:
-        found: what is there.
-        count: may be what a damaged file says, of any size.
+        found: numbers.
+        count: of any size, because it may come from a damaged file.
     """
     num_missing = count - sum(number < count for number in set(found))
     candidates = (number for number in itertools.count() if number not in found)
@@ -216,7 +216,7 @@ def join_ranks(ranks: list[RankTensors], config: BloomConfig, source: str) -> di
     Args:
         ranks: all of them, in order.
         config: the whole model's shape.
-        source: what error messages call the checkpoint.
+        source: name of the checkpoint in error messages.
 
     Raises:
         CheckpointError: the ranks do not make up the model that the configuration describes.
@@ -278,7 +278,7 @@ def _check_names(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> None:
 
 
 def _check_degree(ranks: list[RankTensors], config: BloomConfig, source: str) -> None:
-    """What part of the vocabulary a rank holds tells how many ranks there were."""
+    """Compare the number of files with the number of ranks that follows from a rank's part of the vocabulary."""
     embedding = ranks[0].tensors.get(EMBEDDING)
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
     if rows and config.vocab_size % rows == 0 and config.vocab_size // rows != len(ranks):

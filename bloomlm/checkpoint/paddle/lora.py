@@ -6,8 +6,8 @@
 | M, to 2023-06-27 | enable_lora_list and head_dim | A_j @ B_j in the j-th third of each head's columns |
 | B and later | enable_lora_list null | A @ B |
 
-The thirds of era A are not BLOOM's queries, keys and values, whose columns go head by head; but that is what was
-trained, so that is what is read. k enabled slots make a plain LoRA of rank k * r whose lora_B is zero outside the
+The thirds of era A are not BLOOM's queries, keys and values, whose columns are ordered by head; but they are what was
+trained, so they are what is read. k enabled slots make a plain LoRA of rank k * r whose lora_B is zero outside the
 blocks: y += scaling * x (A_1 ... A_k) blocks(B_1 ... B_k), with the adapter's own scaling lora_alpha / r.
 
 Shapes: R lora rank of the plain LoRA, r that of the adapter.
@@ -51,7 +51,7 @@ PARTS = (".lora_A", ".lora_B")
 
 @dataclass(frozen=True, kw_only=True)
 class PaddleLora:
-    """An adapter's files, understood but unread."""
+    """A LoRA adapter's files, interpreted but not read."""
 
     config: LoraConfig
     """Of the plain LoRA; every module of its target_modules gets an update, which may be zero."""
@@ -67,7 +67,7 @@ class PaddleLora:
 
     @property
     def recorded(self) -> RecordedLora:
-        """How it learns on."""
+        """The adapter as it is trained further."""
         return RecordedLora(config=self.config, blocks=self.blocks)
 
     def plain(self) -> PlainAdapter:
@@ -75,14 +75,14 @@ class PaddleLora:
         return PlainAdapter(config=self.config, tensors=self._plain_tensors(self.stored))
 
     def weights(self) -> dict[str, LazyTensor]:
-        """What learned, under the names of a model with the plain LoRA."""
+        """The trained parameters, under their names in a model with the plain LoRA."""
         return _held(self._plain_tensors(self.stored))
 
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
-        """Tensors of what learned, such as Adam's moments, put together and named as `weights` are.
+        """Other tensors of the trained parameters, such as Adam's moments, joined and named as `weights`.
 
         Args:
-            ranks: of each rank, tensors under PaddleNLP's names and as stored.
+            ranks: the tensors of each rank, as stored and under PaddleNLP's names.
 
         Raises:
             CheckpointError: they do not fit the adapter's parameters.
@@ -103,15 +103,15 @@ class PaddleLora:
 
 
 def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: PaddleReading) -> PaddleLora:
-    """Understand a LoRA adapter's files; no tensor is read.
+    """Interpret a LoRA adapter's files; no tensor is read.
 
     Args:
         directory: holds lora_config.json and lora_model_state.pdparams or its .tp00, .tp01, ... shards.
         model_config: of the base model.
-        reading: the ranks that trained it: era A's meaning depends on them, and merged files do not tell.
+        reading: the number of ranks that trained it matters for era A, and merged files do not say it.
 
     Raises:
-        AdapterError: the files are missing or damaged, do not fit the model, or leave the degree open.
+        AdapterError: the files are missing or damaged, do not fit the model, or lack the number of ranks.
     """
     files = read_adapter_files(directory, LORA_CONFIG_FILE, LORA_STEM, reading)
     refuse_unknown_variants(files.values, directory)
@@ -137,12 +137,12 @@ def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: Paddle
 def lora_cuts(
     names: list[str], blocks: Mapping[str, Blocks], lora_rank: int, cuts: Mapping[str, Cut]
 ) -> dict[str, Cut]:
-    """What PaddleNLP's ranks hold of a LoRA.
+    """How PaddleNLP's ranks divide a LoRA.
 
-    A layer that is cut by outputs has its lora_B cut, one that is cut by inputs its lora_A; the other one is whole.
+    Where a layer is cut by outputs its lora_B is cut, and where it is cut by inputs its lora_A; the other one is whole.
 
     Args:
-        names: of the adapter's tensors; those that are no lora_A or lora_B are parameters of the model.
+        names: of the adapter's tensors; all but lora_A and lora_B are parameters of the model.
         blocks: module name -> its blocks.
         lora_rank: r.
         cuts: of the model.
@@ -151,7 +151,7 @@ def lora_cuts(
         Parameter name -> shape and cut: of lora_A and lora_B as stored, of others as published.
 
     Raises:
-        CheckpointError: a tensor that is none of a LoRA or of the model.
+        CheckpointError: a tensor belongs neither to a LoRA nor to the model.
     """
     own: dict[str, Cut] = {}
     for module, block in blocks.items():
@@ -170,10 +170,10 @@ def lora_cuts(
 
 
 def refuse_unknown_variants(values: Mapping[str, Any], directory: Path) -> None:
-    """Later releases of PaddleNLP have variants of LoRA that compute something else.
+    """Refuse the variants of LoRA in later releases of PaddleNLP, which compute something else.
 
     Raises:
-        AdapterError: it is one of them.
+        AdapterError: the configuration asks for one of them.
     """
     for key in ("rslora", "pissa", "lora_use_mixer", "use_mora", "lorapro", "do_qat"):
         if values.get(key):
@@ -195,7 +195,7 @@ def _modules(files: AdapterFiles) -> list[str]:
 
 
 def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[bool, ...]:
-    """The enable_lora_list entry of a module: one for each pattern of target_modules, the last that matches counts."""
+    """The entry of enable_lora_list for a module: that of the last pattern of target_modules that matches it."""
     enable_lists = values.get("enable_lora_list")
     if enable_lists is None:
         return (True,)
@@ -227,7 +227,7 @@ def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[boo
 
 
 def _blocks(files: AdapterFiles, slots: tuple[bool, ...], outputs: int) -> Blocks:
-    """How a module's lora_B is laid out, which its era decides."""
+    """The layout of a module's lora_B, which depends on the era."""
     if len(slots) == 1:
         return Blocks(slots=slots, groups=1)
     if "head_dim" not in files.values:
@@ -249,7 +249,7 @@ def _held(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
 
 
 def _renamed(rank: RankTensors) -> RankTensors:
-    """Under published names; what is no lora_A or lora_B also in the published orientation."""
+    """Under published names; all but lora_A and lora_B also in the published orientation."""
     updates = {published_name(name): tensor for name, tensor in rank.tensors.items() if name.endswith(PARTS)}
     others = {name: tensor for name, tensor in rank.tensors.items() if not name.endswith(PARTS)}
     return RankTensors(rank.place, updates | published_tensors(others, rank.place))

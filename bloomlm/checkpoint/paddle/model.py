@@ -1,6 +1,6 @@
 """Models in every form that PaddleNLP's BLOOM wrote, as a TensorReader; no Paddle needed.
 
-The forms, in the order in which they win where a directory holds several: model_state.pdparams or its shards with an
+The forms, by priority where a directory holds several: model_state.pdparams or its shards with an
 index; model.safetensors in PaddleNLP's layout or its shards; the shards of tensor-parallel ranks, today's
 (model_state.tp00.pdparams) and those of before April 2023 (splits_mp_00_sharding_00/model_state_mp_00.pdparams);
 auto_dist0.pdparams; an exported program's .pdiparams.
@@ -40,14 +40,14 @@ class _Form:
     files: Mapping[int, list[Path]]
     """Tensor-parallel rank -> its files; whole models are rank 0's."""
     is_cut: bool = False
-    """Whether each rank holds a part."""
+    """Whether each rank has a part of the tensors."""
 
 
 class PaddleReader:
     """The parameters of a PaddleNLP checkpoint under their published names, in the published orientation."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
-        """Take tensors that are not read yet.
+        """Make a reader of tensors that are not read yet.
 
         Args:
             tensors: published name -> tensor.
@@ -70,11 +70,11 @@ class PaddleReader:
         return Rows(tensor.shape, tensor.dtype, partial(tensor.read_slice, 0))
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim of a parameter; other bytes stay unread."""
+        """Rows start to stop of dimension dim of a parameter; other bytes are not read."""
         return self.tensors[name].read_slice(dim, start, stop)
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """The part within bounds; where two dimensions are cut, all of one of them is read."""
+        """The part within bounds; if two dimensions are cut, one of them is read as a whole."""
         tensor = self.tensors[name]
         cut = [dim for dim, (start, stop) in enumerate(bounds) if stop - start < tensor.shape[dim]]
         if not cut:
@@ -160,7 +160,7 @@ def exported_config(directory: Path) -> BloomConfig | None:
 
 
 def _find_forms(directory: Path) -> list[_Form]:
-    """Every form that is there, the one to be read first."""
+    """Every form in a directory, by priority."""
     forms = []
     if _has_checkpoint(directory, STATE_FILE):
         forms.append(_Form(STATE_FILE, {0: checkpoint_files(directory, STATE_FILE)}))
@@ -187,7 +187,7 @@ def _has_checkpoint(directory: Path, name: str) -> bool:
 
 
 def _rank_files(directory: Path, pattern: re.Pattern[str], glob: str) -> dict[int, list[Path]]:
-    """Rank -> its file; of several sharding groups, which hold the same weights, the first."""
+    """Rank -> its file; of several sharding groups, which hold the same weights, that of the first."""
     files: dict[int, list[Path]] = {}
     for path in sorted(directory.glob(glob)):
         if match := pattern.fullmatch(str(path.relative_to(directory))):

@@ -42,16 +42,17 @@ def write_paddle_model(
     """Write a model into an existing directory; use atomic_directory around it.
 
     Args:
-        directory: where to.
-        config: the model's configuration; its dtype becomes what is written.
+        directory: to write into.
+        config: the model's configuration, whose dtype is replaced by the written one.
         tensors: every parameter once, under its published name and in the published orientation, in any order.
         dtype: precision to write.
-        tensor_parallel_degree: ranks to cut the model for; 1: whole.
-        max_shard_size_bytes: a file of a whole model holds this much or a single larger tensor; None: one file.
-        report: told the number of bytes whenever some more are written; in the end bytes_on_ranks of them.
+        tensor_parallel_degree: ranks to cut the model for; 1: it stays whole.
+        max_shard_size_bytes: most data in one file of a whole model, unless it holds a single larger tensor; None: one
+            file.
+        report: called with a number of bytes after each write, bytes_on_ranks in total.
 
     Raises:
-        ConfigError: the model cannot be divided among so many ranks, or shards are asked for in two ways.
+        ConfigError: the model cannot be divided among so many ranks, or both ranks and a size of files are given.
         CheckpointError: tensors are missing, unknown or misshapen, or cannot be written.
     """
     check_degree(config, tensor_parallel_degree)
@@ -78,10 +79,10 @@ def write_paddle_model(
 
 
 def check_degree(config: BloomConfig, tensor_parallel_degree: int) -> None:
-    """Refuse a number of ranks that the model cannot be divided among.
+    """Refuse a number of ranks among which the model cannot be divided.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: the number does not divide the heads and the vocabulary.
     """
     if tensor_parallel_degree < 1:
         raise ConfigError(f"tensor_parallel_degree is {tensor_parallel_degree}; expected at least 1")
@@ -101,7 +102,7 @@ def bytes_on_ranks(config: BloomConfig, dtype: torch.dtype, tensor_parallel_degr
 
 
 class _ModelWriter:
-    """All files of a model, open; each takes its share of every tensor as it comes."""
+    """All files of a model, open; each gets its part of every tensor."""
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class _ModelWriter:
                 self._holders[name].append(writer)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Give every file its piece of a tensor."""
+        """Write its part of a tensor into every file."""
         if name not in self._left:
             found = "it was given twice" if name in self._cuts else "BLOOM has no parameter of this name"
             raise CheckpointError(f"{name} cannot be written: {found}")
@@ -147,7 +148,7 @@ class _ModelWriter:
             writer.write(stored_name(name), piece, self._dtype)
 
     def finish(self, variable_names: Mapping[str, str]) -> None:
-        """End all files; refuse a model with a parameter that nobody gave."""
+        """Complete all files; refuse a model whose parameters were not all written."""
         if self._left:
             missing = [name for name in self._cuts if name in self._left]
             raise CheckpointError(f"{len(missing)} parameters were not given to write: {name_some(missing)}")

@@ -1,4 +1,4 @@
-"""Stand-ins for the six Python objects that Paddle's pickles name, and what their calls and states mean.
+"""Stand-ins for the six Python objects that Paddle's pickles name, and the meaning of their calls and states.
 
 Source: numpy's ndarray.__reduce__ and dtype.__reduce__; the pickler's form of bytes in protocol 2 and 3; paddle.save.
 """
@@ -39,7 +39,7 @@ GLOBALS: Final = {
     ("_codecs", "encode"): Global.ENCODE,
 }
 
-# Paddle keeps bfloat16 in numpy's uint16 and has no uint16 tensors of its own.
+# Paddle stores bfloat16 as numpy's uint16 and has no uint16 tensors of its own.
 DTYPES: Final = {
     "f2": torch.float16,
     "f4": torch.float32,
@@ -55,24 +55,24 @@ DTYPES: Final = {
 
 
 class Span:
-    """Where bytes lie in the file."""
+    """Offset and number of bytes in the file."""
 
     def __init__(self, offset: int, length: int) -> None:
         self.offset, self.length = offset, length
 
 
 class Text(str):
-    """A short text that remembers where it stood, for it may turn out to spell an array's bytes."""
+    """A short text with its place in the file, because it may turn out to encode the bytes of an array."""
 
     span: Span
 
 
 class EncodedSpan(Span):
-    """Bytes spelled as text: each a Latin-1 character in UTF-8."""
+    """Bytes encoded as text: each is a Latin-1 character in UTF-8."""
 
 
 class DType:
-    """numpy.dtype: a code such as "f4", then its byte order."""
+    """numpy.dtype: a code such as "f4"; the state that follows has its byte order."""
 
     def __init__(self, code: str) -> None:
         self.code = code
@@ -80,17 +80,17 @@ class DType:
 
 
 class NdArray:
-    """numpy.ndarray: nothing until its state comes."""
+    """numpy.ndarray: empty until its state follows."""
 
     def __init__(self) -> None:
         self.array: StoredArray | EncodedArray | None = None
 
 
 def call(function: object, arguments: object) -> Any:
-    """What calling a stand-in gives.
+    """The result of calling a stand-in.
 
     Raises:
-        ValueError: it is none, or is not called the way Paddle's files call it.
+        ValueError: it is not a stand-in, or is called in a way that Paddle's files do not use.
     """
     if not isinstance(arguments, tuple):
         raise ValueError("a call's arguments are no tuple")
@@ -116,7 +116,7 @@ def set_state(target: object, state: object, stored: StoredFile) -> None:
     """Give a numpy stand-in the state that follows it in the pickle.
 
     Raises:
-        ValueError: the state makes no sense, or bytes and shape do not agree.
+        ValueError: the state is invalid, or bytes and shape do not agree.
     """
     match target, state:
         case DType(), (int(), str(order), None, None, None, int(), int(), int()):
@@ -175,7 +175,7 @@ def _place(
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
         raise ValueError(f"an array of shape {list(shape[: MAX_DIMENSIONS + 1])}")
     needed = math.prod(shape) * dtype.itemsize
-    # a Latin-1 character takes one byte of UTF-8 or two
+    # a Latin-1 character takes one or two bytes in UTF-8
     longest = 2 * needed if isinstance(span, EncodedSpan) else needed
     if not needed <= span.length <= longest:
         raise ValueError(f"an array of shape {list(shape)} ({dtype}) needs {needed} bytes and has {span.length}")

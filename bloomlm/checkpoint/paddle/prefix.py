@@ -4,9 +4,10 @@ E's columns are 2L slots, first the keys of all blocks, then the values, each of
 the slot of a block, [P, H, K] in memory, was reread as keys [H, K, P] and values [H, P, K] by reshape, which mixes
 tokens, heads and columns; since then (new layout) it is transposed as one would expect. And where t tensor-parallel
 ranks trained, rank r took the r-th chunk of E's columns as 2L slots of its own H/t heads. The weights fit any of these,
-and each gives another model; pre_caches.npy does not help, it was written in the new layout by both.
+and each gives another model. pre_caches.npy does not tell them apart: both versions wrote it in the new layout.
 
-All of it only permutes the numbers of E: `arrange` does, into the order [P, L, 2, H, K] of PEFT and of PrefixEncoder.
+All of this only permutes the numbers of E: Arrangement (recorded.py) brings them into the order [P, L, 2, H, K] of PEFT
+and of PrefixEncoder.
 
 Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, t ranks, G width of the projection.
 """
@@ -51,10 +52,10 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PaddlePrefix:
-    """An adapter's files, understood but unread."""
+    """A prefix adapter's files, interpreted but not read."""
 
     config: PrefixConfig
-    """Number of virtual tokens, and the projection it was trained with."""
+    """Number of virtual tokens, and the projection of its training."""
     model_config: BloomConfig
     """Of its base model."""
     arrangement: Arrangement
@@ -69,15 +70,14 @@ class PaddlePrefix:
 
     @property
     def recorded(self) -> RecordedPrefix:
-        """How it learns on."""
+        """The adapter as it is trained further."""
         return RecordedPrefix(config=self.config, arrangement=self.arrangement)
 
     def plain(self) -> PlainAdapter:
         """The ordinary prefix that computes the same, its tensors in PEFT's order.
 
-        A projection is kept in the new layout, which moves only its outputs. In the old layout, which mixes tokens,
-        there is no such projection: the keys and values that it gave are all that is left (computed in fp32 and rounded
-        once).
+        In the new layout a projection is kept, with its outputs in another order. The old layout mixes tokens, so no
+        projection gives the same; only the keys and values are kept, computed in fp32 and rounded once.
         """
         tensors = {name: tensor.read() for name, tensor in self.stored.items()}
         if self.arrangement.layout is PrefixLayout.OLD:
@@ -96,14 +96,14 @@ class PaddlePrefix:
         return PlainAdapter(config=self.config, tensors={PREFIX + name: plain[name] for name in plain})
 
     def weights(self) -> dict[str, LazyTensor]:
-        """What learned, under the names of a model in which `recorded` is installed."""
+        """The trained parameters, under their names in a model in which `recorded` is installed."""
         return {PREFIX + name: tensor for name, tensor in self.stored.items()}
 
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
-        """Tensors of what learned, such as Adam's moments, put together and named as `weights` are.
+        """Other tensors of the trained parameters, such as Adam's moments, joined and named as `weights`.
 
         Args:
-            ranks: of each rank, tensors under PaddleNLP's names and as stored.
+            ranks: the tensors of each rank, as stored and under PaddleNLP's names.
 
         Raises:
             CheckpointError: they do not fit the encoder's parameters.
@@ -112,15 +112,15 @@ class PaddlePrefix:
 
 
 def read_paddle_prefix(directory: Path, model_config: BloomConfig, reading: PaddleReading) -> PaddlePrefix:
-    """Understand a prefix adapter's files; no tensor is read.
+    """Interpret a prefix adapter's files; no tensor is read.
 
     Args:
         directory: holds prefix_config.json and prefix_model_state.pdparams or its .tp00, .tp01, ... shards.
         model_config: of the base model.
-        reading: its layout and the ranks that trained it, where the files do not tell.
+        reading: its layout and the number of ranks that trained it, where the files do not say.
 
     Raises:
-        AdapterError: the files are missing or damaged, do not fit the model, or leave layout or degree open.
+        AdapterError: the files are missing or damaged, do not fit the model, or lack the layout or the number of ranks.
     """
     files = read_adapter_files(directory, PREFIX_CONFIG_FILE, PREFIX_STEM, reading)
     config = _prefix_config(files, model_config)
@@ -142,10 +142,10 @@ def read_paddle_prefix(directory: Path, model_config: BloomConfig, reading: Padd
 
 
 def prefix_cuts(config: PrefixConfig, model_config: BloomConfig) -> dict[str, Cut]:
-    """What PaddleNLP's ranks hold of a prefix: tokens of the embedding, outputs of one linear, inputs of the other.
+    """How PaddleNLP's ranks divide a prefix: tokens of the embedding, outputs of one linear, inputs of the other.
 
     Args:
-        config: of the prefix; with a projection it names its width.
+        config: of the prefix; if it has a projection, with its width.
         model_config: of the base model.
 
     Returns:

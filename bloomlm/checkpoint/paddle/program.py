@@ -1,8 +1,8 @@
-"""An exported Paddle program's weights: tensors one after another in .pdiparams, their names in .pdiparams.info.
+"""The weights of an exported Paddle program: consecutive tensors in .pdiparams, their names in .pdiparams.info.
 
 A tensor is: version (u32 0); number of LoD levels (u64) and each level (u64 size in bytes, data); version (u32 0); size
 of the description (i32); the description, a protobuf of data type (field 1) and dimensions (field 2); the numbers.
-They lie in the order of their sorted variable names.
+The tensors are in the order of their sorted variable names.
 
 Source: Paddle's DenseTensor serialisation (SerializeToStream, TensorToStream) and framework.proto, VarType.
 """
@@ -33,7 +33,7 @@ DTYPES = {
     22: torch.bfloat16,
 }
 MAX_DESCRIPTION_BYTES = 4096
-WRAPPER_PREFIX = "model."  # a LoRA model's names for its base
+WRAPPER_PREFIX = "model."  # of a base model inside a LoRA model
 
 
 def read_program_weights(path: Path) -> dict[str, LazyTensor]:
@@ -91,7 +91,7 @@ def _stored_tensors(stored: StoredFile) -> Iterator[StoredArray]:
 
 
 def _stored_tensor(stored: StoredFile, offset: int) -> tuple[StoredArray, int]:
-    """The tensor that begins at an offset, and where it ends."""
+    """The tensor that begins at an offset, and the offset of its end."""
     version, levels = _unpack(stored, "<IQ", offset)
     offset += 12
     for _ in range(min(levels, stored.size_bytes)):

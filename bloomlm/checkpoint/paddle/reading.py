@@ -13,14 +13,14 @@ class PrefixLayout(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class PaddleReading:
-    """What the user knows about files of PaddleNLP and the files leave open."""
+    """What the user knows about files of PaddleNLP that the files do not say."""
 
     prefix_layout: PrefixLayout | None = None
-    """Of a prefix adapter: old until August 2023, new since; None: as the files tell."""
+    """Of a prefix adapter: old until August 2023, new since then; None: as the files say."""
     trained_tensor_parallel_degree: int | None = None
-    """Tensor-parallel ranks that trained an adapter; None: as the files tell."""
+    """Tensor-parallel ranks that trained an adapter; None: as the files say."""
     tokenization: bool = False
-    """Cut texts into words as PaddleNLP did, which read vocab.json and merges.txt as GPT-2's tokenizer does."""
+    """Read vocab.json and merges.txt as PaddleNLP did, which cut words like GPT-2's tokenizer and not like BLOOM's."""
 
     @classmethod
     def from_flags(
@@ -30,7 +30,7 @@ class PaddleReading:
         trained_tensor_parallel_degree: int | None = None,
         paddle_tokenization: bool = False,
     ) -> "PaddleReading":
-        """The value that the three flags of this name stand for."""
+        """The value that three flags of these names stand for."""
         return cls(
             prefix_layout=None if prefix_layout is None else PrefixLayout(prefix_layout),
             trained_tensor_parallel_degree=trained_tensor_parallel_degree,
@@ -39,7 +39,7 @@ class PaddleReading:
 
     @property
     def adapter_flags(self) -> tuple[str, ...]:
-        """Names of those given that say how to read an adapter."""
+        """Names of the given flags that say how to read an adapter."""
         return tuple(
             name for name in ("prefix_layout", "trained_tensor_parallel_degree") if getattr(self, name) is not None
         )

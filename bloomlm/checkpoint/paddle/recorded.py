@@ -1,8 +1,8 @@
-"""How an adapter that PaddleNLP began learns on: what PEFT's files cannot say.
+"""An adapter that PaddleNLP began to train, with what PEFT's files cannot say about its further training.
 
-Of a LoRA of before July 2023 only the blocks of lora_B learn, and a prefix keeps the encoder it was trained with, so
-that the recorded moments fit. Our own checkpoints of such a run note this in paddle_adapter.json, beside PEFT's files,
-and so go on like any other; the values of what learns are in their training state.
+In a LoRA from before July 2023 only blocks of lora_B are trained, and a prefix keeps the encoder of its training, so
+that the recorded moments fit. Checkpoints that bloomlm writes of such a run record this in paddle_adapter.json, beside
+PEFT's files, and are resumed like any other; the values of the parameters are in their training state.
 
 Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, t ranks, E the encoder's output [P, 2LD].
 """
@@ -31,7 +31,7 @@ STRUCTURE_FILE = "paddle_adapter.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Where the slots of one module's lora_B lie."""
+    """Positions of the trained slots of one module's lora_B."""
 
     slots: tuple[bool, ...]
     """Which of the equal parts of the outputs are trained; (True,) for a plain LoRA."""
@@ -61,7 +61,7 @@ class Blocks:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedLora:
-    """A LoRA of any of PaddleNLP's eras, as a plain one with entries that do not learn."""
+    """A LoRA of any of PaddleNLP's eras, as a plain one with entries that are not trained."""
 
     config: LoraConfig
     """Of the plain LoRA."""
@@ -71,13 +71,13 @@ class RecordedLora:
 
     @property
     def num_slots(self) -> int:
-        """So many times PaddleNLP's r is the plain LoRA's (k), in most modules."""
+        """Ratio of the plain LoRA's r to PaddleNLP's (k), in most modules."""
         numbers = [block.num_enabled for block in self.blocks.values()]
         return max(set(numbers), key=numbers.count)
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Those of PaddleNLP's own adapter."""
+        """The flags of the recorded LoRA, before it was made a plain one."""
         return {
             "r": self.config.r // self.num_slots,
             "lora_alpha": self.config.alpha / self.num_slots,
@@ -91,7 +91,7 @@ class RecordedLora:
         return f"LoRA (r {self.flags['r']}, lora_alpha {self.flags['lora_alpha']:g}{plain})"
 
     def write(self, directory: Path) -> None:
-        """Note it in paddle_adapter.json."""
+        """Record it in paddle_adapter.json."""
         _write(directory, self)
 
     @classmethod
@@ -105,7 +105,7 @@ class RecordedLora:
         """Put it into a model; see imported_run.py."""
         apply_adapter(model, self.config, _private_generator(model, device), device)
         for name, module in self.config.layers(model):
-            if name not in self.blocks:  # PaddleNLP gave this block none: its update stays zero
+            if name not in self.blocks:  # PaddleNLP gave this module no update, so it stays zero
                 module.lora_A.requires_grad_(False)
                 module.lora_B.requires_grad_(False)
                 continue
@@ -116,12 +116,12 @@ class RecordedLora:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """What decides the meaning of E."""
+    """What determines the meaning of E."""
 
     layout: PrefixLayout
     """Reread (old) or transposed (new)."""
     tp_degree: int
-    """Ranks that trained it (t)."""
+    """Number of ranks that trained it (t)."""
     head_shape: tuple[int, int, int]
     """L, H, K."""
 
@@ -169,7 +169,7 @@ class RecordedPrefix:
         )
 
     def write(self, directory: Path) -> None:
-        """Note it in paddle_adapter.json."""
+        """Record it in paddle_adapter.json."""
         _write(directory, self)
 
     @classmethod
@@ -197,7 +197,7 @@ class RecordedPrefix:
 
 
 class PaddlePrefixEncoder(PrefixEncoder):
-    """PaddleNLP's encoder with its own order of columns, so that its optimizer state fits it."""
+    """An encoder with PaddleNLP's order of columns, which its optimizer state has."""
 
     def __init__(self, config: PrefixConfig, model_config: BloomConfig, arrangement: Arrangement) -> None:
         super().__init__(config, model_config)
@@ -209,7 +209,7 @@ class PaddlePrefixEncoder(PrefixEncoder):
         return self.arrangement.arrange(super().flat())
 
     def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
-        """What it gives, as a prefix without projection, whose columns would come in another order."""
+        """The keys and values that it gives, as a prefix without projection."""
         with torch.device("meta"):
             whole = PaddlePrefixEncoder(self.config, self.model_config, self.arrangement)
         whole.load_state_dict(dict(tensors), assign=True)
@@ -218,7 +218,7 @@ class PaddlePrefixEncoder(PrefixEncoder):
 
 
 def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
-    """The adapter that a checkpoint of ours notes; None where it notes none.
+    """The adapter that a checkpoint of bloomlm's records; None if it records none.
 
     Args:
         directory: of the checkpoint.
@@ -247,11 +247,11 @@ def _write(directory: Path, adapter: RecordedLora | RecordedPrefix) -> None:
 
 
 def _plain_value(value: Any) -> Any:
-    """What JSON has for a layout."""
+    """A layout as JSON."""
     assert isinstance(value, PrefixLayout)
     return value.value
 
 
 def _private_generator(model: BloomForCausalLM, device: torch.device | None) -> torch.Generator:
-    """Fresh values are drawn only to be replaced: the program's own randomness shall not notice."""
+    """For fresh values, which are replaced afterwards, so that they do not advance the generator of the program."""
     return torch.Generator(device or model.transformer.word_embeddings.weight.device)

@@ -1,8 +1,8 @@
-"""What a PaddleNLP checkpoint has to go on training with: weights, Adam's moments, step, learning rate, loss scale.
+"""The training state in a PaddleNLP checkpoint: weights, Adam's moments, step, learning rate, loss scale.
 
-optimizer.pdopt keeps accumulators under variable names ("linear_0.w_0_moment1_0"), which the state dict of the weights
-beside it translates. Ranks have files of their own (optimizer.tp00.pdopt), and so have sharding groups, each with the
-accumulators of some parameters (optimizer.tp00_shard01.pdopt, optimizer.shard01.pdopt).
+optimizer.pdopt holds accumulators under variable names ("linear_0.w_0_moment1_0"), which the state dict of the weights
+beside it maps to parameter names. Each rank has its own file (optimizer.tp00.pdopt), and so has each sharding group,
+with the accumulators of some parameters (optimizer.tp00_shard01.pdopt, optimizer.shard01.pdopt).
 """
 
 import json
@@ -38,29 +38,29 @@ KINDS = ("moment1", "moment2", "master_weights")
 
 
 class Learned(Protocol):
-    """What learned in a run."""
+    """What a run trained: a whole model or an adapter."""
 
     @property
     def stem(self) -> str:
-        """Name of its state dict, without the ending."""
+        """Name of its state dict, without the suffix."""
         ...
 
     @property
     def recorded(self) -> RecordedAdapter | None:
-        """How it learns on; None: as all of a model does."""
+        """The adapter as it is trained further; None: it is a whole model."""
         ...
 
     def weights(self) -> Mapping[str, LazyTensor]:
-        """The weights, under the names of the model that goes on."""
+        """The weights, under the names of the model that resumes."""
         ...
 
     def join(self, ranks: list[RankTensors]) -> Mapping[str, LazyTensor]:
-        """Other tensors of the same parameters, which the ranks hold under PaddleNLP's names, under these names."""
+        """Other tensors of the same parameters, of each rank under PaddleNLP's names, joined and named as `weights`."""
         ...
 
 
 class WholeModel:
-    """All of a model, which learned in a run."""
+    """A whole model that a run trained."""
 
     stem = MODEL_STEM
     recorded = None
@@ -73,7 +73,7 @@ class WholeModel:
         return open_model(self._directory, self._config).tensors
 
     def join(self, ranks: list[RankTensors]) -> Mapping[str, LazyTensor]:
-        """Put tensors together as the parameters are."""
+        """Join tensors as the parameters are joined."""
         published = [RankTensors(rank.place, published_tensors(rank.tensors, rank.place)) for rank in ranks]
         return join_ranks(published, self._config, str(self._directory))
 
@@ -88,8 +88,8 @@ def read_state(directory: Path, learned: Learned, adam_beta1: float) -> Imported
 
     Args:
         directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
-        learned: what learned in it.
-        adam_beta1: that the run was started with; needed only where no file counts the steps.
+        learned: what it trained.
+        adam_beta1: of the run; needed only where no file counts the steps.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not fit the weights.
@@ -120,7 +120,7 @@ def read_state(directory: Path, learned: Learned, adam_beta1: float) -> Imported
 def _moments(
     states: Mapping[int, list[PaddleState]], learned: Learned, directory: Path
 ) -> dict[str, Mapping[str, LazyTensor]]:
-    """Of each of KINDS, tensors under the names of the model that goes on; all empty without an optimizer's files."""
+    """Kind -> tensors under the names of the model that resumes; all empty without optimizer files."""
     if not states:
         return {kind: {} for kind in KINDS}
     ranks = [_sorted_by_kind(files, directory, learned.stem, tp_rank) for tp_rank, files in states.items()]
@@ -134,7 +134,7 @@ def _moments(
 
 
 def _optimizer_states(directory: Path) -> dict[int, list[PaddleState]]:
-    """Tensor-parallel rank -> its files, one for each sharding group; empty without any."""
+    """Tensor-parallel rank -> its optimizer files, one for each sharding group; empty if there are none."""
     paths: dict[int, dict[int, Path]] = {}
     for path in sorted(directory.glob("optimizer*.pdopt")):
         match = OPTIMIZER_FILE.fullmatch(path.name)
@@ -190,7 +190,7 @@ def _sorted_by_kind(states: list[PaddleState], directory: Path, stem: str, tp_ra
 
 
 def _names_of_variables(directory: Path, stem: str, tp_rank: int, variables: list[str]) -> Mapping[str, str]:
-    """Variable name -> parameter name, as the weights' state dict says, or by counting a whole model's layers."""
+    """Variable name -> parameter name, from the state dict of the weights, or by counting a whole model's layers."""
     own = directory / f"{stem}.tp{tp_rank:02d}.pdparams"
     paths = [own] if own.is_file() else sorted(directory.glob(f"{stem}*.pdparams"))
     names: dict[str, str] = {}
@@ -205,13 +205,13 @@ def _names_of_variables(directory: Path, stem: str, tp_rank: int, variables: lis
 def _updates(
     scheduler: Mapping[str, Any], states: list[PaddleState], trainer: Mapping[str, Any], beta1: float, directory: Path
 ) -> int:
-    """What the schedule counts (steps that fp16 skipped do not count), else by Adam's beta1 ** (updates + 1)."""
+    """Updates by the schedule's count (without steps that fp16 skipped), or else from Adam's beta1 ** (updates + 1)."""
     last_epoch = _whole(scheduler.get("last_epoch"))
     if last_epoch is not None:
         return last_epoch
     powers = [t for state in states for key, t in state.tensors.items() if "_beta1_pow_acc_" in key]
     power = float(powers[0].read().max()) if powers else 0.0
-    if 1e-30 < power < 1.0:  # below that, a few steps more or less no longer show
+    if 1e-30 < power < 1.0:  # below that, the power no longer tells neighbouring steps apart
         return round(math.log(power) / math.log(beta1)) - 1
     global_step = _whole(trainer.get("global_step"))
     if global_step is None:

@@ -23,7 +23,7 @@ STORED_DTYPES: Mapping[str, torch.dtype] = DTYPES | {"U16": torch.bfloat16}  # n
 
 
 def is_paddle_safetensors(path: Path) -> bool:
-    """Whether PaddleNLP wrote a safetensors file; False for a damaged one, which its reader will report."""
+    """Whether PaddleNLP wrote a safetensors file; False for a damaged one, which the other reader reports."""
     try:
         header = _read_header(StoredFile(path))
     except CheckpointError:
@@ -34,7 +34,7 @@ def is_paddle_safetensors(path: Path) -> bool:
 
 
 def open_paddle_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file, as stored and unread.
+    """The tensors of a file, as stored; none is read.
 
     Args:
         path: the file.

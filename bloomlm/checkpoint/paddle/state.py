@@ -1,8 +1,8 @@
-"""Paddle's state dicts (.pdparams, .pdopt): read whatever form paddle.save gave them, and written array by array.
+"""Paddle's state dicts (.pdparams, .pdopt): read in every form that paddle.save wrote, and written array by array.
 
-Tensors come bare or as (name, array); above a gigabyte, pickles of protocol 2 and 3 hold them in flat pieces; beside
-them stand their variable names and, in optimizer states, plain values. Python's pickler wants every array at once, so
-the writer spells out the few opcodes around each array, and its numbers go from the checkpoint to the file in blocks.
+Tensors are arrays or pairs (name, array); above a gigabyte, pickles of protocol 2 and 3 hold them in flat pieces. Their
+variable names and, in optimizer states, plain values stand beside them. Python's pickler needs whole arrays in memory,
+so the writer emits the few opcodes around each array itself, and the numbers are written in blocks.
 
 Source: the opcodes as Python's pickletools describes them; the files that PaddleNLP 2.6 wrote.
 """
@@ -29,7 +29,7 @@ from bloomlm.errors import CheckpointError
 
 VARIABLE_NAMES = "StructuredToParameterName@@"
 BIG_TENSORS = "UnpackBigParamInfor@@"
-# As numpy spells them; it has no bfloat16, whose bits Paddle keeps as uint16.
+# numpy's codes; it has no bfloat16, whose bits Paddle stores as uint16.
 NUMPY_DTYPES = {torch.float64: "f8", torch.float32: "f4", torch.float16: "f2", torch.bfloat16: "u2"}
 
 
@@ -42,7 +42,7 @@ class PaddleState:
     tensors: Mapping[str, LazyTensor]
     """Under the names and in the layout of the file."""
     variable_names: Mapping[str, str]
-    """Name -> what Paddle called the variable ("linear_0.w_0"), as far as the file says so."""
+    """Name -> name of the Paddle variable ("linear_0.w_0"), where the file has it."""
     values: Mapping[str, Any]
     """Everything else, such as LR_Scheduler and master_weights."""
 
@@ -87,14 +87,14 @@ def split_tensors(content: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], di
 
 
 class PaddleStateWriter:
-    """One state dict, written array by array; pickle.load gives {name: ndarray}."""
+    """A state dict that is written array by array; pickle.load reads it as {name: ndarray}."""
 
     def __init__(self, file: BinaryIO | FileBehind, report: Report = no_report) -> None:
         """Begin a file.
 
         Args:
             file: empty, open for writing.
-            report: told the number of bytes whenever some more of an array are written.
+            report: called with a number of bytes after each write of a part of an array.
         """
         self._file, self._report = file, report
         self._memo: list[str] = []
@@ -129,10 +129,10 @@ class PaddleStateWriter:
         self._file.write(pickle.TUPLE + pickle.BUILD)
 
     def finish(self, variable_names: Mapping[str, str]) -> None:
-        """End the file.
+        """Complete the file.
 
         Args:
-            variable_names: name of each array -> Paddle's name of its variable ("linear_0.w_0").
+            variable_names: name of each array -> name of its Paddle variable ("linear_0.w_0").
         """
         names = b"".join(_text(name) + _text(variable) for name, variable in variable_names.items())
         self._file.write(_text(VARIABLE_NAMES) + pickle.EMPTY_DICT + pickle.MARK + names + pickle.SETITEMS)
@@ -145,7 +145,7 @@ class PaddleStateWriter:
         return self._global("numpy", "dtype") + arguments + pickle.REDUCE + _tuple(*state) + pickle.BUILD
 
     def _global(self, module: str, name: str) -> bytes:
-        """A function or class: by its names the first time, from the memo from then on."""
+        """A function or class: by its names the first time, afterwards from the memo."""
         if name in self._memo:
             return pickle.BINGET + bytes([self._memo.index(name)])
         self._memo.append(name)
@@ -166,7 +166,7 @@ def _big_tensors(path: Path, value: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def _join(path: Path, name: str, pieces: Mapping[str, Any], tensors: dict[str, LazyTensor]) -> LazyTensor:
-    """Take the flat pieces of a tensor out of the dict and put them together."""
+    """Remove the flat pieces of a tensor from the dict and join them."""
     match pieces:
         case {"OriginShape": list() | tuple() as shape, "slices": list() as keys} if (
             keys and all(type(size) is int and size >= 0 for size in shape) and all(key in tensors for key in keys)

@@ -1,7 +1,7 @@
-"""Tensors that lie in Paddle's files: their place is known, their bytes are read when asked for.
+"""Arrays in Paddle's files: their offsets are known, their bytes are read on demand.
 
-A read copies: pickle puts arrays at any offset, so a mapping would be misaligned for three tensors out of four. It
-reads the bytes of the slice and no others, leaves no mapped pages behind, and its result owns aligned memory.
+Reading copies, because pickle puts arrays at any offset and a mapping would be misaligned for three tensors out of
+four. It reads the bytes of the slice and no others, leaves no mapped pages behind, and its result owns aligned memory.
 """
 
 import codecs
@@ -24,7 +24,7 @@ READ_AHEAD_BYTES = 128 * 2**20
 
 
 class StoredFile:
-    """An open file; a tensor of it can be read even after another file has taken its name."""
+    """An open file, whose tensors can be read even after another file replaced it."""
 
     def __init__(self, path: Path) -> None:
         """Open it.
@@ -59,14 +59,14 @@ class StoredFile:
             buffer, offset = buffer[count:], offset + count
 
     def read_ahead(self, offset: int) -> None:
-        """Tell the system that the bytes from offset on come next, so that it fetches them meanwhile."""
+        """Ask the system to fetch the bytes from an offset on, because they are read next."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array whose bytes lie in one piece, little endian."""
+    """A little-endian array whose bytes are contiguous."""
 
     file: StoredFile
     offset: int
@@ -76,7 +76,7 @@ class StoredArray:
 
     @property
     def has_rows_together(self) -> bool:
-        """Unless it is stored column by column, or has no rows."""
+        """True unless it is stored column by column, or has no rows."""
         return bool(self.shape) and not self.fortran_order
 
     def read(self) -> Tensor:
@@ -106,13 +106,13 @@ class StoredArray:
                 offset = self.offset + piece * stride_bytes + start * row_bytes
                 self.file.read_into(buffer[place : place + piece_bytes], offset)
             if stop - start == self.shape[dim] and len(buffer) >= MIN_BYTES_TO_READ_AHEAD:
-                self.file.read_ahead(self.offset + len(buffer))  # whole tensors are read one after another
+                self.file.read_ahead(self.offset + len(buffer))  # whole tensors are read in the order of the file
         return raw.view(self.dtype).view(shape)
 
 
 @dataclass(frozen=True)
 class EncodedArray:
-    """An array whose bytes a pickle of protocol 2 or 3 spells as text: each byte a Latin-1 character in UTF-8."""
+    """An array whose bytes are text, as in pickles of protocol 2 and 3: each byte is a Latin-1 character in UTF-8."""
 
     file: StoredFile
     offset: int
@@ -123,11 +123,11 @@ class EncodedArray:
 
     @property
     def has_rows_together(self) -> bool:
-        """No: a slice is read through all of its text."""
+        """False: for a slice all of the text is read."""
         return False
 
     def read(self) -> Tensor:
-        """All of it, for no place in the text can be computed; some megabytes of text are decoded at a time."""
+        """All of it, because offsets in the text cannot be computed; some megabytes of text are decoded at a time."""
         raw = fresh_memory(math.prod(self.shape) * self.dtype.itemsize)
         buffer = memoryview(raw.numpy().data) if raw.numel() else memoryview(bytearray())
         num_decoded = 0

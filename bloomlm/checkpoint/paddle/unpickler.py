@@ -1,8 +1,8 @@
-"""Read Paddle's pickles (.pdparams, .pdopt) without running anything they say.
+"""Read Paddle's pickles (.pdparams, .pdopt) without executing anything in them.
 
-Python's unpickler imports and calls what a file names. This interpreter knows the few opcodes and the six globals that
-paddle.save writes, and builds plain values from them: no import, no call, no code. An array becomes a LazyTensor that
-remembers its place in the file, so that opening a file of any size reads kilobytes.
+Python's unpickler imports and calls what a file names. This interpreter knows only the few opcodes and the six globals
+that paddle.save writes, and builds plain values from them: no import, no call, no code. An array becomes a LazyTensor
+with its place in the file, so that opening a file of any size reads kilobytes.
 
 Source: the opcodes as Python's pickletools describes them; the globals that PaddleNLP's files hold.
 """
@@ -18,12 +18,12 @@ from bloomlm.checkpoint.paddle.objects import GLOBALS, Span, Text, call, plain_v
 from bloomlm.checkpoint.paddle.stored import StoredFile
 from bloomlm.errors import CheckpointError
 
-# Ten times what the optimizer state of BLOOM 176B takes; a file of nothing but "make a dict" stops here.
+# Ten times as many as the optimizer state of BLOOM 176B has, so that a file of endless opcodes is refused.
 MAX_OPCODES = 2_000_000
-# Names are shorter; longer texts are arrays' bytes, which stay in the file.
+# Names are shorter; longer texts are the bytes of arrays, which stay in the file.
 MAX_TEXT_BYTES = 65_536
 PROTOCOLS = (2, 3, 4)
-NEWEST_PROTOCOL = 5  # of Python; refused by what it holds, so that the message can name it
+NEWEST_PROTOCOL = 5  # Python's newest; the opcodes of such a file are refused, so that the message can name them
 
 _MARK: Final = object()
 _OPCODES: Final = {info.code.encode("latin-1"): info for info in pickletools.opcodes}
@@ -39,8 +39,8 @@ def load_paddle_pickle(path: Path) -> Any:
         What it holds, of dict, list, tuple, str, int, float, bool, None and LazyTensor.
 
     Raises:
-        CheckpointError: it names a global that Paddle's state files do not need (nothing of it was run), is cut
-            short, has another protocol than 2, 3 or 4, or makes no sense.
+        CheckpointError: it names a global that Paddle's state files do not need (nothing of it was run), is truncated
+            or invalid, or has another protocol than 2, 3 or 4.
     """
     stored = StoredFile(path)
     try:
@@ -74,7 +74,7 @@ class _Interpreter:
         raise self.error(f"more than {MAX_OPCODES} opcodes, more than any BLOOM's state takes")
 
     def error(self, problem: str) -> CheckpointError:
-        """An error that names the file, the place and, where it is not Paddle's, the protocol."""
+        """An error with the file, the offset and, if it is not one of Paddle's, the protocol."""
         protocol = ""
         if self.protocol not in PROTOCOLS:
             protocol = f", pickle protocol {self.protocol} where paddle.save writes 2, 3 or 4"
@@ -86,7 +86,7 @@ class _Interpreter:
         )
 
     def refuse_opcode(self, opcode: bytes) -> NoReturn:
-        """Name the opcode, or the global where it is the old form of one."""
+        """Refuse an opcode by its name; INST, the old form of a global, by the name of the global."""
         known = _OPCODES.get(opcode)
         if known is None:
             raise self.error(f"{opcode!r} is no pickle opcode: the file is damaged, or no pickle")
@@ -113,7 +113,7 @@ class _Interpreter:
         return data[:-1].decode("utf-8", "replace")
 
     def pass_over(self, length: int) -> Span:
-        """Skip bytes and remember where they are."""
+        """Skip bytes and return their place."""
         offset = self.stream.tell()
         left = self.stored.size_bytes - offset
         if length > left:
@@ -122,7 +122,7 @@ class _Interpreter:
         return Span(offset, length)
 
     def push_text(self, length: int) -> None:
-        """A name as text; what is too long for one as its place alone."""
+        """Push a text, or only its place if it is too long for a name."""
         if length > MAX_TEXT_BYTES:
             self.stack.append(self.pass_over(length))
             return
@@ -135,7 +135,7 @@ class _Interpreter:
         self.stack.append(text)
 
     def push_global(self, module: object, name: object) -> None:
-        """The stand-in of an allowed global."""
+        """Push the stand-in of an allowed global."""
         found = GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
             raise self.error(
@@ -145,13 +145,13 @@ class _Interpreter:
         self.stack.append(found)
 
     def pop(self) -> Any:
-        """The top of the stack."""
+        """Take the top of the stack."""
         if not self.stack or self.stack[-1] is _MARK:
             raise self.error("the pickle takes from an empty stack")
         return self.stack.pop()
 
     def pop_to_mark(self) -> list[Any]:
-        """Everything above the last mark."""
+        """Take everything above the last mark."""
         items: list[Any] = []
         while self.stack:
             if (item := self.stack.pop()) is _MARK:
@@ -160,24 +160,24 @@ class _Interpreter:
         raise self.error("the pickle looks for a mark that is not there")
 
     def remember(self, index: int) -> None:
-        """The top of the stack under a number."""
+        """Store the top of the stack in the memo."""
         value = self.pop()
         self.memo[index] = value
         self.stack.append(value)
 
     def recall(self, index: int) -> None:
-        """What was remembered."""
+        """Push a value of the memo."""
         if index not in self.memo:
             raise self.error(f"the pickle recalls value {index}, which it never remembered")
         self.stack.append(self.memo[index])
 
     def push_tuple(self, count: int) -> None:
-        """The top values as a tuple."""
+        """Replace the top values by a tuple."""
         items = [self.pop() for _ in range(count)]
         self.stack.append(tuple(items[::-1]))
 
     def set_items(self, items: list[Any]) -> None:
-        """Keys and values into the dict below them."""
+        """Put keys and values into the dict below them."""
         target = self.pop()
         if not isinstance(target, dict) or len(items) % 2:
             raise self.error("the pickle sets items of something that is no dict")
@@ -188,7 +188,7 @@ class _Interpreter:
         self.stack.append(target)
 
     def append_items(self, items: list[Any]) -> None:
-        """Values to the list below them."""
+        """Append values to the list below them."""
         target = self.pop()
         if not isinstance(target, list):
             raise self.error("the pickle appends to something that is no list")
@@ -224,7 +224,7 @@ class _Interpreter:
         self.push_global(module, name)
 
     def finish(self) -> Any:
-        """The one value left, checked."""
+        """The one value that is left, as plain types and lazy tensors."""
         value = self.pop()
         if self.stack:
             raise self.error("the pickle ends with values left over")
@@ -237,7 +237,7 @@ class _Interpreter:
 
 
 def _frame(interpreter: _Interpreter) -> None:
-    interpreter.take(8)  # how far to read ahead: nothing to us
+    interpreter.take(8)  # the length of a frame, which does not matter here
 
 
 def _integer(interpreter: _Interpreter) -> None:

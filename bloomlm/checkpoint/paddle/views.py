@@ -1,4 +1,4 @@
-"""Tensors made of stored ones: turned, joined, compared or held in memory, and still read only when asked for."""
+"""Lazy tensors that are made of others: transposed, joined, reshaped, compared, or held in memory."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from bloomlm.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Transposed:
-    """A stored matrix [in, out] as the published one [out, in]: a view of what is read."""
+    """A stored matrix [in, out] as the published one [out, in]."""
 
     stored: LazyTensor
 
@@ -31,7 +31,7 @@ class Transposed:
 
     @property
     def has_rows_together(self) -> bool:
-        """No: its rows are stored as columns."""
+        """False: its rows are stored as columns."""
         return False
 
     def read(self) -> Tensor:
@@ -45,7 +45,7 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Joined:
-    """Pieces of a tensor one after another along a dimension."""
+    """The concatenation of pieces along a dimension."""
 
     pieces: tuple[LazyTensor, ...]
     dim: int
@@ -64,15 +64,15 @@ class Joined:
 
     @property
     def has_rows_together(self) -> bool:
-        """Where the pieces are runs of rows."""
+        """True if the pieces are blocks of rows that have their rows together."""
         return self.dim == 0 and all(piece.has_rows_together for piece in self.pieces)
 
     def read(self) -> Tensor:
-        """All of it; memory for the whole and one piece."""
+        """All of it; takes memory for the whole and one piece."""
         return self.read_slice(self.dim, 0, self.shape[self.dim])
 
     def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim; pieces without any of them stay unread."""
+        """Rows start to stop of dimension dim; pieces without any of them are not read."""
         check_slice(self.shape, dim, start, stop)
         shape = list(self.shape)
         shape[dim] = stop - start
@@ -93,7 +93,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Reshaped:
-    """A flat tensor read in another shape, row by row."""
+    """A flat tensor in another shape, in row-major order."""
 
     flat: LazyTensor
     shape: tuple[int, ...]
@@ -113,7 +113,7 @@ class Reshaped:
         return self.flat.read().view(self.shape)
 
     def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim; only those of the first dimension lie in one piece."""
+        """Rows start to stop of dimension dim; for all but the first dimension the whole is read."""
         check_slice(self.shape, dim, start, stop)
         if dim:
             return self.read().narrow(dim, start, stop - start).clone()
@@ -123,7 +123,7 @@ class Reshaped:
 
 @dataclass(frozen=True)
 class Replicated:
-    """Copies of a tensor that several ranks hold; every read compares them."""
+    """A tensor of which several ranks hold copies, which every read compares."""
 
     copies: tuple[LazyTensor, ...]
     name: str
@@ -141,7 +141,7 @@ class Replicated:
 
     @property
     def has_rows_together(self) -> bool:
-        """Where every copy has."""
+        """True if every copy has its rows together."""
         return all(copy.has_rows_together for copy in self.copies)
 
     def read(self) -> Tensor:
@@ -174,7 +174,7 @@ class Replicated:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A tensor in memory, where a lazy one is expected."""
+    """A tensor in memory as a lazy one."""
 
     tensor: Tensor
 
@@ -190,7 +190,7 @@ class Held:
 
     @property
     def has_rows_together(self) -> bool:
-        """In memory, all of them."""
+        """True unless it is a single number."""
         return self.tensor.dim() > 0
 
     def read(self) -> Tensor:

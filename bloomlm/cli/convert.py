@@ -200,12 +200,12 @@ command = config_command(
     tensor-parallel ranks, auto_dist files, an exported .pdiparams; PEFT's adapters, and PaddleNLP's of every year. No
     Paddle is needed, and no base model for an adapter.
 
+    Without --dtype every number keeps its bits. One tensor at a time is in memory. What is written appears only when
+    it is complete: after an interruption, start the same command again.
+
     \b
     bloomlm convert --input checkpoints/paddle --output checkpoints/hf
     bloomlm convert --input bigscience/bloom-560m --output paddle --to paddle --tensor_parallel_degree 2
     bloomlm convert --input lora_from_2023 --output lora --verify
-
-    Without --dtype every number keeps its bits. One tensor at a time is in memory. What is written appears only when
-    it is complete: after an interruption, start the same command again.
     """,
 )

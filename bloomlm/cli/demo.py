@@ -138,7 +138,10 @@ command = config_command(
     demo,
     help="""Fine-tune the built-in model on the built-in dates and show what it learned.
 
-    A model of 1 million parameters learns with LoRA to write dates from 18 languages as ISO 8601; a few minutes on
-    two cores.
+    A model of 1 million parameters learns with LoRA to write dates from 18 languages as ISO 8601. That takes a few
+    minutes on two cores.
+
+    \b
+    bloomlm demo --output_dir demo
     """,
 )

@@ -249,6 +249,7 @@ command = _two_files(
     \b
     bloomlm evaluate --model_name_or_path bigscience/bloom-560m --eval_path wikitext-2 --protocol lm_eval \\
         --output_file wikitext.json
+    bloomlm evaluate --compare before.json after.json
     """,
     )
 )

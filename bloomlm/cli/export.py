@@ -97,5 +97,9 @@ command = config_command(
     help="""Turn a model, its adapter folded in, into a program that runs without the model's code.
 
     The program is compiled where a C++ compiler is found, and compared with the model before it is put in its place.
+
+    \b
+    bloomlm export --model_name_or_path builtin:tiny --output_path inference/bloom
+    bloomlm export --model_name_or_path builtin:tiny --lora_path demo --quantization int8 --output_path inference/dates
     """,
 )

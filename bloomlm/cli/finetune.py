@@ -5,12 +5,12 @@ from bloomlm.training.config import TrainingConfig
 
 
 def run(config: TrainingConfig) -> None:
-    """Fine-tune; after SIGTERM exit as the signal would have, with everything saved.
+    """Fine-tune. After SIGTERM everything is saved, and the status is that of a process which the signal ended.
 
     Raises:
         BloomlmError: flags, files or data that cannot be used, or a run that cannot go on.
     """
-    # imports torch, which --help and a misspelt flag need not wait for
+    # These import torch, for which --help and a misspelt flag need not wait.
     from bloomlm.training.finetune import finetune
     from bloomlm.training.loop import SIGTERM_EXIT_CODE
 
@@ -26,10 +26,12 @@ command = config_command(
     help="""Train a BLOOM on your examples: fully, with LoRA or with prefix tuning.
 
     Everything the run makes is in --output_dir. Started again with the same flags, a run that was stopped goes on from
-    its newest checkpoint. A first try, in a minute or two on a CPU:
+    its newest checkpoint. The first example takes a minute or two on a CPU, the second needs eight GPUs.
 
     \b
     bloomlm finetune --model_name_or_path builtin:tiny --dataset_name_or_path builtin:dates \\
         --lora --r 8 --learning_rate 1e-3 --num_train_epochs 1 --logging_steps 10 --output_dir runs/dates
+    bloomlm finetune --num_processes 8 --model_name_or_path bigscience/bloom-7b1 --train_file train.jsonl \\
+        --bf16 --recompute --sharding stage3 --output_dir runs/7b1
     """,
 )

@@ -90,5 +90,8 @@ command = config_command(
     help="""Complete prompts with an exported program.
 
     The prompts come from --prompt, from --data_file or, one on each line, through a pipe.
+
+    \b
+    bloomlm infer --model_dir inference --model_prefix bloom --prompt "The history of"
     """,
 )

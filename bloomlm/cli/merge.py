@@ -67,7 +67,11 @@ command = config_command(
     has_ranks=True,
     help="""Write a model as one plain directory: shards into one file, another precision, LoRA into its base.
 
-    The weights go from file to file one tensor at a time. A prefix adapter cannot be merged. With
-    --num_processes every process reads, adds up and writes a part.
+    One tensor at a time is in memory. With --num_processes each process reads, adds up and writes a part of the model.
+    A prefix adapter cannot be merged.
+
+    \b
+    bloomlm merge --model_name_or_path builtin:tiny --lora_path demo --output_path merged
+    bloomlm merge --num_processes 8 --model_name_or_path bigscience/bloom --dtype float32 --output_path bloom-fp32
     """,
 )

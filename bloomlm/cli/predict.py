@@ -122,5 +122,10 @@ command = config_command(
     help="""Complete prompts with a BLOOM, with or without an adapter.
 
     The prompts come from --prompt, from --data_file or, one on each line, through a pipe.
+
+    \b
+    bloomlm predict --model_name_or_path builtin:tiny --prompt "The history of" --max_new_tokens 30
+    bloomlm predict --model_name_or_path builtin:tiny --lora_path demo --data_file builtin:dates \\
+        --output_file answers.jsonl
     """,
 )

@@ -1,9 +1,11 @@
-"""Every command of README.md and docs/ runs: on the built-in model, with two processes where the page has more, in small.
+"""Every command of README.md, docs/ and each verb's --help runs: on the built-in model, with two processes where the page has more, in small.
 
 A block is run, or stands in NOT_RUN with the reason, or shows what a program prints (SHOWN); any other fails its test. Commands
 run in this process, those of many ranks in the processes that the other tests of ranks use.
 """
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -32,6 +34,7 @@ NOT_RUN = {
     "bloomlm evaluate --model_name_or_path builtin:tiny --tasks": "the same",
     "bloomlm evaluate --model_name_or_path builtin:tiny --eval_path wikitext-2": "the data come from the hub",
     "bloomlm evaluate --model_name_or_path builtin:tiny --eval_path lambada --": "the data come from the hub",
+    "bloomlm demo": "takes minutes; `make demo` runs it",
     "bloomlm finetune --optim adamw_8bit": "needs bitsandbytes; tests/unit/test_adamw_8bit.py runs it",
     "bloomlm finetune ... --resume_from_checkpoint": "needs a run of PaddleNLP's; tests/unit/test_paddle_finetune.py has one",
     "#!/bin/bash\n#SBATCH": "needs Slurm",
@@ -157,6 +160,7 @@ class Reader:
         self.directory = directory
         self.done: list[str] = []
         self._theirs: list[str] = []
+        self._names: dict[str, object] = {}  # Python blocks of a page go on with each other's names
 
     def run(self, block: Block) -> None:
         """Run a block, or find out why not."""
@@ -164,7 +168,7 @@ class Reader:
             return
         if block.is_python:
             self.done.append(block.text)
-            exec(compile(block.text, "block", "exec"), {})
+            exec(compile(block.text, "block", "exec"), self._names)
             return
         assert block.is_shell, "neither shell nor Python, and neither in SHOWN nor in NOT_RUN"
         for command in commands(block):
@@ -214,6 +218,14 @@ def test_every_command_of_the_page_runs(page: Path, reader: Reader) -> None:
         except Exception as error:
             where = reader.done[-1] if reader.done else block.text
             raise AssertionError(f"{page.name}, block in line {block.line}, at: {where}: {error}") from error
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_of_the_help_runs(verb: str, reader: Reader) -> None:
+    text = inspect.cleandoc(importlib.import_module(VERBS[verb][0]).command.help)
+    examples = text.rpartition("\n\n\b\n")[2]
+    assert examples.startswith(f"bloomlm {verb} ")
+    reader.run(Block(1, "sh", examples))
 
 
 def test_pages_have_commands() -> None:

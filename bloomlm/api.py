@@ -146,6 +146,7 @@ class LoadedModel:
 def load(
     name_or_path: str | Path,
     *,
+    adapter_path: str | Path | None = None,
     lora_path: str | Path | None = None,
     prefix_path: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
@@ -159,8 +160,8 @@ def load(
 
     Args:
         name_or_path: `builtin:tiny`, a directory, or a hub name such as `bigscience/bloom-560m`.
-        lora_path: directory or hub name of a LoRA adapter.
-        prefix_path: the same of a prefix adapter; not together with lora_path.
+        adapter_path: directory or hub name of an adapter of any kind.
+        lora_path, prefix_path: the same, of a LoRA or of a prefix adapter only; give one of the three.
         dtype: precision of the weights, or its name ("float32", "float16", "bfloat16"); None: as on disk.
         device: where they go.
         prefix_layout: of a prefix adapter in PaddleNLP's files ("old" or "new"), where they do not tell it.
@@ -172,27 +173,26 @@ def load(
         CheckpointError: files are missing, damaged or do not fit together; AdapterError: those of the adapter.
         ConfigError: an option, or the model's config.json, cannot be used.
     """
-    if lora_path is not None and prefix_path is not None:
-        raise ConfigError(f"lora_path {lora_path} and prefix_path {prefix_path}: a model takes one adapter; give one")
+    paths = {"adapter_path": adapter_path, "lora_path": lora_path, "prefix_path": prefix_path}
+    given = {name: str(path) for name, path in paths.items() if path is not None}
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are both given; a model takes one adapter, give one")
     reading = PaddleReading.from_flags(
         prefix_layout=prefix_layout,
         trained_tensor_parallel_degree=trained_tensor_parallel_degree,
         paddle_tokenization=paddle_tokenization,
     )
-    if lora_path is None and prefix_path is None:
+    if not given:
         for name in reading.adapter_flags:
-            raise ConfigError(f"{name} says how to read an adapter; give lora_path or prefix_path, or leave it out")
+            raise ConfigError(f"{name} says how to read an adapter; give adapter_path too, or leave it out")
     directory = resolve_source(str(name_or_path)).directory
     tokenizer = Tokenizer.from_directory(directory, as_gpt2=reading.tokenization)
     model = load_model(directory, dtype=_dtype_of(dtype), device=device, mesh=mesh)
-    for path, flag in ((lora_path, "lora_path"), (prefix_path, "prefix_path")):
-        if path is not None:
-            load_adapter(model, resolve_source(str(path)).directory, reading=reading, mesh=mesh)
-            _check_kind(model, path, flag)
-    adapter = lora_path or prefix_path
-    return LoadedModel(
-        model.eval(), tokenizer, mesh, name=str(name_or_path), adapter=None if adapter is None else str(adapter)
-    )
+    for name, path in given.items():
+        load_adapter(model, resolve_source(path).directory, reading=reading, mesh=mesh)
+        _check_kind(model, path, name)
+    adapter = next(iter(given.values()), None)
+    return LoadedModel(model.eval(), tokenizer, mesh, name=str(name_or_path), adapter=adapter)
 
 
 def generate(model: LoadedModel | str | Path, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
@@ -289,8 +289,8 @@ def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _check_kind(model: BloomForCausalLM, path: str | Path, flag: str) -> None:
+def _check_kind(model: BloomForCausalLM, path: str, flag: str) -> None:
     adapter = adapter_of(model)
     assert adapter is not None
-    if adapter.path_flag != flag:
+    if flag not in ("adapter_path", adapter.path_flag):
         raise AdapterError(f"{path} holds a {adapter.kind} adapter; give it as {adapter.path_flag}, not as {flag}")

@@ -113,10 +113,11 @@ class ModelFlags(Flags):
     model_name_or_path: str = flag(
         "model", REQUIRED, "builtin:tiny, a directory, or a hub name such as bigscience/bloom-560m"
     )
-    lora_path: str | None = flag("model", None, "directory or hub name of a LoRA adapter (PEFT's or PaddleNLP's files)")
-    prefix_path: str | None = flag(
-        "model", None, "directory or hub name of a prefix adapter (PEFT's or PaddleNLP's files)"
+    adapter_path: str | None = flag(
+        "model", None, "directory or hub name of an adapter of any kind (PEFT's or PaddleNLP's files)"
     )
+    lora_path: str | None = flag("model", None, "the same, of a LoRA adapter; another kind is refused")
+    prefix_path: str | None = flag("model", None, "the same, of a prefix adapter; another kind is refused")
     prefix_layout: PrefixLayoutName | None = flag(
         "model", None, "layout of a prefix in PaddleNLP's files: old until August 2023, new since then"
     )
@@ -129,6 +130,11 @@ class ModelFlags(Flags):
     paddle_tokenization: bool = flag(
         "model", False, "with vocab.json and merges.txt: split words as PaddleNLP did, not as BLOOM does"
     )
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that one of the three flags names; None without one."""
+        return self.adapter_path or self.lora_path or self.prefix_path
 
 
 READING_FLAGS = ("prefix_layout", "trained_tensor_parallel_degree", "paddle_tokenization")

@@ -48,7 +48,7 @@ def read_config(directory: Path) -> BloomConfig:
             return exported
         hint = ""
         if any((directory / name).is_file() for name in ADAPTER_CONFIG_FILES):
-            hint = "; it holds an adapter: name its base model, and give this as --lora_path or --prefix_path"
+            hint = "; it holds an adapter: name its base model, and give this as --adapter_path"
         elif find_model(directory):
             hint = "; it holds weights: put the config.json of their model beside them"
         raise CheckpointError(f"{directory} has no config.json, so it is no model{hint}")

@@ -25,6 +25,7 @@ from bloomlm.runtime.program import Program
 
 _ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leave the flag out"
 _NOT_OF_PROGRAMS = {
+    "adapter_path": _ADAPTER_IN_PROGRAM,
     "lora_path": _ADAPTER_IN_PROGRAM,
     "prefix_path": _ADAPTER_IN_PROGRAM,
     **dict.fromkeys(READING_FLAGS, "a program is read in one way, tokenizer and adapter included; leave the flag out"),

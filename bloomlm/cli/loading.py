@@ -22,6 +22,7 @@ def load_named(
     """
     return load(
         flags.model_name_or_path,
+        adapter_path=flags.adapter_path,
         lora_path=flags.lora_path,
         prefix_path=flags.prefix_path,
         **reading_flags(flags),

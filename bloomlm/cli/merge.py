@@ -54,7 +54,7 @@ def _merge(config: MergeConfig, output: Path, max_shard_size_bytes: int, mesh: M
             mesh=mesh,
         )
     size_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    adapter = f" with {config.lora_path} added in" if config.lora_path else ""
+    adapter = f" with {config.adapter} added in" if config.adapter else ""
     console = Console(highlight=False, markup=False, quiet=not mesh.is_main)
     console.print(f"{config.model_name_or_path}{adapter} is in {output} ({size_bytes / 1e6:,.1f} MB)", soft_wrap=True)
     console.print(f"next: bloomlm predict --model_name_or_path {output} --prompt ...", soft_wrap=True)

@@ -103,7 +103,7 @@ def _save(directory: Path, loaded: LoadedModel) -> None:
 def _identity(config: PredictConfig, generation: GenerationConfig, prompts: Prompts) -> str:
     """Everything that decides the completions, the state of the model's files included."""
     files = []
-    for name in (config.model_name_or_path, config.lora_path, config.prefix_path):
+    for name in (config.model_name_or_path, config.adapter):
         directory = None if name is None else resolve_source(name).directory
         if directory is not None:
             stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]

@@ -52,8 +52,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
     Args:
         pretrained: builtin:NAME, a directory or a hub name; or a loaded model or program, together with its tokenizer.
         tokenizer: the tokenizer of a loaded model or program.
-        lora_path: directory or hub name of a LoRA adapter.
-        prefix_path: directory or hub name of a prefix adapter.
+        adapter_path, lora_path, prefix_path: directory or hub name of an adapter; one of the three.
         dtype: name of the weights' precision; None or "auto": as on disk.
         device: of the weights. None: a GPU if there is one, else the CPU; so too for a GPU that does not exist.
         batch_size: sequences of max_length at once ("auto": 8); halved when memory runs out.
@@ -67,6 +66,7 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         pretrained: str | LanguageModel,
         *,
         tokenizer: Tokenizer | None = None,
+        adapter_path: str | None = None,
         lora_path: str | None = None,
         prefix_path: str | None = None,
         dtype: str | None = None,
@@ -82,9 +82,10 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
             assert tokenizer is not None, "a loaded model needs its tokenizer"
             self._model, self._tokenizer = pretrained, tokenizer
         else:
-            if lora_path and prefix_path:
-                raise ConfigError("lora_path and prefix_path: a model takes one adapter; give one")
-            self._model, self._tokenizer = _load(pretrained, lora_path or prefix_path, dtype, device)
+            adapters = [path for path in (adapter_path, lora_path, prefix_path) if path]
+            if len(adapters) > 1:
+                raise ConfigError(f"{' and '.join(adapters)}: a model takes one adapter; give one")
+            self._model, self._tokenizer = _load(pretrained, next(iter(adapters), None), dtype, device)
         self._mesh = mesh
         self._max_length = int(max_length)
         self._batch_size = _batch_size(batch_size)

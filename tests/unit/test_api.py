@@ -93,8 +93,10 @@ def test_adapters_change_the_completions(base: Path, tmp_path: Path, adapter: Lo
     assert adapted != bloomlm.load(base).generate(PROMPTS, max_new_tokens=12)
     with pytest.raises(AdapterError, match=f"give it as {right}"):
         bloomlm.load(base, **{wrong: path})
-    with pytest.raises(ConfigError, match="one adapter"):
-        bloomlm.load(base, lora_path=path, prefix_path=path)
+    assert bloomlm.load(base, adapter_path=path).generate(PROMPTS, max_new_tokens=12) == adapted
+    for other in ("lora_path", "adapter_path"):
+        with pytest.raises(ConfigError, match="one adapter"):
+            bloomlm.load(base, prefix_path=path, **{other: path})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])

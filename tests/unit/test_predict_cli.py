@@ -247,6 +247,8 @@ def test_adapters_and_the_merged_model(base: Path, tmp_path: Path, capsys: pytes
         path = write_adapter(tmp_path / flag, base, adapter)
         assert run("--model_name_or_path", base, flag, path, *flags) == 0
         outputs[flag] = capsys.readouterr().out
+        assert run("--model_name_or_path", base, "--adapter_path", path, *flags) == 0  # of any kind
+        assert capsys.readouterr().out == outputs[flag]
     assert run("--model_name_or_path", base, *flags) == 0
     assert len({*outputs.values(), capsys.readouterr().out}) == 3
 

@@ -30,7 +30,7 @@ from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import write_model
-from bloomlm.cli import bytes_display
+from bloomlm.cli import display as display_module
 from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.main import main
 from bloomlm.data.tokenizer import Tokenizer
@@ -663,7 +663,7 @@ def test_display_shows_lines_off_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(bytes_display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
     with BytesDisplay(Console(width=10)) as display:
         report = display.phase("writing", 1_000_000_000)
         display.phase("never begun", 5)

@@ -94,8 +94,8 @@ class DecodeSession:
         self._check(prompts, configs)
         if not prompts:
             return []
-        taken = iter(self._free_rows[: sum(config.num_rows for config in configs)])
-        rows = [[next(taken) for _ in range(config.num_rows)] for config in configs]
+        free = iter(self._free_rows)
+        rows = [[next(free) for _ in range(config.num_rows)] for config in configs]
         logits = self._rows.prefill([first for first, *_ in rows], prompts)
         handles: list[int] = []
         for prompt, config, own_rows, prompt_logits in zip(prompts, configs, rows, logits, strict=True):
@@ -108,7 +108,7 @@ class DecodeSession:
             self._start(config, new, own_rows, first_sequence + len(handles), logits.device)
             self._num_admitted = new.stop
             handles += new
-        self._free_rows = list(taken) + self._free_rows[sum(map(len, rows)) :]
+        self._free_rows = list(free)
         return handles
 
     @torch.inference_mode()
@@ -116,8 +116,8 @@ class DecodeSession:
         """Give every sequence its next token; those that end leave the session.
 
         Returns:
-            One event for each sequence, in the order of admission. A beam search settles on its tokens at the end
-            only, so its sequences have no event until then, and all of theirs in that step.
+            One event for each sequence, in the order of admission. A beam search knows its tokens only when it ends:
+            its sequences have no events until then, and in that step one for each of their tokens.
         """
         if not self._running:
             return []

@@ -18,7 +18,8 @@ from bloomlm.model.alibi import COLUMNS
 from bloomlm.model.config import BloomConfig
 
 _MOST_PADDED = 2.0
-"""Slots that a masked kernel call reads by those of its rows, at most."""
+"""Slots that one masked kernel call may read for each slot in use. With 8 rows of 110 to 160 tokens a masked call takes
+as long as one without a mask, and calls row by row a quarter longer."""
 
 
 class KVCache:

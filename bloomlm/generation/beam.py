@@ -1,4 +1,4 @@
-"""The bookkeeping of beam search for one prompt: scores and tokens, no model.
+"""Beam search for one prompt: scores and tokens, without the model that gives them.
 
 The search is transformers' (early_stopping False): of each step's 2 * W likeliest continuations, those among the
 first W that end are kept as finished, and the best W that do not end go on. The search closes once its best

@@ -1,4 +1,4 @@
-"""From texts to completed texts, batch by batch. Knows neither the model nor the kind of tokenizer."""
+"""From prompts to completed texts, batch by batch, for any model and tokenizer."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ class Completion:
 
 
 class TextCodec(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that is needed here."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts."""
@@ -66,7 +66,7 @@ def complete(
     num_done: int = 0,
     on_token: OnToken | None = None,
 ) -> Iterator[Completion]:
-    """Complete prompts batch by batch, each completion coming as soon as its batch is done.
+    """Complete prompts batch by batch; completions are yielded as soon as their batch is done.
 
     Args:
         generate: continues ids.

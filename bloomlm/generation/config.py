@@ -1,7 +1,8 @@
-"""What a generation can be asked for. Knows neither models nor text.
+"""The options of a generation.
 
-A strategy is a value that carries only the options which act under it, so an option without effect cannot be given.
-`GenerationConfig.from_options` takes the flat spelling that flags and keyword arguments use, and refuses such options.
+A strategy is a value that has only the options which act under it, so an option without effect cannot be given.
+`GenerationConfig.from_options` takes all options side by side, as flags and keyword arguments give them, and refuses
+those without effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Sampling:
     top_p: float = 1.0
     """Keep the fewest most likely tokens whose probabilities add up to p; 1.0 keeps all."""
     seed: int = 20
-    """Start of the random numbers."""
+    """Seed of the random numbers."""
 
     def __post_init__(self) -> None:
         _check(self.temperature > 0, "temperature", self.temperature, "a number above 0 (for 0, use greedy)")
@@ -70,7 +71,7 @@ class GenerationConfig:
     min_new_tokens: int = 0
     """Tokens before `</s>` is allowed."""
     repetition_penalty: float = 1.0
-    """Above 1.0 makes tokens that occurred, in the prompt too, less likely; 1.0 is off."""
+    """Above 1.0 makes tokens less likely that the prompt or the continuation contains already; 1.0 is off."""
     no_repeat_ngram_size: int = 0
     """No run of this many tokens occurs twice, prompt included; 0 is off."""
     num_return_sequences: int = 1
@@ -113,7 +114,7 @@ class GenerationConfig:
 
     @classmethod
     def from_options(cls, *, decode_strategy: str = "greedy", **options: Any) -> "GenerationConfig":
-        """Build one from the flat spelling of flags; an option that is None counts as not given.
+        """Build a configuration from options side by side, as flags give them; None means that an option is not given.
 
         Args:
             decode_strategy: greedy, sampling or beam_search.

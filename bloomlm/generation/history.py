@@ -1,4 +1,4 @@
-"""What each row has said so far, and what follows from it for the next token. Knows no model.
+"""The tokens of each row so far, and the options that depend on them.
 
 Shapes: B rows of a call, S tokens of the longest of them, V vocabulary.
 """
@@ -13,7 +13,7 @@ from bloomlm.generation.sampling import apply_repetition_penalty, ban_repeated_n
 
 
 class History:
-    """Prompt and generated tokens of each row, each from the first place on, in memory that is allocated once."""
+    """Prompt and generated tokens of each row, which begin at its first place, in memory that is allocated once."""
 
     def __init__(self, num_rows: int, num_tokens: int) -> None:
         """Allocate num_rows rows of num_tokens tokens."""

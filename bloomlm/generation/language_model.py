@@ -1,4 +1,4 @@
-"""What generation needs of a model. BLOOM in PyTorch and programs of every format have it.
+"""The calls that generation makes of a model. BLOOM in PyTorch and programs of every format have them.
 
 Shapes: B rows of a call, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ModelRows(Protocol):
-    """Memory for sequences that are being continued, one a row; what happens to a row moves no other."""
+    """Memory for sequences that are being continued, one in each row; no row moves when others change."""
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to rows.

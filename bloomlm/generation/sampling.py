@@ -1,7 +1,7 @@
-"""Pure functions from logits to logits and to ids. Nothing here knows a model, a file or a text.
+"""Pure functions from logits to logits and to ids.
 
-Each changes what may come next in every sequence at once, the definitions being those of transformers' logits
-processors, to which the tests compare values. A sequence's history is padded behind its end, and pads never count as
+Each acts on many sequences at once. The definitions are those of transformers' logits
+processors, with which tests compare values. A sequence's history is padded behind its end, and pads never count as
 tokens.
 
 Shapes: B sequences, V vocabulary, S tokens of history (pads included).

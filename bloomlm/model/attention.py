@@ -21,12 +21,12 @@ from bloomlm.model.kv_cache import Extension
 from bloomlm.model.partition import WHOLE, Partition
 
 SHORT_TOKENS = 128
-"""Documents of so many tokens or fewer are computed together."""
+"""Documents of at most this many tokens are computed together."""
 MOST_PADDED = 1.5
-"""Scores of a padded group by those of its documents alone, at most."""
+"""A group of padded documents computes at most this many times the scores of its documents alone."""
 _BLOCK_QUERIES = 64
 _LONGEST_IN_BLOCKS = 1024
-"""Tokens of a document that is computed a block of queries at a time where that is faster."""
+"""The longest document that is computed one block of queries at a time where that is faster."""
 
 
 def attend(
@@ -65,7 +65,7 @@ def attend(
 
 
 class VirtualTokens(nn.Module):
-    """What gives every block the keys and values of tokens that stand before each document."""
+    """A module that gives every block the keys and values of tokens that stand before each document."""
 
     def __init__(self, num_tokens: int, heads: range) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class VirtualTokens(nn.Module):
         self.heads = heads
         """The heads whose keys and values are needed here."""
         self.partition: Partition = WHOLE
-        """Of the keys and values, before the heads are chosen."""
+        """How ranks divide the keys and values, which happens before the heads are chosen."""
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """For each block the keys and values, [H, P, K] each, of the heads that are needed here."""

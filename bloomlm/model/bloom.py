@@ -138,7 +138,7 @@ class BloomModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The format that is computed in without autocast; the weights', except for int8 ones."""
+        """The precision of computations without autocast: that of the weights, unless these are int8."""
         return self.ln_f.weight.dtype
 
     @property

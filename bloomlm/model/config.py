@@ -27,13 +27,13 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 }
 REQUIRED = ("vocab_size", "hidden_size", "n_layer", "n_head")
 COUNTS = REQUIRED
-MOST_BLOCKS = 1000  # far beyond any model, and yet soon refused
+MOST_BLOCKS = 1000  # far more than any model has; larger numbers are mistakes and would take long to fail
 PROBABILITIES = ("hidden_dropout", "attention_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BloomConfig:
-    """The shape of a BLOOM model and what its files say besides.
+    """The shape of a BLOOM model, and the other settings in its config.json.
 
     Source: the config.json of bigscience/bloom and transformers' BloomConfig.
     """

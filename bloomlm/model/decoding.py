@@ -1,4 +1,4 @@
-"""A model's side of generation: prompts are read into rows of a cache, and rows are given one more token each.
+"""BLOOM as generation uses it: prompts are read into rows of a cache, and rows are given one token at a time.
 
 Shapes: B rows of a call, V vocabulary.
 """

@@ -54,7 +54,7 @@ def attend_documents(
         [N, H, E].
     """
     width = fused.shape[-1]
-    # torch 2.6 takes powers of two only, later versions compute as if they were
+    # torch 2.6 accepts powers of two only, and later versions pad to them
     fused = F.pad(fused, (0, (1 << (width - 1).bit_length()) - width))
     query, key, value = fused.permute(2, 1, 0, 3)
     num_virtual = 0
@@ -90,7 +90,7 @@ def document_mask(lengths: tuple[int, ...], num_virtual: int, device: torch.devi
 
 @cache
 def _compiled_kernel() -> Callable[..., Tensor]:
-    # imported here: it takes long, and only GPUs need it
+    # imported here because the import is slow and only GPUs need it
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens so far: rows of memory that is allocated once, each row with a length of its own.
+"""Keys and values of the tokens so far, in rows of memory that is allocated once. Each row has a length of its own.
 
-A row holds [virtual tokens][tokens] from its first slot on. Rows are filled, copied and freed one by one; nothing that
-happens to one of them moves another. Keys and values are kept with their position columns (alibi.COLUMNS), ready for
+A row holds [virtual tokens][tokens] from its first slot on. Rows are filled, copied and freed one by one, and no row
+moves when others change. Keys and values are kept with their position columns (alibi.COLUMNS), ready for
 the attention kernel.
 
 Shapes: L blocks, R rows, M slots of a row, N packed new tokens, H heads, K head_dim, C position columns, E = K + C,
@@ -143,13 +143,13 @@ class Extension:
         self.calls: list[CachedCall] = []
         """The kernel calls, where no masked one serves all rows."""
         self.masked: tuple[slice, int, Tensor, Tensor] | None = None
-        """One masked call for one new token a row: the span of rows, the slots, the place of each token's row in the
-        span [N], and where it may look [rows, 1, 1, slots] bool."""
+        """One masked call for one new token a row: the rows it spans, the slots it reads of each, the place of each
+        token's row among those rows [N], and where a row's token may look [rows, 1, 1, slots] bool."""
         if not self.is_prefill:
             self._plan_calls(starts, num_new, device)
 
     def write(self, layer: int, fused: Tensor, virtual: tuple[Tensor, Tensor] | None) -> None:
-        """Put block `layer`'s new keys and values where they go.
+        """Write the new keys and values of one block into the cache.
 
         Args:
             layer: index of the block.

@@ -74,7 +74,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, fake tensors) bring products of their own
+_PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, fake tensors) have products of their own
 
 
 class _Linear(torch.autograd.Function):
@@ -132,7 +132,7 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        # for the backward pass the int8 weight is kept, which is there anyway, and made floating point once more
+        # the backward pass converts the int8 weight again, which takes no memory, because the model has it anyway
         ctx.save_for_backward(weight, scale)
         return int8_product(x, weight, scale, bias)
 

@@ -14,7 +14,7 @@ from bloomlm.errors import CheckpointError
 
 LARGEST = 127
 BLOCK_ELEMENTS = 2**22
-"""Elements in floating point at a time: 16 MiB in fp32, which processors keep close and GPUs do not notice."""
+"""Elements that are converted at a time: 16 MiB in fp32, small enough for caches, large enough for GPUs."""
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:

@@ -40,7 +40,7 @@ def output_names(num_blocks: int) -> list[str]:
 
 
 class StepModel:
-    """A program of these formats, as the decoding loop wants it."""
+    """A program of these formats, with the calls of LanguageModel."""
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str, run: Run) -> None:
         """Read the virtual tokens.
@@ -61,7 +61,7 @@ class StepModel:
         self._virtual = _read_virtual(directory / virtual_file(prefix), manifest)
 
     def open_rows(self, num_rows: int, num_tokens: int) -> "StepRows":
-        """Memory for num_rows sequences, which grows with them whatever num_tokens is."""
+        """Rows for num_rows sequences; their memory grows with them, so num_tokens is not needed."""
         return StepRows(self._run, self._virtual, num_rows)
 
 

@@ -1,6 +1,6 @@
-"""The gguf format, run by llama.cpp: its C functions as llama-cpp-python declares them, its logits into our loop.
+"""The gguf format, run by llama.cpp through the C functions that llama-cpp-python declares.
 
-llama.cpp keeps one pool of cache cells. A row here is one of its sequences, and rows that were one share their cells.
+llama.cpp has one pool of cache cells. A row here is one of its sequences; a copied row shares the cells of its source.
 
 Shapes: B rows, V vocabulary.
 """
@@ -45,7 +45,7 @@ class _Token:
 
 
 class LlamaCppModel:
-    """A program of this format, as the decoding loop wants it."""
+    """A program of this format, with the calls of LanguageModel."""
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
         """Map the file.
@@ -86,7 +86,7 @@ class LlamaCppModel:
         return LlamaCppRows(self, num_rows, num_tokens)
 
     def last_message(self) -> str:
-        """What llama.cpp complained of last."""
+        """The last error message of llama.cpp."""
         return self._messages[-1] if self._messages else "it gives no reason"
 
 
@@ -140,7 +140,7 @@ class _Context:
         parameters.n_batch = parameters.n_ubatch = _CHUNK_TOKENS
         parameters.n_outputs_max = max(num_sequences, 1)
         parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
-        # as the model computes: its default is a cache in 16 bits
+        # float32 as in the model; the default is a cache in 16 bits
         parameters.type_k = parameters.type_v = library.GGML_TYPE_F32
         parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.no_perf = True
@@ -194,11 +194,11 @@ def _chunks(tokens: Sequence[_Token]) -> Iterator[Sequence[_Token]]:
 
 _messages: list[str] = []
 _callbacks: list[Any] = []
-"""Kept here because llama.cpp calls it as long as the process lives."""
+"""Kept here because llama.cpp calls it until the process ends."""
 
 
 def _library() -> tuple[Any, list[str]]:
-    """llama.cpp's functions, and the list that its complaints go to."""
+    """llama.cpp's functions, and the list that holds its last error message."""
     try:
         from llama_cpp import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # the package is there, and its library does not load

@@ -47,7 +47,7 @@ def graph_file(prefix: str, entry_point: str) -> str:
 
 
 class Pt2Model:
-    """A program of this format, as the decoding loop wants it."""
+    """A program of this format, with the calls of LanguageModel."""
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
         """Map the weights and load the functions.
@@ -210,7 +210,7 @@ def _open_compiled(directory: Path, prefix: str, entry_point: str, weights: Mapp
 
     def run(*arguments: Any) -> Tensor:
         *tensors, cache = arguments
-        # compiled code takes addresses and believes the strides that it was traced with
+        # compiled code takes addresses only, and assumes the strides that it was traced with
         inputs = [tensor.contiguous() for tensor in tensors]
         return function([*inputs, *cache, *constants])[0]
 
@@ -221,7 +221,7 @@ def _open_graph(directory: Path, prefix: str, entry_point: str, weights: Mapping
     path = directory / graph_file(prefix, entry_point)
     try:
         module = torch.export.load(path).module()
-    except Exception as error:  # the loader raises whatever it stumbles over
+    except Exception as error:  # the loader raises errors of many kinds
         raise ProgramError(
             f"{path} cannot be loaded by PyTorch {torch.__version__}: {type(error).__name__}: {error}"
         ) from error

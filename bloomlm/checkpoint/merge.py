@@ -27,21 +27,21 @@ def merge_to_directory(
     report: Report = no_report,
     mesh: Mesh = ALONE,
 ) -> None:
-    """Write a model with its LoRA added into the weights; the model itself does not change.
+    """Write a model with its adapter added into the weights; the model itself does not change.
 
-    One layer at a time is added up, so a model that load_model has mapped goes from file to file.
+    One layer at a time is merged, so a model that load_model has mapped goes from file to file.
 
     Args:
-        model: with LoRA, or plain.
+        model: with an adapter that can be merged, or without one.
         directory: where to; replaced as a whole if it holds a model already.
         tokenizer: written beside the weights.
         dtype: precision to write; None: the model's. Updates are added in fp32 and rounded once.
         max_shard_size_bytes: as write_model's.
         report: told the number of bytes whenever some more are written.
-        mesh: the ranks among which the model is divided, all of which must come here.
+        mesh: the ranks among which the model is divided; all of them must call this.
 
     Raises:
-        AdapterError: the model has a prefix, which cannot be merged, or int8 weights, which it would spoil.
+        AdapterError: the adapter cannot be merged, or the weights are int8, whose rounding is coarser than an update.
         CheckpointError: the directory holds something else, or cannot be written.
     """
     adapter = adapter_of(model)

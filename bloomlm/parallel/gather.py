@@ -1,4 +1,4 @@
-"""What a rank holds as a part of the whole: gathered, one tensor at a time, or described for torch's checkpoints."""
+"""From the part of a parameter that a rank holds to the whole: gathered, or described for torch's checkpoints."""
 
 import torch
 import torch.distributed as dist
@@ -11,16 +11,16 @@ from bloomlm.parallel.mesh import Mesh
 
 
 def whole_tensor(name: str, tensor: Tensor, mesh: Mesh, receiver: int | None = None) -> Tensor | None:
-    """Put a parameter, or what is cut like it (its gradient, its optimizer state), together.
+    """Gather a parameter, or a tensor that is cut like it (its gradient, its optimizer state).
 
-    Every rank must call this for the same tensors in the same order. Memory: one whole tensor where it arrives, twice
-    that for the matrices that are cut by columns; on ranks that share it out by FSDP, this tensor-parallel rank's part.
+    Every rank must call this for the same tensors in the same order. Memory: one whole tensor on the receiver, twice
+    that for a matrix that is cut by columns; on other ranks with FSDP, the part of this tensor-parallel rank.
 
     Args:
         name: of the parameter.
         tensor: what this rank holds.
         mesh: the ranks.
-        receiver: the rank that wants it, one of the first copy of the model; None: all do.
+        receiver: the rank that gets it, one of the first copy of the model; None: all ranks.
 
     Returns:
         The whole tensor; None on ranks that are not the receiver.
@@ -49,7 +49,7 @@ def whole_tensor(name: str, tensor: Tensor, mesh: Mesh, receiver: int | None = N
 
 
 def without_shards(tensor: Tensor) -> Tensor:
-    """What FSDP's ranks share out, gathered on each; what tensor parallelism cut stays cut."""
+    """The tensor with FSDP's shards gathered; what tensor parallelism cut stays cut."""
     with torch.no_grad():
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
@@ -89,11 +89,11 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
-    """Where in the whole a rank's tensor lies: first row and the one after the last, of each dimension.
+    """The place of a rank's tensor in the whole: for each dimension, the first index and the one after the last.
 
     Args:
         name: of the parameter.
-        tensor: what this rank holds of it; may be on the meta device.
+        tensor: the part that this rank holds; may be on the meta device.
         mesh: the ranks.
     """
     part = tp_part(name, mesh.tp_rank, mesh.degrees.tp)

@@ -3,7 +3,7 @@
 Cutting query_key_value and dense_h_to_4h by outputs and dense and dense_4h_to_h by inputs needs one all-reduce a linear
 pair in each direction (Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053, section 3). Rows of
 query_key_value are (head, 3, head_dim), so an equal contiguous cut gives every rank whole heads. The embedding, which
-is the head too, is cut by rows of the vocabulary. What is not cut lies whole on every rank.
+is also the head, is cut by rows of the vocabulary. A parameter that is not cut is whole on every rank.
 
 What an adapter puts beside a weight is cut with that weight: see UPDATE_LAYOUT.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Parameter, L standing for any number -> the dimension that is cut; None: whole on every rank.
+# Parameter, where L stands for any number -> the dimension that is cut; None: whole on every rank.
 LAYOUT: dict[str, int | None] = {
     "transformer.word_embeddings.weight": 0,
     "transformer.word_embeddings_layernorm.weight": None,
@@ -35,8 +35,8 @@ LAYOUT: dict[str, int | None] = {
 }
 PATTERNS = {re.compile(re.escape(name).replace(r"\.L\.", r"\.\d+\.")): dim for name, dim in LAYOUT.items()}
 
-# What an adapter puts beside a linear layer's weight -> for each dimension along which that weight may be cut, its own
-# dimension that is cut with it. Where the weight is cut along another one, it lies whole on every rank.
+# Tensor that an adapter puts beside a linear layer's weight -> {dimension along which the weight is cut: dimension
+# along which this tensor is cut with it}. Where the weight is cut along another dimension, it is whole on every rank.
 UPDATE_LAYOUT = {
     "lora_A": {1: 1},
     "lora_B": {0: 0},
@@ -44,7 +44,7 @@ UPDATE_LAYOUT = {
     "lora_magnitude_vector": {0: 0},
 }
 
-# The prefix's projection is an MLP like a block's, and cut like one; its embedding lies whole on every rank.
+# The projection of a prefix is an MLP like a block's, and is cut like one; its embedding is whole on every rank.
 PREFIX = "transformer.prefix."
 PREFIX_LAYOUT: dict[str, int | None] = {
     "embedding.weight": None,
@@ -56,7 +56,7 @@ PREFIX_LAYOUT: dict[str, int | None] = {
 
 
 def tp_dim(name: str) -> int | None:
-    """The dimension along which tensor-parallel ranks cut a parameter; None: each has all of it.
+    """The dimension along which tensor-parallel ranks cut a parameter; None: each rank has the whole.
 
     Args:
         name: of a parameter of BLOOM or of an adapter, as of model.named_parameters().
@@ -73,7 +73,7 @@ def tp_dim(name: str) -> int | None:
     for pattern, dim in PATTERNS.items():
         if pattern.fullmatch(name):
             return dim
-    raise KeyError(f"{name} is no parameter of BLOOM or of its adapters")
+    raise KeyError(f"{name} is not a parameter of BLOOM or of an adapter")
 
 
 def is_of_base(name: str) -> bool:
@@ -112,7 +112,7 @@ class Part:
 
 
 def tp_part(name: str, tp_rank: int, tp_degree: int) -> Part:
-    """What a tensor-parallel rank has of a parameter."""
+    """The part of a parameter that a tensor-parallel rank holds."""
     return Part(tp_dim(name), tp_rank, tp_degree)
 
 

@@ -1,11 +1,11 @@
-"""Cut a model so that ranks compute it together, each with a part of every layer.
+"""Divide a model among ranks that compute it together, each with a part of every layer.
 
-A rank's model is the same Python: its parameters are smaller, and its layers have a Partition that makes their results
-whole. A block has two all-reduces of [N, D] forward (after dense and dense_4h_to_h) and two backward (before
+A rank's model is the same Python code: its parameters are smaller, and its layers have a Partition that makes their
+results whole. A block has two all-reduces of [N, D] forward (after dense and dense_4h_to_h) and two backward (before
 query_key_value and dense_h_to_4h); LoRA adds one of [N, R] for each layer.
 
-Parameters are plain tensors, so that nothing on a rank is slower than on one device; `layout.py` says which part of
-which whole they are.
+Parameters are plain tensors, so that nothing on a rank is slower than on one device; `layout.py` says which part of the
+whole parameter each rank holds.
 
 Shapes: N packed tokens, D hidden, V vocabulary, R lora rank.
 """
@@ -34,30 +34,30 @@ from bloomlm.parallel.mesh import Mesh, check_model_divides
 
 
 class ColumnPartition(Partition):
-    """Of a weight cut by outputs: input whole, output this rank's part."""
+    """The partition of a weight that is cut by outputs: the input is whole, the output is this rank's part."""
 
     def __init__(self, ranks: TensorParallelGroup) -> None:
         self.ranks = ranks
 
     def enter(self, x: Tensor) -> Tensor:
-        """x; its gradients are added up."""
+        """x itself; its gradient is summed over the ranks."""
         return copy_to_ranks(x, self.ranks)
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, product: Product
     ) -> Tensor:
-        """The input's gradient is added up while that of the weight is computed."""
+        """The product; the input's gradient is summed over the ranks while the weight's is computed."""
         if scale is not None or not torch.is_grad_enabled():
             return super().multiply(x, weight, bias, scale, product)
         return column_product(x, weight, bias, self.ranks, product)
 
     def between(self, low_rank: Tensor) -> Tensor:
-        """lora_A is whole and gives the same on every rank; lora_B's parts each give a part of its gradient."""
+        """low_rank itself, as lora_A is whole; its gradient is summed, as each rank has some rows of lora_B."""
         return copy_to_ranks(low_rank, self.ranks)
 
 
 class RowPartition(Partition):
-    """Of a weight cut by inputs: input this rank's part, outputs added up, the bias added once."""
+    """The partition of a weight that is cut by inputs: outputs are summed over the ranks before the bias is added."""
 
     sums_inputs = True
 
@@ -65,7 +65,7 @@ class RowPartition(Partition):
         self.ranks = ranks
 
     def between(self, low_rank: Tensor) -> Tensor:
-        """lora_A is cut like the weight, so its products are added up."""
+        """The sum over the ranks, because lora_A is cut by inputs as the weight is."""
         return sum_over_ranks(low_rank, self.ranks)
 
     def leave(self, y: Tensor) -> Tensor:
@@ -108,13 +108,13 @@ class CutVocabulary(VocabularyPartition):
 
 
 def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
-    """Leave this rank its part of every parameter, in place, and let the layers exchange what they need.
+    """Reduce every parameter to this rank's part, in place, and give every layer its Partition.
 
-    An adapter's parameters stay whole: cut_adapter is for them.
+    The parameters of an adapter stay whole; cut_adapter divides them.
 
     Args:
         model: whole, with or without an adapter; may be on the meta device.
-        mesh: with a tp axis; of 1 rank: nothing is changed.
+        mesh: the ranks; where its tp axis has one rank, nothing changes.
 
     Raises:
         ConfigError: the model cannot be divided among so many ranks.
@@ -131,11 +131,11 @@ def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
 
 
 def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
-    """The same for an adapter, after apply_tensor_parallel; nothing without one.
+    """Reduce the adapter of a model to this rank's part, after apply_tensor_parallel.
 
     Args:
-        model: cut already but for its adapter.
-        mesh: the same.
+        model: divided except for its adapter; one without an adapter stays as it is.
+        mesh: the same as in apply_tensor_parallel.
 
     Raises:
         ConfigError: a layer of the adapter's own cannot be divided among so many ranks.
@@ -150,18 +150,18 @@ def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
 
 
 def tp_group(mesh: Mesh) -> TensorParallelGroup:
-    """The ranks that compute one model together with this one."""
+    """The ranks that compute one model together, this one included."""
     return TensorParallelGroup(mesh.group("tp"), mesh.tp_rank, mesh.degrees.tp)
 
 
 def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None:
-    """The ranks among which a model is cut; None for a whole one."""
+    """The ranks among which a model is divided; None for a whole one."""
     partition = model.transformer.word_embeddings.partition
     return partition.ranks if isinstance(partition, CutVocabulary) else None
 
 
 def _cut(model: nn.Module, ranks: TensorParallelGroup, *, of_base: bool) -> None:
-    """Leave this rank its part of the base model's or the adapter's layers."""
+    """Reduce the base model's or the adapter's layers to this rank's part."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and is_of_base(f"{name}.weight") is of_base:
             module.partition = ColumnPartition(ranks) if tp_dim(f"{name}.weight") == 0 else RowPartition(ranks)

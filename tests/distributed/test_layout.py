@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bloomlm.adapters.base import apply_adapter
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.paddle.layout import model_cuts
@@ -54,6 +55,14 @@ def test_lora_takes_its_cut_from_its_base(target: str) -> None:
     dims = {kind: tp_dim(base.replace(".weight", f".{kind}")) for kind in ("lora_A", "lora_B")}
     # a cut along the inputs is lora_A's second dimension, along the outputs lora_B's first
     assert dims == ({"lora_A": None, "lora_B": 0} if tp_dim(base) == 0 else {"lora_A": 1, "lora_B": None})
+
+
+def test_magnitudes_are_cut_where_the_outputs_are() -> None:
+    model = meta_model(DoraConfig(target_modules=BLOCK_LINEARS))
+    names = [name for name, p in model.named_parameters() if p.requires_grad and ".h.11." in name]
+    magnitudes = {name.split(".")[-2]: tp_dim(name) for name in names if name.endswith("lora_magnitude_vector")}
+    assert len(names) == 12
+    assert magnitudes == {"query_key_value": 0, "dense": None, "dense_h_to_4h": 0, "dense_4h_to_h": None}
 
 
 @pytest.mark.parametrize("projection", [False, True])

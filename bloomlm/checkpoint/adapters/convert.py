@@ -1,7 +1,7 @@
 """Convert an adapter from PEFT's files or any of PaddleNLP's to PEFT's or to those of PaddleNLP 2.6.
 
-Whatever it was, it first becomes the plain LoRA or prefix that computes the same; see paddle/lora.py and
-paddle/prefix.py. The base model is not needed: what of its shape matters stands in the adapter.
+The adapter is first read as the plain adapter that computes the same; see paddle/lora.py and paddle/prefix.py. The base
+model is not needed, because the adapter's files tell the sizes that matter.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ from bloomlm.model.config import BloomConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConversion:
-    """An adapter and what shall become of it."""
+    """An adapter, and the files into which it is to be written."""
 
     adapter: PlainAdapter
-    """In the precision to write."""
+    """The adapter, in the precision to write."""
     model_config: BloomConfig
-    """Of its base model, or as much of it as the adapter's files tell."""
+    """Configuration of the base model, as far as it is known."""
     form: FileForm
-    """Files to write."""
+    """The files to write."""
     tensor_parallel_degree: int = 1
-    """Ranks to cut it for; more than 1 only in a form that is for ranks."""
+    """Number of ranks to cut the adapter for; more than 1 only in a form that is for ranks."""
     base_model_name_or_path: str | None = None
-    """Its base model, which PEFT's files name."""
+    """The base model's name, which PEFT's files record."""
 
 
 def open_adapter_conversion(

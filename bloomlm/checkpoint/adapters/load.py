@@ -1,4 +1,4 @@
-"""An adapter from whatever files it lies in: PEFT's or PaddleNLP's."""
+"""Find, read and load an adapter, in PEFT's files or in PaddleNLP's."""
 
 import warnings
 from dataclasses import replace
@@ -50,7 +50,7 @@ def load_adapter(
         AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
     """
     adapter = read_adapter(directory, model.config, reading)
-    # the model is cut already, and so must be those of its own parameters that the adapter brings
+    # the model is divided already, so the base model's parameters that the adapter brings (biases) must be too
     of_base = [name for name in adapter.tensors if is_of_base(name)]
     own = {name: tp_part(name, mesh.tp_rank, mesh.degrees.tp).of(adapter.tensors[name]) for name in of_base}
     adapter = replace(adapter, tensors={**adapter.tensors, **own})

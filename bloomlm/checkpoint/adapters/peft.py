@@ -40,7 +40,7 @@ def save_adapter(model: BloomForCausalLM, directory: Path, base_model_name_or_pa
     Args:
         model: with LoRA or a prefix.
         directory: where to.
-        base_model_name_or_path: what the adapter belongs to, as PEFT's users shall load it.
+        base_model_name_or_path: name of the base model, which PEFT's users load by it.
 
     Raises:
         AdapterError: the model has no adapter, or one that PEFT's files cannot hold.
@@ -63,11 +63,11 @@ def save_adapter(model: BloomForCausalLM, directory: Path, base_model_name_or_pa
 
 
 def gather_adapter(model: BloomForCausalLM, mesh: Mesh) -> BloomForCausalLM:
-    """A divided model's adapter, whole, in a model on the meta device, from which save_adapter writes it.
+    """Gather the adapter of a divided model into a model on the meta device, from which save_adapter writes it.
 
     Args:
         model: with LoRA or a prefix.
-        mesh: the ranks, all of which must come here, and all of which get it.
+        mesh: the ranks; all of them must call this, and all get the adapter.
 
     Raises:
         AdapterError: the model has no adapter.
@@ -88,10 +88,10 @@ def gather_adapter(model: BloomForCausalLM, mesh: Mesh) -> BloomForCausalLM:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainAdapter:
-    """An adapter apart from its model."""
+    """An adapter that is not installed in a model."""
 
     config: Adapter
-    """What it is."""
+    """Its kind and options."""
     tensors: Mapping[str, Tensor]
     """Its whole parameters under their names in the model."""
 
@@ -114,13 +114,14 @@ def read_peft_adapter(directory: Path, model_config: BloomConfig) -> PlainAdapte
 
 
 def install_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
-    """Put an adapter into a model, to run or to be trained further.
+    """Install an adapter with its trained values, to run it or to train it further.
 
-    Its tensors stay in their precision where the model's is lower, except for replaced parameters of the model itself.
+    A tensor keeps its precision where the model's is lower. Parameters of the base model that the adapter brings
+    (trained biases) take the model's precision.
 
     Args:
         model: the base model, without an adapter.
-        adapter: one of that model.
+        adapter: made for that model.
 
     Raises:
         AdapterError: the model has an adapter already.
@@ -134,11 +135,11 @@ def install_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
 
 
 def hold_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
-    """Put an adapter, as it is, into a model on the meta device, to be saved from there.
+    """Install an adapter with its tensors unchanged in a model on the meta device, from which it can be saved.
 
     Args:
         model: on the meta device, without an adapter.
-        adapter: one of that model.
+        adapter: made for that model.
     """
     apply_adapter(model, adapter.config, torch.Generator(), torch.device("cpu"))
     for name, tensor in adapter.tensors.items():
@@ -152,7 +153,7 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
         directory: the adapter.
 
     Raises:
-        AdapterError: it is missing or no JSON object.
+        AdapterError: the file is missing, or is not a JSON object.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -203,5 +204,5 @@ def _empty_model(config: BloomConfig) -> BloomForCausalLM:
 
 
 def _private_generator(model: BloomForCausalLM) -> torch.Generator:
-    """Fresh weights are drawn only to be replaced: the program's own randomness shall not notice."""
+    """A generator for first values that are replaced at once, so that they draw nothing from the program's own."""
     return torch.Generator(model.transformer.word_embeddings.weight.device)

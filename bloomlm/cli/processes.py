@@ -1,7 +1,7 @@
-"""`--num_processes`: starts the ranks of a verb, waits for them, and tells once how a failed one ended.
+"""`--num_processes`: starts the ranks of a verb, waits for them, and reports once how a failed one ended.
 
-PyTorch's elastic launcher does the work; torchrun, which does the same from the shell, takes some flags of the script
-for its own (`--r` for `--rdzv-backend`).
+PyTorch's elastic launcher does the work. torchrun, which does the same from the shell, takes some of the script's flags
+for abbreviations of its own (`--r` for `--rdzv-backend`).
 """
 
 import logging
@@ -22,7 +22,7 @@ DEFAULT_PORT = 29500
 SHUTDOWN_SECONDS = 900
 """How long stopped ranks may take to save before they are killed."""
 
-# Statuses with which a rank has already said why it ends: an error of the user's, Ctrl-C, SIGTERM.
+# Statuses of ranks that have printed why they end: an error in flags or files, Ctrl-C, SIGTERM.
 _TOLD = (2, 130, 143)
 
 
@@ -90,8 +90,7 @@ def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
 
     num_local = flags.num_processes // flags.nnodes
     _prepare_environment(torch.get_num_threads() // num_local)
-    # What it has to say about ranks that end is said below, in a line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence("torch.distributed.elastic")  # how a rank ended is said below, in one line
     is_alone = flags.nnodes == 1
     port = flags.master_port or DEFAULT_PORT
     with tempfile.TemporaryDirectory(prefix="bloomlm-ranks-") as log_dir:
@@ -108,7 +107,7 @@ def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
         )
         try:
-            # A rank must not start ranks again, whatever a run file says.
+            # The ranks read the same run file, and must not start ranks again.
             elastic_launch(config, sys.executable)("-m", "bloomlm", *words, "--num_processes", "1", "--nnodes", "1")
         except ChildFailedError as error:
             raise SystemExit(_tell_end({rank: failure.exitcode for rank, failure in error.failures.items()})) from None
@@ -116,18 +115,25 @@ def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
             raise SystemExit(128 + error.sigval) from None
 
 
+def _silence(package: str) -> None:
+    """Let the loggers of a package, some of which have levels of their own, report nothing below critical errors."""
+    for name in [package, *logging.root.manager.loggerDict]:
+        if name.startswith(package):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def _prepare_environment(num_threads: int) -> None:
-    """Set what the ranks inherit, where the user has not."""
+    """Set the variables that the ranks inherit, unless the user has set them."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_threads)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    # A script in the source tree finds the package beside it; its ranks, started elsewhere, would not.
+    # A script in the source tree finds the package beside itself; its ranks find it here.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def _tell_end(exitcodes: Mapping[int, int]) -> int:
-    """Say which rank failed first and how, unless it has said so itself; return the status to end with."""
-    # The cause is the rank that was killed or has told an error; SIGTERM came to others from the launcher.
+    """Print which rank caused the end and how, unless it has printed that itself; return the status to exit with."""
+    # The cause is a rank that was killed or has printed an error; SIGTERM came to the others from the launcher.
     rank, exitcode = min(
         exitcodes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[1] >= 0, item[1] not in _TOLD)
     )

@@ -141,3 +141,4 @@ def test_signals_end_all_ranks_and_a_stopped_run_has_saved(tmp_path: Path, data:
     assert told[1].count(f"going on from {checkpoint}") == 1
     assert told[1].count("error") == 1 and "error: rank 1 was ended by SIGKILL" in told[1]
     assert "Traceback" not in told[0] + told[1]
+    assert "torch/distributed" not in told[0] + told[1]  # the launcher's own log

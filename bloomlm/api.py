@@ -6,7 +6,7 @@
     for completion in bloom.generate(["Once upon a time"], max_new_tokens=40):
         print(completion.completion)
 
-Texts become ids here; everything below works on ids.
+Texts become token ids here; the modules below work on ids.
 """
 
 import logging
@@ -70,7 +70,7 @@ class LoadedModel:
 
         Args:
             prompts: one text or several.
-            batch_size: prompts computed at once; it changes the speed only.
+            batch_size: prompts computed at once; it changes the speed, not the results.
             src_length: most tokens of a prompt; the end of a longer one is dropped, as in training. None: no cut.
             options: decode_strategy ("greedy", "sampling", "beam_search") and what acts under it: max_new_tokens,
                 min_new_tokens, repetition_penalty, no_repeat_ngram_size, stop (texts), num_return_sequences;
@@ -103,7 +103,7 @@ class LoadedModel:
             config: how to continue them.
             batch_size: prompts computed at once.
             src_length: most tokens of a prompt; the end of a longer one is dropped. None: no cut.
-            num_done: prompts to leave out at the beginning; the others' samples stay what they would have been.
+            num_done: prompts to skip at the beginning; the samples of the others do not change.
             on_token: called with (index among all completions of the run, id) for each token as it comes.
 
         Raises:
@@ -129,7 +129,7 @@ class LoadedModel:
         decode_text: DecodeText,
         first_sequence: int,
     ) -> list[Generation]:
-        """Continue prompts, each copy of the model its share of them."""
+        """Continue prompts; each copy of the model takes its share of them."""
         share = -(-len(prompts) // self.mesh.degrees.dp)
         start = share * self.mesh.dp_rank
         results = generate_tokens(
@@ -164,14 +164,14 @@ def load(
         lora_path, prefix_path: the same, of a LoRA or of a prefix adapter only; give one of the three.
         dtype: precision of the weights, or its name ("float32", "float16", "bfloat16"); None: as on disk.
         device: where they go.
-        prefix_layout: of a prefix adapter in PaddleNLP's files ("old" or "new"), where they do not tell it.
-        trained_tensor_parallel_degree: ranks that trained an adapter in PaddleNLP's files, where they do not tell it.
-        paddle_tokenization: with a vocab.json and merges.txt, cut texts into words as PaddleNLP did, not as BLOOM.
+        prefix_layout: "old" or "new", for a prefix adapter in PaddleNLP's files that do not say which.
+        trained_tensor_parallel_degree: number of ranks that trained an adapter, for PaddleNLP's files that do not say.
+        paddle_tokenization: with vocab.json and merges.txt, split texts into words as PaddleNLP did, not as BLOOM does.
         mesh: the ranks to divide the model among (see bloomlm.parallel), all of which must load it.
 
     Raises:
-        CheckpointError: files are missing, damaged or do not fit together; AdapterError: those of the adapter.
-        ConfigError: an option, or the model's config.json, cannot be used.
+        CheckpointError: files that are missing, damaged or do not belong together; AdapterError: those of an adapter.
+        ConfigError: an option or a config.json that cannot be used.
     """
     paths = {"adapter_path": adapter_path, "lora_path": lora_path, "prefix_path": prefix_path}
     given = {name: str(path) for name, path in paths.items() if path is not None}
@@ -221,7 +221,7 @@ def finetune(**options: Any) -> "FinetuneResult":
 
     Raises:
         ConfigError: an unknown option, a missing one, or one that cannot be used.
-        DataError, CheckpointError, TrainingError: as the run goes.
+        DataError, CheckpointError, TrainingError: examples or files that cannot be used, or a run that cannot continue.
     """
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.training.config import TrainingConfig  # loading a model to generate needs no training code

@@ -1,4 +1,4 @@
-"""What `bloomlm predict` and `bloomlm infer` share: flags of prompts, decoding and output, and the run they make."""
+"""What `bloomlm predict` and `bloomlm infer` share: the flags of prompts, decoding and output, and the run itself."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ class CompletionFlags(Flags):
     src_length: int = flag("prompts", 200, "most tokens of a prompt; the end of a longer one is dropped")
 
     output_file: Path | None = flag(
-        "output", None, "write JSON lines: prompt, completion, finish_reason, tokens; a stopped run goes on from there"
+        "output", None, "write JSON lines: prompt, completion, finish_reason, tokens; a stopped run continues there"
     )
     stream: bool = flag("output", False, "show each completion while it comes, one prompt after another")
 
@@ -124,12 +124,12 @@ class ResultFile:
     """A JSONL file of completions that appears when it is complete; a stopped run continues after its last prompt.
 
     Args:
-        path: the file to be; one that is there is replaced at the end.
-        identity: what decides the completions, as text.
+        path: the file to write; an existing one is replaced at the end.
+        identity: everything that determines the completions, as text.
         lines_per_prompt: completions of each prompt.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
 
     def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
@@ -143,7 +143,7 @@ class ResultFile:
             while len(found) < len(self._results.done):
                 found.append(Completion(**self._results.done[len(found)]))
         self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
-        """The completions so far; at first those that an earlier run left, whole prompts only."""
+        """The completions so far, beginning with those that an earlier run left of whole prompts."""
 
     def write(self, completion: Completion) -> None:
         """Add one completion, which is in a file when this returns."""
@@ -184,7 +184,7 @@ def run_completions(
         generation: how to continue the prompts.
         completer: a model or a program.
         prompts: the texts, and the right answers where they are known.
-        identity: everything that decides the completions, as text: a stopped run continues only where it is the same.
+        identity: everything that determines the completions, as text; a stopped run continues only if it is the same.
         is_main: whether this rank shows and writes; every rank completes.
         from_main: gives every rank the main rank's value.
 

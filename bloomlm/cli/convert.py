@@ -41,7 +41,7 @@ class ConvertConfig(Flags):
     max_shard_size: str | None = flag(
         "files", None, "largest weight file of a model  [default: 5GB with hf, one file with paddle]"
     )
-    tensor_parallel_degree: int = flag("files", 1, "with paddle: ranks to cut the weights for, a file each")
+    tensor_parallel_degree: int = flag("files", 1, "with paddle: number of ranks to cut the weights for, one file each")
     verify: bool = flag("files", False, "read what was written back from the disk and compare it")
     base_model_name_or_path: str | None = flag(
         "adapters", None, "the base model, to check against and to name in PEFT's files; its weights are not read"
@@ -57,8 +57,8 @@ def convert(config: ConvertConfig) -> None:
     """Run `bloomlm convert`.
 
     Raises:
-        ConfigError: flags that do not go together, or with what is to be converted.
-        CheckpointError: files cannot be read or written; AdapterError: those of an adapter.
+        ConfigError: flags that contradict each other, or do not apply to the input.
+        CheckpointError: files that cannot be read or written; AdapterError: those of an adapter.
     """
     directory, output = resolve_source(config.input).directory, Path(config.output)
     _check_apart(directory, output)
@@ -80,7 +80,7 @@ def convert(config: ConvertConfig) -> None:
 def _convert_model(
     config: ConvertConfig, directory: Path, output: Path, tokenizer: WritesItself | None, messages: Console
 ) -> tuple[str, str]:
-    """What it is, and the flag that takes it."""
+    """Return a description of the result, and the flag that takes it."""
     for name in ("base_model_name_or_path", "prefix_layout", "trained_tensor_parallel_degree"):
         if getattr(config, name) is not None:
             raise ConfigError(f"--{name} is for adapters, and {config.input} is a model; leave it out")
@@ -107,7 +107,7 @@ def _convert_model(
 def _convert_adapter(
     config: ConvertConfig, directory: Path, output: Path, tokenizer: WritesItself | None
 ) -> tuple[str, str]:
-    """What it is, and the flag that takes it."""
+    """Return a description of the result, and the flag that takes it."""
     if config.max_shard_size is not None:
         raise ConfigError(f"--max_shard_size is for models, and {config.input} is an adapter; leave it out")
     conversion = open_adapter_conversion(
@@ -126,7 +126,7 @@ def _convert_adapter(
 def _check_apart(directory: Path, output: Path) -> None:
     one, other = directory.resolve(), output.resolve()
     if one == other or one in other.parents or other in one.parents:
-        raise ConfigError(f"--output {output} and the input, {directory}, lie in one another; name another directory")
+        raise ConfigError(f"--output {output} and the input, {directory}, contain one another; name another directory")
 
 
 def _dtype(config: ConvertConfig) -> torch.dtype | None:
@@ -140,25 +140,25 @@ class _PaddleTokenizer:
         self._tokenizer = tokenizer
 
     def save(self, directory: Path) -> None:
-        """Write them."""
+        """Write these files."""
         self._tokenizer.save_with_gpt2_files(directory)
 
 
 class _PaddleTokenizerFiles:
-    """PaddleNLP's own files, taken along as they are."""
+    """PaddleNLP's own tokenizer files, copied unchanged."""
 
     def __init__(self, source: Path) -> None:
         self._source = source
 
     def save(self, directory: Path) -> None:
-        """Copy them."""
+        """Copy the files that exist."""
         for name in PADDLE_TOKENIZER_FILES:
             if (self._source / name).is_file():
                 shutil.copyfile(self._source / name, directory / name)
 
 
 def _find_tokenizer(directory: Path, config: ConvertConfig) -> WritesItself | None:
-    """What the directory has, to be written in the form asked for; None without any."""
+    """The tokenizer of the directory, to be written in the form of --to; None where there is none."""
     is_paddle = find_gpt2_files(directory) and not (directory / TOKENIZER_FILE).is_file()
     if config.paddle_tokenization and not (is_paddle and config.to == "hf"):
         raise ConfigError(

@@ -26,7 +26,7 @@ NUM_SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Flags):
-    """What the demo can be told."""
+    """The flags of `bloomlm demo`."""
 
     output_dir: str = flag("demo", "demo", "directory for the adapter, the report and the picture")
     num_train_epochs: float = flag("demo", 4.0, "passes through the 5,320 training dates", above=0)

@@ -23,7 +23,7 @@ class BytesDisplay:
     """A bar for each phase on a terminal, up to ten lines anywhere else.
 
     Args:
-        console: where to.
+        console: where to print.
     """
 
     def __init__(self, console: Console) -> None:
@@ -47,14 +47,14 @@ class BytesDisplay:
         self._progress.stop()
 
     def phase(self, name: str, total_bytes: int) -> Callable[[int], None]:
-        """A part of the work, shown from its first bytes on.
+        """Add a part of the work, which is shown from its first bytes on.
 
         Args:
             name: what it does, such as "writing".
-            total_bytes: of the whole phase.
+            total_bytes: number of bytes of the whole phase.
 
         Returns:
-            A function to be told the number of bytes whenever some more are done.
+            A function to call with the number of bytes each time that more are done.
         """
         return _Phase(self._console, self._progress, name, total_bytes).advance
 
@@ -68,7 +68,7 @@ class _Phase:
         self._start = self._last_line = time.monotonic()
 
     def advance(self, num_bytes: int) -> None:
-        """Note that some more bytes are done."""
+        """Count bytes that are done."""
         if not self._done_bytes:
             self._start = self._last_line = time.monotonic()
             self._progress.start_task(self._task)
@@ -103,7 +103,7 @@ class CompletionPrinter:
     On a terminal in colours and without control characters; into a pipe or a file exactly as they are.
 
     Args:
-        console: where to.
+        console: where to print.
     """
 
     def __init__(self, console: Console) -> None:
@@ -113,8 +113,8 @@ class CompletionPrinter:
         """Print a whole completion.
 
         Args:
-            completion: to be printed.
-            number: its place among the completions of its prompt, from 1; None where there is only one.
+            completion: the completion.
+            number: its number among the completions of its prompt, from 1; None where there is only one.
         """
         if number is None or number == 1:
             self.prompt(completion.prompt)
@@ -126,7 +126,7 @@ class CompletionPrinter:
         self._write(text + "\n", "cyan")
 
     def piece(self, text: str) -> None:
-        """Print a part of a completion, at once."""
+        """Print a part of a completion immediately."""
         self._write(text, "bold")
 
     def end(self) -> None:
@@ -142,12 +142,12 @@ class CompletionPrinter:
 
 
 class TokenPrinter:
-    """Prints completions while they come, never half a character and never the beginning of a stop text.
+    """Prints completions token by token, but never half a character or the beginning of a stop text.
 
     Args:
         printer: prints the pieces.
-        tokenizer: whose ids come.
-        prompts: printed before what follows them.
+        tokenizer: turns the ids into text.
+        prompts: each is printed before its completion.
         stop: the stop texts, at which a completion is cut.
     """
 

@@ -1,6 +1,6 @@
 """`bloomlm infer`: complete prompts with an exported program.
 
-Imports neither the model's nor the checkpoints' code: it runs where bloomlm.runtime does.
+It imports neither the model's code nor that of checkpoints, and runs wherever bloomlm.runtime does.
 """
 
 import json
@@ -29,7 +29,7 @@ from bloomlm.runtime.program import Program
 
 @dataclass(frozen=True, kw_only=True)
 class _ProgramFlags(Flags):
-    """Where the program comes from, listed before the others."""
+    """Which program to run, and how; --help lists these flags first."""
 
     model_dir: Path = flag("program", REQUIRED, "directory that bloomlm export wrote into")
     model_prefix: str = flag("program", "bloom", "name of the program in it")
@@ -79,7 +79,7 @@ def infer(config: InferConfig) -> None:
 
 
 def _identity(config: InferConfig, generation: GenerationConfig, prompts: Prompts, manifest: Manifest) -> str:
-    """Everything that decides the completions."""
+    """Everything that determines the completions, as text."""
     return json.dumps([manifest.to_json(), config.src_length, asdict(generation), prompts.texts])
 
 

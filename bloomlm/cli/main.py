@@ -15,14 +15,17 @@ from bloomlm.version import __version__
 
 # verb -> (its module, the line that `bloomlm --help` shows). The module holds `command`.
 VERBS = {
-    "demo": ("bloomlm.cli.demo", "the whole job on the built-in model and data, in a few minutes on a CPU"),
+    "demo": ("bloomlm.cli.demo", "fine-tune the built-in model on the built-in data, in a few minutes on a CPU"),
     "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
     "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
     "export": ("bloomlm.cli.export", "turn a model into a program that runs without the model's code"),
     "infer": ("bloomlm.cli.infer", "complete prompts with an exported program"),
-    "evaluate": ("bloomlm.cli.evaluate", "WikiText, LAMBADA, lm-eval's tasks or rows of your own: how good a model is"),
-    "merge": ("bloomlm.cli.merge", "write one plain model: LoRA into its base, shards into one, another precision"),
-    "plan": ("bloomlm.cli.plan", "tell what each process of a job will hold and send, before there is a job"),
+    "evaluate": (
+        "bloomlm.cli.evaluate",
+        "measure how good a model is, on WikiText, LAMBADA, lm-eval's tasks or your own rows",
+    ),
+    "merge": ("bloomlm.cli.merge", "write one plain model: merge a LoRA, join shards, change the precision"),
+    "plan": ("bloomlm.cli.plan", "compute what each process of a job will hold and send, before the job runs"),
     "convert": ("bloomlm.cli.convert", "write a model or an adapter in another program's files"),
 }
 
@@ -86,23 +89,23 @@ group = _Verbs(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run `bloomlm` and exit: 0 done, 2 the user can correct it, 130 interrupted.
+    """Run `bloomlm` and exit with 0 (done), 2 (an error that the user can correct) or 130 (interrupted).
 
     Args:
-        arguments: the words after `bloomlm`; None reads them from the process.
+        arguments: the words after `bloomlm`; None: those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _exit_with(group, words or ["--help"], "bloomlm")
 
 
 def run_verb(verb: str) -> NoReturn:
-    """Run one verb with the process's own arguments; what the scripts of the repository's root call."""
+    """Run one verb with the arguments of this process, for the scripts in the repository's root."""
     command = importlib.import_module(VERBS[verb][0]).command
     _exit_with(command, sys.argv[1:], sys.argv[0])
 
 
 def _exit_with(command: click.Command, arguments: list[str], program: str) -> NoReturn:
-    keep_freed_memory()  # the process is the command's own
+    keep_freed_memory()  # the process runs nothing else
     wants_traceback = os.environ.get("BLOOMLM_DEBUG") == "1"
     try:
         status = command.main(args=arguments, prog_name=program, standalone_mode=False)
@@ -131,7 +134,11 @@ def _click_message(error: click.ClickException) -> str:
 
 
 def _report(message: str, notes: Sequence[str] = ()) -> None:
-    """Say it once a machine: until ranks have joined all fail alike; afterwards the one that notes its rank speaks."""
+    """Print an error once on each machine.
+
+    Until the ranks have joined all of them fail alike, and local rank 0 prints. Afterwards the rank prints whose error
+    has a note with its number.
+    """
     if notes or os.environ.get("LOCAL_RANK", "0") == "0":
         where = "" if not notes or notes[0].startswith("on rank 0 ") else f" {notes[0]}"
         click.echo(f"error{where}: {message}", err=True)

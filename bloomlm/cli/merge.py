@@ -1,4 +1,4 @@
-"""`bloomlm merge`: many files into one, another precision, an adapter into its base."""
+"""`bloomlm merge`: merge a LoRA into its base, join shards, or change the precision of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(ModelFlags):
-    """What to merge, and into what."""
+    """The flags of `bloomlm merge`."""
 
     output_path: str = flag("output", REQUIRED, "directory to write; an older model in it is replaced")
     dtype: Dtype | None = flag("output", None, "precision to write  [default: the base's]")
@@ -30,8 +30,8 @@ def merge(config: MergeConfig) -> None:
     """Write one plain Hugging Face directory.
 
     Raises:
-        ConfigError: the output is the input, or a size that is none.
-        CheckpointError: files cannot be read or written; AdapterError: those of the adapter.
+        ConfigError: the output is the input, or --max_shard_size is no size.
+        CheckpointError: files that cannot be read or written; AdapterError: those of the adapter.
     """
     output = Path(config.output_path)
     if output.resolve() == Path(config.model_name_or_path).resolve():

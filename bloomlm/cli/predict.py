@@ -101,7 +101,7 @@ def _save(directory: Path, loaded: LoadedModel) -> None:
 
 
 def _identity(config: PredictConfig, generation: GenerationConfig, prompts: Prompts) -> str:
-    """Everything that decides the completions, the state of the model's files included."""
+    """Everything that determines the completions, with the sizes and dates of the model's files, as text."""
     files = []
     for name in (config.model_name_or_path, config.adapter):
         directory = None if name is None else resolve_source(name).directory

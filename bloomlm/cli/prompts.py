@@ -21,7 +21,7 @@ class Prompts:
 
 
 def read_prompts(prompt: Sequence[str], data_file: str | None, prompt_template: str | None) -> Prompts | None:
-    """The prompts that the flags name, or those of a pipe.
+    """Read the prompts that the flags name, or those of a pipe.
 
     Args:
         prompt: the texts of --prompt.
@@ -30,7 +30,7 @@ def read_prompts(prompt: Sequence[str], data_file: str | None, prompt_template: 
         prompt_template: makes the prompt of each row.
 
     Returns:
-        None where there is nothing: no flag, and no pipe to read.
+        None where there are no prompts: neither a flag nor a pipe brings any.
 
     Raises:
         ConfigError: flags that do not go together.

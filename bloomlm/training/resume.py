@@ -36,7 +36,7 @@ SAME_RATE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class ResumePoint:
     """What a run resumes from; empty for a fresh one."""
 
     checkpoint: Path | None = None
@@ -47,7 +47,7 @@ class Begun:
     """An adapter that another program began, which our own checkpoints note."""
 
 
-def read_begun(plan: RunPlan, source: Path, checkpoint: Path | None) -> Begun:
+def read_resume_point(plan: RunPlan, source: Path, checkpoint: Path | None) -> ResumePoint:
     """Read what a run resumes from, and compare the plan with it.
 
     Args:
@@ -74,7 +74,7 @@ def read_begun(plan: RunPlan, source: Path, checkpoint: Path | None) -> Begun:
             "program began, and this run goes on from none; leave it out, or name its checkpoint-N as "
             "--resume_from_checkpoint"
         )
-    return Begun(checkpoint=checkpoint, imported=run, structure=structure)
+    return ResumePoint(checkpoint=checkpoint, imported=run, structure=structure)
 
 
 def _read_foreign_run(plan: RunPlan, source: Path, checkpoint: Path) -> ImportedRun:
@@ -89,22 +89,22 @@ def _read_foreign_run(plan: RunPlan, source: Path, checkpoint: Path) -> Imported
     return read_foreign_run(checkpoint, model_config, adam_beta1=optimizer.beta1, reading=plan.reading)
 
 
-def with_recorded_adapter(plan: RunPlan, begun: Begun) -> RunPlan:
+def with_recorded_adapter(plan: RunPlan, resume_point: ResumePoint) -> RunPlan:
     """The plan with an adapter that another program began as it was recorded, in the terms of the flags."""
-    if begun.structure is None:
+    if resume_point.structure is None:
         return plan
     # the fields of an adapter have the names of the flags
-    recorded: Adapter = replace(cast(Any, plan.adapter), **begun.structure.flags)
+    recorded: Adapter = replace(cast(Any, plan.adapter), **resume_point.structure.flags)
     return replace(plan, adapter=recorded)
 
 
-def restore_begun(trainer: Trainer, history: History, begun: Begun) -> tuple[str, ...]:
+def restore_resume_point(trainer: Trainer, history: History, resume_point: ResumePoint) -> tuple[str, ...]:
     """Bring a fresh trainer and log to the state in which the checkpoint was written.
 
     Args:
         trainer: of the same model, adapter and data; of the same precision unless another program wrote it.
         history: of the run.
-        begun: what it resumes from.
+        resume_point: what it resumes from.
 
     Returns:
         One line about each thing that was, or was not, taken from another program's checkpoint.
@@ -112,18 +112,18 @@ def restore_begun(trainer: Trainer, history: History, begun: Begun) -> tuple[str
     Raises:
         CheckpointError, TrainingError: the checkpoint does not fit.
     """
-    if begun.checkpoint is None:
+    if resume_point.checkpoint is None:
         return ()
-    if begun.imported is None:
-        restore(trainer, begun.checkpoint)
-        history.read_logged(begun.checkpoint)
+    if resume_point.imported is None:
+        restore(trainer, resume_point.checkpoint)
+        history.read_logged(resume_point.checkpoint)
         return ()
-    _restore_imported(trainer, begun.imported, begun.checkpoint)
+    _restore_imported(trainer, resume_point.imported, resume_point.checkpoint)
     history.global_step, history.epoch = trainer.step, trainer.epoch
     # its evaluations are left out, because they attended to padding
     names = ("step", "epoch", "loss", "learning_rate")
-    history.log_history = [{n: entry[n] for n in names if n in entry} for entry in begun.imported.losses]
-    return tuple(_lines(trainer, begun.imported, begun.checkpoint))
+    history.log_history = [{n: entry[n] for n in names if n in entry} for entry in resume_point.imported.losses]
+    return tuple(_lines(trainer, resume_point.imported, resume_point.checkpoint))
 
 
 def _restore_imported(trainer: Trainer, state: ImportedRun, checkpoint: Path) -> None:

@@ -29,7 +29,7 @@ from bloomlm.training.plot import write_picture
 from bloomlm.training.precision import Precision
 from bloomlm.training.report import Reporter
 from bloomlm.training.results import FinetuneResult, StepLog, StepResult, TrainResult
-from bloomlm.training.resume import restore_begun
+from bloomlm.training.resume import restore_resume_point
 from bloomlm.training.run_plan import TrainingPlan
 from bloomlm.training.setup import RunSetup
 from bloomlm.training.step import Trainer, steps_per_epoch
@@ -100,7 +100,7 @@ class TrainingRun:
             save_steps=None if training.save_every is None else training.save_every.in_steps(per_epoch),
         )
         self._history = History(max_steps=max_steps, num_train_epochs=max_steps / per_epoch)
-        resumed = restore_begun(trainer, self._history, setup.begun)
+        resumed = restore_resume_point(trainer, self._history, setup.resume_point)
         self._first_epoch = trainer.epoch
         self._checkpoints = CheckpointWriter(
             trainer,
@@ -108,7 +108,7 @@ class TrainingRun:
             self._history,
             plan.output,
             base_model=plan.model.name_for_adapter,
-            structure=setup.begun.structure,
+            structure=setup.resume_point.structure,
         )
         self._profiler: StepProfiler | None = None
         self.reporter = _reporter(setup, self._history)

@@ -23,7 +23,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.evaluate import Evaluator
-from bloomlm.training.resume import Begun, read_begun, with_recorded_adapter
+from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorded_adapter
 from bloomlm.training.run_plan import DataPlan, RunPlan
 from bloomlm.training.summary import describe_parameters
 from bloomlm.version import __version__
@@ -46,7 +46,7 @@ class RunSetup:
     """To learn; None if nothing is trained."""
     evaluator: Evaluator
     """Of the evaluation examples, or where there are none of the training examples."""
-    begun: Begun
+    resume_point: ResumePoint
     """What the run resumes from."""
     console: Console
     """Where progress is shown."""
@@ -67,12 +67,12 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
     """
     source = resolve_source(plan.model.name_or_path).directory
     tokenizer = Tokenizer.from_directory(source, as_gpt2=plan.reading.tokenization)
-    begun = read_begun(plan, source, checkpoint)
-    plan = with_recorded_adapter(plan, begun)
+    resume_point = read_resume_point(plan, source, checkpoint)
+    plan = with_recorded_adapter(plan, resume_point)
     # the main rank first: it tokenises, and the others find the result in the cache
     examples = main_first(lambda: load_run_examples(plan, tokenizer), mesh)
     check_agreement({"examples": examples.fingerprint, "version": __version__}, mesh)
-    model = load_to_train(plan, source, begun, mesh)
+    model = load_to_train(plan, source, resume_point, mesh)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{plan.model.name_or_path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding only "
@@ -89,31 +89,31 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
         tokenizer=tokenizer,
         train_examples=examples.train if plan.training is not None else None,
         evaluator=Evaluator(model, tokenizer, to_evaluate, plan.evaluation, plan.precision, mesh),
-        begun=begun,
+        resume_point=resume_point,
         console=console,
     )
 
 
-def load_to_train(plan: RunPlan, source: Path, begun: Begun, mesh: Mesh = ALONE) -> BloomForCausalLM:
+def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: Mesh = ALONE) -> BloomForCausalLM:
     """The model with its adapter installed; a fully tuned one that resumes is read from its checkpoint.
 
     Args:
         plan: of the run.
         source: directory of the model to start from.
-        begun: what the run resumes from.
+        resume_point: what the run resumes from.
         mesh: the ranks to divide the model among.
     """
     device = plan.model.device
     generator = torch.Generator(device).manual_seed(plan.seed)
 
     def install(model: BloomForCausalLM) -> None:
-        if begun.structure is not None:
-            begun.structure.install(model, device)
+        if resume_point.structure is not None:
+            resume_point.structure.install(model, device)
         else:
             apply_adapter(model, plan.adapter, generator, device)
 
     model = load_model(
-        begun.checkpoint if begun.checkpoint is not None and plan.adapter.trains_base else source,
+        resume_point.checkpoint if resume_point.checkpoint is not None and plan.adapter.trains_base else source,
         dtype=plan.precision.weights_dtype,
         device=device,
         memory_map=False,

@@ -18,7 +18,7 @@ from bloomlm.training.finetune import finetune
 from bloomlm.training.history import History
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
-from bloomlm.training.resume import Begun, restore_begun
+from bloomlm.training.resume import ResumePoint, restore_resume_point
 from bloomlm.training.step import StepConfig, Trainer
 from tests.distributed.models import Case, assert_close, some_examples, values
 from tests.distributed.pool import RankPool
@@ -62,8 +62,8 @@ def go_on(checkpoint: Path, degrees: Degrees) -> tuple[list[dict[str, Any]], dic
         config=StepConfig(),
         mesh=mesh,
     )
-    begun = Begun(checkpoint=checkpoint, imported=state, structure=state.adapter)
-    restore_begun(trainer, History(max_steps=10, num_train_epochs=1), begun)
+    resume_point = ResumePoint(checkpoint=checkpoint, imported=state, structure=state.adapter)
+    restore_resume_point(trainer, History(max_steps=10, num_train_epochs=1), resume_point)
     before = whole_weights(trainer)
     results = [values(trainer.run_step()) for _ in range(2)]
     return results, before, whole_weights(trainer)

@@ -17,7 +17,7 @@ from bloomlm.training.finetune import FinetuneResult, finetune
 from bloomlm.training.machine import Machine
 from bloomlm.training.optimizer import AdamWConfig, build_optimizer, optimizer_tensors, set_learning_rate
 from bloomlm.training.resolve import resolve
-from bloomlm.training.resume import read_begun
+from bloomlm.training.resume import read_resume_point
 from tests.unit.test_paddle_finetune import write_full
 
 LARGE, SMALL = "h.0.mlp.dense_h_to_4h.weight", "h.0.mlp.dense_h_to_4h.bias"
@@ -173,7 +173,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         resolve(flags(tmp_path, optim="adamw_8bit"), dataclasses.replace(CPU, world_size=2))
     write_full(tmp_path / "checkpoint-3")
     with pytest.raises(ConfigError, match="moments in float32, which --optim adamw_8bit cannot go on with"):
-        read_begun(resolve(flags(tmp_path, optim="adamw_8bit"), CPU), tmp_path, tmp_path / "checkpoint-3")
+        read_resume_point(resolve(flags(tmp_path, optim="adamw_8bit"), CPU), tmp_path, tmp_path / "checkpoint-3")
 
 
 def test_its_price_on_a_cpu_is_told(tmp_path: Path) -> None:

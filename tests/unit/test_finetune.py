@@ -27,7 +27,7 @@ from bloomlm.training.optimizer import ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.report import Reporter
 from bloomlm.training.resolve import resolve
-from bloomlm.training.resume import Begun
+from bloomlm.training.resume import ResumePoint
 from bloomlm.training.runs import build_trainer, load_batches
 from bloomlm.training.setup import load_to_train
 from bloomlm.training.step import StepConfig
@@ -291,7 +291,7 @@ def test_every_number_reaches_the_trainer(material: Path, tmp_path: Path) -> Non
     )
     plan = resolve(config, CPU)
     assert plan.training is not None
-    model = load_to_train(plan, material / "model", Begun())
+    model = load_to_train(plan, material / "model", ResumePoint())
     examples = list(
         load_examples(material / "train.jsonl", bloomlm.load(material / "model").tokenizer, src_length=9, tgt_length=9)
     )

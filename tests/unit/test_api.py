@@ -207,3 +207,8 @@ def test_page_about_evaluation_runs_from_python(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/evaluation.md", "exec"), {})
     assert capsys.readouterr().out == printed
+
+
+def test_an_unknown_prefix_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="prefix_layout is 'newer'; expected one of old, new"):
+        bloomlm.load("builtin:tiny", prefix_path=tmp_path, prefix_layout="newer")

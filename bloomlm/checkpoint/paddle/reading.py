@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from bloomlm.errors import ConfigError
+
 
 class PrefixLayout(Enum):
     """How a block's part of a prefix becomes its keys and values; see prefix.py."""
@@ -30,9 +32,16 @@ class PaddleReading:
         trained_tensor_parallel_degree: int | None = None,
         paddle_tokenization: bool = False,
     ) -> "PaddleReading":
-        """The value that three flags of these names stand for."""
+        """The value that three flags of these names stand for.
+
+        Raises:
+            ConfigError: there is no such prefix_layout.
+        """
+        layouts = {layout.value: layout for layout in PrefixLayout}
+        if prefix_layout is not None and prefix_layout not in layouts:
+            raise ConfigError(f"prefix_layout is {prefix_layout!r}; expected one of {', '.join(layouts)}")
         return cls(
-            prefix_layout=None if prefix_layout is None else PrefixLayout(prefix_layout),
+            prefix_layout=None if prefix_layout is None else layouts[prefix_layout],
             trained_tensor_parallel_degree=trained_tensor_parallel_degree,
             tokenization=paddle_tokenization,
         )

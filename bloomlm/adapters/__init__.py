@@ -1,1 +1,1 @@
-"""What learns: all weights, low-rank updates, or virtual tokens. Adapters wrap the model from outside."""
+"""What learns: all weights, low-rank updates, or virtual tokens. The model knows nothing of its adapter's kind."""

@@ -54,9 +54,9 @@ class Adapter(ABC):
     """What learns in a model: all of its weights, updates of its layers, or tokens before every sequence."""
 
     kind: ClassVar[str]
-    """What messages call it."""
+    """Name of the kind in messages."""
     path_flag: ClassVar[str]
-    """The flag that takes its directory."""
+    """The flag that takes a directory of this kind only."""
     training_flag: ClassVar[str | None] = None
     """The flag of fine-tuning that lets it learn; None: no flag does, as for full tuning."""
     trains_base: ClassVar[bool] = False
@@ -66,7 +66,7 @@ class Adapter(ABC):
     cannot_merge: ClassVar[str | None] = None
     """Why it cannot be added into the base model's weights; None: it can."""
     own_file: ClassVar[str | None] = None
-    """File beside PEFT's with what learned, where PEFT's file holds only what that gives."""
+    """Name of a file of ours beside PEFT's with the trained parameters, where PEFT's files hold only their result."""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -95,12 +95,12 @@ class Adapter(ABC):
     def merged(
         self, model: BloomForCausalLM, name: str, whole: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """What a plain model has in the place of one of the base model's parameters, computed in fp32 and rounded once.
+        """One of the base model's parameters with the adapter merged into it, computed in fp32 and rounded once.
 
         Args:
-            model: where it is installed, perhaps cut for tensor-parallel ranks, all of which must come here.
+            model: where it is installed; of a model that is divided among ranks, all of them must call this.
             name: of the base model's parameter.
-            whole: gathers what this rank and others share out.
+            whole: gathers the shards of a tensor.
             dtype: of a merged weight.
 
         Returns:
@@ -109,11 +109,11 @@ class Adapter(ABC):
         return model.get_parameter(name)
 
     def scaling_of(self, module_name: str) -> float:
-        """The factor that is applied to what a module's parameters of this adapter give."""
+        """The factor by which the adapter's update of a module is multiplied; 1 for kinds without updates."""
         return 1.0
 
     def plain(self, model: BloomForCausalLM, tensors: Mapping[str, Tensor]) -> tuple["Adapter", Mapping[str, Tensor]]:
-        """The adapter that any model can take and that computes the same.
+        """An adapter of an ordinary kind that computes the same, which files can hold.
 
         Args:
             model: where this one is installed.
@@ -129,7 +129,7 @@ class Adapter(ABC):
         raise AdapterError(f"PEFT's files cannot hold {self.kind}")
 
     def to_peft(self, model: BloomForCausalLM) -> PeftForm:
-        """What PEFT's files hold of the adapter of a model.
+        """The contents of PEFT's files for this adapter, as it is installed in a model.
 
         Raises:
             AdapterError: they cannot hold this one.

@@ -106,7 +106,7 @@ class LoRALinear(Linear, AdapterModule):
         """[out, in] the weight with the update added, some rows at a time in fp32, each rounded once.
 
         Args:
-            whole: gathers what this rank and others share out.
+            whole: gathers the shards of a tensor.
             dtype: of the result.
 
         Raises:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint import convert as convert_module
@@ -494,6 +495,7 @@ def test_a_trained_embedding_has_no_place_in_pefts_files(tmp_path: Path) -> None
     ("adapter", "degree", "error", "message"),
     [
         (LoraConfig(r=2, rank_pattern={"h.1.self_attention.query_key_value": 3}), 1, AdapterError, "one rank and one"),
+        (DoraConfig(r=2), 1, AdapterError, "PaddleNLP 2.6 has no DoRA"),
         (LoraConfig(r=2, alpha_pattern={"h.1.self_attention.query_key_value": 3}), 1, AdapterError, "has 2 kinds"),
         (PrefixConfig(num_prefix_tokens=5), 2, ConfigError, r"0.weight of shape \[5, 96\] cannot be divided among 2"),
         (PrefixConfig(num_prefix_tokens=8), 4, ConfigError, "6 heads cannot be divided among 4"),

@@ -55,5 +55,5 @@ def test_how_to_read_paddle_files_is_refused_for_others(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="trained_tensor_parallel_degree"):
         bloomlm.load("builtin:tiny", lora_path=tmp_path, trained_tensor_parallel_degree=2)
     for option in ({"prefix_layout": "old"}, {"trained_tensor_parallel_degree": 2}):
-        with pytest.raises(ConfigError, match=rf"{next(iter(option))} says how to read an adapter; give lora_path"):
+        with pytest.raises(ConfigError, match=rf"{next(iter(option))} says how to read an adapter; give adapter_path"):
             bloomlm.load("builtin:tiny", **option)

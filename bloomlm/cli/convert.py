@@ -126,7 +126,7 @@ def _convert_adapter(
 def _check_apart(directory: Path, output: Path) -> None:
     one, other = directory.resolve(), output.resolve()
     if one == other or one in other.parents or other in one.parents:
-        raise ConfigError(f"--output {output} and the input, {directory}, contain one another; name another directory")
+        raise ConfigError(f"--output {output} and the input, {directory}, overlap; name another directory")
 
 
 def _dtype(config: ConvertConfig) -> torch.dtype | None:

@@ -625,9 +625,9 @@ def test_command_converts_adapters(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("source", "flags", "message"),
     [
-        ("hf", ("--output", "hf"), "lie in one another"),
-        ("hf", ("--output", "hf/inside"), "lie in one another"),
-        ("hf", ("--output", "."), "lie in one another"),
+        ("hf", ("--output", "hf"), "overlap"),
+        ("hf", ("--output", "hf/inside"), "overlap"),
+        ("hf", ("--output", "."), "overlap"),
         ("hf", ("--prefix_layout", "new"), "--prefix_layout is for adapters"),
         ("hf", ("--trained_tensor_parallel_degree", "2"), "is for adapters"),
         ("hf", ("--base_model_name_or_path", "builtin:tiny"), "is for adapters"),

@@ -13,7 +13,7 @@ ROWS = [
     {"api"},
     {"training", "export"},
     {"evaluation"},
-    {"runtime"},  # runs what export writes, and says in its manifest what that is
+    {"runtime", "vocabulary"},  # runtime: runs what export writes, and says in its manifest what that is
     {"generation", "checkpoint", "data"},
     {"adapters", "parallel"},
     {"model"},

@@ -103,7 +103,8 @@ class DoraConfig(LoraConfig):
     layer_class = DoraLinear
 
     def start_from_weights(self, model: BloomForCausalLM) -> None:
-        """Set every magnitude to the norm of its row."""
+        """Set every magnitude to the norm of its row, and the rows of trained_tokens to the embedding's."""
+        super().start_from_weights(model)
         for _, layer in self.layers(model):
             assert isinstance(layer, DoraLinear)
             layer.start_from_weight()

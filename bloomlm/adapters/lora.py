@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from bloomlm.adapters.base import Adapter, PeftForm, refuse_other_keys
 from bloomlm.adapters.lora_linear import LoRALinear
+from bloomlm.adapters.trained_rows import PEFT_ROWS, TRAINED_ROWS, TrainedRowsEmbedding, tokens_in_peft
 from bloomlm.errors import AdapterError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM
 
 T = TypeVar("T", int, float)
 
 BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+EMBEDDING = "transformer.word_embeddings"
 PEFT_PREFIX = "base_model.model."
 PEFT_KEYS = {
     "alpha_pattern",
@@ -32,6 +34,7 @@ PEFT_KEYS = {
     "r",
     "rank_pattern",
     "target_modules",
+    "trainable_token_indices",
     "use_rslora",
 }
 PEFT_BIASES = ("none", "all", "lora_only")
@@ -64,6 +67,8 @@ class LoraConfig(Adapter):
     """Module name or regular expression of its end -> another r."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Module name or regular expression of its end -> another lora_alpha."""
+    trained_tokens: tuple[int, ...] = ()
+    """Tokens whose rows of the embedding, which are the head's too, learn."""
     replaced_names: tuple[str, ...] = ()
     """Parameters of the model itself that learn too and belong to the adapter: trained biases."""
 
@@ -94,17 +99,32 @@ class LoraConfig(Adapter):
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
     def describe(self) -> str:
-        """Rank and layers."""
-        return f"{self.kind} of rank {self.r} on {', '.join(self.target_modules)}"
+        """Rank and layers, and how many rows of the embedding."""
+        rows = f" and {len(self.trained_tokens):,} rows of the embedding" if self.trained_tokens else ""
+        return f"{self.kind} of rank {self.r} on {', '.join(self.target_modules)}{rows}"
 
     def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
-        """Put an update beside each of its layers."""
+        """Put an update beside each of its layers, and the rows that learn beside the embedding."""
         for name, linear in self._targets(model):
             parent, _, attribute = name.rpartition(".")
             layer = self.layer_class.from_linear(linear, self, name, generator, device)
             setattr(model.get_submodule(parent), attribute, layer)
         for name in self.replaced_names:
             model.get_parameter(name).requires_grad_(True)
+        if self.trained_tokens:
+            if max(self.trained_tokens) >= model.config.vocab_size:
+                raise AdapterError(
+                    f"the adapter trains the row of token {max(self.trained_tokens)}; the model has "
+                    f"{model.config.vocab_size}"
+                )
+            base = model.transformer
+            base.word_embeddings = TrainedRowsEmbedding.from_embedding(base.word_embeddings, self, base.dtype, device)
+
+    def start_from_weights(self, model: BloomForCausalLM) -> None:
+        """Set the rows of trained_tokens to the embedding's."""
+        embedding = model.transformer.word_embeddings
+        if isinstance(embedding, TrainedRowsEmbedding):
+            embedding.start_from_weight()
 
     def layers(self, model: BloomForCausalLM) -> Iterator[tuple[str, LoRALinear]]:
         """Full name and layer of every layer with an update."""
@@ -114,9 +134,9 @@ class LoraConfig(Adapter):
 
     def parameter_names(self, model: BloomForCausalLM) -> list[str]:
         """Those of the updates, and replaced_names."""
-        return [f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names] + [
-            *self.replaced_names
-        ]
+        updates = [f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names]
+        rows = [f"{EMBEDDING}.{TRAINED_ROWS}"] if self.trained_tokens else []
+        return [*updates, *self.replaced_names, *rows]
 
     def merged(
         self, model: BloomForCausalLM, name: str, whole: Callable[[Tensor], Tensor], dtype: torch.dtype
@@ -124,17 +144,18 @@ class LoraConfig(Adapter):
         """The weight of a layer with its update added; other parameters as they are."""
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
-        if isinstance(module, LoRALinear) and attribute == "weight":
+        if isinstance(module, LoRALinear | TrainedRowsEmbedding) and attribute == "weight":
             return module.merged_weight(whole, dtype)
         return model.get_parameter(name)
 
     def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
         """PEFT names an update's matrices as modules, and a bias of a layer with an update one module deeper."""
         updates = {f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names}
-        return {
-            name: f"{PEFT_PREFIX}{name}.weight" if name in updates else self._bias_key(name)
-            for name in self.parameter_names(model)
-        }
+        keys = {name: f"{PEFT_PREFIX}{name}.weight" for name in updates}
+        keys |= {name: self._bias_key(name) for name in self.replaced_names}
+        if self.trained_tokens:
+            keys[f"{EMBEDDING}.{TRAINED_ROWS}"] = f"{PEFT_PREFIX}{EMBEDDING}.{PEFT_ROWS}"
+        return {name: keys[name] for name in self.parameter_names(model)}
 
     def to_peft(self, model: BloomForCausalLM) -> PeftForm:
         """adapter_config.json and the updates.
@@ -162,6 +183,7 @@ class LoraConfig(Adapter):
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "modules_to_save": None,
+            "trainable_token_indices": list(self.trained_tokens) or None,
             "revision": None,
         }
         tensors = {key: model.get_parameter(name) for name, key in self.peft_keys(model).items()}
@@ -188,6 +210,7 @@ class LoraConfig(Adapter):
                 lora_dropout=float(values.get("lora_dropout") or 0.0),
                 target_modules=_chosen_linears(values.get("target_modules"), model),
                 use_rslora=bool(values.get("use_rslora")),
+                trained_tokens=tokens_in_peft(values.get("trainable_token_indices"), model.config.vocab_size),
                 rank_pattern={str(k): int(v) for k, v in (values.get("rank_pattern") or {}).items()},
                 alpha_pattern={str(k): float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
             )

@@ -3,6 +3,7 @@
 Shapes: N packed tokens, D hidden, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from torch import Tensor, nn
 from bloomlm.model.linear import linear
 from bloomlm.model.partition import WHOLE_VOCABULARY, VocabularyPartition
 from bloomlm.model.quantized import dequantize_rows
+
+
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Rows that stand in for some rows of a head's weight: they learn, and the weight does not (K of them)."""
+
+    places: Tensor
+    """[K] int64, in any order: different rows of the weight that is here."""
+    rows: Tensor
+    """[K, D] what stands there."""
+
+    def of(self, rows: slice) -> "ReplacedRows":
+        """Those of a slice of the weight's rows."""
+        chosen = (self.places >= rows.start) & (self.places < rows.stop)
+        return ReplacedRows(self.places[chosen] - rows.start, self.rows[chosen])
+
+    def put_logits(self, hidden: Tensor, z: Tensor) -> None:
+        """Give z [..., V], the logits of hidden [..., D] by the weight, those of these rows in place."""
+        if len(self.places):
+            z.index_copy_(-1, self.places, linear(hidden, self.rows.to(hidden.dtype)).to(z.dtype))
 
 
 class _Lookup(torch.autograd.Function):
@@ -69,6 +90,15 @@ class WordEmbedding(nn.Embedding):
             found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
             return found
         return F.embedding(rows, self.weight, sparse=self.sparse)
+
+    @property
+    def learns(self) -> bool:
+        """Whether any of its parameters requires a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def replaced_rows(self) -> ReplacedRows | None:
+        """Rows that stand in for some of the head's weight that is here; None: the weight is all there is."""
+        return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""

@@ -49,6 +49,9 @@ class Partition:
 class VocabularyPartition(Partition):
     """The partition of a word embedding that holds the whole vocabulary; `enter` and `leave` are those of the head."""
 
+    first_token = 0
+    """Token of the first row of the weight that is here."""
+
     def look_up(self, tokens: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
         """[N] ids -> [N, D], where lookup gives rows of the weight that is here."""
         return lookup(tokens)

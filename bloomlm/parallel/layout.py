@@ -42,6 +42,8 @@ UPDATE_LAYOUT = {
     "lora_B": {0: 0},
     "lora_B_learns": {0: 0},
     "lora_magnitude_vector": {0: 0},
+    "trained_rows": {},
+    "trained_tokens": {},
 }
 
 # The projection of a prefix is an MLP like a block's, and is cut like one; its embedding is whole on every rank.

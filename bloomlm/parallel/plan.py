@@ -149,7 +149,7 @@ class PlannedLinear:
 
 def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
     """The linear layers of each block, in the order of the computation."""
-    needs_gradient = model.transformer.word_embeddings.weight.requires_grad
+    needs_gradient = model.transformer.word_embeddings.learns
     blocks: list[list[PlannedLinear]] = [[] for _ in model.transformer.h]
     for name, module in model.transformer.h.named_modules():
         if isinstance(module, Linear):
@@ -189,7 +189,7 @@ def activation_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) ->
     blocks = block_bytes(model, tp_degree, load)
     stream = config.hidden_size * model.transformer.dtype.itemsize
     kept = len(blocks) * load.num_tokens * stream if load.recompute else sum(blocks)
-    outer_norms = 1 + model.transformer.word_embeddings.weight.requires_grad
+    outer_norms = 1 + model.transformer.word_embeddings.learns
     around = outer_norms * (stream + _STATISTICS) + 3 * COLUMNS * config.n_head // tp_degree * _FP32
     return kept + load.num_tokens * around + load.num_supervised_tokens * config.hidden_size * _FP32
 

@@ -20,16 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
+from bloomlm.model.embedding import ReplacedRows
 from bloomlm.parallel.collectives import TensorParallelGroup
+from bloomlm.parallel.vocabulary_head import VocabularyHead
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
 MAX_CHUNK_BYTES = 256 * 2**20
 """Default size of a chunk's fp32 logits."""
-FP16_HEADROOM = 256.0
-"""fp16 only: logit gradients are multiplied by this, hidden states divided. Probabilities down to 2e-7 stay normal
-numbers and their products stay far from 65504, whatever the loss scale is."""
-_BLOCK = 4096
 
 
 def linear_cross_entropy(
@@ -38,6 +35,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     weight_scale: Tensor | None = None,
+    replaced: ReplacedRows | None = None,
     scale: float = 1.0,
     label_smoothing: float = 0.0,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
@@ -51,6 +49,7 @@ def linear_cross_entropy(
         weight: [V, D]; without requires_grad no gradient is computed for it.
         labels: [M] int64, IGNORE_INDEX where a row has none; such rows cost nothing.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        replaced: rows that stand in for some of the weight's, and get a gradient if they require one.
         scale: factor of the loss, such as the loss scale / tokens of the step. It costs nothing here; applied
             afterwards it would cost a pass over the weight's gradient.
         label_smoothing: as in torch.nn.functional.cross_entropy.
@@ -66,18 +65,13 @@ def linear_cross_entropy(
     hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
         # part of the graph like any other loss, with the same gradients, all of them zero
-        return (hidden.sum() + weight[:1].sum() if weight.requires_grad else hidden.sum()) * 0.0
+        learned = [weight[:1]] if weight.requires_grad else []
+        learned += [] if replaced is None else [replaced.rows]
+        return sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0
+    rows, places = (None, None) if replaced is None else (replaced.rows, replaced.places)
+    tensors = hidden, weight, rows, places, labels, weight_scale
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        labels,
-        weight_scale,
-        scale,
-        label_smoothing,
-        max_chunk_bytes,
-        torch.is_grad_enabled(),
-        ranks,
-        gradient_memory,
+        *tensors, scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled(), ranks, gradient_memory
     )
     return loss
 
@@ -136,88 +130,6 @@ class _Vocabulary:
         return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)
 
 
-class _Head:
-    """The head's matrix products over chunks of rows, in the precision of the weights or of autocast.
-
-    Results are fp32 or fp64.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, max_chunk_bytes: int, weight_scale: Tensor | None = None
-    ) -> None:
-        device_type = hidden.device.type
-        matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if torch.is_autocast_enabled(device_type):
-            matmul_dtype = torch.get_autocast_dtype(device_type)
-        self.hidden, self.weight_scale = hidden.to(matmul_dtype), weight_scale
-        self.weight = weight.to(matmul_dtype) if weight_scale is None else weight
-        self.dtype = torch.promote_types(matmul_dtype, torch.float32)
-        self.is_half = matmul_dtype != self.dtype
-        self.headroom = FP16_HEADROOM if matmul_dtype is torch.float16 else 1.0
-        num_rows, vocab_size = len(hidden), len(weight)
-        most_rows = max(1, max_chunk_bytes // (vocab_size * self.dtype.itemsize))
-        num_chunks = -(-num_rows // most_rows)
-        self.chunk_rows = -(-num_rows // max(1, num_chunks))
-        self.uses_onednn = uses_onednn(self.hidden, self.weight)
-        # oneDNN and int8 allocate their results; other products write into these
-        rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
-        self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
-        self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
-
-    def chunks(self) -> list[slice]:
-        """Rows of each chunk; their sizes are as equal as possible."""
-        num_rows, size = len(self.hidden), max(1, self.chunk_rows)
-        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-
-    def logits(self, rows: slice) -> Tensor:
-        """[C, V], valid until the next call."""
-        hidden = self.hidden[rows]
-        if self.uses_onednn:
-            return product(hidden, self.weight)
-        if self.weight_scale is not None:
-            return int8_product(hidden, self.weight, self.weight_scale).to(self.dtype)
-        z = self.z[: len(hidden)]
-        torch.mm(hidden, self.weight.t(), out=self.half_z[: len(hidden)])
-        return z.copy_(self.half_z[: len(hidden)]) if self.is_half else z
-
-    def add_gradients(
-        self, rows: slice, z: Tensor, row_factor: Tensor, scale: float, grad_hidden: Tensor, grad_weight: Tensor | None
-    ) -> None:
-        """Gradients of a chunk, whose z [C, V] times row_factor [C, 1] is d loss / d logits, times scale.
-
-        Its rows of grad_hidden [M, D] are set; to grad_weight [V, D] its part is added.
-        """
-        hidden = self.hidden[rows]
-        first = rows.start == 0
-        if self.uses_onednn:
-            grad_hidden[rows] = product(z, self.weight.t()).mul_(row_factor * scale)
-            if grad_weight is not None:
-                columns = (hidden * (row_factor * scale)).t()
-                # in blocks that stay in the processor's cache until they are added
-                for part, z_part in zip(grad_weight.split(_BLOCK), z.split(_BLOCK, dim=1), strict=True):
-                    update = product(z_part.t(), columns)
-                    part.copy_(update) if first else part.add_(update)
-            return
-        if self.weight_scale is not None:
-            z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
-            gradient = int8_input_gradient(z, self.weight, self.weight_scale)
-            grad_hidden[rows] = gradient.mul_(scale / self.headroom)
-            return
-        if not self.is_half:
-            # the row factor goes to the small side of each product
-            torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
-            if grad_weight is not None:
-                grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
-            return
-        half_z = torch.mul(z, row_factor * self.headroom, out=self.half_z[: len(hidden)])
-        grad_hidden[rows] = (half_z @ self.weight).float().mul_(scale / self.headroom)
-        if grad_weight is not None:
-            part = half_z.t() @ (hidden / self.headroom)
-            if first:
-                grad_weight.zero_()
-            grad_weight.add_(part, alpha=scale)
-
-
 def _memory_for(weight: Tensor, dtype: torch.dtype, spare: list[Tensor] | None) -> Tensor:
     while spare:
         memory = spare.pop()
@@ -232,6 +144,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        rows: Tensor | None,
+        places: Tensor | None,
         labels: Tensor,
         weight_scale: Tensor | None,
         scale: float,
@@ -241,19 +155,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ranks: TensorParallelGroup | None,
         gradient_memory: list[Tensor] | None,
     ) -> Tensor:
-        head = _Head(hidden, weight, max_chunk_bytes, weight_scale)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        grad_hidden = grad_weight = None
-        if with_gradients and any(ctx.needs_input_grad[:2]):
+        replaced = None if rows is None or places is None else ReplacedRows(places, rows)
+        head = VocabularyHead(hidden, weight, max_chunk_bytes, weight_scale, replaced)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if replaced is None else replaced.rows.dtype
+        grad_hidden = grad_weight = grad_replaced = None
+        if with_gradients and any(ctx.needs_input_grad[:3]):
             grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
             grad_weight = _memory_for(weight, head.dtype, gradient_memory) if ctx.needs_input_grad[1] else None
+            if replaced is not None and ctx.needs_input_grad[2]:
+                grad_replaced = torch.zeros_like(replaced.rows, dtype=head.dtype)
         loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
         vocabulary = _Vocabulary(len(weight), ranks)
         smoothing_per_token = label_smoothing / vocabulary.size
         ctx.pending = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in head.chunks():
-                z, target = head.logits(rows), vocabulary.locate(labels[rows, None])
+            for chunk in head.chunks():
+                z, target = head.logits(chunk), vocabulary.locate(labels[chunk, None])
                 row_max = vocabulary.row_max(z)
                 sums = [target.pick(z), z.sum(dim=1, keepdim=True)] if label_smoothing else [target.pick(z)]
                 row_sum, label_z, *z_sum = vocabulary.sum(_exp_and_sum(z, row_max), *sums)
@@ -266,26 +183,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if label_smoothing:
                     z.sub_(row_sum * smoothing_per_token)
                 target.add(z, row_sum * (label_smoothing - 1.0))
-                head.add_gradients(rows, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight)
+                head.add_gradients(chunk, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight, grad_replaced)
                 del z  # before the next chunk's is made
                 if ranks is not None:
-                    ctx.pending.append(ranks.begin_sum(grad_hidden[rows]))
-        ctx.gradients = grad_hidden, grad_weight
+                    ctx.pending.append(ranks.begin_sum(grad_hidden[chunk]))
+        ctx.gradients = grad_hidden, grad_weight, grad_replaced
         return loss * scale
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Not saved tensors: once ctx drops them, the gradient becomes weight.grad without a copy.
-        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, (None, None)
-        if grad_hidden is None:
+        gradients, ctx.gradients = ctx.gradients, (None, None, None)
+        if gradients[0] is None:
             raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
         for work in ctx.pending:
             work.wait()
         # the gradients contain scale already, so the factor is usually 1 and needs no pass over [V, D]
         if grad_output.device.type != "cpu" or float(grad_output) != 1.0:
-            grad_hidden.mul_(grad_output)
-            if grad_weight is not None:
-                grad_weight.mul_(grad_output)
-        hidden_dtype, weight_dtype = ctx.dtypes
-        grad_hidden = grad_hidden.to(hidden_dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_dtype), *[None] * 8
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_output)
+        typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return *typed, *[None] * 9

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.linear import linear
 from bloomlm.parallel.collectives import TensorParallelGroup
 
@@ -55,6 +56,7 @@ def score_labels(
     labels: Tensor,
     *,
     weight_scale: Tensor | None = None,
+    replaced: ReplacedRows | None = None,
     ranks: TensorParallelGroup | None = None,
     block_columns: int | None = None,
 ) -> LabelScores:
@@ -65,6 +67,7 @@ def score_labels(
         weight: [V, D] of the head.
         labels: [M] int64, ids of the whole vocabulary.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        replaced: rows that stand in for some of the weight's.
         ranks: those that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the
             same on each, and so is the result. None: the weight is whole.
         block_columns: tokens of a block; None: as many as suit the device.
@@ -79,6 +82,8 @@ def score_labels(
         columns = slice(start, start + size)
         scale = None if weight_scale is None else weight_scale[columns]
         z = linear(hidden, weight[columns], None, scale).to(dtype)
+        if replaced is not None:
+            replaced.of(columns).put_logits(hidden, z)
         block_max, block_likeliest = z.max(dim=1)
         # strictly larger, so that the first of equal logits stays
         likeliest = torch.where(block_max > row_max, block_likeliest + (first_token + start), likeliest)
@@ -101,6 +106,7 @@ def score_tokens(
     labels: Tensor,
     *,
     weight_scale: Tensor | None = None,
+    replaced: ReplacedRows | None = None,
     ranks: TensorParallelGroup | None = None,
 ) -> TokenScore:
     """Cross entropy and number of correct tokens, without gradients.
@@ -110,10 +116,11 @@ def score_tokens(
         weight: [V, D].
         labels: [M] int64, IGNORE_INDEX where a row has none.
         weight_scale: [V] where the weight is int8.
+        replaced: rows that stand in for some of the weight's.
         ranks: those that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
     """
     hidden, labels = labelled_rows(hidden, labels)
-    scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, ranks=ranks)
+    scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, replaced=replaced, ranks=ranks)
     return TokenScore(loss=-scores.log_probs.sum(), num_correct=scores.is_likeliest.sum())
 
 

@@ -14,7 +14,7 @@ DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
 """What finetune_generation.py has always learned when no data is named; the name on the Hugging Face hub."""
 
 # Flags that act only where another one is on.
-_LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+_LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "train_new_tokens")
 _PREFIX_FLAGS = ("num_prefix_tokens", "prefix_projection")
 LOSS_METRICS = ("eval_loss", "eval_ppl")
 TOKEN_METRICS = (*LOSS_METRICS, "eval_accuracy")

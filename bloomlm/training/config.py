@@ -88,6 +88,8 @@ class TrainingConfig(Flags):
         "LoRA: layers that learn, any of query_key_value, dense, dense_h_to_4h, dense_4h_to_h")
     use_rslora: bool = flag("adapters", False, "LoRA: scale the update by lora_alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = flag("adapters", False, "LoRA: also train the norm of each row of the updated weights (DoRA)")
+    train_new_tokens: bool = flag("adapters", False,
+        "LoRA: also train the rows of the embedding that `bloomlm extend` added")
     base_quantization: Literal["none", "int8"] = flag("adapters", "none",
         "LoRA: int8 keeps the frozen weights rounded to 8 bits, in a quarter of float32's memory")
     merge_weights: bool = flag("adapters", False,

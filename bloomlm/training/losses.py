@@ -45,6 +45,7 @@ def batch_loss(
             embedding.weight,
             batch.labels,
             weight_scale=embedding.weight_scale,
+            replaced=embedding.replaced_rows(),
             scale=scale,
             label_smoothing=label_smoothing,
             ranks=tensor_parallel_group(model),
@@ -81,6 +82,7 @@ def evaluate_loss(
                 embedding.weight,
                 on_device.labels,
                 weight_scale=embedding.weight_scale,
+                replaced=embedding.replaced_rows(),
                 ranks=tensor_parallel_group(model),
             )
             loss += score.loss

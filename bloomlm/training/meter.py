@@ -40,7 +40,7 @@ class StepFlops:
         embedding = model.transformer.word_embeddings.weight
         self._per_token = self._forward_per_token = 0
         # the gradient of a layer's input is needed if something before the layer learns
-        needs_input_gradient = embedding.requires_grad
+        needs_input_gradient = model.transformer.word_embeddings.learns
         for block in model.transformer.h:
             for module in block.modules():
                 if not isinstance(module, Linear):

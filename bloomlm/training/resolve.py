@@ -73,6 +73,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             compiles_blocks=config.torch_compile,
         ),
         adapter=adapter_of(config),
+        trains_new_tokens=config.train_new_tokens and config.lora,
         precision=precision_from_flags(
             fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=config.scale_loss
         ),

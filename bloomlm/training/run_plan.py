@@ -174,6 +174,8 @@ class RunPlan:
     model: ModelPlan
     adapter: Adapter
     """What learns."""
+    trains_new_tokens: bool
+    """With the adapter learn the rows of the embedding that were added to the model; LoRA only."""
     precision: Precision
     """Number formats."""
     parallelism: ParallelPlan

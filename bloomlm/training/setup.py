@@ -3,13 +3,14 @@
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from bloomlm.adapters.base import apply_adapter
+from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.main_rank import main_first
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
@@ -27,6 +28,7 @@ from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorde
 from bloomlm.training.run_plan import DataPlan, RunPlan
 from bloomlm.training.summary import describe_parameters
 from bloomlm.version import __version__
+from bloomlm.vocabulary.new_tokens import NEW_TOKENS_FILE, read_new_tokens
 
 MOST_HELD_OUT = 1000
 
@@ -68,7 +70,7 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
     source = resolve_source(plan.model.name_or_path).directory
     tokenizer = Tokenizer.from_directory(source, as_gpt2=plan.reading.tokenization)
     resume_point = read_resume_point(plan, source, checkpoint)
-    plan = with_recorded_adapter(plan, resume_point)
+    plan = with_new_tokens(with_recorded_adapter(plan, resume_point), source, resume_point)
     # the main rank first: it tokenises, and the others find the result in the cache
     examples = main_first(lambda: load_run_examples(plan, tokenizer), mesh)
     check_agreement({"examples": examples.fingerprint, "version": __version__}, mesh)
@@ -92,6 +94,36 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
         resume_point=resume_point,
         console=console,
     )
+
+
+def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> RunPlan:
+    """The plan with an adapter that trains the added rows of the model's embedding, where the plan says so.
+
+    Args:
+        plan: of the run.
+        source: directory of the model to start from.
+        resume_point: what the run resumes from.
+
+    Raises:
+        ConfigError: the model has no added rows, or another program began the adapter.
+        CheckpointError: the record of the added rows is damaged.
+    """
+    if not plan.trains_new_tokens:
+        return plan
+    tokens = read_new_tokens(source)
+    if tokens is None:
+        raise ConfigError(
+            f"--train_new_tokens: {plan.model.name_or_path} has no {NEW_TOKENS_FILE}, in which `bloomlm extend` "
+            "records the tokens that it added; extend the model first, or leave the flag out"
+        )
+    if resume_point.structure is not None:
+        raise ConfigError(
+            "--train_new_tokens: another program began this adapter and did not train rows of the embedding; leave "
+            "the flag out to go on, or start anew in another --output_dir"
+        )
+    # only LoRA has the flag, and its configuration the field
+    adapter: Adapter = replace(cast(Any, plan.adapter), trained_tokens=tuple(tokens))
+    return replace(plan, adapter=adapter)
 
 
 def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: Mesh = ALONE) -> BloomForCausalLM:

@@ -187,6 +187,7 @@ def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_what_was_there(ranks: R
 ADAPTERS = {
     "lora": LoraConfig(r=3, target_modules=BLOCK_LINEARS),
     "dora": DoraConfig(r=3, target_modules=BLOCK_LINEARS),
+    "rows of the embedding": LoraConfig(r=3, trained_tokens=(47, 5, 20)),
     "prefix": PrefixConfig(num_prefix_tokens=3),
     "projected prefix": PrefixConfig(num_prefix_tokens=3, prefix_projection=True),
 }
@@ -254,7 +255,7 @@ def merge_on_ranks(directory: Path, name: str, degrees: Degrees) -> None:
 
 
 @pytest.mark.parametrize("setup", ["tp 4", "fsdp 2", "tp 2 x fsdp 2"])
-@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["lora", "dora", "rows of the embedding"])
 def test_merged_weights_are_those_of_one_rank(ranks: RankPool, tmp_path: Path, name: str, setup: str) -> None:
     merge_to_directory(tiny_model(Case(adapter=ADAPTERS[name])), tmp_path / "alone")
     ranks.run(SETUPS[setup].world_size, merge_on_ranks, tmp_path / "ranks", name, SETUPS[setup])

@@ -1,6 +1,7 @@
 """Whole runs, from flags to files, on many ranks against one."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from bloomlm.checkpoint.reader import load_model
+from bloomlm.checkpoint.source import resolve_source
 from bloomlm.errors import BloomlmError
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from bloomlm.training.step import Trainer
+from bloomlm.vocabulary.new_tokens import write_new_tokens
 from tests.distributed.pool import RankPool
 
 TWO_BY_TWO = {"tensor_parallel_degree": 2, "sharding_parallel_degree": 2}
@@ -45,6 +48,8 @@ def flags(output_dir: Path, data: Path, **changes: Any) -> TrainingConfig:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
+    shutil.copytree(resolve_source("builtin:tiny").directory, directory / "model")
+    write_new_tokens(directory / "model", range(40, 47))  # some that the examples have
     for name, count in (("train", 22), ("dev", 7)):
         rows = [{"src": f"{number} and {number + 3} make", "tgt": f"{2 * number + 3}"} for number in range(count)]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -82,6 +87,7 @@ def assert_same_losses(found: dict[int, list[float]], expected: dict[int, list[f
         {},
         LORA,
         LORA | {"use_dora": True, "use_rslora": True},
+        LORA | {"train_new_tokens": True},
         {"prefix_tuning": True, "num_prefix_tokens": 3, "prefix_projection": True},
     ],
 )
@@ -90,6 +96,8 @@ def test_a_run_on_ranks_is_that_of_one(
     ranks: RankPool, tmp_path: Path, data: Path, kind: dict[str, Any], world_size: int, degrees: dict[str, int]
 ) -> None:
     dp = world_size // 2
+    if "train_new_tokens" in kind:
+        kind = {**kind, "model_name_or_path": str(data / "model")}
     finetune(flags(tmp_path / "one", data, per_device_train_batch_size=4, **kind))
     more = {"per_device_train_batch_size": 4 // dp, **kind, **degrees}
     if "lora" in kind:

@@ -36,6 +36,8 @@ CASES = {
     "lora": Case(adapter=ALL_LINEARS),
     "dora": Case(adapter=DoraConfig(r=3, target_modules=BLOCK_LINEARS)),
     "recomputed dora": Case(adapter=DoraConfig(r=3, target_modules=BLOCK_LINEARS), recompute=True),
+    "rows of the embedding": Case(adapter=LoraConfig(r=3, trained_tokens=(47, 5, 20, 3)), label_smoothing=0.1),
+    "rows of one rank": Case(adapter=LoraConfig(r=3, trained_tokens=(46, 47)), recompute=True),
     "prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3)),
     "projected prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3, prefix_projection=True)),
     "post layernorm": Case(post_layernorm=True),

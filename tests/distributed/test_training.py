@@ -41,6 +41,7 @@ CASES = {
     "clipped, accumulated, smoothed": Case(max_grad_norm=0.5, accumulation=3, label_smoothing=0.1, batch_size=4),
     "lora": Case(adapter=ALL_LINEARS, max_grad_norm=0.5),
     "dora": Case(adapter=DoraConfig(r=3, target_modules=BLOCK_LINEARS), max_grad_norm=0.5),
+    "rows of the embedding": Case(adapter=LoraConfig(r=3, trained_tokens=(47, 5, 20, 3, 9)), max_grad_norm=0.5),
     "prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3)),
     "projected prefix": Case(adapter=PrefixConfig(num_prefix_tokens=3, prefix_projection=True), max_grad_norm=0.5),
     "post layernorm, recompute": Case(post_layernorm=True, recompute=True, max_grad_norm=0.5),
@@ -235,7 +236,7 @@ def _copy_part(name: str, parameter: Tensor, whole: Tensor, mesh: Mesh) -> None:
         parameter.copy_(part)
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "dora", "projected prefix"])
+@pytest.mark.parametrize("name", ["full", "lora", "dora", "rows of the embedding", "projected prefix"])
 @pytest.mark.parametrize(
     "then",
     [Degrees(), Degrees(tp=2), Degrees(dp_shard=2), Degrees(dp_replicate=2), SETUPS["tp 4"], SETUPS["tp 2 x fsdp 2"]],

@@ -94,6 +94,16 @@ LORA = {
         "rank_pattern": {"query_key_value": 5},
         "bias": "all",
     },
+    "rows of the embedding": {"target_modules": ["dense"], "trainable_token_indices": [99, 7, 100]},
+    "rows by the name of the layer": {
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "trainable_token_indices": {"word_embeddings": [0, 50]},
+    },
+    "rows of the head too": {
+        "target_modules": ["dense"],
+        "trainable_token_indices": {"transformer.word_embeddings": [3], "lm_head": [3]},
+    },
 }
 
 
@@ -130,6 +140,8 @@ def test_we_open_lora_that_peft_writes(base: Path, tmp_path: Path, options: dict
         ),
         DoraConfig(r=3, lora_alpha=2.5, target_modules=BLOCK_LINEARS, lora_dropout=0.2),
         DoraConfig(r=9, target_modules=("dense",), use_rslora=True),
+        LoraConfig(trained_tokens=(100, 2, 51)),
+        DoraConfig(trained_tokens=(98, 99, 100)),
     ],
 )
 def test_peft_opens_lora_that_we_write(base: Path, tmp_path: Path, config: LoraConfig) -> None:
@@ -154,6 +166,12 @@ GRADIENTS = {
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "dora of one layer, rslora": {"target_modules": ["dense"], "use_dora": True, "use_rslora": True},
     "lora with dropout": {"target_modules": "all-linear", "lora_dropout": 0.3},
+    "rows of the embedding": {"target_modules": ["dense"], "trainable_token_indices": [99, 7, 100, 14]},
+    "rows of the embedding and dora": {
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "trainable_token_indices": [0, 7, 8, 77],
+    },
     "dora with dropout": {"target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.3},
 }
 
@@ -173,7 +191,10 @@ def test_loss_and_gradients_are_those_of_peft(base: Path, tmp_path: Path, option
         losses[-1].backward()
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     expected = {
-        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
+        name.removeprefix("base_model.model.")
+        .replace("token_adapter.trainable_tokens_delta", "trained_rows")
+        .replace(".default", "")
+        .removesuffix(".weight"): p.grad
         for name, p in theirs.named_parameters()
         if p.requires_grad
     }
@@ -196,6 +217,19 @@ def test_dora_starts_where_peft_does(base: Path) -> None:
     for name in names:
         own = ours.get_parameter(name.removeprefix("base_model.model.").removesuffix(".default.weight"))
         torch.testing.assert_close(own, theirs.get_parameter(name), rtol=1e-6, atol=0)
+
+
+def test_trained_rows_are_merged_as_peft_merges_them(base: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["dense"], trainable_token_indices=[100, 3, 64])
+    theirs = write_theirs(base, tmp_path / "adapter", config)
+    ours = load_model(base)
+    load_adapter(ours, tmp_path / "adapter")
+    merge_to_directory(ours, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    assert_equal_logits(merged, ours)
+    expected = dict(theirs.merge_and_unload().named_parameters())
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -266,7 +300,7 @@ REFUSED = {
         "target_modules": ["h.1.self_attention.dense"]
     },
     r"target_modules.*lm_head": {"target_modules": r".*(lm_head|dense)"},
-    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
+    "trainable_token_indices": {"trainable_token_indices": {"word_embeddings": [1, 2], "lm_head": [3]}},
 }
 
 

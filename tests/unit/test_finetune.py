@@ -31,6 +31,7 @@ from bloomlm.training.resume import ResumePoint
 from bloomlm.training.runs import build_trainer, load_batches
 from bloomlm.training.setup import load_to_train
 from bloomlm.training.step import StepConfig
+from bloomlm.vocabulary.new_tokens import write_new_tokens
 from tests.tiny_bloom import write_bloom
 from tests.unit.test_training_config import CPU, PADDLENLP_FLAGS
 
@@ -42,6 +43,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and two files of examples."""
     directory = tmp_path_factory.mktemp("material")
     write_bloom(directory / "model", eos_scale=1.5)
+    write_new_tokens(directory / "model", range(250, 258))
     pairs = list(pairwise(WORDS)) * 3
     rows = [{"src": f"{source} {number}", "tgt": target} for number, (source, target) in enumerate(pairs)]
     for name, chosen in (("train", rows), ("dev", rows[4:7])):
@@ -104,6 +106,11 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     ),
     "dora": (
         {"lora": True, "r": 3, "use_dora": True, "use_rslora": True, "lora_dropout": 0.1},
+        "adapter_model.safetensors",
+        "lora",
+    ),
+    "new rows": (
+        {"lora": True, "r": 3, "train_new_tokens": True},
         "adapter_model.safetensors",
         "lora",
     ),

@@ -91,7 +91,7 @@ def test_frozen_weight_gets_no_gradient_and_costs_no_product(monkeypatch: pytest
 
 def test_without_grad_mode_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs()
-    monkeypatch.setattr("bloomlm.parallel.vocabulary_loss._Head.add_gradients", None)
+    monkeypatch.setattr("bloomlm.parallel.vocabulary_head.VocabularyHead.add_gradients", None)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             loss = linear_cross_entropy(hidden, weight, labels)
@@ -148,9 +148,9 @@ def test_fp16_gradients_neither_overflow_nor_vanish() -> None:
 
 
 def test_chunks_are_equal_in_size() -> None:
-    from bloomlm.parallel.vocabulary_loss import _Head
+    from bloomlm.parallel.vocabulary_head import VocabularyHead
 
-    head = _Head(torch.zeros(10, 2), torch.zeros(V, 2), 8 * V * 4)
+    head = VocabularyHead(torch.zeros(10, 2), torch.zeros(V, 2), 8 * V * 4)
     assert [(s.start, s.stop) for s in head.chunks()] == [(0, 5), (5, 10)]
     assert all(head.logits(rows).shape == (5, V) for rows in head.chunks())
 

@@ -1,10 +1,13 @@
 """The shape of an adapter's base model, as far as the adapter's own files tell it."""
 
 import re
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bloomlm.adapters.trained_rows import tokens_in_peft
 from bloomlm.checkpoint.adapters.peft import open_peft_weights, read_peft_config
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.config import BloomConfig
@@ -32,7 +35,9 @@ def peft_base_config(directory: Path) -> BloomConfig:
         return base_config(directory, values, "num_layers", "token_dim", "num_attention_heads")
     entries = open_peft_weights(directory).entries
     inputs = {name: entry.shape[-1] for name, entry in entries.items() if entry.shape}
-    return lora_base_config(directory, inputs, num_ranks=1)
+    config = lora_base_config(directory, inputs, num_ranks=1)
+    tokens = tokens_in_peft(values.get("trainable_token_indices"), sys.maxsize)
+    return replace(config, vocab_size=max(config.vocab_size, *(token + 1 for token in tokens), 1))
 
 
 def base_config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden_size: str, n_head: str) -> BloomConfig:

@@ -77,6 +77,11 @@ def write_paddle_adapter(
 def _write_lora(
     directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor], model_config: BloomConfig, tp_degree: int
 ) -> None:
+    if config.trained_tokens:
+        raise AdapterError(
+            f"PaddleNLP 2.6's files cannot hold {len(config.trained_tokens)} trained rows of an embedding; merge the "
+            "adapter into its base model and convert that, or write PEFT's files (--to hf)"
+        )
     modules = [name.removesuffix(PARTS[0]) for name in tensors if name.endswith(PARTS[0])]
     lora_rank, lora_alpha = _rank_and_alpha(config, modules)
     cuts = lora_cuts(

@@ -93,6 +93,7 @@ class EagerScorer(WindowScorer):
             embedding.weight,
             torch.from_numpy(np.concatenate(labels)).to(device),
             weight_scale=embedding.weight_scale,
+            replaced=embedding.replaced_rows(),
             ranks=tensor_parallel_group(self._model),
         )
         self.num_computed_tokens += batch.num_tokens

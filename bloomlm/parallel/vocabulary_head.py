@@ -1,0 +1,139 @@
+"""The head's matrix products over chunks of rows: logits, and the gradients of a chunk that follow from them.
+
+Rows of the weight may be replaced by others that learn while the weight does not (see adapters/trained_rows.py): their
+logits take the place of the weight's, and only they get a gradient.
+
+Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared), K replaced rows.
+"""
+
+import torch
+from torch import Tensor
+
+from bloomlm.model.embedding import ReplacedRows
+from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
+
+FP16_HEADROOM = 256.0
+"""fp16 only: logit gradients are multiplied by this, hidden states divided. Probabilities down to 2e-7 stay normal
+numbers and their products stay far from 65504, whatever the loss scale is."""
+_BLOCK = 4096
+
+
+class VocabularyHead:
+    """The head's matrix products over chunks of rows, in the precision of the weights or of autocast.
+
+    Results are fp32 or fp64.
+
+    Args:
+        hidden: [M, D].
+        weight: [V, D].
+        max_chunk_bytes: size that a chunk's logits may take.
+        weight_scale: [V] where the weight is int8.
+        replaced: rows that stand in for some of the weight's.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        max_chunk_bytes: int,
+        weight_scale: Tensor | None = None,
+        replaced: ReplacedRows | None = None,
+    ) -> None:
+        device_type = hidden.device.type
+        matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        if torch.is_autocast_enabled(device_type):
+            matmul_dtype = torch.get_autocast_dtype(device_type)
+        self.hidden, self.weight_scale = hidden.to(matmul_dtype), weight_scale
+        self.weight = weight.to(matmul_dtype) if weight_scale is None else weight
+        self.replaced = None if replaced is None else ReplacedRows(replaced.places, replaced.rows.to(matmul_dtype))
+        self.dtype = torch.promote_types(matmul_dtype, torch.float32)
+        self.is_half = matmul_dtype != self.dtype
+        self.headroom = FP16_HEADROOM if matmul_dtype is torch.float16 else 1.0
+        num_rows, vocab_size = len(hidden), len(weight)
+        most_rows = max(1, max_chunk_bytes // (vocab_size * self.dtype.itemsize))
+        num_chunks = -(-num_rows // most_rows)
+        self.chunk_rows = -(-num_rows // max(1, num_chunks))
+        self.uses_onednn = uses_onednn(self.hidden, self.weight)
+        # oneDNN and int8 allocate their results; other products write into these
+        rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
+        self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
+        self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
+
+    def chunks(self) -> list[slice]:
+        """Rows of each chunk; their sizes are as equal as possible."""
+        num_rows, size = len(self.hidden), max(1, self.chunk_rows)
+        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+    def logits(self, rows: slice) -> Tensor:
+        """[C, V], valid until the next call."""
+        z = self._logits_of_weight(self.hidden[rows])
+        if self.replaced is not None:
+            z[:, self.replaced.places] = (self.hidden[rows] @ self.replaced.rows.t()).to(z.dtype)
+        return z
+
+    def _logits_of_weight(self, hidden: Tensor) -> Tensor:
+        if self.uses_onednn:
+            return product(hidden, self.weight)
+        if self.weight_scale is not None:
+            return int8_product(hidden, self.weight, self.weight_scale).to(self.dtype)
+        z = self.z[: len(hidden)]
+        torch.mm(hidden, self.weight.t(), out=self.half_z[: len(hidden)])
+        return z.copy_(self.half_z[: len(hidden)]) if self.is_half else z
+
+    def add_gradients(
+        self,
+        rows: slice,
+        z: Tensor,
+        row_factor: Tensor,
+        scale: float,
+        grad_hidden: Tensor,
+        grad_weight: Tensor | None,
+        grad_replaced: Tensor | None = None,
+    ) -> None:
+        """Gradients of a chunk, whose z [C, V] times row_factor [C, 1] is d loss / d logits, times scale.
+
+        Its rows of grad_hidden [M, D] are set; its part is added to grad_weight [V, D] and grad_replaced [K, D]. The
+        contents of z are lost.
+        """
+        if self.replaced is None:
+            self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
+            return
+        own = z[:, self.replaced.places] * (row_factor * scale)
+        z[:, self.replaced.places] = 0.0  # they belong to the replaced rows, not to the weight's
+        self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
+        grad_hidden[rows] += own @ self.replaced.rows.to(self.dtype)
+        if grad_replaced is not None:
+            grad_replaced.addmm_(own.t(), self.hidden[rows].to(self.dtype))
+
+    def _add_gradients_of_weight(
+        self, rows: slice, z: Tensor, row_factor: Tensor, scale: float, grad_hidden: Tensor, grad_weight: Tensor | None
+    ) -> None:
+        hidden = self.hidden[rows]
+        first = rows.start == 0
+        if self.uses_onednn:
+            grad_hidden[rows] = product(z, self.weight.t()).mul_(row_factor * scale)
+            if grad_weight is not None:
+                columns = (hidden * (row_factor * scale)).t()
+                # in blocks that stay in the processor's cache until they are added
+                for part, z_part in zip(grad_weight.split(_BLOCK), z.split(_BLOCK, dim=1), strict=True):
+                    update = product(z_part.t(), columns)
+                    part.copy_(update) if first else part.add_(update)
+            return
+        if self.weight_scale is not None:
+            z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
+            gradient = int8_input_gradient(z, self.weight, self.weight_scale)
+            grad_hidden[rows] = gradient.mul_(scale / self.headroom)
+            return
+        if not self.is_half:
+            # the row factor goes to the small side of each product
+            torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
+            if grad_weight is not None:
+                grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
+            return
+        half_z = torch.mul(z, row_factor * self.headroom, out=self.half_z[: len(hidden)])
+        grad_hidden[rows] = (half_z @ self.weight).float().mul_(scale / self.headroom)
+        if grad_weight is not None:
+            part = half_z.t() @ (hidden / self.headroom)
+            if first:
+                grad_weight.zero_()
+            grad_weight.add_(part, alpha=scale)

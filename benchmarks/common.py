@@ -31,8 +31,8 @@ def random_model(size: str, **changes: int) -> Path:
 
         import torch
 
-        from bloomlm.checkpoint.atomic import atomic_directory
         from bloomlm.checkpoint.writer import write_model
+        from bloomlm.files.atomic import atomic_directory
         from bloomlm.model.bloom import BloomForCausalLM
         from bloomlm.model.config import PUBLISHED_SIZES
 

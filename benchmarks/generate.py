@@ -97,7 +97,7 @@ def prepare(args: argparse.Namespace) -> None:
     kind, _, variant = args.side.partition("-")
     directory = made(args) / args.side
     if kind in ("ctranslate2", "openvino") and not directory.exists():
-        from bloomlm.checkpoint.atomic import atomic_directory
+        from bloomlm.files.atomic import atomic_directory
 
         with atomic_directory(directory) as temporary:
             convert = peers.convert_ctranslate2 if kind == "ctranslate2" else peers.convert_openvino

@@ -6,9 +6,9 @@ import torch
 
 from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.adapters.peft import save_adapter
-from bloomlm.checkpoint.atomic import atomic_directory
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
+from bloomlm.files.atomic import atomic_directory
 from bloomlm.model.config import BloomConfig
 from tests.bloom_tokenizer import make_tokenizer
 from tests.tiny_checkpoint import learned_tensors, random_model

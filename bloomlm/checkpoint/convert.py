@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.atomic import sync
 from bloomlm.checkpoint.formats import FileForm, bytes_on_ranks, check_degree, write_model_for_ranks
 from bloomlm.checkpoint.huggingface import EMBEDDING
 from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
@@ -19,6 +18,7 @@ from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, check_entries
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import CheckpointError, ConfigError, name_some
+from bloomlm.files.atomic import sync
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from bloomlm.checkpoint.atomic import atomic_directory
 from bloomlm.errors import CheckpointError
+from bloomlm.files.atomic import atomic_directory
 
 Report = Callable[[int], None]
 """Called with the number of bytes processed since the last call."""

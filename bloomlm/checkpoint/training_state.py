@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from bloomlm.checkpoint.atomic import TEMPORARY_SUFFIX, atomic_directory
 from bloomlm.checkpoint.formats import find_foreign_run
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.files.atomic import TEMPORARY_SUFFIX, atomic_directory
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,8 @@ from bloomlm.cli.display import CompletionPrinter, TokenPrinter
 from bloomlm.cli.prompts import Prompts, read_prompts
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.files.atomic import atomic_write
+from bloomlm.files.resumable import ResumableResults
 from bloomlm.flags import Flags, flag
 from bloomlm.generation.completion import Completion
 from bloomlm.generation.config import GenerationConfig
@@ -133,9 +135,6 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
-        # here, because `bloomlm infer` needs nothing else of checkpoint
-        from bloomlm.checkpoint.resumable import ResumableResults
-
         self.path = path
         self._results = ResumableResults(path, identity=identity)
         found: list[Completion] = []
@@ -152,8 +151,6 @@ class ResultFile:
 
     def finish(self) -> None:
         """Put the complete file in its place."""
-        from bloomlm.checkpoint.atomic import atomic_write
-
         lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in self.completions)
         atomic_write(self.path, "".join(line + "\n" for line in lines))
         self._results.remove(of_all_runs=True)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.files.atomic import atomic_write
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.plan import PredictionMemory, TrainingMemory
 from bloomlm.parallel.traffic import StepTime, Traffic

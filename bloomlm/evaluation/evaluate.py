@@ -6,20 +6,20 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bloomlm.checkpoint.main_rank import main_first
-from bloomlm.checkpoint.resumable import ResumableResults
+from bloomlm.checkpoint.main_rank import main_first, on_main
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.data_sources import find_data
 from bloomlm.evaluation.plan import Display, Execution, Plan
 from bloomlm.evaluation.report import EvaluationReport
 from bloomlm.evaluation.subject import Subject
+from bloomlm.files.resumable import ResumableResults
 from bloomlm.parallel.launch import check_agreement
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.version import __version__
@@ -66,14 +66,9 @@ def evaluate(
     check_agreement({"evaluation": identity}, mesh)
     for notice in report.notices:
         display.notice(notice)
-    with ExitStack() as stack:
-        finished = None
-        if config.output_file is not None:
-            finished = stack.enter_context(ResumableResults(config.output_file, identity=identity, mesh=mesh))
-            if finished.done:
-                display.notice(
-                    f"{len(finished.done)} results are there from a run that was stopped; continuing after them"
-                )
+    with _finished_results(config, identity, mesh) as finished:
+        if finished is not None and finished.done:
+            display.notice(f"{len(finished.done)} results are there from a run that was stopped; continuing after them")
         execution = Execution(subject=subject, batch_size=config.batch_size, finished=finished, display=display)
         outcome = plan.run(execution)
         report = dataclasses.replace(
@@ -83,11 +78,24 @@ def evaluate(
             counts={**report.counts, **outcome.counts},
             run={**outcome.run, **report.run},
         )
-        if finished is not None and config.output_file is not None:
-            if mesh.is_main:
-                report.save(config.output_file)
+        if finished is not None and config.output_file is not None and mesh.is_main:
+            report.save(config.output_file)
             finished.remove()
     return report
+
+
+def _finished_results(
+    config: EvaluateConfig, identity: str, mesh: Mesh
+) -> AbstractContextManager[ResumableResults | None]:
+    """Where the results are kept while the evaluation runs; None without an output file."""
+    if config.output_file is None:
+        return nullcontext()
+    return ResumableResults(
+        config.output_file,
+        identity=identity,
+        writer=mesh.dp_rank if mesh.tp_rank == 0 else None,
+        on_one=lambda read: on_main(read, mesh),
+    )
 
 
 def _check_writable(output_file: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from bloomlm.checkpoint.resumable import ResumableResults
 from bloomlm.evaluation.metrics import LARGEST_EXPONENT, Metric
 from bloomlm.evaluation.scoring.batches import join_shares
 from bloomlm.evaluation.scoring.models import window_scorer
 from bloomlm.evaluation.scoring.windows import Window, WindowScore
 from bloomlm.evaluation.subject import Subject
+from bloomlm.files.resumable import ResumableResults
 
 R = TypeVar("R")
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.errors import DataError
 from bloomlm.evaluation.metrics import Metric
+from bloomlm.files.atomic import atomic_write
 
 FORMAT_VERSION = 1
 _INFLUENCES_SUFFIX = ".influences.json"

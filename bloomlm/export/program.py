@@ -9,13 +9,13 @@ from pathlib import Path
 import safetensors
 import torch
 
-from bloomlm.checkpoint.atomic import directory_beside
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BackendMissingError, ProgramError
 from bloomlm.export.formats import FORMATS
 from bloomlm.export.formats.base import ExportFormat, ExportJob, OnStage
 from bloomlm.export.parity import TEXTS, Parity, compare, comparison_tokens
+from bloomlm.files.atomic import directory_beside
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.runtime.manifest import Manifest, describe_file
 from bloomlm.runtime.program import Program

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.errors import CheckpointError
+from bloomlm.files.atomic import atomic_write
 from bloomlm.training.results import TrainResult
 
 STATE_FILE = "trainer_state.json"

@@ -111,8 +111,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def sigterm_requests() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes. A second SIGTERM has the effect that it has outside of this context.
+    """A list that is empty until SIGTERM comes. Repeats change nothing, so that they do not interrupt the saving.
 
+    A rank often gets the signal twice: from Slurm, which signals every process of a step, and from its launcher.
     Outside the main thread, where Python handles no signals, the list stays empty.
     """
     requests: list[int] = []
@@ -122,7 +123,6 @@ def sigterm_requests() -> Iterator[list[int]]:
 
     def note(signal_number: int, frame: FrameType | None) -> None:
         requests.append(signal_number)
-        signal.signal(signal.SIGTERM, previous)
 
     previous = signal.signal(signal.SIGTERM, note)
     try:

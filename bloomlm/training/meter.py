@@ -17,8 +17,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.data.loader import Batch, Batches
+from bloomlm.files.atomic import atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import Linear, linear
 from bloomlm.training.step import Trainer

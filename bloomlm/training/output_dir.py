@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from bloomlm.checkpoint.atomic import atomic_directory, atomic_write, sync
 from bloomlm.checkpoint.formats import find_foreign_run
 from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.training_state import (
@@ -28,6 +27,7 @@ from bloomlm.checkpoint.training_state import (
     newest_checkpoint,
 )
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.files.atomic import atomic_directory, atomic_write, sync
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.run_plan import OutputPlan

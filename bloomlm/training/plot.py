@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.files.atomic import atomic_write
 from bloomlm.training.history import History
 
 PICTURE_FILE = "loss.png"

@@ -17,7 +17,7 @@ ROWS = [
     {"generation", "checkpoint", "data"},
     {"adapters", "parallel"},
     {"model"},
-    {"flags"},
+    {"flags", "files"},
     {"errors", "assets", "allocator", "version"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

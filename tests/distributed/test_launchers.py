@@ -117,7 +117,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc, which is Linux's")
 def test_signals_end_all_ranks_and_a_stopped_run_has_saved(tmp_path: Path, data: Path) -> None:  # noqa: F811
-    """SIGTERM to the launcher; then the same command goes on, until SIGKILL comes to a rank."""
+    """SIGTERM to the launcher and, as Slurm sends it, to every rank; the same command goes on until a rank is killed."""
     words = [*command_line(tmp_path / "run", data), "--max_steps", "5000", "--save_steps", "5000"]
     command = [sys.executable, "-m", "bloomlm", "finetune", "--num_processes", "2", *words]
     metrics, told, statuses = tmp_path / "run" / "metrics.jsonl", [], []
@@ -128,7 +128,8 @@ def test_signals_end_all_ranks_and_a_stopped_run_has_saved(tmp_path: Path, data:
             ranks = ranks_of(run.pid)
             assert ranks.keys() == {0, 1}
             if stop == "launcher":
-                run.send_signal(signal.SIGTERM)
+                for process in (run.pid, *ranks.values()):
+                    os.kill(process, signal.SIGTERM)
             else:
                 os.kill(ranks[1], signal.SIGKILL)
             told.append(run.communicate(timeout=300)[1])

@@ -14,7 +14,6 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import evaluate as evaluate_model
 from bloomlm.api import load
 from bloomlm.checkpoint.fingerprint import model_fingerprint
-from bloomlm.checkpoint.resumable import ResumableResults
 from bloomlm.cli.evaluate import EvaluateFlags, check_flags, command
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BloomlmError, ConfigError, DataError
@@ -27,6 +26,7 @@ from bloomlm.evaluation.protocols import PROTOCOLS
 from bloomlm.evaluation.scoring import models
 from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
 from bloomlm.evaluation.scoring.windows import continuation_window
+from bloomlm.files.resumable import ResumableResults
 from tests.tiny_bloom import write_adapter, write_bloom
 
 WIKI = " \n = The Sea = \n \n The sea , and the rain @-@ fed river ; 1 @,@ 234 ( in all ) . \n"

@@ -17,7 +17,6 @@ from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel, load
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.cli import main as cli
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
@@ -26,6 +25,7 @@ from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
 from bloomlm.export.weights import Int4, Int8, Plain, format_of, many_rows, weight_format
 from bloomlm.export.weights_file import weight_entries
+from bloomlm.files.atomic import atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import uses_onednn
@@ -298,7 +298,7 @@ def test_instruction_sets() -> None:
     assert instruction_set(frozenset({"avx"})) == "x86-64"
 
 
-def test_the_runtime_needs_no_model_code(loaded: LoadedModel, exported: Path) -> None:
+def test_the_runtime_needs_no_model_code(loaded: LoadedModel, exported: Path, tmp_path: Path) -> None:
     """`bloomlm infer` in a process where those modules cannot be imported."""
     code = """
 import sys
@@ -314,10 +314,14 @@ from bloomlm.cli.main import main
 main(sys.argv[1:])
 """
     flags = ["--model_dir", str(exported.parent), "--model_prefix", exported.name, "--prompt", PROMPTS[0]]
-    result = subprocess.run([sys.executable, "-c", code, "infer", *flags], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    output = tmp_path / "answers.jsonl"
     (expected,) = loaded.generate(PROMPTS[0], max_new_tokens=7)
-    assert result.stdout == f"{PROMPTS[0]}\n{expected.completion}\n"
+    for more, shown in (([], f"{PROMPTS[0]}\n{expected.completion}\n"), (["--output_file", str(output)], "")):
+        words = [sys.executable, "-c", code, "infer", *flags, *more]
+        result = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == shown
+    assert json.loads(output.read_text())["completion"] == expected.completion
 
 
 def test_the_runtime_loads_only_what_it_uses() -> None:

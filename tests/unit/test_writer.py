@@ -279,7 +279,7 @@ def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(
             shutil.rmtree(removed[0])
         flock(descriptor, operation)
 
-    monkeypatch.setattr("bloomlm.checkpoint.atomic.fcntl.flock", lock_late)
+    monkeypatch.setattr("bloomlm.files.atomic.fcntl.flock", lock_late)
     with atomic_directory(tmp_path / "model") as directory:
         (directory / "file").write_text("content")
     assert removed and (tmp_path / "model" / "file").read_text() == "content"

@@ -8,16 +8,14 @@ Each result has a number. A line holds the number and the fields of the result:
 import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from bloomlm.checkpoint.atomic import atomic_write
-from bloomlm.checkpoint.main_rank import on_main
 from bloomlm.errors import CheckpointError
-from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.files.atomic import atomic_write
 
 Results = dict[int, dict[str, Any]]
 
@@ -25,27 +23,34 @@ Results = dict[int, dict[str, Any]]
 class ResumableResults:
     """The finished results of a run, in hidden files named after its output and a fingerprint of what decides it.
 
-    Each copy of the model writes a file of its own; the next run reads all of them, on any number of ranks.
+    Several processes each write their own file; the next run reads all of them, on any number of processes.
 
     Args:
         output: the file that the run writes in the end, as given to --output_file.
         identity: everything that decides the results, as text. A run with another identity does not use them.
-        mesh: the ranks, all of which must make this call.
+        writer: number of this process among those that write results; None: this one writes none.
+        on_one: calls a function on one process alone and returns its result on all; every process calls it once.
 
     Raises:
         CheckpointError: they cannot be written.
     """
 
-    def __init__(self, output: Path, *, identity: str, mesh: Mesh = ALONE) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        identity: str,
+        writer: int | None = 0,
+        on_one: Callable[[Callable[[], Results]], Results] = lambda read: read(),
+    ) -> None:
         self._output = output
         self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._is_main = mesh.is_main
         self._file: BinaryIO | None = None
-        self.done: Results = on_main(self._collect, mesh)
+        self.done = on_one(self._collect)
         """Number -> result, from earlier runs."""
-        if mesh.tp_rank == 0:
+        if writer is not None:
             try:
-                self._file = self._path(mesh.dp_rank).open("ab")
+                self._file = self._path(writer).open("ab")
             except OSError as error:
                 raise self._cannot_write(error) from error
 
@@ -60,14 +65,13 @@ class ResumableResults:
             raise self._cannot_write(error) from error
 
     def remove(self, *, of_all_runs: bool = False) -> None:
-        """Delete the files, once the output is written.
+        """Delete the files of all processes, once the output is written; one process does this.
 
         Args:
             of_all_runs: also those of runs with other identities and the same output.
         """
-        if self._is_main:
-            for path in self._paths("*" if of_all_runs else self._fingerprint):
-                path.unlink(missing_ok=True)
+        for path in self._paths("*" if of_all_runs else self._fingerprint):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> "ResumableResults":
         return self
@@ -92,8 +96,8 @@ class ResumableResults:
             raise self._cannot_write(error) from error
         return done
 
-    def _path(self, dp_rank: int) -> Path:
-        return self._output.with_name(f".{self._output.name}.{self._fingerprint}.{dp_rank}.partial")
+    def _path(self, writer: int) -> Path:
+        return self._output.with_name(f".{self._output.name}.{self._fingerprint}.{writer}.partial")
 
     def _paths(self, fingerprint: str) -> list[Path]:
         return sorted(self._output.parent.glob(f".{glob.escape(self._output.name)}.{fingerprint}.*partial"))

@@ -27,10 +27,11 @@ from bloomlm.data.examples import Example
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES
+from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.launch import joined_ranks
 from bloomlm.parallel.mesh import Degrees, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.plan import Workload, training_memory
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.parallel.traffic import Traffic, sent_bytes, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.loop import peak_memory_bytes
@@ -165,7 +166,8 @@ def random_trainer(mesh: Mesh, adapter: Adapter, recompute: bool) -> Trainer:
         model = BloomForCausalLM(CONFIG)
     cut_model(model, mesh)
     apply_adapter(model, adapter)
-    divide_adapter(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh)
     model.to_empty(device="cpu")
     torch.manual_seed(mesh.tp_rank)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES
 from bloomlm.parallel.launch import joined_ranks
 from bloomlm.parallel.mesh import Degrees
-from bloomlm.parallel.parallelize import cut_model
+from bloomlm.parallel.tensor_parallel import cut_model
 from bloomlm.training.loop import peak_memory_bytes
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision

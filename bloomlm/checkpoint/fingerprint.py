@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bloomlm.adapters.base import adapter_of
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.parallel.gather import own_bounds, whole_shape
+from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 _SAMPLES = 256

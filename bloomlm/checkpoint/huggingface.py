@@ -18,7 +18,7 @@ from bloomlm.checkpoint.safetensors_file import SafetensorsFile
 from bloomlm.checkpoint.tensor_reader import TensorEntry
 from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
-from bloomlm.parallel.gather import Bounds
+from bloomlm.parallel.layout import Bounds
 
 MODEL_PREFIX = "transformer."
 EMBEDDING = "transformer.word_embeddings.weight"

@@ -12,8 +12,7 @@ from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report,
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.parallel.gather import without_shards
-from bloomlm.parallel.layout import is_of_base
+from bloomlm.parallel.layout import is_of_base, without_shards
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 

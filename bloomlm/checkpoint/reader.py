@@ -22,10 +22,10 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear
 from bloomlm.model.quantized import quantize_rows
-from bloomlm.parallel.gather import holding, own_bounds, whole_shape
-from bloomlm.parallel.layout import is_of_base
+from bloomlm.parallel.data_parallel import shard_model
+from bloomlm.parallel.layout import holding, is_of_base, own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 
 __all__ = ["TensorEntry", "TensorReader", "find_model", "load_model", "open_reader", "read_config", "read_into_model"]
 
@@ -106,7 +106,7 @@ def load_model(
             process dies. Long training runs pass False.
         int8: quantise the weights of the linear layers and the embedding as they are read (see model/quantized.py);
             biases, norms and what is computed have dtype. Such a model learns through LoRA only.
-        mesh: the ranks to divide the model among (parallel/parallelize.py); each reads its own parts only.
+        mesh: the ranks to divide the model among (parallel/__init__.py); each reads its own parts only.
         install_adapter: called on several ranks with the cut model on the meta device, to put an adapter with real
             weights into it before it is divided further.
         reshard_after_forward: as in shard_model.
@@ -127,7 +127,8 @@ def load_model(
         cut_model(model.to(dtype), mesh)
         if install_adapter is not None:
             install_adapter(model)
-        divide_adapter(model, mesh, reshard_after_forward=reshard_after_forward)
+        cut_adapter(model, mesh)
+        shard_model(model, mesh, reshard_after_forward=reshard_after_forward)
     try:
         return read_into_model(model, reader, dtype=dtype, device=device, memory_map=memory_map, int8=int8, mesh=mesh)
     except CheckpointError as error:

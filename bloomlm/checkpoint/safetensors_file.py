@@ -25,7 +25,7 @@ from torch import Tensor
 from bloomlm.checkpoint.fresh_memory import fresh_memory
 from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
 from bloomlm.errors import CheckpointError
-from bloomlm.parallel.gather import Bounds
+from bloomlm.parallel.layout import Bounds
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import CheckpointError, name_some
-from bloomlm.parallel.gather import Bounds
+from bloomlm.parallel.layout import Bounds
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.files.atomic import atomic_directory, atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.parallel.gather import whole_tensor
+from bloomlm.parallel.layout import whole_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 __all__ = ["atomic_directory", "atomic_write", "parse_size", "write_model"]

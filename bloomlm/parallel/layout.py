@@ -1,19 +1,27 @@
-"""THE table: how tensor-parallel ranks cut every parameter of BLOOM.
+"""THE table: how tensor-parallel ranks cut every parameter of BLOOM, and how whole tensors come from their parts.
 
-Cutting query_key_value and dense_h_to_4h by outputs and dense and dense_4h_to_h by inputs needs one all-reduce a linear
-pair in each direction (Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053, section 3). Rows of
-query_key_value are (head, 3, head_dim), so an equal contiguous cut gives every rank whole heads. The embedding, which
-is also the head, is cut by rows of the vocabulary. A parameter that is not cut is whole on every rank.
-
-What an adapter puts beside a weight is cut with that weight: see UPDATE_LAYOUT.
+query_key_value and dense_h_to_4h are cut by outputs, dense and dense_4h_to_h by inputs. Each such pair then needs one
+all-reduce forward and one backward (Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053, section 3). Rows of
+query_key_value are ordered (head, 3, head_dim), so an equal contiguous cut gives every rank whole heads. The embedding,
+which is also the head, is cut by rows of the vocabulary. A parameter that is not cut is whole on every rank. The
+tensors that an adapter adds to a layer are cut together with its weight: see UPDATE_LAYOUT.
 """
 
 import re
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
-# Parameter, where L stands for any number -> the dimension that is cut; None: whole on every rank.
+from bloomlm.parallel.mesh import Mesh
+
+Bounds = tuple[tuple[int, int], ...]
+"""For each dimension of a tensor, the first index of a part and the index after its last."""
+
+# Parameter -> the dimension that is cut; None: whole on every rank. L stands for the number of any block.
 LAYOUT: dict[str, int | None] = {
     "transformer.word_embeddings.weight": 0,
     "transformer.word_embeddings_layernorm.weight": None,
@@ -35,8 +43,8 @@ LAYOUT: dict[str, int | None] = {
 }
 PATTERNS = {re.compile(re.escape(name).replace(r"\.L\.", r"\.\d+\.")): dim for name, dim in LAYOUT.items()}
 
-# Tensor that an adapter puts beside a linear layer's weight -> {dimension along which the weight is cut: dimension
-# along which this tensor is cut with it}. Where the weight is cut along another dimension, it is whole on every rank.
+# Tensor that an adapter adds to a linear layer -> {dimension along which the layer's weight is cut: dimension along
+# which this tensor is cut}. If the weight is cut along a dimension that is not listed, the tensor is whole on each rank.
 UPDATE_LAYOUT = {
     "lora_A": {1: 1},
     "lora_B": {0: 0},
@@ -46,7 +54,7 @@ UPDATE_LAYOUT = {
     "trained_tokens": {},
 }
 
-# The projection of a prefix is an MLP like a block's, and is cut like one; its embedding is whole on every rank.
+# The projection of a prefix is cut like the MLP of a block; its embedding is whole on every rank.
 PREFIX = "transformer.prefix."
 PREFIX_LAYOUT: dict[str, int | None] = {
     "embedding.weight": None,
@@ -61,10 +69,10 @@ def tp_dim(name: str) -> int | None:
     """The dimension along which tensor-parallel ranks cut a parameter; None: each rank has the whole.
 
     Args:
-        name: of a parameter of BLOOM or of an adapter, as of model.named_parameters().
+        name: name of a parameter of BLOOM or of an adapter, as in model.named_parameters().
 
     Raises:
-        KeyError: there is no such parameter.
+        KeyError: neither has such a parameter.
     """
     if name.startswith(PREFIX):
         return PREFIX_LAYOUT[name.removeprefix(PREFIX)]
@@ -79,37 +87,40 @@ def tp_dim(name: str) -> int | None:
 
 
 def is_of_base(name: str) -> bool:
-    """Whether BLOOM itself has a parameter of this name; a model's others are those of its adapter."""
+    """Whether a parameter belongs to BLOOM itself and not to an adapter."""
     return any(pattern.fullmatch(name) for pattern in PATTERNS)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's equal, contiguous part of a tensor that is cut along dim; dim None: all of it."""
+    """One of `count` equal, contiguous parts of a tensor."""
 
     dim: int | None
+    """The dimension that is cut; None: the part is the whole tensor."""
     index: int
+    """Number of this part, from 0."""
     count: int
+    """Number of parts."""
 
     def bounds(self, size: int) -> tuple[int, int]:
-        """First row and the one after the last, of size rows along dim."""
+        """The first index of the part along dim, which has `size` indices in all, and the index after its last."""
         assert size % self.count == 0, (size, self.count)
         rows = size // self.count
         return self.index * rows, (self.index + 1) * rows
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of a whole tensor, as a view."""
+        """This part of a whole tensor, as a view."""
         if self.dim is None:
             return tensor
         start, stop = self.bounds(tensor.shape[self.dim])
         return tensor.narrow(self.dim, start, stop - start)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The part's shape."""
+        """The shape of the part, from the shape of the whole."""
         return tuple(size // self.count if dim == self.dim else size for dim, size in enumerate(whole))
 
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of all parts together."""
+        """The shape of the whole, from the shape of the part."""
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(part))
 
 
@@ -119,6 +130,120 @@ def tp_part(name: str, tp_rank: int, tp_degree: int) -> Part:
 
 
 def dealt_rows(num_rows: int, index: int, count: int) -> tuple[int, int]:
-    """First row and the one after the last that FSDP deals to a rank, as torch.chunk does: the first ranks get most."""
+    """The first row that FSDP gives to rank `index` of `count`, and the row after its last.
+
+    As in torch.chunk, the last ranks may get fewer rows than the first, or none.
+    """
     size = -(-num_rows // count)
     return min(num_rows, size * index), min(num_rows, size * (index + 1))
+
+
+def whole_tensor(name: str, tensor: Tensor, mesh: Mesh, receiver: int | None = None) -> Tensor | None:
+    """Gather a parameter, or a tensor that is cut like it (its gradient, its optimizer state).
+
+    Every rank must call this for the same tensors in the same order. The receiver needs memory for one whole tensor, or
+    for two if the tensor is cut along its second dimension. With FSDP, each of the other ranks needs memory for the
+    part of its tensor-parallel rank.
+
+    Args:
+        name: name of the parameter.
+        tensor: this rank's part.
+        mesh: the ranks.
+        receiver: the rank that gets the tensor, one of mesh.ranks_of_first_copy; None: all ranks.
+
+    Returns:
+        The whole tensor; None on ranks that are not the receiver.
+    """
+    tensor = without_shards(tensor)
+    if mesh.is_alone:
+        return tensor
+    part = tp_part(name, mesh.tp_rank, mesh.degrees.tp)
+    if part.dim is None or part.count == 1:
+        return tensor if receiver in (None, mesh.rank) else None
+    group = mesh.group("tp")
+    if receiver is not None and receiver not in dist.get_process_group_ranks(group):
+        return None
+    # the pieces are contiguous in memory, so a tensor that is cut by rows needs no second copy
+    stacked = None
+    if receiver in (None, mesh.rank):
+        stacked = tensor.new_empty((part.count, *tensor.shape))
+    pieces = None if stacked is None else list(stacked.unbind(0))
+    if receiver is None:
+        dist.all_gather(pieces, tensor.contiguous(), group=group)
+    else:
+        dist.gather(tensor.contiguous(), pieces, dst=receiver, group=group)
+    if stacked is None:
+        return None
+    return stacked.flatten(0, 1) if part.dim == 0 else torch.cat(list(stacked.unbind(0)), dim=part.dim)
+
+
+def without_shards(tensor: Tensor) -> Tensor:
+    """The tensor gathered over FSDP's ranks; it stays cut for tensor parallelism."""
+    with torch.no_grad():
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def whole_shape(name: str, tensor: Tensor, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of the whole parameter, of which `tensor` is this rank's part."""
+    return tp_part(name, mesh.tp_rank, mesh.degrees.tp).whole_shape(tuple(tensor.shape))
+
+
+def global_tensor(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The same memory as a DTensor that knows its place in the whole, so a saved state can be read with other degrees.
+
+    Args:
+        name: name of the parameter that the tensor is cut like.
+        tensor: this rank's part.
+        mesh: the ranks.
+    """
+    if mesh.is_alone:
+        return tensor
+    dim = tp_dim(name)
+    over_tp: Placement = Replicate() if dim is None else Shard(dim)
+    over_dp: Placement = Replicate()
+    whole = torch.Size(whole_shape(name, tensor, mesh))
+    if isinstance(tensor, DTensor):
+        over_dp, tensor = Shard(0), tensor.to_local()
+    return DTensor.from_local(
+        tensor,
+        mesh.state_mesh,
+        [Replicate(), over_tp, over_dp],
+        run_check=False,
+        shape=whole,
+        stride=torch.empty(whole, device="meta").stride(),
+    )
+
+
+def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
+    """The place of this rank's part of a parameter in the whole.
+
+    Args:
+        name: name of the parameter.
+        tensor: this rank's part; may be on the meta device.
+        mesh: the ranks.
+    """
+    part = tp_part(name, mesh.tp_rank, mesh.degrees.tp)
+    bounds = [part.bounds(size * part.count) if dim == part.dim else (0, size) for dim, size in enumerate(tensor.shape)]
+    if isinstance(tensor, DTensor):
+        start, stop = dealt_rows(tensor.shape[0], mesh.index("dp_shard"), mesh.degrees.dp_shard)
+        bounds[0] = bounds[0][0] + start, bounds[0][0] + stop
+    return tuple(bounds)
+
+
+def holding(parameter: Tensor, local: Tensor) -> Tensor:
+    """A tensor with new content of this rank, of the same kind as a parameter (plain, or FSDP's DTensor).
+
+    Args:
+        parameter: the parameter that it replaces.
+        local: this rank's content, a plain tensor.
+    """
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -107,7 +107,7 @@ class CutVocabulary(VocabularyPartition):
         return gather_last_dim(y, self.ranks)
 
 
-def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
+def cut_model(model: BloomForCausalLM, mesh: Mesh) -> None:
     """Reduce every parameter to this rank's part, in place, and give every layer its Partition.
 
     The parameters of an adapter stay whole; cut_adapter divides them.
@@ -131,11 +131,11 @@ def apply_tensor_parallel(model: BloomForCausalLM, mesh: Mesh) -> None:
 
 
 def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
-    """Reduce the adapter of a model to this rank's part, after apply_tensor_parallel.
+    """Reduce the adapter of a model to this rank's part, after cut_model.
 
     Args:
         model: divided except for its adapter; one without an adapter stays as it is.
-        mesh: the same as in apply_tensor_parallel.
+        mesh: the same as in cut_model.
 
     Raises:
         ConfigError: a layer of the adapter's own cannot be divided among so many ranks.

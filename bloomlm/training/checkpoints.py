@@ -19,7 +19,7 @@ from bloomlm.checkpoint.training_state import (
 )
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.parallel.gather import own_bounds
+from bloomlm.parallel.layout import own_bounds
 from bloomlm.training.history import History
 from bloomlm.training.run_plan import OutputPlan
 from bloomlm.training.step import Trainer

@@ -25,7 +25,7 @@ from bloomlm.checkpoint.imported_run import ImportedRun, RecordedAdapter
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError, ConfigError, name_some
-from bloomlm.parallel.gather import global_tensor
+from bloomlm.parallel.layout import global_tensor
 from bloomlm.training.checkpoints import restore
 from bloomlm.training.history import History
 from bloomlm.training.run_plan import RunPlan

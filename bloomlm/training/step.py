@@ -21,7 +21,7 @@ from bloomlm.data.loader import Batch, Batches
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
-from bloomlm.parallel.gather import global_tensor
+from bloomlm.parallel.layout import global_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.losses import batch_loss
 from bloomlm.training.optimizer import AdamWConfig, Schedule, build_optimizer, optimizer_tensors, set_learning_rate

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.parallel.gather import own_bounds, whole_shape
+from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.history import ALL_RESULTS_FILE, ANSWERS_FILE, METRICS_FILE
 from bloomlm.training.meter import PROFILE_DIRECTORY

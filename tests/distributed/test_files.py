@@ -21,9 +21,10 @@ from bloomlm.checkpoint.writer import atomic_directory, write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.parallel.gather import whole_tensor
+from bloomlm.parallel.data_parallel import shard_model
+from bloomlm.parallel.layout import whole_tensor
 from bloomlm.parallel.mesh import Degrees, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from tests.distributed.models import Case, tiny_model
 from tests.distributed.pool import RankError, RankPool
 from tests.paddle_files import cut, paddle_state, write, write_config
@@ -110,7 +111,8 @@ def write_from_ranks(directory: Path, degrees: Degrees, dtype: torch.dtype | Non
     mesh = Mesh.over_all_ranks(degrees, "cpu")
     model = random_model(CONFIG)
     cut_model(model, mesh)
-    divide_adapter(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh)
     opened: list[str] = []
     real_open = Path.open
 
@@ -197,7 +199,8 @@ def write_adapter(directory: Path, name: str, degrees: Degrees) -> None:
     mesh = Mesh.over_all_ranks(degrees, "cpu")
     model = tiny_model(Case(adapter=ADAPTERS[name]))
     cut_model(model, mesh)
-    divide_adapter(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh)
     holder = gather_adapter(model, mesh)
     if mesh.is_main:
         directory.mkdir()
@@ -250,7 +253,8 @@ def merge_on_ranks(directory: Path, name: str, degrees: Degrees) -> None:
     mesh = Mesh.over_all_ranks(degrees, "cpu")
     model = tiny_model(Case(adapter=ADAPTERS[name]))
     cut_model(model, mesh)
-    divide_adapter(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh)
     merge_to_directory(model, directory, mesh=mesh)
 
 

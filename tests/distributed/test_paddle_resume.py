@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bloomlm.checkpoint.paddle.importer import read_run
 from bloomlm.data.loader import BatchLoader
+from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from bloomlm.training.history import History
@@ -49,7 +50,8 @@ def go_on(checkpoint: Path, degrees: Degrees) -> tuple[list[dict[str, Any]], dic
     cut_model(model, mesh)
     if state.adapter is not None:
         state.adapter.install(model)
-    divide_adapter(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh)
     batches = BatchLoader(
         some_examples(), 4 // degrees.dp, shuffle=True, seed=1, dp_degree=degrees.dp, dp_rank=mesh.dp_rank
     )

@@ -12,9 +12,10 @@ from torch import Tensor
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import BatchLoader, collate
+from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.mesh import Degrees, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
 from bloomlm.parallel.plan import Workload, activation_bytes, parameter_bytes, training_memory
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.parallel.traffic import Traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.losses import batch_loss
@@ -74,7 +75,8 @@ def some_trainer(case: Case, degrees: Degrees, *, reshards: bool = True) -> Trai
     mesh = Mesh.over_all_ranks(degrees, "cpu")
     model = tiny_model(case)
     cut_model(model, mesh)
-    divide_adapter(model, mesh, reshard_after_forward=reshards)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh, reshard_after_forward=reshards)
     return Trainer(
         model,
         BatchLoader(equal_examples(32), BATCH_SIZE, shuffle=False, dp_degree=degrees.dp, dp_rank=mesh.dp_rank),
@@ -177,7 +179,8 @@ def kept_bytes(case: Case, tp_degree: int) -> int:
     if tp_degree > 1:
         mesh = Mesh.over_all_ranks(Degrees(tp=tp_degree), "cpu")
         cut_model(model, mesh)
-        divide_adapter(model, mesh)
+        cut_adapter(model, mesh)
+        shard_model(model, mesh)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 

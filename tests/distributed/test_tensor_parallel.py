@@ -17,11 +17,10 @@ from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import linear
 from bloomlm.parallel.collectives import TensorParallelGroup, column_product, copy_to_ranks, own_randomness
-from bloomlm.parallel.gather import whole_tensor
-from bloomlm.parallel.layout import tp_dim
+from bloomlm.parallel.data_parallel import shard_model
+from bloomlm.parallel.layout import tp_dim, whole_tensor
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
-from bloomlm.parallel.tensor_parallel import tensor_parallel_group
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model, tensor_parallel_group
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
 from bloomlm.training.losses import batch_loss
@@ -54,7 +53,8 @@ def tensor_parallel_model(case: Case, world_size: int) -> tuple[BloomForCausalLM
         return model, ALONE
     mesh = Mesh.over_all_ranks(Degrees(tp=world_size), "cpu")
     cut_model(model, mesh)
-    divide_adapter(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh)
     return model, mesh
 
 

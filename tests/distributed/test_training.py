@@ -14,11 +14,10 @@ from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.training_state import load_training_state, save_training_state
 from bloomlm.data.loader import BatchLoader
-from bloomlm.parallel.data_parallel import reshard
-from bloomlm.parallel.gather import whole_tensor
-from bloomlm.parallel.layout import tp_part
+from bloomlm.parallel.data_parallel import reshard, shard_model
+from bloomlm.parallel.layout import tp_part, whole_tensor
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
-from bloomlm.parallel.parallelize import cut_model, divide_adapter
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.training.losses import evaluate_loss
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
@@ -54,7 +53,8 @@ def some_trainer(case: Case, degrees: Degrees, *, stage: int = 3, learning_rate:
     mesh = ALONE if degrees.world_size == 1 else Mesh.over_all_ranks(degrees, "cpu")
     model = tiny_model(case)
     cut_model(model, mesh)
-    divide_adapter(model, mesh, reshard_after_forward=stage == 3)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh, reshard_after_forward=stage == 3)
     return Trainer(
         model,
         BatchLoader(

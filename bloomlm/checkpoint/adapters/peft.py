@@ -25,8 +25,7 @@ from bloomlm.checkpoint.tensor_reader import check_entries
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.parallel.gather import whole_tensor
-from bloomlm.parallel.layout import is_of_base
+from bloomlm.parallel.layout import is_of_base, whole_tensor
 from bloomlm.parallel.mesh import Mesh
 
 CONFIG_FILE = "adapter_config.json"

@@ -23,7 +23,7 @@ from bloomlm.checkpoint.paddle.state import read_paddle_state
 from bloomlm.checkpoint.tensor_reader import LazyTensor, Rows, TensorEntry
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
-from bloomlm.parallel.gather import Bounds
+from bloomlm.parallel.layout import Bounds
 
 STATE_FILE = "model_state.pdparams"
 SAFETENSORS_FILE = "model.safetensors"

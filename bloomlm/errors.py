@@ -62,3 +62,11 @@ def name_some(names: collections.abc.Iterable[str], limit: int = 5) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message; the name of its class where it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A number of bytes in its natural unit, for a message: 1.2 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"

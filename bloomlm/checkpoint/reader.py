@@ -107,8 +107,7 @@ def load_model(
         int8: quantise the weights of the linear layers and the embedding as they are read (see model/quantized.py);
             biases, norms and what is computed have dtype. Such a model learns through LoRA only.
         mesh: the ranks to divide the model among (parallel/__init__.py); each reads its own parts only.
-        install_adapter: called on several ranks with the cut model on the meta device, to put an adapter with real
-            weights into it before it is divided further.
+        install_adapter: on several ranks, called with the cut model on the meta device to add an adapter with weights.
         reshard_after_forward: as in shard_model.
 
     Raises:

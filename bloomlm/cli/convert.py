@@ -23,9 +23,8 @@ from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.options import config_command
 from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_gpt2_files
 from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from bloomlm.errors import ConfigError
+from bloomlm.errors import ConfigError, format_bytes
 from bloomlm.flags import REQUIRED, Dtype, Flags, ModelFlags, PrefixLayoutName, flag, reading_flags, same_flag
-from bloomlm.training.report import size
 
 PADDLE_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
 
@@ -178,7 +177,8 @@ def _print_report(config: ConvertConfig, what: str, flag: str, seconds: float) -
     verified = ", read back and found equal" if config.verify else ""
     lines = [
         f"{config.input} is in {config.output}: {what}",
-        f"{len(sizes)} files, {size(sum(sizes))} in {seconds:.1f} s ({size(sum(sizes) / seconds)}/s){verified}",
+        f"{len(sizes)} files, {format_bytes(sum(sizes))} in {seconds:.1f} s "
+        f"({format_bytes(sum(sizes) / seconds)}/s){verified}",
     ]
     if flag == "model_name_or_path":
         lines.append(f"next: bloomlm predict --model_name_or_path {config.output} --prompt ...")

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
+from bloomlm.errors import format_bytes
 from bloomlm.generation.completion import Completion
 
 LINE_SECONDS = 2.0
@@ -78,8 +79,6 @@ class _Phase:
             self._print_when_due()
 
     def _print_when_due(self) -> None:
-        from bloomlm.training.report import size  # here, because `bloomlm infer` loads this file and not training
-
         now = time.monotonic()
         is_next = self._done_bytes * NUM_LINES >= self._total_bytes * (self._num_lines + 1)
         is_done = self._done_bytes >= self._total_bytes
@@ -89,8 +88,8 @@ class _Phase:
         self._last_line = now
         rate = self._done_bytes / max(now - self._start, 1e-3)
         self._console.print(
-            f"{self._name} {size(self._done_bytes)} of {size(self._total_bytes)} "
-            f"({self._done_bytes / max(self._total_bytes, 1):.0%})  {size(rate)}/s",
+            f"{self._name} {format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} "
+            f"({self._done_bytes / max(self._total_bytes, 1):.0%})  {format_bytes(rate)}/s",
             markup=False,
             highlight=False,
             soft_wrap=True,

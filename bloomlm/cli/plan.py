@@ -25,10 +25,9 @@ from bloomlm.parallel.plan import Workload, prediction_memory, training_memory
 from bloomlm.parallel.traffic import Links, step_time, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.machine import Machine
 from bloomlm.training.meter import StepFlops
 from bloomlm.training.precision import precision_from_flags
-from bloomlm.training.resolve import adapter_of, degrees_of, resolve_setup
+from bloomlm.training.resolve import Machine, adapter_of, degrees_of, resolve_setup
 
 CONFIG_FILE = "config.json"
 DEVICE_GIGABYTES = (40, 80, 141)

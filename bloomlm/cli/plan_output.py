@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bloomlm.errors import format_bytes
 from bloomlm.files.atomic import atomic_write
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.plan import PredictionMemory, TrainingMemory
 from bloomlm.parallel.traffic import StepTime, Traffic
-from bloomlm.training.report import size
 
 FORMAT_VERSION = 1
 _TOO_LITTLE_TO_SHOW = 1000  # bytes in a step; only the JSON lists such traffic
@@ -114,7 +114,7 @@ def _memory_table(plan: Plan) -> Table:
     for kind, shown in _KINDS.items():
         sizes = [getattr(memory, kind, 0) for memory in (plan.training, plan.prediction)]
         if any(sizes):
-            table.add_row(shown, *(size(count) if count else "" for count in sizes), end_section=kind == "loss")
+            table.add_row(shown, *(format_bytes(count) if count else "" for count in sizes), end_section=kind == "loss")
     return table
 
 
@@ -147,7 +147,7 @@ def _add_traffic(
 ) -> None:
     sent, least = sum(item.sent_bytes for item in items), sum(item.least_sent_bytes for item in items)
     ratio = f"{sent / least:.3f}" if least else ""
-    table.add_row(what, operation, num_ranks, size(sent), size(sent / num_tokens), ratio)
+    table.add_row(what, operation, num_ranks, format_bytes(sent), format_bytes(sent / num_tokens), ratio)
 
 
 def _time_line(plan: Plan) -> str:

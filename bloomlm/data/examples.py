@@ -104,6 +104,18 @@ class ExampleSet:
     def __iter__(self) -> Iterator[Example]:
         return map(self.__getitem__, range(len(self)))
 
+    def part(self, start: int, stop: int) -> "ExampleSet":
+        """The examples from start to stop - 1, sharing the memory of this set."""
+        assert 0 <= start <= stop <= len(self)
+        arrays = {
+            "tokens": self._tokens,
+            "token_offsets": self._token_offsets[start : stop + 1],
+            "num_source_tokens": self._num_source_tokens[start:stop],
+            "texts": self._texts,
+            "text_offsets": self._text_offsets[2 * start : 2 * stop + 1],
+        }
+        return ExampleSet(arrays, self.report)
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example, </s> included."""
@@ -112,12 +124,12 @@ class ExampleSet:
     @property
     def num_tokens(self) -> int:
         """Tokens of all examples, </s> included."""
-        return len(self._tokens)
+        return int(self._token_offsets[-1] - self._token_offsets[0])
 
     @property
     def num_supervised_tokens(self) -> int:
         """Tokens that are learned: every target token and every </s>."""
-        return len(self._tokens) - int(self._num_source_tokens.sum(dtype=np.int64))
+        return self.num_tokens - int(self._num_source_tokens.sum(dtype=np.int64))
 
     def _text(self, number: int) -> str:
         start, end = self._text_offsets[number : number + 2]

@@ -44,7 +44,7 @@ LAYOUT: dict[str, int | None] = {
 PATTERNS = {re.compile(re.escape(name).replace(r"\.L\.", r"\.\d+\.")): dim for name, dim in LAYOUT.items()}
 
 # Tensor that an adapter adds to a linear layer -> {dimension along which the layer's weight is cut: dimension along
-# which this tensor is cut}. If the weight is cut along a dimension that is not listed, the tensor is whole on each rank.
+# which this tensor is cut}. If the dimension of the weight is not listed, the tensor is whole on every rank.
 UPDATE_LAYOUT = {
     "lora_A": {1: 1},
     "lora_B": {0: 0},

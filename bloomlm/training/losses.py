@@ -1,6 +1,8 @@
 """The loss of a batch in training, and the mean loss of a set of examples in evaluation."""
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +17,6 @@ from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
 from bloomlm.training.precision import Precision
-from bloomlm.training.results import EvalResult
 
 
 def batch_loss(
@@ -51,6 +52,23 @@ def batch_loss(
             ranks=tensor_parallel_group(model),
             gradient_memory=gradient_memory,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """How well a model predicts the tokens that have a label."""
+
+    loss: float
+    """Mean cross entropy, without label smoothing."""
+    token_accuracy: float
+    """Fraction of the tokens to which the model gives the highest probability."""
+    num_supervised_tokens: int
+    """Tokens with a label."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def evaluate_loss(

@@ -1,15 +1,18 @@
 """Where the numbers of a run go while it runs: metrics.jsonl, the screen, TensorBoard."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bloomlm.training.history import METRICS_FILE, Entry, History, MetricsFile, plain
-from bloomlm.training.results import StepLog, StepResult
+from bloomlm.checkpoint.atomic import atomic_write
+from bloomlm.errors import CheckpointError, format_bytes
+from bloomlm.training.results import Entry, History, StepLog, StepResult, plain
 
+METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "runs"
 
 
@@ -108,6 +111,38 @@ class Reporter:
         self._tensorboard.flush()
 
 
+class MetricsFile:
+    """metrics.jsonl, opened so that it continues the log of a run after a step.
+
+    Args:
+        path: the file, which need not exist.
+        step: steps done; lines of later steps, and a last line that a crash cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs_before(line, step)]
+            atomic_write(path, "".join(line + "\n" for line in kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one line and flush it, so that others can follow the file.
+
+        Raises:
+            CheckpointError: the file cannot be written, for example because the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(plain(entry)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(f"{self._file.name} cannot be written: {error}; checkpoints are untouched") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class ProgressDisplay:
     """A progress bar with the newest numbers on a terminal, a line for each entry of the log anywhere else.
 
@@ -175,7 +210,7 @@ def log_line(entry: Mapping[str, Any], max_steps: int) -> str:
     return (
         f"step {entry['step']}/{max_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
         f"lr {entry['learning_rate']:.2e}  grad {entry['grad_norm']:.2f}  "
-        f"{entry['tokens_per_second']:,.0f} tokens/s  {size(entry['peak_memory_bytes'])}  "
+        f"{entry['tokens_per_second']:,.0f} tokens/s  {format_bytes(entry['peak_memory_bytes'])}  "
         f"ETA {duration(entry['eta_seconds'])}{skipped}"
     )
 
@@ -196,12 +231,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def size(num_bytes: float) -> str:
-    """A size in its natural unit: 1.2 GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes / 1e3:.1f} kB"
+def _belongs_before(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _open_tensorboard(output_dir: Path, step: int) -> Any:

@@ -4,7 +4,8 @@ Pure: what the machine offers is passed in. Resolving flags that were resolved a
 gives the same run again.
 """
 
-from dataclasses import replace
+import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from bloomlm.data.packing import TokenBudget
 from bloomlm.errors import ConfigError
 from bloomlm.flags import reading_flags
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
+from bloomlm.parallel.launch import world_size
 from bloomlm.parallel.mesh import Degrees, degrees_from_flags
 from bloomlm.training.checks import (
     check_adapters,
@@ -32,7 +34,6 @@ from bloomlm.training.checks import (
     resolve_tasks,
 )
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.machine import Machine
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import precision_from_flags
 from bloomlm.training.run_plan import (
@@ -47,6 +48,32 @@ from bloomlm.training.run_plan import (
     TrainingPlan,
 )
 from bloomlm.training.step import StepConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run can use here."""
+
+    has_cuda: bool
+    has_tensorboard: bool
+    has_matplotlib: bool
+    has_metrics: bool
+    """ROUGE and BLEU can be computed."""
+    has_bitsandbytes: bool = False
+    world_size: int = 1
+    """Processes of the job."""
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """Look for a GPU, for optional packages and for other processes of the job."""
+        return cls(
+            has_cuda=torch.cuda.is_available(),
+            has_tensorboard=_installed("tensorboard"),
+            has_matplotlib=_installed("matplotlib"),
+            has_metrics=_installed("sacrebleu") and _installed("rouge_score"),
+            has_bitsandbytes=_installed("bitsandbytes"),
+            world_size=world_size(),
+        )
 
 
 def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
@@ -267,3 +294,7 @@ def _output_plan(config: TrainingConfig) -> OutputPlan:
         merges_adapter=config.merge_weights and config.lora,
         max_shard_size_bytes=parse_size(config.max_shard_size),
     )
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bloomlm.adapters.base import Adapter
+from bloomlm.adapters.base import Adapter, adapter_of
 from bloomlm.checkpoint.formats import (
     find_foreign_run,
     foreign_adapter_kind,
@@ -22,12 +22,12 @@ from bloomlm.checkpoint.formats import (
     read_recorded_adapter,
 )
 from bloomlm.checkpoint.imported_run import ImportedRun, RecordedAdapter
-from bloomlm.checkpoint.reader import read_config
+from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
+from bloomlm.checkpoint.training_state import load_training_state
 from bloomlm.errors import CheckpointError, ConfigError, name_some
-from bloomlm.parallel.layout import global_tensor
-from bloomlm.training.checkpoints import restore
-from bloomlm.training.history import History
+from bloomlm.parallel.layout import global_tensor, own_bounds
+from bloomlm.training.results import History
 from bloomlm.training.run_plan import RunPlan
 from bloomlm.training.step import Trainer
 
@@ -124,6 +124,30 @@ def restore_resume_point(trainer: Trainer, history: History, resume_point: Resum
     names = ("step", "epoch", "loss", "learning_rate")
     history.log_history = [{n: entry[n] for n in names if n in entry} for entry in resume_point.imported.losses]
     return tuple(_lines(trainer, resume_point.imported, resume_point.checkpoint))
+
+
+def restore(trainer: Trainer, checkpoint: Path) -> None:
+    """Bring a trainer to the state in which a checkpoint was written.
+
+    Args:
+        trainer: of the same model, adapter, precision, data and seed.
+        checkpoint: complete.
+
+    Raises:
+        CheckpointError, TrainingError: it does not fit.
+    """
+    if adapter_of(trainer.model) is None:
+        _read_weights(trainer, checkpoint)
+    tensors, _ = trainer.state()
+    trainer.load_state(tensors, load_training_state(checkpoint, tensors))
+
+
+def _read_weights(trainer: Trainer, checkpoint: Path) -> None:
+    reader = open_reader(checkpoint, read_config(checkpoint))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own.copy_(reader.read_box(name, own_bounds(name, parameter, trainer.mesh)))
 
 
 def _restore_imported(trainer: Trainer, state: ImportedRun, checkpoint: Path) -> None:

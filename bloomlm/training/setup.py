@@ -1,12 +1,11 @@
-"""What a run needs before its first step: the model with its adapter, the tokenizer and the examples."""
+"""What a run needs before its first step: the model with its adapter, tokenizer, examples, and the trainer."""
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -14,19 +13,21 @@ from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.main_rank import main_first
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.data.examples import Example, ExampleSet, load_examples
+from bloomlm.data.examples import ExampleSet, load_examples
 from bloomlm.data.files import RowSource
-from bloomlm.data.loader import Examples
+from bloomlm.data.loader import Batches, BatchLoader, Examples
 from bloomlm.data.splits import resolve_splits
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement
+from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.evaluate import Evaluator
+from bloomlm.training.precision import Precision
 from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorded_adapter
-from bloomlm.training.run_plan import DataPlan, RunPlan
-from bloomlm.training.summary import describe_parameters
+from bloomlm.training.run_plan import DataPlan, RunPlan, TrainingPlan
+from bloomlm.training.step import Trainer, steps_per_epoch
 from bloomlm.version import __version__
 from bloomlm.vocabulary.new_tokens import NEW_TOKENS_FILE, read_new_tokens
 
@@ -38,16 +39,16 @@ class RunSetup:
     """A run that is ready to begin."""
 
     plan: RunPlan
-    """With an adapter that another program began as it was recorded."""
+    """If another program began the adapter, with the adapter as that program recorded it."""
     mesh: Mesh
     """The ranks."""
     model: BloomForCausalLM
-    """With its adapter; divided among the ranks."""
+    """With its adapter, and divided among the ranks."""
     tokenizer: Tokenizer
-    train_examples: Examples | None
-    """To learn; None if nothing is trained."""
+    train_examples: ExampleSet | None
+    """None if the run does not train."""
     evaluator: Evaluator
-    """Of the evaluation examples, or where there are none of the training examples."""
+    """Uses the evaluation examples, or the training examples if there are none."""
     resume_point: ResumePoint
     """What the run resumes from."""
     console: Console
@@ -55,13 +56,13 @@ class RunSetup:
 
 
 def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh) -> RunSetup:
-    """Load everything that the plan names, and say what was found.
+    """Load everything that the plan names, and print what was found.
 
     Args:
-        plan: of the run.
-        checkpoint: to resume from; None: a fresh run.
-        console: where to say it.
-        mesh: the ranks, all of which must come here.
+        plan: plan of the run.
+        checkpoint: checkpoint to resume from; None: a fresh run.
+        console: where to print.
+        mesh: the ranks; all of them must call this.
 
     Raises:
         ConfigError: flags that contradict the checkpoint or the data.
@@ -71,13 +72,13 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
     tokenizer = Tokenizer.from_directory(source, as_gpt2=plan.reading.tokenization)
     resume_point = read_resume_point(plan, source, checkpoint)
     plan = with_new_tokens(with_recorded_adapter(plan, resume_point), source, resume_point)
-    # the main rank first: it tokenises, and the others find the result in the cache
+    # the main rank comes first and tokenises; the others find the result in the cache
     examples = main_first(lambda: load_run_examples(plan, tokenizer), mesh)
     check_agreement({"examples": examples.fingerprint, "version": __version__}, mesh)
     model = load_to_train(plan, source, resume_point, mesh)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
-            f"{plan.model.name_or_path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding only "
+            f"{plan.model.name_or_path}: its tokenizer has {tokenizer.vocab_size} tokens, but its embedding only "
             f"{model.config.vocab_size}; they belong to different models"
         )
     for line in (*examples.descriptions, describe_parameters(model, mesh)):
@@ -97,10 +98,10 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
 
 
 def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> RunPlan:
-    """The plan with an adapter that trains the added rows of the model's embedding, where the plan says so.
+    """The plan with an adapter that also trains the added rows of the model's embedding, if the plan asks for it.
 
     Args:
-        plan: of the run.
+        plan: plan of the run.
         source: directory of the model to start from.
         resume_point: what the run resumes from.
 
@@ -119,18 +120,18 @@ def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> R
     if resume_point.structure is not None:
         raise ConfigError(
             "--train_new_tokens: another program began this adapter and did not train rows of the embedding; leave "
-            "the flag out to go on, or start anew in another --output_dir"
+            "the flag out to continue, or start a new run in another --output_dir"
         )
-    # only LoRA has the flag, and its configuration the field
+    # LoRA alone has the flag, and its configuration has this field
     adapter: Adapter = replace(cast(Any, plan.adapter), trained_tokens=tuple(tokens))
     return replace(plan, adapter=adapter)
 
 
 def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: Mesh = ALONE) -> BloomForCausalLM:
-    """The model with its adapter installed; a fully tuned one that resumes is read from its checkpoint.
+    """The model with its adapter. Without an adapter, a run that resumes reads the model from its checkpoint.
 
     Args:
-        plan: of the run.
+        plan: plan of the run.
         source: directory of the model to start from.
         resume_point: what the run resumes from.
         mesh: the ranks to divide the model among.
@@ -164,39 +165,66 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     return model
 
 
-@dataclass(frozen=True)
-class ExampleSlice:
-    """Some neighbouring examples of a set."""
+def load_batches(training: TrainingPlan, examples: Examples, mesh: Mesh = ALONE) -> BatchLoader:
+    """This rank's batches of the training examples."""
+    return BatchLoader(
+        examples,
+        training.batch_size,
+        shuffle=True,
+        seed=training.step.seed,
+        dp_degree=mesh.degrees.dp,
+        dp_rank=mesh.dp_rank,
+    )
 
-    examples: ExampleSet
-    start: int
-    stop: int
 
-    def __len__(self) -> int:
-        return self.stop - self.start
+def build_trainer(
+    training: TrainingPlan, model: BloomForCausalLM, batches: Batches, precision: Precision, mesh: Mesh = ALONE
+) -> Trainer:
+    """The trainer before its first step, with a schedule for the length of this run.
 
-    def __getitem__(self, index: int, /) -> Example:
-        assert 0 <= index < len(self)
-        return self.examples[self.start + index]
+    Args:
+        training: how the model learns.
+        model: the model with its adapter.
+        batches: this rank's batches.
+        precision: number formats.
+        mesh: the ranks among which the model is divided.
+    """
+    per_epoch = steps_per_epoch(len(batches), training.step.gradient_accumulation_steps)
+    max_steps = training.max_steps or max(1, math.ceil(training.num_train_epochs * per_epoch))
+    return Trainer(
+        model,
+        batches,
+        optimizer=training.optimizer,
+        schedule=training.schedule.over(max_steps),
+        precision=precision,
+        config=training.step,
+        mesh=mesh,
+    )
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example."""
-        return self.examples.lengths[self.start : self.stop]
+
+def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
+    """How many parameters there are, how many of them learn, and which fraction of them each rank holds."""
+    sizes = {name: math.prod(whole_shape(name, p, mesh)) for name, p in model.named_parameters()}
+    total, learned = sum(sizes.values()), sum(sizes[n] for n, p in model.named_parameters() if p.requires_grad)
+    line = f"model: {total:,} parameters, {learned:,} ({learned / total:.2%}) of them learn"
+    if mesh.is_alone:
+        return line
+    own = sum(math.prod(stop - start for start, stop in own_bounds(n, p, mesh)) for n, p in model.named_parameters())
+    return f"{line}; {mesh.degrees} hold {own / total:.1%} of them each"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunExamples:
-    """The examples of a run; None for a set that it does not need."""
+    """The examples of a run; None for a set that the run does not need."""
 
-    train: Examples | None
-    dev: Examples | None
+    train: ExampleSet | None
+    dev: ExampleSet | None
     descriptions: tuple[str, ...]
     """One line about each set."""
 
     @property
     def fingerprint(self) -> tuple[int, ...]:
-        """Numbers that almost surely differ between ranks that read different data: sizes and a checksum of samples."""
+        """Sizes, and checksums of samples: they almost surely differ between ranks that read different data."""
         found: list[int] = []
         for examples in (self.train, self.dev):
             if examples is None:
@@ -212,12 +240,12 @@ class RunExamples:
 def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
     """Load the examples that the plan names.
 
-    Where an evaluation is wanted and the data has no evaluation split, the last 5 % of the training examples, at most
-    1000, are excluded from training and evaluated.
+    If the run evaluates and the data has no evaluation split, the last 5 % of the training examples, at most 1000, are
+    evaluated and not trained on.
 
     Args:
-        plan: of the run.
-        tokenizer: of the model.
+        plan: plan of the run.
+        tokenizer: tokenizer of the model.
 
     Raises:
         ConfigError, DataError: see resolve_splits and load_examples.
@@ -228,35 +256,36 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
     )
     if trains and splits.train is None:
         raise ConfigError(f"{data.name} has no training examples; give --train_file or another data set")
-    wants_dev = evaluates or plan.evaluation.num_written_answers > 0
     holds_out = evaluates and splits.dev is None
     if holds_out and splits.train is None:
         raise ConfigError(f"{data.name} has no examples to evaluate on; give --eval_file")
-    train = _load(splits.train, data, tokenizer) if splits.train is not None and (trains or holds_out) else None
-    dev = _load(splits.dev, data, tokenizer) if splits.dev is not None and wants_dev else None
-    descriptions = [] if train is None or not trains else [_describe_training(train)]
-    if dev is not None:
+    train = dev = None
+    descriptions = []
+    if splits.train is not None and (trains or holds_out):
+        train = _load(splits.train, data, tokenizer)
+        if trains:
+            descriptions.append(
+                f"training: {len(train):,} examples from {train.report.name}, {train.num_tokens:,} tokens, "
+                f"{train.num_supervised_tokens:,} of them learned"
+            )
+    if splits.dev is not None and (evaluates or plan.evaluation.num_written_answers > 0):
+        dev = _load(splits.dev, data, tokenizer)
         descriptions.append(f"evaluation: {len(dev):,} examples from {dev.report.name}")
-    examples = RunExamples(train=train, dev=dev, descriptions=tuple(descriptions))
-    return _held_out(examples, train, data) if holds_out and train is not None else examples
+    if holds_out and train is not None:
+        train, dev = _hold_out(train, data)
+        descriptions.append(
+            f"evaluation: the data has no evaluation split, so the last {len(dev)} training examples are used for it "
+            "and not trained on; --eval_file names others"
+        )
+    return RunExamples(train=train, dev=dev, descriptions=tuple(descriptions))
 
 
-def _held_out(examples: RunExamples, train: ExampleSet, data: DataPlan) -> RunExamples:
-    """The same with the last examples of the training set kept for evaluation."""
-    num_held_out = max(1, min(MOST_HELD_OUT, len(train) // 20))
-    split = len(train) - num_held_out
+def _hold_out(examples: ExampleSet, data: DataPlan) -> tuple[ExampleSet, ExampleSet]:
+    """Split a set into examples to train on and examples to evaluate on."""
+    split = len(examples) - max(1, min(MOST_HELD_OUT, len(examples) // 20))
     if split < 1:
         raise ConfigError(f"{data.name} has one example, too few to train and evaluate; give --eval_file")
-    line = (
-        f"evaluation: no examples of its own, so the last {num_held_out} of the training file are kept from training "
-        "and used; --eval_file names others"
-    )
-    return replace(
-        examples,
-        train=ExampleSlice(train, 0, split),
-        dev=ExampleSlice(train, split, len(train)),
-        descriptions=(*examples.descriptions, line),
-    )
+    return examples.part(0, split), examples.part(split, len(examples))
 
 
 def _load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> ExampleSet:
@@ -267,11 +296,4 @@ def _load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> ExampleSet:
         tgt_length=data.tgt_length,
         prompt_template=data.prompt_template,
         show_progress=data.show_progress,
-    )
-
-
-def _describe_training(examples: ExampleSet) -> str:
-    return (
-        f"training: {len(examples):,} examples from {examples.report.name}, {examples.num_tokens:,} tokens, "
-        f"{examples.num_supervised_tokens:,} of them learned"
     )

@@ -43,7 +43,7 @@ def test_a_killed_rank_ends_all_and_a_restart_goes_on(tmp_path: Path, data: Path
     done = torchrun("--max-restarts", "1", "tests/distributed/killed_run.py", "kill", "finetune",
                     *command_line(tmp_path / "run", data))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     finetune(flags(tmp_path / "one", data, per_device_train_batch_size=4, save_steps=100))
     assert_same_losses(losses(tmp_path / "run"), losses(tmp_path / "one"))
 
@@ -139,7 +139,7 @@ def test_signals_end_all_ranks_and_a_stopped_run_has_saved(tmp_path: Path, data:
     assert told[0].count("stopped by SIGTERM after step") == 1 and "error" not in told[0]
     [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
     assert (checkpoint / "checkpoint_manifest.json").is_file()
-    assert told[1].count(f"going on from {checkpoint}") == 1
+    assert told[1].count(f"resuming from {checkpoint}") == 1
     assert told[1].count("error") == 1 and "error: rank 1 was ended by SIGKILL" in told[1]
     assert "Traceback" not in told[0] + told[1]
     assert "torch/distributed" not in told[0] + told[1]  # the launcher's own log

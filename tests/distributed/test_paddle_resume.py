@@ -16,9 +16,9 @@ from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
-from bloomlm.training.history import History
 from bloomlm.training.optimizer import AdamWConfig, Schedule
 from bloomlm.training.precision import Precision
+from bloomlm.training.results import History
 from bloomlm.training.resume import ResumePoint, restore_resume_point
 from bloomlm.training.step import StepConfig, Trainer
 from tests.distributed.models import Case, assert_close, some_examples, values

@@ -98,8 +98,8 @@ def test_a_job_on_two_nodes_dies_and_goes_on(nodes: list[str], tmp_path: Path, d
     assert (output_dir / "checkpoint-2").is_dir() and not (output_dir / "checkpoint-3").exists()
     went_on = run_job(nodes, BLOOMLM, *words)
     assert [status for status, _ in went_on] == [0, 0], went_on
-    assert "going on from" in went_on[0][1]
-    assert "going on from" not in went_on[1][1]  # rank 0 alone talks
+    assert "resuming from" in went_on[0][1]
+    assert "resuming from" not in went_on[1][1]  # rank 0 alone talks
     finetune(flags(tmp_path / "one", data, per_device_train_batch_size=4, save_steps=100))
     assert_same_losses(losses(output_dir), losses(tmp_path / "one"))
     # gathered and added up weights of 1 million parameters went from node to node

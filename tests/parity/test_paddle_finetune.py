@@ -19,7 +19,7 @@ import bloomlm
 from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.data.loader import Batch
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
-from bloomlm.training import optimizer, runs
+from bloomlm.training import optimizer, setup
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from tests.paddle_files import paddle_state, variable_names, write, write_json
@@ -128,7 +128,7 @@ def logits(directory: Path, kind: str) -> torch.Tensor:
 def test_adapters_follow_the_record(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "BatchLoader", Recorded)
+    monkeypatch.setattr(setup, "BatchLoader", Recorded)
     monkeypatch.setattr(Recorded, "trace", f"A_{kind}")
     checkpoint = FIXTURES / CHECKPOINTS.format(f"_{kind}", 2)
     config = flags(tmp_path, kind, checkpoint)
@@ -154,7 +154,7 @@ def test_adapters_follow_the_record(
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_correct_gradients_stay_close(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "BatchLoader", Recorded)
+    monkeypatch.setattr(setup, "BatchLoader", Recorded)
     monkeypatch.setattr(Recorded, "trace", f"A_{kind}")
     finetune(flags(tmp_path, kind, FIXTURES / CHECKPOINTS.format(f"_{kind}", 2)))
     assert_losses(tmp_path / "out", f"A_{kind}", 5e-3)
@@ -183,7 +183,7 @@ def write_full_checkpoint(directory: Path) -> None:
 
 def test_full_tuning_follows_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From what test_paddle_resume.py shows to be PaddleNLP's second step."""
-    monkeypatch.setattr(runs, "BatchLoader", Recorded)
+    monkeypatch.setattr(setup, "BatchLoader", Recorded)
     monkeypatch.setattr(Recorded, "trace", "A_full")
     # PaddleNLP decayed ln_f's weight too
     monkeypatch.setattr(optimizer, "is_decayed", lambda name: "bias" not in name and "norm" not in name)

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.errors import CheckpointError, ConfigError
-from bloomlm.training import adamw_8bit
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
-from bloomlm.training.machine import Machine
-from bloomlm.training.optimizer import AdamWConfig, build_optimizer, optimizer_tensors, set_learning_rate
-from bloomlm.training.resolve import resolve
+from bloomlm.training.optimizer import BLOCK_VALUES, AdamWConfig, build_optimizer, optimizer_tensors, set_learning_rate
+from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.resume import read_resume_point
 from tests.unit.test_paddle_finetune import write_full
 
@@ -65,9 +63,9 @@ def test_moments_are_rounded_to_the_nearest_of_256_values(bitsandbytes: Any) -> 
     for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         codes = found[f"optimizer/{LARGE}/{moment}_codes"].view(-1)
         scales = found[f"optimizer/{LARGE}/{moment}_scales"]
-        of_block = scales.repeat_interleave(adamw_8bit.BLOCK_VALUES)[: codes.numel()]
+        of_block = scales.repeat_interleave(BLOCK_VALUES)[: codes.numel()]
         exact = expected[f"optimizer/{LARGE}/{moment}"].view(-1)
-        for block, scale in zip(exact.split(adamw_8bit.BLOCK_VALUES), scales, strict=True):
+        for block, scale in zip(exact.split(BLOCK_VALUES), scales, strict=True):
             assert scale == pytest.approx(block.abs().max().item(), rel=1e-6)
         values = bitsandbytes.functional.create_dynamic_map(signed=signed)
         nearest = (exact / of_block - values[:, None]).abs().amin(dim=0)
@@ -81,7 +79,7 @@ def test_moments_are_rounded_to_the_nearest_of_256_values(bitsandbytes: Any) -> 
 @pytest.mark.usefixtures("bitsandbytes")
 def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, whole_state = updated("adamw_8bit", 4)
-    monkeypatch.setattr(adamw_8bit, "PIECE_VALUES", 1024)  # four and a part
+    monkeypatch.setattr("bloomlm.training.optimizer.PIECE_VALUES", 1024)  # four and a part
     pieces, pieces_state = updated("adamw_8bit", 4)
     assert all(torch.equal(pieces[name], whole[name]) for name in SHAPES)
     assert all(torch.equal(pieces_state[name], whole_state[name]) for name in whole_state)

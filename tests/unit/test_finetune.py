@@ -19,17 +19,16 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import collate
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.evaluation.answer_scores import score_generations
-from bloomlm.training.checkpoints import CheckpointWriter
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
 from bloomlm.training.losses import evaluate_loss
 from bloomlm.training.optimizer import ScheduleConfig
+from bloomlm.training.output_dir import CheckpointWriter
 from bloomlm.training.precision import Precision
 from bloomlm.training.report import Reporter
 from bloomlm.training.resolve import resolve
 from bloomlm.training.resume import ResumePoint
-from bloomlm.training.runs import build_trainer, load_batches
-from bloomlm.training.setup import load_to_train
+from bloomlm.training.setup import build_trainer, load_batches, load_to_train
 from bloomlm.training.step import StepConfig
 from bloomlm.vocabulary.new_tokens import write_new_tokens
 from tests.tiny_bloom import write_bloom
@@ -399,7 +398,7 @@ def test_last_examples_are_held_out_where_there_are_no_others(
     material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     result = finetune(flags(material, tmp_path / "out", eval_file=None, do_eval=True, do_train=True, max_steps=-1))
-    assert "the last 1 of the training file are kept from training" in capfd.readouterr().err
+    assert "the last 1 training examples are used for it" in capfd.readouterr().err
     assert result.train_metrics is not None and result.eval_metrics is not None
     assert result.step == 3 * 4  # 14 examples in batches of 4, three epochs
     tokenizer = bloomlm.load(material / "model").tokenizer
@@ -493,7 +492,7 @@ def test_changed_flags_are_told_when_going_on(
     finetune(flags(material, out, lora=True, max_steps=4, learning_rate=0.5))
     error = capfd.readouterr().err
     assert (
-        "going on from" in error and "--learning_rate was 0.01, is 0.5" in error and "--max_steps was 2, is 4" in error
+        "resuming from" in error and "--learning_rate was 0.01, is 0.5" in error and "--max_steps was 2, is 4" in error
     )
     before = (out / "run.yaml").read_text()
     with pytest.raises(CheckpointError, match="does not fit this run"):

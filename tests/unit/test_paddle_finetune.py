@@ -14,9 +14,9 @@ from torch import Tensor
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import BloomConfig
-from bloomlm.training import runs
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
+from bloomlm.training.loop import train
 from bloomlm.training.step import Trainer
 from tests.bloom_tokenizer import make_tokenizer
 from tests.paddle_files import (
@@ -171,15 +171,14 @@ class Spy:
         self.state: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
         self.learned: dict[str, Tensor] = {}
-        real = runs.train
 
-        def train(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        def spied_train(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
             tensors, self.values = trainer.state()
             self.state = {name: tensor.clone() for name, tensor in tensors.items()}
             self.learned = {name: p.detach().clone() for name, p in trainer.learned.optimized.items()}
-            return real(trainer, *arguments, **options)
+            return train(trainer, *arguments, **options)
 
-        monkeypatch.setattr(runs, "train", train)
+        monkeypatch.setattr("bloomlm.training.finetune.train", spied_train)
 
 
 def assert_restored(spy: Spy) -> None:

@@ -11,16 +11,22 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from bloomlm.errors import CheckpointError
+from bloomlm.errors import CheckpointError, format_bytes
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.history import History, MetricsFile, train_metrics, write_answers, write_results
-from bloomlm.training.machine import Machine
-from bloomlm.training.plot import _series, _smoothed, draw_losses, write_picture
-from bloomlm.training.report import Reporter, duration, size
-from bloomlm.training.resolve import resolve
-from bloomlm.training.results import FinetuneResult, StepLog, StepResult, TrainResult
+from bloomlm.training.report import MetricsFile, Reporter, duration
+from bloomlm.training.resolve import Machine, resolve
+from bloomlm.training.results import (
+    FinetuneResult,
+    History,
+    StepLog,
+    StepResult,
+    TrainResult,
+    train_metrics,
+    write_answers,
+    write_results,
+)
 from bloomlm.training.run_plan import RunPlan
-from bloomlm.training.summary import next_commands, print_summary
+from bloomlm.training.summary import _series, _smoothed, draw_losses, next_commands, print_summary, write_picture
 from tests.short_runs import save_figure
 
 
@@ -308,4 +314,4 @@ def test_next_command_names_what_was_trained() -> None:
 
 def test_units() -> None:
     assert [duration(s) for s in (0, 61, 3 * 3600 + 59.6)] == ["0:00:00", "0:01:01", "3:01:00"]
-    assert [size(n) for n in (999, 12_345_678, 3.2e9)] == ["1.0 kB", "12.3 MB", "3.2 GB"]
+    assert [format_bytes(n) for n in (999, 12_345_678, 3.2e9)] == ["1.0 kB", "12.3 MB", "3.2 GB"]

@@ -18,10 +18,9 @@ from bloomlm.errors import ConfigError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.training.checks import DEFAULT_DATASET
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.machine import Machine
 from bloomlm.training.output_dir import changed_flags, write_run_file
 from bloomlm.training.precision import Precision
-from bloomlm.training.resolve import resolve
+from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.run_plan import Interval
 
 CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True)

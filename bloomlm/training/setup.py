@@ -21,13 +21,13 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement
-from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.evaluate import Evaluator
 from bloomlm.training.precision import Precision
 from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorded_adapter
 from bloomlm.training.run_plan import DataPlan, RunPlan, TrainingPlan
 from bloomlm.training.step import Trainer, steps_per_epoch
+from bloomlm.training.summary import describe_parameters
 from bloomlm.version import __version__
 from bloomlm.vocabulary.new_tokens import NEW_TOKENS_FILE, read_new_tokens
 
@@ -200,17 +200,6 @@ def build_trainer(
         config=training.step,
         mesh=mesh,
     )
-
-
-def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
-    """How many parameters there are, how many of them learn, and which fraction of them each rank holds."""
-    sizes = {name: math.prod(whole_shape(name, p, mesh)) for name, p in model.named_parameters()}
-    total, learned = sum(sizes.values()), sum(sizes[n] for n, p in model.named_parameters() if p.requires_grad)
-    line = f"model: {total:,} parameters, {learned:,} ({learned / total:.2%}) of them learn"
-    if mesh.is_alone:
-        return line
-    own = sum(math.prod(stop - start for start, stop in own_bounds(n, p, mesh)) for n, p in model.named_parameters())
-    return f"{line}; {mesh.degrees} hold {own / total:.1%} of them each"
 
 
 @dataclass(frozen=True, kw_only=True)

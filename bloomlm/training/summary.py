@@ -1,4 +1,7 @@
-"""What a run shows at its end: its numbers, its files, and commands that use them."""
+"""What describes a run: its parameters, and at its end the numbers, the files, commands that use them and a picture.
+
+The picture needs the `plots` extra.
+"""
 
 import importlib.util
 import io
@@ -15,6 +18,9 @@ from rich.table import Table
 from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import format_bytes
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.layout import own_bounds, whole_shape
+from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.meter import PROFILE_DIRECTORY
 from bloomlm.training.output_dir import RUN_FILE
 from bloomlm.training.report import METRICS_FILE, TENSORBOARD_DIRECTORY, duration
@@ -32,7 +38,7 @@ _LONGEST_PROMPT = 100
 _EVAL_NAMES = {
     "eval_loss": "loss on the evaluation examples",
     "eval_ppl": "perplexity",
-    "eval_accuracy": "tokens predicted right",
+    "eval_accuracy": "tokens predicted correctly",
     "eval_exact_match": "answers that match exactly",
     "eval_rouge1": "ROUGE-1",
     "eval_rouge2": "ROUGE-2",
@@ -42,8 +48,19 @@ _EVAL_NAMES = {
 }
 
 
+def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
+    """How many parameters there are, how many of them learn, and which fraction of them each rank holds."""
+    sizes = {name: math.prod(whole_shape(name, p, mesh)) for name, p in model.named_parameters()}
+    total, learned = sum(sizes.values()), sum(sizes[n] for n, p in model.named_parameters() if p.requires_grad)
+    line = f"model: {total:,} parameters, {learned:,} ({learned / total:.2%}) of them learn"
+    if mesh.is_alone:
+        return line
+    own = sum(math.prod(stop - start for start, stop in own_bounds(n, p, mesh)) for n, p in model.named_parameters())
+    return f"{line}; {mesh.degrees} hold {own / total:.1%} of them each"
+
+
 def run_title(plan: RunPlan) -> str:
-    """What learns what, as the title of the picture of a run that trains."""
+    """Title of the picture: the model, the training data, and how the model learns."""
     data = plan.data.dataset_name_or_path or Path(plan.data.train_file or "").name
     how = plan.adapter.describe()
     if smoothing := _label_smoothing(plan):
@@ -53,13 +70,13 @@ def run_title(plan: RunPlan) -> str:
 
 
 def print_summary(console: Console, plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -> None:
-    """Show how a run ended.
+    """Print the numbers, the files and the next commands of a finished run.
 
     Args:
-        console: where to show it.
-        plan: of the run.
-        outcome: of the run.
-        example_prompt: a prompt like those of the examples.
+        console: where to print.
+        plan: plan of the run.
+        outcome: result of the run.
+        example_prompt: the prompt of an example, shown in a command.
     """
     numbers = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     for name, value in {**_train_rows(plan, outcome), **_eval_rows(outcome.eval_metrics)}.items():
@@ -75,7 +92,7 @@ def print_summary(console: Console, plan: RunPlan, outcome: FinetuneResult, exam
 
 
 def next_commands(plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -> list[str]:
-    """Commands that use the results of a run, ready to be pasted."""
+    """Shell commands that use the results of a run."""
     output_dir = str(outcome.output_dir)
     prompt = example_prompt if example_prompt and len(example_prompt) <= _LONGEST_PROMPT else "Your prompt"
     if outcome.train_metrics is None:
@@ -99,7 +116,7 @@ def _label_smoothing(plan: RunPlan) -> float:
 
 
 def _quoted(text: str) -> str:
-    """A text as one word of a shell command; bash and zsh understand $'...'."""
+    """A text as one word of a shell command. Line ends and tabs need the form $'...' of bash and zsh."""
     if text.isprintable():
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t")
@@ -119,9 +136,11 @@ def _train_rows(plan: RunPlan, outcome: FinetuneResult) -> dict[str, str]:
         speed = f"{metrics['train_tokens_per_second']:,.0f} tokens/s"
         rows["time in steps"] = f"{duration(metrics['train_runtime'])} ({speed})"
         peak = f"{metrics['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        rows["utilisation"] = f"{metrics['model_flops_utilisation']:.0%} of the {peak} that matrix products reach here"
+        rows["utilisation"] = (
+            f"{metrics['model_flops_utilisation']:.0%} of the {peak} that matrix products reach on this machine"
+        )
     if metrics["padding_avoided"] > 0:
-        rows["padding avoided"] = f"{metrics['padding_avoided']:.0%} of what padded batches would compute"
+        rows["padding avoided"] = f"{metrics['padding_avoided']:.0%} of the tokens that padded batches would compute"
     kinds = ", ".join(f"{name} {format_bytes(count)}" for name, count in metrics["memory_bytes"].items())
     return {**rows, "peak memory": f"{format_bytes(metrics['peak_memory_bytes'])} ({kinds})"}
 
@@ -152,7 +171,7 @@ def _files(plan: RunPlan, outcome: FinetuneResult) -> dict[str, Path]:
 
 
 def write_picture(history: History, output_dir: Path, title: str) -> Path | None:
-    """Draw loss.png; None where matplotlib is not installed."""
+    """Draw loss.png and return its path; return None if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     path = output_dir / PICTURE_FILE
@@ -161,14 +180,14 @@ def write_picture(history: History, output_dir: Path, title: str) -> Path | None
 
 
 def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the log of a run into a PNG file.
+    """Draw the log of a run into a PNG file: training and evaluation loss above, learning rate below.
 
     Args:
-        log_history: entries with step and loss, learning_rate or eval_loss, in the order of the steps.
-        path: of the picture.
-        title: of the picture.
+        log_history: entries in the order of steps, each with step and any of loss, learning_rate and eval_loss.
+        path: the file to write.
+        title: shown above the picture.
     """
-    # matplotlib is an extra and slow to import; figures without pyplot need no display and no global state
+    # matplotlib is an extra and slow to import; without pyplot it needs no display and has no global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -238,6 +257,6 @@ def _series(log_history: Sequence[dict[str, Any]], name: str) -> tuple[list[int]
 
 
 def _smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and its neighbours; values at the ends have fewer of them."""
+    """The mean of each value and its neighbours, of which values near the ends have fewer."""
     reach = width // 2
     return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

@@ -290,7 +290,7 @@ def test_summary_says_what_where_and_next() -> None:
     text = shown.getvalue()
     for part in (
         *("8 (2.00 epochs)", "1.2500 (mean of the run)", "0:00:02 (250 tokens/s)", "0.7500"),
-        *("75% of the 200 GFLOP/s", "30% of what padded", "1.0 GB (weights 400.0 MB, the rest 600.0 MB)"),
+        *("75% of the 200 GFLOP/s", "30% of the tokens that padded", "1.0 GB (weights 400.0 MB, the rest 600.0 MB)"),
         *("LoRA adapter       out\n", "loss picture       out/loss.png\n", "flags of the run   out/run.yaml\n"),
     ):
         assert part in text, part

@@ -1,1 +1,1 @@
-"""From text to packed batches: the tokenizer, rows of files, tokenised examples, the loader."""
+"""From text to packed batches: tokenizer, rows of files, tokenised examples, loader."""

@@ -1,7 +1,7 @@
-"""Named arrays on disk, one file for each key, written atomically and mapped into memory when read.
+"""A cache of named arrays on disk: safetensors files, written atomically and mapped into memory when read.
 
-A file is a safetensors file with a checksum of the arrays in its header. This module does not know their meaning.
-Nothing here stops a run: a cache that cannot be read or written causes a warning, and the arrays are computed again.
+The header of a file holds a checksum of its arrays. A file that cannot be read or written causes a warning and never
+stops a run: the caller computes the arrays again.
 """
 
 import json
@@ -26,7 +26,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def default_cache_dir() -> Path:
-    """$BLOOMLM_CACHE, else $XDG_CACHE_HOME/bloomlm, else ~/.cache/bloomlm: for files that bloomlm can make again."""
+    """$BLOOMLM_CACHE, else $XDG_CACHE_HOME/bloomlm, else ~/.cache/bloomlm: for files that can be computed again."""
     if own := os.environ.get("BLOOMLM_CACHE"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -34,18 +34,18 @@ def default_cache_dir() -> Path:
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """The arrays of a cache file, mapped read-only; None if it does not exist or, with a warning, if it is damaged."""
+    """The arrays of a cache file, mapped read-only; None if it does not exist or is damaged, which causes a warning."""
     try:
         return _map_arrays(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        _LOG.warning("%s is damaged (%s: %s); making it again", path, type(error).__name__, error)
+        _LOG.warning("%s is damaged (%s: %s) and will be written again", path, type(error).__name__, error)
         return None
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write a cache file under another name and rename it; a failure only causes a warning."""
+    """Write a cache file atomically; a failure causes a warning."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         _LOG.warning(
-            "tokenised examples are not cached, so the next run tokenises again: %s cannot be written (%s). "
-            "Set BLOOMLM_CACHE to a directory with room that you may write to",
+            "tokenised examples are not cached, so the next run tokenises them again: %s cannot be written (%s). "
+            "Set BLOOMLM_CACHE to a writable directory with enough room",
             path,
             error,
         )
@@ -69,7 +69,7 @@ def _map_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
-            raise ValueError(f"its header says {size} bytes, more than the file")
+            raise ValueError(f"its header should have {size} bytes, more than the file has")
         header = json.loads(file.read(size))
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, entry in header.items():

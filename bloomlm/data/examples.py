@@ -1,6 +1,6 @@
-"""Rows to tokenised examples: src, tgt, </s>, cut to their maximum lengths and cached on disk by content.
+"""From rows to tokenised examples (source, target, </s>), cut to maximum lengths and cached on disk.
 
-A text that is cut keeps its beginning. A cached set is mapped from disk, so it takes no memory of its own.
+A text that is cut keeps its beginning. A cached set is mapped from disk and so takes no memory of the process.
 """
 
 import hashlib
@@ -30,29 +30,26 @@ _CHUNK_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """What is learned: to continue the source with the target and then stop."""
+    """A source, which is given, and a target, which the model learns to continue it with before it stops."""
 
     tokens: npt.NDArray[np.int32]
     """Source tokens, target tokens, </s>."""
-
     num_source_tokens: int
-    """Number of source tokens, which are given and not learned."""
-
+    """Number of source tokens."""
     source_text: str
-    """The whole source, before any cut."""
-
+    """The source before it was cut."""
     target_text: str
-    """The whole target, before any cut."""
+    """The target before it was cut."""
 
     @property
     def prompt_tokens(self) -> npt.NDArray[np.int32]:
-        """The source tokens alone, from which generation starts."""
+        """The source tokens, from which generation starts."""
         return self.tokens[: self.num_source_tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """Size of a set of examples, and what was cut from it."""
+    """Size of a set of examples, and how many of its texts were cut."""
 
     name: str
     num_examples: int
@@ -71,12 +68,12 @@ class LoadReport:
 
     @property
     def any_cut(self) -> bool:
-        """Whether a source or target lost its end."""
+        """Whether any source or target lost its end."""
         return self.num_sources_cut + self.num_targets_cut > 0
 
 
 class ExampleSet:
-    """Examples by index, in flat arrays in memory or mapped from disk. Created by load_examples."""
+    """Examples by index, stored as flat arrays in memory or on disk. load_examples creates it."""
 
     def __init__(self, arrays: Arrays, report: LoadReport) -> None:
         self._tokens = arrays["tokens"]
@@ -118,17 +115,17 @@ class ExampleSet:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example, </s> included."""
+        """Number of tokens of each example, </s> included."""
         return np.diff(self._token_offsets).astype(np.int64)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples, </s> included."""
+        """Number of tokens of all examples, </s> included."""
         return int(self._token_offsets[-1] - self._token_offsets[0])
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Tokens that are learned: every target token and every </s>."""
+        """Number of tokens that are learned: every target token and every </s>."""
         return self.num_tokens - int(self._num_source_tokens.sum(dtype=np.int64))
 
     def _text(self, number: int) -> str:
@@ -149,22 +146,22 @@ def load_examples(
     """Tokenise rows into examples, or read them from the cache.
 
     Args:
-        rows: where they are; a path stands for FileRows(path).
-        tokenizer: of the model that will learn them.
-        src_length: maximum tokens of a source; a longer one loses its end.
-        tgt_length: maximum tokens of a target with its </s>; a longer target loses its end, but not </s>.
+        rows: source of the rows; a path stands for FileRows(path).
+        tokenizer: tokenizer of the model.
+        src_length: maximum number of tokens of a source; a longer source loses its end.
+        tgt_length: maximum number of tokens of a target and its </s>; a longer target loses its end, but not </s>.
         prompt_template: builds the source of each row, see PromptTemplate.
         cache_dir: directory of cached sets; None: default_cache_dir() / "examples".
-        show_progress: a bar on a terminal while tokenising.
+        show_progress: whether a terminal shows a bar while texts are tokenised.
 
     Raises:
-        ConfigError: a length that leaves no token, or a template that cannot be read.
-        DataError: a row that fits no format, or no rows at all.
+        ConfigError: a length is too small, or the template cannot be read.
+        DataError: a row fits no format, or there are no rows.
     """
     if src_length < 1 or tgt_length < 2:
         raise ConfigError(
             f"src_length {src_length} and tgt_length {tgt_length}: a source needs at least 1 token, "
-            "a target at least 2 (one of its own and </s>)"
+            "a target at least 2 (one token and </s>)"
         )
     source: RowSource = FileRows(rows) if isinstance(rows, str | Path) else rows
     key = _cache_key(source, tokenizer, src_length, tgt_length, prompt_template)
@@ -192,7 +189,7 @@ def _read_pairs(source: RowSource, prompt_template: str | None) -> list[TextPair
     template = PromptTemplate(prompt_template) if prompt_template is not None else None
     pairs = [read_pair(row, template) for row in source.rows()]
     if not pairs:
-        raise DataError(f"{source.name}: no rows in it; expected at least one example")
+        raise DataError(f"{source.name}: it has no rows; expected at least one example")
     return pairs
 
 
@@ -229,14 +226,14 @@ def _tokenise(
 
 
 def _offsets(lengths: list[int]) -> npt.NDArray[np.int64]:
-    """The start of each piece in the joined array, and the end of the last one: [2, 3] -> [0, 2, 5]."""
+    """The start of each piece in the joined array, and the end of the last: lengths [2, 3] give [0, 2, 5]."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _cache_key(
     source: RowSource, tokenizer: Tokenizer, src_length: int, tgt_length: int, prompt_template: str | None
 ) -> str:
-    """Digest of everything that the examples depend on, including the code of this package."""
+    """Digest of everything that the examples depend on, including the code that makes them."""
     code = hashlib.sha256()
     for module in ("cache.py", "examples.py", "files.py", "rows.py", "tokenizer.py"):
         code.update((importlib.resources.files("bloomlm.data") / module).read_bytes())

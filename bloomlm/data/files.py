@@ -1,7 +1,4 @@
-"""Rows of .jsonl, .json and .csv files, each with its line number.
-
-This module knows the formats of files, not what the fields of a row mean.
-"""
+"""Rows of .jsonl, .json and .csv files, each with its line number. rows.py knows what their fields mean."""
 
 import csv
 import hashlib
@@ -21,22 +18,22 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One object of a data set."""
+    """One row of a data set."""
 
     fields: Mapping[str, object]
     where: str
-    """Its place for error messages: "train.jsonl, line 3"."""
+    """Where the row is, for error messages: "train.jsonl, line 3"."""
 
 
 class RowSource(Protocol):
-    """A source whose rows can be read repeatedly."""
+    """A source of rows, which can be read repeatedly."""
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """Name of the source in messages."""
 
     def rows(self) -> Iterator[Row]:
-        """The rows in order; raises DataError at one that cannot be read."""
+        """The rows in order; raises DataError at a row that cannot be read."""
 
     def fingerprint(self) -> str:
         """Hex digest of everything that the result of rows() depends on."""
@@ -46,11 +43,11 @@ class FileRows:
     """The rows of one file.
 
     Args:
-        path: a .jsonl file (one object a line), a .json file (a list of objects, or one object a line)
-            or a .csv file (comma, first line the names); UTF-8, with or without a byte order mark.
+        path: a UTF-8 file, with or without a byte order mark: .jsonl (one object on each line), .json (a list of
+            objects, or one object on each line) or .csv (separated by commas, with column names in the first line).
 
     Raises:
-        DataError: the file does not exist, cannot be read, or is of another kind.
+        DataError: the file cannot be read, or its name has another ending.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,11 +67,11 @@ class FileRows:
         return str(self.path)
 
     def rows(self) -> Iterator[Row]:
-        """Rows in the order of the file, without blank lines."""
+        """Rows in the order of the file; blank lines are skipped."""
         return _READERS[self.path.suffix.lower()](self.path)
 
     def fingerprint(self) -> str:
-        """Digest of the kind and the bytes of the file."""
+        """Digest of the ending and the content of the file."""
         with self.path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(f"{self.path.suffix.lower()} {content}".encode()).hexdigest()
@@ -129,7 +126,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{path}, line {line}: not CSV ({error}); fields of any kind go into .jsonl") from error
+            raise DataError(f"{path}, line {line}: not CSV ({error}); use .jsonl for fields of any kind") from error
         if cells is None:
             return
         if not cells:
@@ -139,7 +136,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         elif len(cells) != len(names):
             raise DataError(
                 f"{path}, line {line}: {len(cells)} cells, but the first line names {len(names)} columns "
-                f"({', '.join(names)}). Put text that holds commas or line ends between double quotes"
+                f"({', '.join(names)}). Put double quotes around text that has commas or line ends"
             )
         else:
             yield Row(fields=dict(zip(names, cells, strict=True)), where=f"{path}, line {line}")
@@ -152,7 +149,7 @@ def _csv_names(cells: list[str], where: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{where}: the column {twice[0]!r} is named twice; every column needs a name of its own")
+        raise DataError(f"{where}: two columns are named {twice[0]!r}; every column needs a different name")
     return names
 
 

@@ -1,8 +1,8 @@
-"""GPT-2's two tokenizer files, vocab.json and merges.txt, as one tokenizer.json.
+"""Converts between GPT-2's two tokenizer files, vocab.json and merges.txt, and tokenizer.json.
 
-The two files say how bytes merge into tokens, but not how a text is first cut into words. BLOOM was trained with a
-regular expression of its own; GPT-2's tokenizer and the programs that copied it have another, and the ids differ around
-digits, punctuation and mixed scripts. BLOOM's is the default here; GPT-2's reading is for a model that learned with it.
+The two files say how bytes merge into tokens, but not how a text is first split into words. BLOOM's tokenizer does
+that by another regular expression than GPT-2's, so ids differ around digits, punctuation and mixed scripts. The default
+here is BLOOM's expression; GPT-2's is for models that were trained with it.
 """
 
 import json
@@ -45,13 +45,13 @@ def find_gpt2_files(directory: Path) -> bool:
 def build_tokenizer_json(
     directory: Path, special_tokens: Mapping[str, str], *, as_gpt2: bool = False, add_prefix_space: bool = False
 ) -> bytes:
-    """The tokenizer.json that says the same as vocab.json and merges.txt.
+    """The content of a tokenizer.json that is equivalent to vocab.json and merges.txt.
 
     Args:
         directory: holds both files, and added_tokens.json if there are added tokens.
         special_tokens: text of each special token, by "unk_token", "bos_token" and so on.
-        as_gpt2: read the files as GPT-2's tokenizer does: cut texts into words by its regular expression, and leave
-            out the first line and what follows the last line end of merges.txt, whatever they hold.
+        as_gpt2: read the files as GPT-2's tokenizer does: split texts by its regular expression, and ignore the
+            first line of merges.txt and everything after its last line end.
         add_prefix_space: put a space before every text, as tokenizer_config.json may say.
 
     Raises:
@@ -61,8 +61,8 @@ def build_tokenizer_json(
     merges = list(read_merges(directory / MERGES_FILE, as_gpt2=as_gpt2))
     if unknown := [line for line in merges if not {*line.split(" "), line.replace(" ", "")} <= vocabulary.keys()]:
         raise CheckpointError(
-            f"{directory / MERGES_FILE}: merges of tokens that {VOCAB_FILE} does not have, {unknown[0]!r} first; the "
-            "two files belong to different tokenizers"
+            f"{directory / MERGES_FILE} merges tokens that {VOCAB_FILE} does not have, first {unknown[0]!r}; the two "
+            "files belong to different tokenizers"
         )
     added_path = directory / ADDED_TOKENS_FILE
     added = _read_ids(added_path) if added_path.is_file() else {}
@@ -90,16 +90,14 @@ def build_tokenizer_json(
 
 
 def write_gpt2_files(directory: Path, tokenizer_json: bytes) -> None:
-    """Write the vocab.json, merges.txt and added_tokens.json that say the same as a tokenizer.json.
-
-    They cannot say how texts are cut into words.
+    """Write a tokenizer.json as vocab.json, merges.txt and added_tokens.json, which leave out how texts are split.
 
     Args:
-        directory: where to.
-        tokenizer_json: of a byte-level BPE tokenizer.
+        directory: where the files are written.
+        tokenizer_json: content of the tokenizer.json of a byte-level BPE tokenizer.
 
     Raises:
-        CheckpointError: it is of another kind.
+        CheckpointError: it is a tokenizer of another kind.
     """
     content = json.loads(tokenizer_json)
     model = content.get("model") or {}
@@ -112,7 +110,7 @@ def write_gpt2_files(directory: Path, tokenizer_json: bytes) -> None:
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
     others = {token: token_id for token, token_id in added.items() if token not in vocabulary}
-    # a header and a line end, because GPT-2's reading drops the first line and what follows the last line end
+    # a header and a last line end, because GPT-2's tokenizer ignores the first line and what follows the last line end
     merges = "\n".join([f"{HEADER}: 0.2", *pairs, ""])
     (directory / VOCAB_FILE).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (directory / MERGES_FILE).write_text(merges, encoding="utf-8")
@@ -124,9 +122,9 @@ def read_merges(path: Path, *, as_gpt2: bool = False) -> Iterable[str]:
     """The merges of a merges.txt, best first, as "left right".
 
     Args:
-        path: the file; its first line may be a header, its last may lack a line end.
-        as_gpt2: leave out the first line and what follows the last line end, as GPT-2's tokenizer does. A file without
-            header and line end loses two merges so.
+        path: the file; it may begin with a header, and its last line may lack a line end.
+        as_gpt2: ignore the first line and what follows the last line end, as GPT-2's tokenizer does. In a file without
+            header and last line end these are two merges.
 
     Raises:
         CheckpointError: it is not UTF-8 text, or a line is not a pair.
@@ -148,7 +146,7 @@ def read_merges(path: Path, *, as_gpt2: bool = False) -> Iterable[str]:
 
 
 def _pre_tokenizer(*, as_gpt2: bool, add_prefix_space: bool) -> dict[str, Any]:
-    """What cuts a text into words, and these into characters of the byte alphabet."""
+    """Splits a text into words, and words into characters of the byte alphabet."""
     bytes_of_words = _BYTE_LEVEL | {"add_prefix_space": add_prefix_space}
     if as_gpt2:
         return bytes_of_words | {"use_regex": True}
@@ -174,5 +172,5 @@ def _read_ids(path: Path) -> dict[str, int]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not all(type(token_id) is int for token_id in content.values()):
-        raise CheckpointError(f"{path}: expected an object of tokens and their ids")
+        raise CheckpointError(f"{path}: expected an object that maps tokens to ids")
     return content

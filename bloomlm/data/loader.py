@@ -1,10 +1,13 @@
-"""Batches of packed examples, in an order that depends on (seed, epoch) alone.
+"""Batches of packed examples, in an order that depends on seed and epoch alone.
 
-An example of n tokens fills n - 1 positions: all of its tokens but the last, each labelled with the token after it.
-Nothing is predicted from the closing </s>, so the model does not read it.
+An example of n tokens fills n - 1 positions: all of its tokens except the last, each labelled with the next token.
+Nothing is predicted from the closing </s>, so the model does not read it:
 
-    tokens   src0 src1 tgt0 tgt1         of the example   src0 src1 tgt0 tgt1 </s>
+    example  src0 src1 tgt0 tgt1 </s>
+    tokens   src0 src1 tgt0 tgt1
     labels   -100 tgt0 tgt1 </s>
+
+A batch holds a number of examples, or as many as fit into a budget of tokens (TokenPlan).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,28 +19,35 @@ import numpy.typing as npt
 import torch
 
 from bloomlm.data.examples import Example
-from bloomlm.data.packing import TokenBudget, TokenPlan
 from bloomlm.errors import ConfigError, TrainingError
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
-# N packed tokens of a batch.
+CLASS_TOKENS = 16
+"""For a TokenPlan, lengths are rounded up to a multiple of this; a batch wastes less than this for each example."""
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """The size of a batch in tokens."""
+
+    max_tokens: int
+    """Maximum number of tokens; an example that is longer forms a batch alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Examples one after another, without padding."""
+    """Examples one after another, without padding: N positions."""
 
     tokens: torch.Tensor
-    """Token ids [N], int64."""
-
+    """[N] int64: token ids."""
     labels: torch.Tensor
-    """[N], int64: the token that each position must predict, or IGNORE_INDEX."""
-
+    """[N] int64: the token that each position must predict, or IGNORE_INDEX."""
     lengths: tuple[int, ...]
-    """Positions of each example; they add up to N."""
-
+    """Number of positions of each example; their sum is N."""
     num_supervised_tokens: int
-    """Positions that have a label."""
+    """Number of positions that have a label."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device."""
@@ -50,7 +60,7 @@ class Batch:
 
 
 class Examples(Protocol):
-    """A source of examples for a loader, such as an ExampleSet or a list."""
+    """What a loader reads: an ExampleSet, or another sequence of examples."""
 
     def __len__(self) -> int: ...
 
@@ -58,19 +68,19 @@ class Examples(Protocol):
 
     @property
     def lengths(self) -> Sequence[int] | npt.NDArray[np.int64]:
-        """Tokens of each example, which a loader with a TokenBudget needs."""
+        """Number of tokens of each example; a loader with a TokenBudget needs it."""
         ...
 
 
 class Batches(Protocol):
-    """What training reads: a BatchLoader, or something in its place."""
+    """What training reads: a BatchLoader, or an object in its place."""
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches of a whole epoch."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch; a batch counts as used in state_dict as soon as it is handed out."""
+        """The rest of the current epoch; state_dict counts a batch as used as soon as it is yielded."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,11 +93,7 @@ class Batches(Protocol):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pack examples into one batch, in their order.
-
-    Args:
-        examples: each of at least two tokens.
-    """
+    """Pack examples, each of at least two tokens, into one batch in their order."""
     lengths = tuple(len(example.tokens) - 1 for example in examples)
     assert min(lengths) > 0
     tokens = np.empty(sum(lengths), dtype=np.int64)
@@ -107,20 +113,75 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+class TokenPlan:
+    """The places for examples in the batches of an epoch, where the size of a batch is a number of tokens.
+
+    The plan is made once and depends on the lengths alone. Lengths are rounded up to classes; each batch takes as many
+    examples of the largest class as fit, then of the next class. An epoch assigns its shuffled examples to the places
+    of their classes and shuffles the batches. So every epoch has the same number of equally full batches, each with a
+    new mix of examples.
+
+    Args:
+        lengths: number of tokens of each example, at least 1.
+        max_tokens: maximum number of tokens of a batch.
+    """
+
+    def __init__(self, lengths: Sequence[int] | Indices, max_tokens: int) -> None:
+        rounded = -(-np.asarray(lengths, dtype=np.int64) // CLASS_TOKENS) * CLASS_TOKENS
+        # the classes, largest first, and the class of each example
+        sizes, self._class_of = np.unique(-rounded, return_inverse=True)
+        takes, repeats = _fill(-sizes, np.bincount(self._class_of), max_tokens)
+        rows = np.repeat(takes, repeats, axis=0)  # [batches, classes]
+        self._place_classes = np.repeat(np.tile(np.arange(len(sizes)), len(rows)), rows.ravel())
+        self._batch_sizes = rows.sum(axis=1)
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch."""
+        return len(self._batch_sizes)
+
+    def deal(self, order: Indices, batch_order: Indices) -> tuple[Indices, Indices]:
+        """Assign the shuffled examples and batches of an epoch: the examples batch by batch, and each batch's end."""
+        places = np.argsort(self._place_classes, kind="stable")
+        dealt = np.empty_like(order)
+        dealt[places] = order[np.argsort(self._class_of[order], kind="stable")]
+        batches = np.split(dealt, np.cumsum(self._batch_sizes)[:-1])
+        return np.concatenate([batches[number] for number in batch_order]), np.cumsum(self._batch_sizes[batch_order])
+
+
+def _fill(sizes: Indices, counts: Indices, max_tokens: int) -> tuple[Indices, Indices]:
+    """How many examples of each class a batch takes, [patterns, classes], and how often each pattern occurs."""
+    left = counts.copy()
+    takes, repeats = [], []
+    while left.any():
+        take = np.zeros_like(left)
+        room = max_tokens
+        for index, size in enumerate(sizes):
+            take[index] = min(left[index], room // size)
+            room -= take[index] * size
+        if not take.any():
+            take[np.flatnonzero(left)[0]] = 1  # an example that is longer than a whole batch
+        taken = take > 0
+        times = int((left[taken] // take[taken]).min())
+        left -= take * times
+        takes.append(take)
+        repeats.append(times)
+    return np.stack(takes), np.array(repeats)
+
+
 class BatchLoader:
     """Goes through examples epoch by epoch; each iteration continues where the last one stopped.
 
-    `for batch in loader` yields the rest of the current epoch. A loader with the state_dict of another one yields
-    exactly the batches that the other would have yielded next.
+    `for batch in loader` yields the rest of the current epoch. A loader with the state_dict of another loader yields
+    exactly the batches that the other one would have yielded next.
 
     Args:
-        examples: what to learn, at least one.
-        batch_size: examples in a batch (the last batch of an epoch may hold fewer), or a budget of tokens.
-        shuffle: use a new order in each epoch, instead of that of the examples.
-        seed: of the shuffle.
-        dp_degree: data-parallel ranks, which take turns: each gets one of this many successive batches. If an epoch
+        examples: at least one example.
+        batch_size: number of examples of a batch (the last batch of an epoch may hold fewer), or a budget of tokens.
+        shuffle: whether each epoch has a new order; otherwise the examples keep theirs.
+        seed: seed of the shuffle.
+        dp_degree: number of data-parallel ranks. Each of them gets one of this many successive batches. If an epoch
             ends with fewer, the last ranks get one token without a label. Position and length count for all ranks.
-        dp_rank: which of them this is.
+        dp_rank: number of this rank.
 
     Raises:
         ConfigError: batch_size or the number of examples is below 1, or seed is negative.
@@ -139,8 +200,8 @@ class BatchLoader:
         budget = batch_size.max_tokens if isinstance(batch_size, TokenBudget) else batch_size
         if budget < 1 or len(examples) < 1 or seed < 0:
             raise ConfigError(
-                f"batch size {batch_size}, {len(examples)} examples, seed {seed}: expected at least 1, at least 1, "
-                "and a seed that is not negative"
+                f"batch size {batch_size}, {len(examples)} examples, seed {seed}: expected a batch size of at least 1, "
+                "at least 1 example, and a seed of at least 0"
             )
         self._examples = examples
         self._batch_size = batch_size
@@ -155,7 +216,7 @@ class BatchLoader:
         self._position = 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, for each rank."""
+        """Number of batches of a whole epoch, for each rank."""
         if self._plan is not None:
             return -(-len(self._plan) // self._dp_degree)
         assert isinstance(self._batch_size, int)
@@ -177,53 +238,57 @@ class BatchLoader:
                 chosen = order[position:stop] if dp_rank == self._dp_rank else chosen
                 position = stop
             batch = collate([self._examples[int(index)] for index in chosen]) if len(chosen) else self._idle_batch()
-            # the position moves on before the batch is handed out, so that a state saved meanwhile points behind it
+            # moved before the batch is yielded, so that a state saved meanwhile does not repeat it
             self._position = position
             if self._position >= len(order):
                 self._epoch, self._position = epoch + 1, 0
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, position (examples of it that were handed out), and what must not change when a run resumes."""
+        """Epoch, position (number of its examples that were yielded), and what must be the same when a run resumes."""
         return {"epoch": self._epoch, "position": self._position, **self._fixed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader stood. The batch size may differ, because the position counts examples.
+        """Continue where another loader stopped. The number of examples of a batch may differ.
 
         Raises:
-            TrainingError: the other loader had other examples, another seed or another shuffle.
+            TrainingError: the other loader had another number of examples, seed, shuffle or budget of tokens.
         """
         for name, mine in self._fixed().items():
             if state.get(name) != mine:
                 raise TrainingError(
-                    f"the saved run had {name} {state.get(name)}, this one has {mine}, so it cannot go on where that "
-                    "stopped. Use the same data and seed, or start in a new output_dir"
+                    f"the saved run had {name} {state.get(name)}, this one has {mine}, so it cannot continue it. Use "
+                    "the same data and seed, or a new output_dir"
                 )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
 
     def _fixed(self) -> dict[str, Any]:
         max_tokens = self._batch_size.max_tokens if isinstance(self._batch_size, TokenBudget) else None
-        fixed = {"num_examples": len(self._examples), "seed": self._seed, "shuffle": self._shuffle}
-        return {**fixed, "max_tokens": max_tokens}
+        return {
+            "num_examples": len(self._examples),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "max_tokens": max_tokens,
+        }
 
-    def _end_of_batch(self, position: int, ends: npt.NDArray[np.int64]) -> int:
-        """Where the batch that starts at a position ends."""
+    def _end_of_batch(self, position: int, ends: Indices) -> int:
+        """The end of the batch that starts at a position."""
         if isinstance(self._batch_size, TokenBudget):
             later = np.searchsorted(ends, position, side="right")
             return int(ends[later]) if later < len(ends) else position
         return position + self._batch_size
 
     def _idle_batch(self) -> Batch:
-        """A batch for a rank that has nothing to learn while others do, which wait for it in every exchange."""
+        """A batch without labels, for a rank that has no examples left but must take part in every exchange."""
         token = torch.from_numpy(self._examples[0].tokens[:1].astype(np.int64))
         return Batch(tokens=token, labels=torch.tensor([IGNORE_INDEX]), lengths=(1,), num_supervised_tokens=0)
 
-    def _epoch_plan(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The examples of an epoch in their order, and where each batch of a TokenPlan ends."""
-        # raw 64-bit draws are sorted, because numpy may change Generator.permutation from version to version
+    def _epoch_plan(self, epoch: int) -> tuple[Indices, Indices]:
+        """The examples of an epoch in their order, and the end of each batch of a TokenPlan."""
+        # sorts raw 64-bit draws, because numpy may change Generator.permutation from version to version
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
 
-        def shuffled(count: int) -> npt.NDArray[np.int64]:
+        def shuffled(count: int) -> Indices:
             return np.argsort(generator.random_raw(count), kind="stable") if self._shuffle else np.arange(count)
 
         order = shuffled(len(self._examples))

@@ -1,6 +1,6 @@
-"""What the fields of a row mean: which text is given, and which text is learned.
+"""What the fields of a row mean: which text is given (the source), and which text is learned (the target).
 
-| fields                         | source, given                                     | target, learned |
+| fields                         | source                                            | target          |
 |--------------------------------|---------------------------------------------------|-----------------|
 | src, tgt                       | src                                               | tgt             |
 | instruction, (input), output   | instruction, a line end, input (if it has text)   | output          |
@@ -8,7 +8,7 @@
 | (title), source, target        | the question-generation prompt, or source alone   | target          |
 | content, summary               | content                                           | summary         |
 
-A prompt template replaces the second column.
+With a prompt template, the template builds the source instead.
 """
 
 import re
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from bloomlm.data.files import Row
 from bloomlm.errors import ConfigError, DataError
 
-# The prompt for DuReader's question generation: answer and context are given, the question is asked for.
+# The prompt of question generation on DuReader: given an answer and its context, write the question.
 QUESTION_GENERATION_PROMPT = "答案：{title}，上下文：{source}在已知答案的前提下，问题："
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -27,7 +27,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 @dataclass(frozen=True, kw_only=True)
 class TextPair:
-    """What one row teaches: to continue `source` with `target`."""
+    """A text that is given, and the text that continues it."""
 
     source: str
     target: str
@@ -37,11 +37,11 @@ class PromptTemplate:
     r"""A text with named fields, such as "{instruction}\n{input}\nAnswer:".
 
     Args:
-        text: {name} stands for the field of that name; {{ and }} for braces; a backslash followed by n, t or
-            another backslash (what a shell hands over as two characters) for a line end, a tab, a backslash.
+        text: {name} stands for the field of that name, {{ and }} for braces, and the two characters \n, \t or \\,
+            as a shell passes them on, for a line end, a tab or a backslash.
 
     Raises:
-        ConfigError: braces do not match, or hold something other than a name, or there is no field.
+        ConfigError: braces do not match or hold something other than a name, or no field is named.
     """
 
     def __init__(self, text: str) -> None:
@@ -56,14 +56,14 @@ class PromptTemplate:
         for _, name, format_spec, conversion in self._parts:
             if name is not None and (format_spec or conversion or not name or set(name) & set(".[]")):
                 raise ConfigError(
-                    f"prompt_template {text!r}: between braces stands the plain name of a field of the rows, "
-                    f"such as {{instruction}}, not {name!r} or a format of it"
+                    f"prompt_template {text!r}: braces must hold the plain name of a field, for example "
+                    f"{{instruction}}; found {name!r} or a format of it"
                 )
         self.fields = tuple(dict.fromkeys(name for _, name, _, _ in self._parts if name))
         if not self.fields:
             raise ConfigError(
                 f"prompt_template {text!r}: it names no field, so every prompt would be the same. "
-                "Name at least one, such as {instruction}"
+                "Name at least one, for example {instruction}"
             )
 
     def fill(self, row: Row) -> str:
@@ -80,8 +80,7 @@ class PromptTemplate:
             return _optional_text(row, name)
         if name not in row.fields:
             raise DataError(
-                f"{row.where}: prompt_template names the field {name!r}, which this row lacks; "
-                f"it has {_names(row.fields)}"
+                f"{row.where}: prompt_template names the field {name!r}, but this row has {_names(row.fields)}"
             )
         return _text(row, name)
 
@@ -90,7 +89,7 @@ def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
     """The source and the target of one row.
 
     Args:
-        row: fields as in the table at the top of this file; with a template, any fields and one known target.
+        row: fields as in the table at the top of this file; with a template, any fields and one of the targets.
         template: builds the source.
 
     Raises:
@@ -110,10 +109,10 @@ def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
 
 
 def read_source(row: Row, template: PromptTemplate | None = None) -> str:
-    """The source of one row, from which prediction starts; the row need not have a target.
+    """The source of one row, which need not have a target.
 
     Args:
-        row: fields as in the table at the top of this file, without need of a target; with a template, any fields.
+        row: fields as in the table at the top of this file; with a template, any fields.
         template: builds the source.
 
     Raises:
@@ -167,7 +166,7 @@ def _only(fitting: list[_RowFormat], row: Row, *, expected: str) -> _RowFormat:
     if fitting:
         raise DataError(
             f"{row.where}: the fields {_names(row.fields)} fit {' and '.join(map(str, fitting))}; "
-            "keep those of one of them"
+            "keep the fields of one of these forms"
         )
     raise DataError(f"{row.where}: found the fields {_names(row.fields)}, expected {expected}")
 
@@ -178,11 +177,11 @@ def _optional_text(row: Row, name: str) -> str:
 
 def _text(row: Row, name: str) -> str:
     value = row.fields[name]
-    if isinstance(value, list) and name in ("src", "tgt"):  # some files write one turn as a list of one
+    if isinstance(value, list) and name in ("src", "tgt"):  # some files write a text as a list of one
         if len(value) != 1:
             raise DataError(
-                f"{row.where}: {name!r} is a list of {len(value)}; an example here has one turn. "
-                "Write one text, or one row for each turn"
+                f"{row.where}: {name!r} is a list of {len(value)} texts, and an example has one turn; "
+                "write one row for each turn"
             )
         value = value[0]
     if not isinstance(value, str):
@@ -192,14 +191,14 @@ def _text(row: Row, name: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row.where}: {name!r} holds half of a surrogate pair ({value[error.start]!a}), which is no character"
+            f"{row.where}: {name!r} has half of a surrogate pair ({value[error.start]!a}), which is no character"
         ) from error
     return value
 
 
 def _filled(text: str, row: Row, what: str) -> str:
     if not text.strip():
-        raise DataError(f"{row.where}: the {what} is empty; an example needs text to start from and text to learn")
+        raise DataError(f"{row.where}: the {what} is empty; an example needs a source and a target")
     return text
 
 

@@ -18,7 +18,7 @@ from bloomlm.errors import ConfigError, DataError
 BUILTIN_PREFIX = "builtin:"
 
 _SUFFIXES = (".jsonl", ".json", ".csv")
-# The dev split has one name in directories of files (dev.json) and others on the hub.
+# The names that a split may have; directories of files and the hub name the dev split differently.
 _SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -46,8 +46,8 @@ def resolve_splits(
         eval_file: a file with the dev split.
 
     Raises:
-        ConfigError: a file and the data set both bring the same split, or the hub needs the `datasets` extra.
-        DataError: something named is not there.
+        ConfigError: a file and the data set both have the same split, or the `datasets` extra is not installed.
+        DataError: a file or data set cannot be found.
     """
     splits = open_dataset(dataset_name_or_path) if dataset_name_or_path else DatasetSplits()
     for flag, split, path in (("train_file", "train", train_file), ("eval_file", "dev", eval_file)):
@@ -57,7 +57,7 @@ def resolve_splits(
         if present is not None:
             raise ConfigError(
                 f"--{flag} {path} and --dataset_name_or_path {dataset_name_or_path} ({present.name}) "
-                f"both bring the {split} split; give one of them"
+                f"both have the {split} split; give one of them"
             )
         splits = replace(splits, **{split: FileRows(path)})
     return splits
@@ -71,8 +71,8 @@ def open_dataset(name_or_path: str) -> DatasetSplits:
             .jsonl, .json or .csv, of which some may be missing; or a hub name, `NAME` or `NAME:CONFIGURATION`.
 
     Raises:
-        ConfigError: a hub name, and the `datasets` extra is not installed.
-        DataError: nothing of that name, or no split in it.
+        ConfigError: it is a hub name, and the `datasets` extra is not installed.
+        DataError: there is no such data set, or it has no known split.
     """
     if name_or_path.startswith(BUILTIN_PREFIX):
         return _open_builtin(name_or_path.removeprefix(BUILTIN_PREFIX))
@@ -81,10 +81,10 @@ def open_dataset(name_or_path: str) -> DatasetSplits:
         return _open_directory(path)
     if path.is_file():
         raise DataError(
-            f"{path}: a file, where a data set of several splits was expected; give it as --train_file or --eval_file"
+            f"{path} is a file; expected a data set with splits. Give a file as --train_file or --eval_file"
         )
     if not _HUB_NAME.fullmatch(name_or_path):
-        raise DataError(f"{path}: no such directory; expected one with train.jsonl, train.json or train.csv in it")
+        raise DataError(f"{path}: no such directory; expected one that holds train.jsonl, train.json or train.csv")
     return _open_hub(name_or_path)
 
 
@@ -92,7 +92,7 @@ def _open_builtin(name: str) -> DatasetSplits:
     assets = Path(str(importlib.resources.files("bloomlm.assets")))
     if not (assets / name / "train.jsonl").is_file():
         known = sorted(path.parent.name for path in assets.glob("*/train.jsonl"))
-        raise DataError(f"builtin:{name}: no such data set; there is {', '.join(known) or 'none'}")
+        raise DataError(f"builtin:{name}: no such data set; the built-in ones are: {', '.join(known) or 'none'}")
     return _open_directory(assets / name)
 
 
@@ -103,11 +103,11 @@ def _open_directory(directory: Path) -> DatasetSplits:
         present = [path for path in paths if path.is_file()]
         if len(present) > 1:
             listed = ", ".join(path.name for path in present)
-            raise DataError(f"{directory}: {listed} all bring the {split} split; keep one of them")
+            raise DataError(f"{directory}: {listed} all hold the {split} split; keep one of them")
         if present:
             found[split] = FileRows(present[0])
     if not found:
-        raise DataError(f"{directory}: no split in it; expected train.jsonl, dev.jsonl or test.jsonl (or .json, .csv)")
+        raise DataError(f"{directory}: it has no split; expected train.jsonl, dev.jsonl or test.jsonl (or .json, .csv)")
     return DatasetSplits(**found)
 
 
@@ -120,7 +120,7 @@ class HubRows:
 
     @property
     def name(self) -> str:
-        """Data set and split."""
+        """Names of the data set and the split."""
         return self._name
 
     def rows(self) -> Iterator[Row]:
@@ -138,18 +138,18 @@ class HubRows:
 
 def _open_hub(name: str) -> DatasetSplits:
     try:
-        import datasets  # a heavy extra, which files do not need
+        import datasets  # an extra that only the hub needs
     except ImportError as error:
         raise ConfigError(
-            f"{name}: no such directory here, and a data set of the hub needs pip install 'bloomlm[datasets]'"
+            f"{name}: no such directory, and to load it from the hub needs: pip install 'bloomlm[datasets]'"
         ) from error
     repository, _, configuration = name.partition(":")
     try:
         loaded = datasets.load_dataset(repository, configuration or None)
-    except Exception as error:  # offline, unknown, gated, a configuration missing: its message says which
+    except Exception as error:  # offline, unknown, gated, without configuration: the message says which
         raise DataError(
-            f"{name}: neither a directory here nor a data set that the hub gives ({error}). A configuration is "
-            "named after a colon, as in openai/gsm8k:main"
+            f"{name}: no such directory, and the hub cannot provide such a data set ({error}). Name a configuration "
+            "after a colon, for example openai/gsm8k:main"
         ) from error
     return _hub_splits(loaded, name)
 
@@ -161,5 +161,5 @@ def _hub_splits(loaded: Mapping[str, Any], name: str) -> DatasetSplits:
         if present is not None:
             found[split] = HubRows(loaded[present], name=f"{name}, split {present}")
     if not found:
-        raise DataError(f"{name}: has the splits {', '.join(loaded)}; expected train, validation or test")
+        raise DataError(f"{name}: it has the splits {', '.join(loaded)}; expected train, validation or test")
     return DatasetSplits(**found)

@@ -1,8 +1,8 @@
-"""BLOOM's byte-level tokenizer, run by the `tokenizers` library from tokenizer.json alone.
+"""BLOOM's byte-level tokenizer, run by the `tokenizers` library.
 
-A text is encoded as it stands: nothing is put before or after it, and there is no chat template. A special token
-spelled out in the text ("</s>") becomes that token, as in transformers. This module knows nothing of the model:
-what ids it can embed is the caller's business.
+A text is encoded as it is: nothing is added before or after it, and there is no chat template. A special token that is
+spelled out in the text ("</s>") becomes that token, as in transformers. Whether the model can embed all ids is for the
+caller to check.
 """
 
 import codecs
@@ -22,10 +22,10 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
-# What BLOOM calls its special tokens; used where neither JSON file beside tokenizer.json names another.
+# BLOOM's special tokens, used unless a JSON file beside tokenizer.json names others.
 DEFAULT_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
-# Written into tokenizer_config.json where the file we read had no such key.
+# Written into tokenizer_config.json unless the file that was read had another value.
 _CONFIG_DEFAULTS = {
     "tokenizer_class": "BloomTokenizerFast",
     "padding_side": "left",
@@ -35,16 +35,16 @@ _CONFIG_DEFAULTS = {
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Converts text to ids and back.
 
     Args:
-        tokenizer_json: the bytes of a tokenizer.json.
-        config: what tokenizer_config.json holds ({} if there is none).
+        tokenizer_json: content of tokenizer.json.
+        config: content of tokenizer_config.json ({} if there is none).
         special_tokens: the text of each special token, by the keys of DEFAULT_SPECIAL_TOKENS.
-        name: what error messages call it.
+        name: name of the tokenizer in error messages.
 
     Raises:
-        CheckpointError: the JSON is not a tokenizer, or a special token has no id in it.
+        CheckpointError: the JSON is not a tokenizer, or it has no id for a special token.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Tokenizer:
                 f"{name}: {TOKENIZER_FILE} cannot be read as a tokenizer ({error}); expected the file that the "
                 "`tokenizers` library writes. Fetch it again, or save it with a version no newer than the installed one"
             ) from error
-        # Both may be baked into the file; here the caller decides what is cut and what is padded.
+        # tokenizer.json may ask for both; here the caller decides what is cut and what is padded
         self._backend.no_truncation()
         self._backend.no_padding()
         self._json = tokenizer_json
@@ -70,7 +70,7 @@ class Tokenizer:
         self.eos_token_id = ids["eos_token"]
         self.pad_token_id = ids["pad_token"]
         self._check_added_tokens()
-        # A token of the vocabulary may be special by its name in the JSON files only.
+        # a token may be special although only the other JSON files say so
         self._backend.add_special_tokens(
             [AddedToken(token, normalized=False, special=True) for token in special_tokens.values()]
         )
@@ -83,10 +83,9 @@ class Tokenizer:
         """Read a tokenizer from the directory of a checkpoint.
 
         Args:
-            directory: holds tokenizer.json and, as far as they exist, tokenizer_config.json and
-                special_tokens_map.json, which name the special tokens; or GPT-2's vocab.json and merges.txt instead.
-            as_gpt2: read vocab.json and merges.txt as GPT-2's tokenizer does (see build_tokenizer_json), and not as
-                BLOOM was trained.
+            directory: holds tokenizer.json, or GPT-2's vocab.json and merges.txt instead. tokenizer_config.json and
+                special_tokens_map.json name the special tokens, if they exist.
+            as_gpt2: read vocab.json and merges.txt as GPT-2's tokenizer does, see build_tokenizer_json.
 
         Raises:
             CheckpointError: a file is missing or damaged, or a special token has no id.
@@ -98,8 +97,8 @@ class Tokenizer:
             raise CheckpointError(_missing_message(directory))
         if as_gpt2 and not has_gpt2_files:
             raise CheckpointError(
-                f"{directory} holds {TOKENIZER_FILE}, which says how texts are cut into words; only {VOCAB_FILE} and "
-                f"{MERGES_FILE} alone can be read as GPT-2's tokenizer reads them"
+                f"{directory} holds {TOKENIZER_FILE}, which says how texts are split into words; {VOCAB_FILE} and "
+                f"{MERGES_FILE} can be read as by GPT-2's tokenizer only without it"
             )
         config = _read_json_object(directory / TOKENIZER_CONFIG_FILE)
         special_tokens = _named_special_tokens(config, _read_json_object(directory / SPECIAL_TOKENS_FILE))
@@ -112,36 +111,36 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids in use; the model's embedding may be padded to more."""
+        """Number of ids in use; the model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides what a text becomes."""
+        """Hex digest of everything that encoding depends on."""
         digest = hashlib.sha256(self._json)
         digest.update(json.dumps(self._special_tokens, sort_keys=True).encode())
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, no special tokens added."""
+        """Ids of one text, without added special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores (TOKENIZERS_PARALLELISM=false forbids that)."""
+        """Ids of many texts, computed on all cores unless TOKENIZERS_PARALLELISM is false."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids, spaces as they were; bytes that are not UTF-8 become U+FFFD.
+        """The text of ids, with its original spaces; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            ids: token ids; those the vocabulary does not know give no text.
+            ids: token ids; ids outside the vocabulary have no text.
             skip_special_tokens: leave out <unk>, <s>, </s>, <pad> and other tokens marked special.
         """
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one token stands for, often part of a character only.
+        """The UTF-8 bytes of one token, which may be only part of a character.
 
         Source: the byte alphabet of GPT-2's byte-level BPE, which BLOOM uses.
         """
@@ -150,26 +149,22 @@ class Tokenizer:
             return b""
         try:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError:  # an added token is kept as text, outside the byte alphabet
+        except KeyError:  # added tokens are plain text and not in the byte alphabet
             return token.encode("utf-8")
 
     def is_special(self, token_id: int) -> bool:
-        """True for <unk>, <s>, </s>, <pad> and other tokens marked special."""
+        """Whether a token is <unk>, <s>, </s>, <pad> or another token marked special."""
         return int(token_id) in self._special_ids
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json (byte for byte as read), tokenizer_config.json and special_tokens_map.json.
 
-        Args:
-            directory: exists; a caller that needs all or nothing hands in a directory it renames afterwards.
+        The directory must exist. The files are not written atomically.
         """
         self._save(Path(directory), _CONFIG_DEFAULTS | self._config | self._special_tokens)
 
     def save_with_gpt2_files(self, directory: str | Path) -> None:
-        """Write what save does, and vocab.json and merges.txt for programs that read those.
-
-        Args:
-            directory: as for save.
+        """Write the files of save, and vocab.json and merges.txt for programs that read these.
 
         Raises:
             CheckpointError: the tokenizer is not byte-level BPE.
@@ -188,7 +183,7 @@ class Tokenizer:
             (directory / file_name).write_text(text, encoding="utf-8")
 
     def has_byte_decoder(self) -> bool:
-        """True if decoding means joining the bytes of the tokens, as with every published BLOOM."""
+        """Whether decoding joins the bytes of the tokens, as in every published BLOOM."""
         decoder = json.loads(self._json).get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         return [step.get("type") for step in steps] == ["ByteLevel"]
@@ -197,8 +192,8 @@ class Tokenizer:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise CheckpointError(
-                f"{self.name}: {key} is {token!r}, which {TOKENIZER_FILE} has no id for "
-                f"({self.vocab_size} tokens). Name one that it has in {TOKENIZER_CONFIG_FILE}, key {key!r}"
+                f"{self.name}: {key} is {token!r}, but {TOKENIZER_FILE} has no id for it "
+                f"({self.vocab_size} tokens). Name one of its tokens as {key!r} in {TOKENIZER_CONFIG_FILE}"
             )
         return token_id
 
@@ -213,41 +208,41 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes token by token and never shows half a character.
+    """Decodes token by token into whole characters.
 
-    The pieces that push and finish return, joined, equal Tokenizer.decode of all the ids.
+    The joined results of push and finish equal Tokenizer.decode of all ids.
 
     Args:
-        tokenizer: whose ids will come.
+        tokenizer: decodes the ids.
         skip_special_tokens: as in Tokenizer.decode.
 
     Raises:
-        CheckpointError: the tokenizer is not byte-level, so text cannot be had token by token.
+        CheckpointError: the tokenizer is not byte-level, so single tokens cannot be decoded.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         if not tokenizer.has_byte_decoder():
             raise CheckpointError(
-                f"{tokenizer.name}: {TOKENIZER_FILE} has another decoder than ByteLevel, which BLOOM uses; "
-                "its text cannot be streamed. Decode the whole sequence instead"
+                f"{tokenizer.name}: {TOKENIZER_FILE} does not have BLOOM's decoder, ByteLevel, so its text cannot be "
+                "streamed. Decode the whole sequence instead"
             )
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Take one id; give the text that is now certain, maybe none."""
+        """Add one id and return the text that is now complete, which may be empty."""
         if self._skip_special_tokens and self._tokenizer.is_special(token_id):
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """End the text: U+FFFD if it stops inside a character, else nothing. Ready for the next text."""
+        """End the text: return U+FFFD if it ends inside a character, else "". The next text can follow."""
         return self._utf8.decode(b"", final=True)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character to byte: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
+    """Character -> byte: printable Latin-1 stands for itself, and U+0100 onwards for the other bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -257,7 +252,7 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def _named_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    # transformers reads the map only where the config lacks added_tokens_decoder, and then the map wins.
+    # as in transformers, the map counts only without added_tokens_decoder in the config, and then it comes first
     sources = (config, special_map) if "added_tokens_decoder" in config else (special_map, config)
     named = {}
     for key, default in DEFAULT_SPECIAL_TOKENS.items():

@@ -16,7 +16,7 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.formats import Reading
 from bloomlm.checkpoint.writer import parse_size
-from bloomlm.data.packing import TokenBudget
+from bloomlm.data.loader import TokenBudget
 from bloomlm.errors import ConfigError
 from bloomlm.flags import reading_flags
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy

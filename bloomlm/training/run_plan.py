@@ -7,7 +7,7 @@ import torch
 
 from bloomlm.adapters.base import Adapter
 from bloomlm.checkpoint.formats import Reading
-from bloomlm.data.packing import TokenBudget
+from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from bloomlm.data.examples import Example, load_examples
-from bloomlm.data.loader import Batch, BatchLoader, collate
-from bloomlm.data.packing import TokenBudget
+from bloomlm.data.loader import Batch, BatchLoader, TokenBudget, collate
 from bloomlm.errors import ConfigError, TrainingError
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 from tests.bloom_tokenizer import make_tokenizer

@@ -13,7 +13,7 @@ import yaml
 from bloomlm.adapters.base import FullTuning
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.cli.options import config_command, config_flags, join_values
-from bloomlm.data.packing import TokenBudget
+from bloomlm.data.loader import TokenBudget
 from bloomlm.errors import ConfigError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.training.checks import DEFAULT_DATASET

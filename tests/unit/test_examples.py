@@ -240,7 +240,7 @@ def test_errors(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [*ROWS, {"src": "a", "tgt": ""}])
     with pytest.raises(DataError, match=r"a\.jsonl, line 4: the target 'tgt' is empty"):
         load(path)
-    with pytest.raises(DataError, match=r"b\.jsonl: no rows in it"):
+    with pytest.raises(DataError, match=r"b\.jsonl: it has no rows"):
         load(write_rows(tmp_path / "b.jsonl", []))
     for lengths in ({"src_length": 0}, {"tgt_length": 1}):
         with pytest.raises(ConfigError, match="a source needs at least 1 token, a target at least 2"):

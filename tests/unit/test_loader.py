@@ -198,7 +198,7 @@ def test_another_run_does_not_resume(count, shuffle, seed, message):
 
 @pytest.mark.parametrize(("count", "batch_size", "seed"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
 def test_impossible_loaders_are_refused(count, batch_size, seed):
-    with pytest.raises(ConfigError, match="expected at least 1"):
+    with pytest.raises(ConfigError, match="expected a batch size of at least 1"):
         BatchLoader(numbered(count), batch_size, shuffle=True, seed=seed)
 
 

@@ -66,10 +66,10 @@ def test_formats(fields, source, target):
         ({"src": "a", "tgt": None}, "'tgt' is null, expected text"),
         ({"prompt": ["a"], "completion": "b"}, r"'prompt' is list \['a'\], expected text"),
         ({"src": ["a", "b"], "tgt": ["c", "d"]}, "'tgt' is a list of 2|'src' is a list of 2"),
-        ({"src": [], "tgt": "b"}, "'src' is a list of 0; an example here has one turn"),
+        ({"src": [], "tgt": "b"}, "'src' is a list of 0 texts, and an example has one turn"),
         ({"src": [1], "tgt": "b"}, "'src' is int 1, expected text"),
         ({"instruction": "a", "input": 3, "output": "b"}, "'input' is int 3, expected text"),
-        ({"src": "a\ud83d", "tgt": "b"}, r"'src' holds half of a surrogate pair \('\\ud83d'\)"),
+        ({"src": "a\ud83d", "tgt": "b"}, r"'src' has half of a surrogate pair \('\\ud83d'\)"),
     ],
 )
 def test_a_row_that_does_not_fit_says_where_and_why(fields, message):
@@ -109,7 +109,7 @@ def test_template_takes_a_missing_input_as_empty():
     template = PromptTemplate("{instruction}\n{input}\nAnswer:")
     assert template.fill(row(instruction="do", output="x")) == "do\n\nAnswer:"
     assert template.fill(row(instruction="do", input="n")) == "do\nn\nAnswer:"
-    with pytest.raises(DataError, match="names the field 'input', which this row lacks"):
+    with pytest.raises(DataError, match="names the field 'input', but this row has prompt"):
         PromptTemplate("{input}").fill(row(prompt="p"))
 
 
@@ -135,11 +135,11 @@ def test_bad_templates_are_refused(text, message):
     [
         (
             {"q": "a", "output": "b"},
-            "line 7: prompt_template names the field 'question', which this row lacks; it has q",
+            "line 7: prompt_template names the field 'question', but this row has q",
         ),
         ({"question": 1, "output": "b"}, "'question' is int 1"),
         ({"question": "a", "answer": "b"}, "expected beside the fields of prompt_template one of tgt, output"),
-        ({"question": "a", "output": "b", "tgt": "c"}, "keep those of one of them"),
+        ({"question": "a", "output": "b", "tgt": "c"}, "keep the fields of one of these forms"),
     ],
 )
 def test_rows_that_do_not_fit_the_template(fields, message):
@@ -201,7 +201,7 @@ def test_csv(tmp_path, bom):
         ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', "line 2: not UTF-8"),
         ("a.csv", b"src,tgt\na,b\nc\n", r"line 3: 1 cells, but the first line names 2 columns \(src, tgt\)"),
         ("a.csv", b'src,tgt\n"a\nb",c,d\n', "line 2: 3 cells"),
-        ("a.csv", b"src,src\na,b\n", "line 1: the column 'src' is named twice"),
+        ("a.csv", b"src,src\na,b\n", "line 1: two columns are named 'src'"),
         ("a.csv", b'src,tgt\na,"b" c\n', "line 2: not CSV"),
         ("a.csv", b"src,tgt\na,\xe9\n", "line 2: not UTF-8"),
     ],
@@ -259,19 +259,19 @@ def test_directory_with_other_names(tmp_path):
     assert splits.dev.name == str(tmp_path / "validation.jsonl")
     assert splits.test.name == str(tmp_path / "test.jsonl")
     write_split(tmp_path / "dev.json")
-    with pytest.raises(DataError, match=r"dev\.json, validation\.jsonl all bring the dev split"):
+    with pytest.raises(DataError, match=r"dev\.json, validation\.jsonl all hold the dev split"):
         open_dataset(str(tmp_path))
 
 
 def test_data_sets_that_are_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"no split in it; expected train\.jsonl"):
+    with pytest.raises(DataError, match=r"it has no split; expected train\.jsonl"):
         open_dataset(str(tmp_path))
     with pytest.raises(DataError, match="nowhere: no such directory"):
         open_dataset(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="builtin:nowhere: no such data set; there is "):
+    with pytest.raises(DataError, match="builtin:nowhere: no such data set; the built-in ones are: "):
         open_dataset("builtin:nowhere")
     write_split(tmp_path / "train.jsonl")
-    with pytest.raises(DataError, match="give it as --train_file or --eval_file"):
+    with pytest.raises(DataError, match="Give a file as --train_file or --eval_file"):
         open_dataset(str(tmp_path / "train.jsonl"))
 
 
@@ -280,7 +280,7 @@ def test_builtin(tmp_path, monkeypatch):
     write_split(tmp_path / "days/train.jsonl", "monday")
     (tmp_path / "tiny").mkdir()
     assert next(open_dataset("builtin:days").train.rows()).fields["src"] == "monday"
-    with pytest.raises(DataError, match="builtin:tiny: no such data set; there is days"):
+    with pytest.raises(DataError, match="builtin:tiny: no such data set; the built-in ones are: days"):
         open_dataset("builtin:tiny")
 
 
@@ -292,7 +292,7 @@ def test_files_beside_a_data_set(tmp_path):
     splits = resolve_splits(train_file=tmp_path / "mine.jsonl")
     assert (splits.train.name, splits.dev, splits.test) == (str(tmp_path / "mine.jsonl"), None, None)
     with pytest.raises(
-        ConfigError, match=r"--train_file .*mine\.jsonl and --dataset_name_or_path .*both bring the train"
+        ConfigError, match=r"--train_file .*mine\.jsonl and --dataset_name_or_path .*both have the train"
     ):
         resolve_splits(dataset_name_or_path=str(tmp_path / "set"), train_file=tmp_path / "mine.jsonl")
 
@@ -328,7 +328,7 @@ def test_hub_errors_are_ours(monkeypatch):
         raise ValueError("Config name is missing")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"neither a directory here nor a data set .*Config name is missing"):
+    with pytest.raises(DataError, match=r"the hub cannot provide such a data set .*Config name is missing"):
         open_dataset("someone/pairs")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: {"extra": []})
     with pytest.raises(DataError, match="has the splits extra; expected train, validation or test"):

@@ -8,8 +8,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.errors import CheckpointError, format_bytes
+from bloomlm.files.atomic import atomic_write
 from bloomlm.training.results import Entry, History, StepLog, StepResult, plain
 
 METRICS_FILE = "metrics.jsonl"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.errors import CheckpointError
+from bloomlm.files.atomic import atomic_write
 
 STATE_FILE = "trainer_state.json"
 TRAIN_RESULTS_FILE = "train_results.json"

@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bloomlm.checkpoint.atomic import atomic_write
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import format_bytes
+from bloomlm.files.atomic import atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import Mesh

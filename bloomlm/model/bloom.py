@@ -167,7 +167,7 @@ class BloomModel(nn.Module):
         Returns:
             [N, D] hidden states after the last layer norm, or [M, D].
         """
-        needs_virtual = self.prefix is not None and (extension is None or extension.has_free)
+        needs_virtual = self.prefix is not None and (extension is None or extension.free_rows)
         virtual = self.prefix() if self.prefix is not None and needs_virtual else [None] * len(self.h)
         positions = documents.positions(tokens.device) if extension is None else extension.positions
         columns = self._columns(positions)

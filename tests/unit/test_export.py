@@ -33,6 +33,7 @@ from bloomlm.runtime import Program
 from bloomlm.runtime.formats.pt2 import INSTRUCTION_SETS, instruction_set
 from bloomlm.runtime.manifest import Manifest
 from tests.edited_manifest import edit, tamper
+from tests.row_operations import STATM, largest_error, resident_bytes
 from tests.tiny_checkpoint import random_model
 
 PROMPTS = ["The history of", "Once upon a time there was a", "1", "def main():"]
@@ -75,6 +76,22 @@ def test_program_writes_what_the_model_writes(loaded: LoadedModel, program: Prog
     expected = loaded.generate(PROMPTS, max_new_tokens=24, **options)
     assert program.generate(PROMPTS, max_new_tokens=24, **options) == expected
     assert program.generate(PROMPTS, max_new_tokens=24, batch_size=1, **options) == expected
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="counts memory as Linux does")
+@torch.inference_mode()
+def test_only_rows_in_use_take_memory(program: Program) -> None:
+    slot_bytes = sum(part.nbytes for part in program.model.open_rows(1, 1).cache)
+    before = resident_bytes()
+    rows = program.model.open_rows(64, 4 * 2**20 // slot_bytes)
+    assert sum(part.nbytes for part in rows.cache) > 250 * 2**20
+    rows.prefill([3, 50], [[5, 6], [7]])
+    rows.decode_step([50, 3], torch.tensor([8, 9]))
+    assert resident_bytes() - before < 50 * 2**20
+
+
+def test_rows_equal_the_models(loaded: LoadedModel, program: Program) -> None:
+    assert largest_error(loaded.model, program.model) < 1e-5
 
 
 def test_program_knows_its_defaults(program: Program, exported: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bloomlm.checkpoint.fresh_memory import fresh_memory
+from tests.row_operations import STATM, resident_bytes
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -38,11 +39,8 @@ def test_large_memory_comes_in_few_pages() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 8192
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts memory as Linux does")
+@pytest.mark.skipif(not STATM.exists(), reason="counts memory as Linux does")
 def test_is_given_back() -> None:
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
     before = resident_bytes()
     memory = fresh_memory(256 * 2**20).fill_(1)
     view = memory.view(torch.float32)[1:].t()

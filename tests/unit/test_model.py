@@ -13,6 +13,7 @@ from bloomlm.model.alibi import fused_columns, head_slopes, key_columns, query_c
 from bloomlm.model.attention import _groups, attend, virtual_with_columns, with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+from tests.row_operations import STATM, memory_full_of_nan, resident_bytes
 from tests.tiny_checkpoint import TINY, random_model
 
 from .test_adapters import tiny_model
@@ -65,7 +66,8 @@ def test_recompute_gives_the_same_gradients() -> None:
 def test_rows_equal_sequences_without_a_cache(lengths: list[int]) -> None:
     """Prefill, steps of some rows in any order, more tokens for others, a copy, and rows that are used again."""
     model = tiny_model()
-    rows = model.open_rows(4, 40)
+    with memory_full_of_nan():
+        rows = model.open_rows(4, 40)
     texts: dict[int, list[int]] = {
         row: torch.randint(0, 64, (n,)).tolist() for row, n in zip((3, 0, 1), lengths, strict=True)
     }
@@ -98,6 +100,19 @@ def test_rows_equal_sequences_without_a_cache(lengths: list[int]) -> None:
     del texts[3]
     read([3, 2], [2, 1])
     step([0, 1, 2, 3])
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="counts memory as Linux does")
+@torch.no_grad()
+def test_only_rows_in_use_take_memory() -> None:
+    model = tiny_model()
+    slot_bytes = KVCache(model.config, 1, 1, dtype=torch.float32).keys.nbytes * 2
+    before = resident_bytes()
+    rows = model.open_rows(64, 4 * 2**20 // slot_bytes)
+    assert rows.cache.keys.nbytes * 2 > 250 * 2**20
+    rows.prefill([3, 50], [[5, 6], [7]])
+    rows.decode_step([50, 3], torch.tensor([8, 9]))
+    assert resident_bytes() - before < 50 * 2**20
 
 
 def test_cache_overflow_is_refused() -> None:

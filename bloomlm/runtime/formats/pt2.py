@@ -26,7 +26,7 @@ INSTRUCTION_SETS: Mapping[str, frozenset[str]] = {
     "x86-64-v3": frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]),
     "x86-64": frozenset(),
 }
-"""Levels that programs are compiled for, the highest first, and the flags by which Linux tells that they are there."""
+"""Levels that programs are compiled for, the highest first -> the processor flags that Linux lists for each."""
 
 Function = Callable[..., Tensor]
 
@@ -47,19 +47,9 @@ def graph_file(prefix: str, entry_point: str) -> str:
 
 
 class Pt2Model:
-    """A program of this format, with the calls of LanguageModel."""
+    """A pt2 program with the interface of LanguageModel; see ProgramFormat.open."""
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
-        """Map the weights and load the functions.
-
-        Args:
-            manifest: of the program, its files checked.
-            directory: where it lies.
-            prefix: its name.
-
-        Raises:
-            ProgramError: a file is not what the manifest says.
-        """
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.special_tokens.get("eos_token_id")
@@ -71,10 +61,10 @@ class Pt2Model:
         self._prefill, self._decode_step = open_named("prefill"), open_named("decode_step")
 
     def open_rows(self, num_rows: int, num_tokens: int) -> "Pt2Rows":
-        """Allocate memory for num_rows sequences of at most num_tokens tokens each, all rows free."""
+        """Reserve room for num_rows sequences of at most num_tokens tokens each; used rows take memory."""
         num_slots = self.manifest.num_virtual_tokens + num_tokens
         shape = (num_rows, self.manifest.n_head, num_slots, self.manifest.head_dim)
-        cache = [torch.zeros(shape) for _ in range(2 * self.manifest.n_layer)]
+        cache = [torch.empty(shape) for _ in range(2 * self.manifest.n_layer)]
         return Pt2Rows(self._prefill, self._decode_step, cache, self._virtual)
 
 
@@ -88,14 +78,15 @@ class Pt2Rows:
         self._decode_step = decode_step
         self._virtual = virtual
         self._slots = torch.arange(cache[0].shape[2])
-        self._written = [0] * len(cache[0])  # slots of each row that are no longer zeros
+        # slots of each row that may hold anything; the slots behind them hold zeros
+        self._dirty = [len(self._slots)] * len(cache[0])
         self.cache = cache
         """Keys and values by block, [R, H, M, K] each."""
         self.lengths = [0] * len(cache[0])
-        """Slots in use of each row, those of virtual tokens included; 0: the row is free."""
+        """Number of slots that each row uses, including virtual tokens; 0: the row is free."""
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to rows, without computing on pads outside of attention; see ModelRows."""
+        """Append tokens to rows; only attention computes on pads. See ModelRows."""
         counts = torch.tensor([len(prompt) for prompt in prompts])
         stops = [self._start(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
@@ -119,17 +110,18 @@ class Pt2Rows:
         used = self.lengths[source]
         for part in self.cache:
             part[target, :, :used] = part[source, :, :used]
-            part[target, :, used : self._written[target]] = 0
-        self.lengths[target] = self._written[target] = used
+            part[target, :, used : self._dirty[target]] = 0
+        self.lengths[target] = self._dirty[target] = used
 
     def free(self, row: int) -> None:
-        """Forget what a row holds."""
+        """Let a row be used for another sequence."""
         self.lengths[row] = 0
 
     def _start(self, row: int, num_new: int) -> int:
         """Prepare a row for new tokens; returns the number of slots that it will use.
 
-        Virtual tokens go into a free row, and what an earlier sequence left behind becomes zeros, since it may be NaN.
+        A free row gets the virtual tokens, and zeros in the slots behind its tokens. Attention multiplies the values
+        of masked slots by 0, and 0 * NaN would be NaN.
         """
         num_virtual = 0 if self._virtual is None else self._virtual.shape[3]
         stop = (self.lengths[row] or num_virtual) + num_new
@@ -137,11 +129,11 @@ class Pt2Rows:
         assert stop <= len(self._slots), "a row has no room for its new tokens"
         if self.lengths[row] == 0:
             for index, part in enumerate(self.cache):
-                part[row, :, stop : self._written[row]] = 0
+                part[row, :, stop : self._dirty[row]] = 0
                 if self._virtual is not None:
                     part[row, :, :num_virtual] = self._virtual[index // 2, index % 2]
-            self._written[row] = 0
-        self._written[row] = max(self._written[row], stop)
+            self._dirty[row] = stop
+        self._dirty[row] = max(self._dirty[row], stop)
         return stop
 
     def _count(self, rows: Sequence[int], stops: Sequence[int]) -> None:
@@ -150,10 +142,10 @@ class Pt2Rows:
 
 
 def instruction_set(flags: frozenset[str] | None = None) -> str:
-    """The highest of INSTRUCTION_SETS that this machine has, or its own name where it is of another kind.
+    """The highest of INSTRUCTION_SETS that this processor has; elsewhere than on x86, the name of its architecture.
 
     Args:
-        flags: of the processor; None: as Linux tells them.
+        flags: flags of the processor; None: the flags that Linux lists.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return platform.machine()
@@ -178,9 +170,9 @@ def _can_run_compiled(manifest: Manifest) -> bool:
     fits = here == needed or (here in levels and needed in levels and levels.index(here) <= levels.index(needed))
     made_by, runs_on = manifest.library_versions["torch"], torch.__version__
     if not fits:
-        reason = f"it was compiled for {needed}, and this processor is of {here}"
+        reason = f"it was compiled for {needed}, and this processor has {here}"
     elif _minor(made_by) != _minor(runs_on):
-        reason = f"it was compiled with PyTorch {made_by}, and this one is {runs_on}"
+        reason = f"it was compiled with PyTorch {made_by}, and PyTorch {runs_on} runs here"
     else:
         return True
     _LOG.warning("%s: it runs uncompiled, which is slower; export it again on this machine", reason)

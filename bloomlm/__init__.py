@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from bloomlm.api import LoadedModel, evaluate, finetune, generate, load
     from bloomlm.data.tokenizer import Tokenizer
     from bloomlm.evaluation.report import EvaluationReport
-    from bloomlm.generation.completion import Completion
     from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
+    from bloomlm.generation.generate import Completion
     from bloomlm.model.bloom import BloomForCausalLM
     from bloomlm.model.config import BloomConfig
     from bloomlm.training.config import TrainingConfig
@@ -36,7 +36,7 @@ _LAZY = {
     "BeamSearch": "bloomlm.generation.config",
     "BloomConfig": "bloomlm.model.config",
     "BloomForCausalLM": "bloomlm.model.bloom",
-    "Completion": "bloomlm.generation.completion",
+    "Completion": "bloomlm.generation.generate",
     "EvaluationReport": "bloomlm.evaluation.report",
     "GenerationConfig": "bloomlm.generation.config",
     "Greedy": "bloomlm.generation.config",

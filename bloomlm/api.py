@@ -25,9 +25,8 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import AdapterError, ConfigError
-from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.generate import Generation, OnToken
+from bloomlm.generation.generate import Completion, Generation, OnToken, complete
 from bloomlm.generation.generate import generate as generate_tokens
 from bloomlm.generation.sequences import DecodeText
 from bloomlm.model.bloom import BloomForCausalLM

@@ -21,9 +21,8 @@ from bloomlm.errors import ConfigError
 from bloomlm.files.atomic import atomic_write
 from bloomlm.files.resumable import ResumableResults
 from bloomlm.flags import Flags, flag
-from bloomlm.generation.completion import Completion
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.generate import OnToken
+from bloomlm.generation.generate import Completion, OnToken
 
 _LOG = logging.getLogger(__name__)
 # Passed on to GenerationConfig; None means that the flag was not given.

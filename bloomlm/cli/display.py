@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
 from bloomlm.errors import format_bytes
-from bloomlm.generation.completion import Completion
+from bloomlm.generation.generate import Completion
 
 LINE_SECONDS = 2.0
 """The shortest time from one line to the next, where there is no bar."""

@@ -18,16 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.export.weights import SUFFIXES, Parts, WeightFormat
+from bloomlm.export.weights import EMBEDDING, SLOPES, SUFFIXES, Parts, WeightFormat
 from bloomlm.model.alibi import COLUMNS, key_columns, query_columns
 from bloomlm.model.config import BloomConfig
 
-EMBEDDING = "word_embeddings"
-SLOPES = "head_slopes"
+_BLOCK_ELEMENTS = 2**21
+"""Elements that many_rows decodes at a time: 8 MiB in fp32, which stay in a processor's caches until they are used."""
 _PAD_SCORE = -1.0e5
 """The score of a pad: beside any real key its share of the softmax is 0 in fp32."""
 
 Weights = Mapping[str, Tensor]
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x W^T of fp32 tensors, by a library: [N, in], [out, in] -> [N, out]."""
+Decode = Callable[[Parts], Tensor]
+"""From the encoded matrix to the matrix in fp32."""
 Product = Callable[[Tensor, Parts], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -242,6 +246,25 @@ def slot_attention(
     bias = torch.where((distance > 0)[:, None], -torch.inf, bias)
     scores = (query[:, :, None] * keys).sum(-1) * head_dim**-0.5 + bias
     return (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
+
+
+def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F.linear) -> Tensor:
+    """x W^T through a library's fp32 product: [N, in] -> [N, out].
+
+    Args:
+        x: [N, in].
+        parts: the encoded matrix.
+        decode: decodes a block of at most _BLOCK_ELEMENTS elements.
+        multiply: the product with a decoded block.
+    """
+    if parts["weight"].dtype is torch.float32:
+        return multiply(x, parts["weight"])
+    num_out, block_rows = parts["weight"].shape[0], max(1, _BLOCK_ELEMENTS // x.shape[1])
+    blocks = [
+        multiply(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
+        for start in range(0, num_out, block_rows)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
 def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:

@@ -1,35 +1,42 @@
-"""How an exported program stores a matrix (fp32, 16 bits, int8, int4), and the product of such a matrix with many rows.
+"""How an exported program stores its weights: each matrix in fp32, 16 bits, int8 or int4, and all of them in one file.
 
-A WeightFormat encodes a matrix as one or two tensors and decodes it. `many_rows` decodes the matrix block by block and
-calls a library's product; kernels/ has the product with few rows.
+A WeightFormat encodes a matrix as one or two tensors and decodes it. In the file every tensor is stacked over the
+blocks, so that a program has some twenty inputs and not hundreds. The file is written one matrix at a time: the weights
+of a model that load_model has mapped are copied from file to file, and memory holds one matrix in fp32 and its encoded
+form.
 
-Shapes: N rows of activations; a matrix is [out, in]; int4 has G scales for each row.
+Shapes: a matrix is [out, in]; int4 has G scales for each row; L blocks, H heads, K head_dim, P virtual tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bloomlm.checkpoint.merge import merged_parameters
+from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes
 from bloomlm.checkpoint.tensor_reader import TensorEntry
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.model.alibi import head_slopes
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
 from bloomlm.model.quantized import quantize_rows, row_blocks
+from bloomlm.runtime.manifest import VIRTUAL
 
 Parts = Mapping[str, Tensor]
 """The tensors of one encoded matrix, by the last part of their names."""
-Multiply = Callable[[Tensor, Tensor], Tensor]
-"""x W^T of fp32 tensors, by a library: [N, in], [out, in] -> [N, out]."""
-Decode = Callable[[Parts], Tensor]
-"""From the encoded matrix to the matrix in fp32."""
 
+EMBEDDING = "word_embeddings"
+SLOPES = "head_slopes"
 SUFFIXES = ("weight", "scale")
+"""Last parts of the names of an encoded matrix's tensors."""
 QUANTIZATIONS = ("none", "int8", "int4")
 
-_BLOCK_ELEMENTS = 2**21
-"""Elements that many_rows decodes at a time: 8 MiB in fp32, which stay in a processor's caches until they are used."""
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_OUTER_NORMS = ("word_embeddings_layernorm", "ln_f")
 _INT8_PARTS = 4
 """Parts of a row, each with a scale. kernels/matrix.h has the same number."""
 _GROUP_SIZE = 32
@@ -162,25 +169,6 @@ def format_of(dtype: torch.dtype) -> WeightFormat:
     return Int4() if dtype is torch.uint8 else Plain(dtype)
 
 
-def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F.linear) -> Tensor:
-    """x W^T through a library's fp32 product: [N, in] -> [N, out].
-
-    Args:
-        x: [N, in].
-        parts: the encoded matrix.
-        decode: decodes a block of at most _BLOCK_ELEMENTS elements.
-        multiply: the product with a decoded block.
-    """
-    if parts["weight"].dtype is torch.float32:
-        return multiply(x, parts["weight"])
-    num_out, block_rows = parts["weight"].shape[0], max(1, _BLOCK_ELEMENTS // x.shape[1])
-    blocks = [
-        multiply(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
-        for start in range(0, num_out, block_rows)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-
-
 def nearest_int4(block: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[n, 32, G] in fp32 -> integers from -8 to 7 in fp32, and scales [n, G]."""
     # the weight of largest magnitude becomes -8 exactly, whatever its sign
@@ -197,3 +185,93 @@ def nearest_int4(block: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tenso
         best_error = torch.where(better, error, best_error)
         best_numbers, best_scale = torch.where(better, numbers, best_numbers), torch.where(better, scale, best_scale)
     return best_numbers, best_scale[:, 0].to(scale_dtype)
+
+
+def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int) -> dict[str, TensorEntry]:
+    """Name -> shape and dtype of every tensor in the file, in its order."""
+    hidden, layers, fp32 = config.hidden_size, config.n_layer, torch.float32
+    linears = {
+        "query_key_value": (3 * hidden, hidden),
+        "dense": (hidden, hidden),
+        "dense_h_to_4h": (config.ffn_size, hidden),
+        "dense_4h_to_h": (hidden, config.ffn_size),
+    }
+    entries = {f"{EMBEDDING}.{suffix}": entry for suffix, entry in weights.entries(config.vocab_size, hidden).items()}
+    for name, (num_out, num_in) in linears.items():
+        for suffix, entry in weights.entries(num_out, num_in).items():
+            entries[f"{name}.{suffix}"] = TensorEntry((layers, *entry.shape), entry.dtype)
+        entries[f"{name}.bias"] = TensorEntry((layers, num_out), fp32)
+    for kind in ("weight", "bias"):
+        entries.update({f"{name}.{kind}": TensorEntry((layers, hidden), fp32) for name in _NORMS})
+        entries.update({f"{name}.{kind}": TensorEntry((hidden,), fp32) for name in _OUTER_NORMS})
+    entries[SLOPES] = TensorEntry((config.n_head,), fp32)
+    if num_virtual:
+        entries[VIRTUAL] = TensorEntry((layers, 2, config.n_head, num_virtual, config.head_dim), fp32)
+    # wide dtypes first, so that every tensor is aligned to its own element size
+    return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def write_weights(
+    path: Path,
+    model: BloomForCausalLM,
+    weights: WeightFormat,
+    entries: Mapping[str, TensorEntry],
+    on_parameter: Callable[[], None],
+) -> None:
+    """Write the file.
+
+    Args:
+        path: a new file.
+        model: with LoRA, which is added in, with a prefix, whose keys and values are kept, or plain.
+        weights: how matrices are stored.
+        entries: what weight_entries returns for the model.
+        on_parameter: called after each parameter of the model.
+
+    Raises:
+        CheckpointError: a weight cannot be stored this way, or the file cannot be written.
+    """
+    header, starts = build_header(entries, {"format": "pt"})
+    try:
+        with path.open("xb") as file:
+            file.write(header)
+            virtual = virtual_tokens(model)
+            if virtual is not None:
+                _write_at(file, starts[VIRTUAL], virtual)
+            for name, tensor in named_tensors(model, weights, on_parameter):
+                name, _, layer = name.partition("@")
+                start = starts[name] + (int(layer) * num_bytes(entries[name]) // model.config.n_layer if layer else 0)
+                _write_at(file, start, tensor.to(entries[name].dtype))
+            file.truncate(max(starts[name] + num_bytes(entry) for name, entry in entries.items()))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def virtual_tokens(model: BloomForCausalLM) -> Tensor | None:
+    """Keys and values [L, 2, H, P, K] in fp32 that a prefix adapter puts before every prompt; None without one."""
+    prefix = model.transformer.prefix
+    if prefix is None:
+        return None
+    with torch.no_grad():
+        return torch.stack([torch.stack(block) for block in prefix()]).float()
+
+
+def named_tensors(
+    model: BloomForCausalLM, weights: WeightFormat, on_parameter: Callable[[], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a program but the virtual tokens, as NAME or NAME@BLOCK, blocks in order."""
+    yield SLOPES, torch.tensor(head_slopes(model.config.n_head))
+    for name, parameter in merged_parameters(model, torch.float32):
+        *_, module, kind = name.split(".")
+        layer = f"@{name.split('.')[2]}" if name.startswith("transformer.h.") else ""
+        if parameter.dim() == 1:
+            yield f"{module}.{kind}{layer}", parameter
+        else:
+            for suffix, part in weights.encode(parameter.detach(), name).items():
+                yield f"{module}.{suffix}{layer}", part
+        if on_parameter is not None:
+            on_parameter()
+
+
+def _write_at(file: BinaryIO, start: int, tensor: Tensor) -> None:
+    file.seek(start)
+    file.write(raw_bytes(tensor))

@@ -1,29 +1,37 @@
-"""The sequences of a session: what belongs to each of them alone."""
+"""The sequences of a session: what belongs to each of them alone, and the tokens in their rows.
+
+Shapes: B rows of a call, S tokens of the longest row, V vocabulary.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from bloomlm.generation.beam import BeamSearchState
 from bloomlm.generation.config import GenerationConfig, Sampling
+from bloomlm.generation.sampling import apply_repetition_penalty, ban_repeated_ngrams, ban_token
 
 FinishReason = Literal["eos", "length", "stop"]
+"""eos: the model ended the sequence; stop: a stop text occurred; length: max_new_tokens were generated."""
 DecodeText = Callable[[list[int]], str]
 StopTest = Callable[[list[int]], bool]
 
 
 @dataclass(eq=False)
 class Running:
-    """What samples and searches have in common."""
+    """The common part of samples and beam searches."""
 
     handles: Sequence[int]
-    """Of its results."""
+    """Handles of its results."""
     rows: list[int]
     """Rows of the model's memory."""
     config: GenerationConfig
     """How it is continued."""
     group: GenerationConfig
-    """Sequences of the same group choose their tokens together."""
+    """Sequences with equal groups choose their tokens together; see group_of."""
     stops: StopTest
     """Whether tokens now contain a stop text."""
 
@@ -41,9 +49,9 @@ class Sample(Running):
     """One sequence, decoded greedily or by sampling."""
 
     uniforms: list[float]
-    """A random number for each of its tokens; none for greedy decoding."""
+    """A random number for each of its tokens; empty for greedy decoding."""
     tokens: list[int] = field(default_factory=list)
-    """What was generated."""
+    """The tokens generated so far."""
 
 
 @dataclass(eq=False)
@@ -54,8 +62,59 @@ class Search(Running):
     """Scores and tokens of the beams."""
 
 
+class History:
+    """Prompt and generated tokens of each row, in memory that is allocated once."""
+
+    def __init__(self, num_rows: int, num_tokens: int) -> None:
+        self._tokens = torch.zeros(num_rows, num_tokens, dtype=torch.int64)
+        self._num_prompt_tokens = [0] * num_rows
+        self._lengths = [0] * num_rows
+
+    def start(self, row: int, prompt: Sequence[int]) -> None:
+        """Let a row begin with a prompt."""
+        self._tokens[row, : len(prompt)] = torch.tensor(prompt)
+        self._num_prompt_tokens[row] = self._lengths[row] = len(prompt)
+
+    def append(self, row: int, token: int) -> None:
+        """Add a generated token."""
+        self._tokens[row, self._lengths[row]] = token
+        self._lengths[row] += 1
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make the target row equal to the source row."""
+        self._tokens[target] = self._tokens[source]
+        self._num_prompt_tokens[target] = self._num_prompt_tokens[source]
+        self._lengths[target] = self._lengths[source]
+
+    def adjust(self, logits: Tensor, rows: Sequence[int], config: GenerationConfig, eos_token_id: int | None) -> Tensor:
+        """Apply the options that act under every strategy: repetition_penalty, no_repeat_ngram_size, min_new_tokens.
+
+        Args:
+            logits: [B, V] of each row's next token, float32 (log-probabilities in a beam search).
+            rows: B rows.
+            config: the options.
+            eos_token_id: the token that a row with fewer than min_new_tokens generated tokens must not take.
+
+        Returns:
+            [B, V].
+        """
+        if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size:
+            counts = [self._lengths[row] for row in rows]
+            tokens = self._tokens[list(rows), : max(counts)].to(logits.device)
+            lengths = torch.tensor(counts, device=logits.device)
+            if config.repetition_penalty != 1.0:
+                logits = apply_repetition_penalty(logits, tokens, lengths, config.repetition_penalty)
+            if config.no_repeat_ngram_size:
+                logits = ban_repeated_ngrams(logits, tokens, lengths, config.no_repeat_ngram_size)
+        if eos_token_id is not None:
+            generated = [self._lengths[row] - self._num_prompt_tokens[row] for row in rows]
+            short = [place for place, count in enumerate(generated) if count < config.min_new_tokens]
+            logits = ban_token(logits, eos_token_id, short) if short else logits
+        return logits
+
+
 def group_of(config: GenerationConfig) -> GenerationConfig:
-    """The options that act on logits; the others are each sequence's own."""
+    """The options that act on logits; every other option is replaced by a constant."""
     strategy = config.strategy
     if isinstance(strategy, Sampling):
         strategy = replace(strategy, seed=0)
@@ -64,7 +123,7 @@ def group_of(config: GenerationConfig) -> GenerationConfig:
 
 
 def stop_test(stop: Sequence[str], decode_text: DecodeText | None) -> StopTest:
-    """Whether tokens, the last of which is new, now contain a stop text."""
+    """A function that tells whether tokens contain a stop text, where all but the last token did not."""
     if not stop or decode_text is None:
         return lambda tokens: False
     # A stop text that the last token completes lies within as many tokens as it has bytes, at one byte a token.
@@ -74,7 +133,7 @@ def stop_test(stop: Sequence[str], decode_text: DecodeText | None) -> StopTest:
         return any(end in text for end in stop)
 
     def test(tokens: list[int]) -> bool:
-        # The short text first; it may begin inside a character, so the whole text decides.
+        # The short text is cheap, but may begin inside a character, so the whole text decides.
         return contains(decode_text(tokens[-window:])) and contains(decode_text(tokens))
 
     return test

@@ -16,10 +16,9 @@ from torch import Tensor
 from bloomlm.errors import GenerationError
 from bloomlm.generation.beam import BeamSearchState
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
-from bloomlm.generation.history import History
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.generation.sampling import choose, uniform_numbers
-from bloomlm.generation.sequences import DecodeText, FinishReason, Sample, Search, group_of, stop_test
+from bloomlm.generation.sequences import DecodeText, FinishReason, History, Sample, Search, group_of, stop_test
 
 
 @dataclass(frozen=True, kw_only=True)

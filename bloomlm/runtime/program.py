@@ -7,9 +7,8 @@ from typing import Any
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ProgramError
-from bloomlm.generation.completion import Completion, complete
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.generate import OnToken, generate
+from bloomlm.generation.generate import Completion, OnToken, complete, generate
 from bloomlm.runtime.formats import FORMATS
 from bloomlm.runtime.manifest import Manifest
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bloomlm.export.formats.pt2
-import bloomlm.export.weights
+import bloomlm.export.graph
 import bloomlm.runtime.manifest
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
@@ -21,10 +21,10 @@ from bloomlm.cli import main as cli
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
 from bloomlm.export.formats.pt2 import trace_all
+from bloomlm.export.graph import many_rows
 from bloomlm.export.parity import Parity, compare
 from bloomlm.export.program import export_program
-from bloomlm.export.weights import Int4, Int8, Plain, format_of, many_rows, weight_format
-from bloomlm.export.weights_file import weight_entries
+from bloomlm.export.weights import Int4, Int8, Plain, format_of, weight_entries, weight_format
 from bloomlm.files.atomic import atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -174,7 +174,7 @@ def test_a_program_that_differs_is_not_written(
 def test_products_are_those_of_the_decoded_matrix(
     monkeypatch: pytest.MonkeyPatch, weights: Plain | Int8 | Int4, num_out: int
 ) -> None:
-    monkeypatch.setattr(bloomlm.export.weights, "_BLOCK_ELEMENTS", 16 * 96)  # 40 rows are three blocks
+    monkeypatch.setattr(bloomlm.export.graph, "_BLOCK_ELEMENTS", 16 * 96)  # 40 rows are three blocks
     random = torch.Generator().manual_seed(0)
     matrix = torch.randn(num_out, 96, generator=random)
     x = torch.randn(5, 96, generator=random)

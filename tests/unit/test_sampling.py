@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from bloomlm.generation.config import GenerationConfig, Sampling
-from bloomlm.generation.history import History
 from bloomlm.generation.sampling import (
     apply_repetition_penalty,
     apply_temperature,
@@ -19,6 +18,7 @@ from bloomlm.generation.sampling import (
     sample,
     uniform_numbers,
 )
+from bloomlm.generation.sequences import History
 
 V = 23
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bloomlm.adapters import kind_in_peft
 from bloomlm.adapters.base import Adapter, adapter_of, apply_adapter, set_parameter
-from bloomlm.adapters.kinds import kind_in_peft
 from bloomlm.checkpoint.huggingface import TensorFile, TorchFile
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from bloomlm.checkpoint.tensor_reader import check_entries

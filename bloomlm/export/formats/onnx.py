@@ -15,9 +15,8 @@ from torch.export import Dim
 from bloomlm.checkpoint.safetensors_file import write_safetensors
 from bloomlm.errors import ProgramError
 from bloomlm.export.formats.base import ExportFormat, ExportJob
-from bloomlm.export.graph import Step
-from bloomlm.export.weights import Plain, many_rows
-from bloomlm.export.weights_file import named_tensors, virtual_tokens
+from bloomlm.export.graph import Step, many_rows
+from bloomlm.export.weights import Plain, named_tensors, virtual_tokens
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime.formats.onnx import onnx_file

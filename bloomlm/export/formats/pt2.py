@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bloomlm.export.formats.base import ExportFormat, ExportJob
-from bloomlm.export.graph import DecodeStep, Prefill, Product, slot_attention
+from bloomlm.export.graph import DecodeStep, Multiply, Prefill, Product, many_rows, slot_attention
 from bloomlm.export.kernels.operators import attend_of, compiler_options, decoded_of, few_rows_of
-from bloomlm.export.weights import Multiply, WeightFormat, many_rows, weight_format
-from bloomlm.export.weights_file import weight_entries, write_weights
+from bloomlm.export.weights import WeightFormat, weight_entries, weight_format, write_weights
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import product, uses_onednn
 from bloomlm.runtime.formats import pt2

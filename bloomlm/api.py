@@ -20,7 +20,7 @@ import torch
 
 from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.adapters.load import load_adapter
-from bloomlm.checkpoint.paddle.importer import PaddleReading
+from bloomlm.checkpoint.paddle.importer import ForeignReading
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
@@ -176,7 +176,7 @@ def load(
     given = {name: str(path) for name, path in paths.items() if path is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are both given; a model takes one adapter, give one")
-    reading = PaddleReading.from_flags(
+    reading = ForeignReading.from_flags(
         prefix_layout=prefix_layout,
         trained_tensor_parallel_degree=trained_tensor_parallel_degree,
         paddle_tokenization=paddle_tokenization,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bloomlm.checkpoint.adapters.peft import install_adapter
-from bloomlm.checkpoint.paddle.importer import PaddleReading, open_adapter
+from bloomlm.checkpoint.paddle.importer import ForeignReading, open_adapter
 from bloomlm.checkpoint.paddle.lora import PaddleLora
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
 from bloomlm.model.bloom import BloomForCausalLM
@@ -99,8 +99,8 @@ def random_arrays(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> State
 
 
 def read_paddle_adapter(directory: Path, config: BloomConfig, **options: Any) -> PaddleLora | PaddlePrefix:
-    """Open an adapter; options are fields of PaddleReading."""
-    return open_adapter(directory, config, PaddleReading(**options))
+    """Open an adapter; options are fields of ForeignReading."""
+    return open_adapter(directory, config, ForeignReading(**options))
 
 
 def install_paddle_adapter(model: BloomForCausalLM, adapter: PaddleLora | PaddlePrefix) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bloomlm.checkpoint.formats import FileForm, bytes_on_ranks, check_degree, write_model_for_ranks
 from bloomlm.checkpoint.huggingface import EMBEDDING
-from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
+from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_directory
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, check_entries
@@ -106,8 +106,8 @@ def check_ranks(form: FileForm, tensor_parallel_degree: int) -> None:
     Raises:
         ConfigError: more than one rank was asked for.
     """
-    if tensor_parallel_degree != 1 and not form.is_for_ranks:
-        for_ranks = next(other.value for other in FileForm if other.is_for_ranks)
+    if tensor_parallel_degree != 1 and not form.supports_ranks:
+        for_ranks = next(other.value for other in FileForm if other.supports_ranks)
         raise ConfigError(
             f"tensor_parallel_degree is {tensor_parallel_degree}, and Hugging Face's files are never cut for ranks; "
             f"leave it out, or write files that are (--to {for_ranks})"
@@ -167,7 +167,7 @@ def leave_page_cache(path: Path) -> None:
 
 
 def _write(conversion: ModelConversion, directory: Path, checksums: dict[str, int] | None, report: Report) -> None:
-    if conversion.form.is_for_ranks:
+    if conversion.form.supports_ranks:
         write_model_for_ranks(
             directory,
             conversion.config,

@@ -10,7 +10,13 @@ from pathlib import Path
 from bloomlm.checkpoint import huggingface
 from bloomlm.checkpoint.paddle import importer
 from bloomlm.checkpoint.paddle.importer import VERSION_KEY as FOREIGN_VERSION_KEY
-from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout, read_recorded_adapter
+from bloomlm.checkpoint.paddle.importer import (
+    ForeignReading,
+    ImportedRun,
+    PrefixLayout,
+    RecordedAdapter,
+    read_recorded_adapter,
+)
 from bloomlm.checkpoint.paddle.importer import adapter_kind as foreign_adapter_kind
 from bloomlm.checkpoint.paddle.importer import exported_config as config_of_export
 from bloomlm.checkpoint.paddle.importer import find_run as find_foreign_run
@@ -25,8 +31,9 @@ __all__ = [
     "MODEL_FORMATS",
     "READING_OF_WRITTEN_PREFIX",
     "FileForm",
-    "PaddleReading",
-    "Reading",
+    "ForeignReading",
+    "ImportedRun",
+    "RecordedAdapter",
     "bytes_on_ranks",
     "check_degree",
     "config_of_export",
@@ -48,10 +55,7 @@ MODEL_FORMATS: tuple[tuple[FindModel, OpenModel], ...] = (
 )
 """(is it there?, open it), asked in this order."""
 
-Reading = PaddleReading
-"""How the files of another program are to be read where they do not say it themselves."""
-
-READING_OF_WRITTEN_PREFIX = PaddleReading(prefix_layout=PrefixLayout.NEW)
+READING_OF_WRITTEN_PREFIX = ForeignReading(prefix_layout=PrefixLayout.NEW)
 """How a prefix that was written for ranks is read again, because its files do not tell."""
 
 
@@ -62,7 +66,7 @@ class FileForm(Enum):
     PADDLE = "paddle"
 
     @property
-    def is_for_ranks(self) -> bool:
+    def supports_ranks(self) -> bool:
         """Whether such files can be cut for tensor-parallel ranks; Hugging Face's and PEFT's never are."""
         return self is FileForm.PADDLE
 

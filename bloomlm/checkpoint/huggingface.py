@@ -102,10 +102,6 @@ class HuggingFaceReader:
         """One parameter; a mapped one takes no memory."""
         return self.read(name)
 
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim of a parameter."""
-        return self.read(name).narrow(dim, start, stop - start)
-
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
         """The part of a parameter within bounds of every dimension; from safetensors no other byte is read."""
         file, stored_name = self._places[name]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.main_rank import one_directory
-from bloomlm.checkpoint.output_directory import Report, WritesItself, no_report, output_directory
+from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_directory
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM

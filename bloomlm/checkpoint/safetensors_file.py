@@ -16,14 +16,14 @@ import os
 import struct
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.fresh_memory import fresh_memory
-from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
+from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, fresh_memory
 from bloomlm.errors import CheckpointError
 from bloomlm.parallel.layout import Bounds
 
@@ -45,48 +45,32 @@ MAX_HEADER_BYTES = 100_000_000
 BLOCK_BYTES = 8 * 2**20
 
 
+@dataclass(frozen=True, kw_only=True)
+class SafetensorsHeader:
+    """What the header of a file says; it agrees with the size of the file."""
+
+    metadata: Mapping[str, str]
+    """Texts that the writer added, such as its format."""
+    entries: Mapping[str, TensorEntry]
+    """Name -> shape and dtype of a tensor."""
+    offsets: Mapping[str, int]
+    """Name -> offset in the file of a tensor's first byte."""
+
+
 class SafetensorsFile:
     """The tensors of one file, mapped privately: changing one changes memory, never the file."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header and compare it with the size of the file.
-
-        Args:
-            path: the file.
+        """Read the header.
 
         Raises:
-            CheckpointError: it cannot be read, is cut short, or is no safetensors file.
+            CheckpointError: as read_header.
         """
         self.path = path
-        header, self._data_start = _read_header(path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._offsets: dict[str, int] = {}
-        self.entries: Mapping[str, TensorEntry] = {
-            name: self._parse_entry(name, values) for name, values in header.items()
-        }
+        header = read_header(path)
+        self.entries, self._offsets = header.entries, header.offsets
         self._identity = _identity(path.stat())
-        position = self._data_start
-        for name, start in sorted(self._offsets.items(), key=lambda item: item[1]):
-            if start != position:
-                raise CheckpointError(f"{path}: in its header the data of {name} overlap others, or leave a gap")
-            position += num_bytes(self.entries[name])
-        found = path.stat().st_size
-        if found != position:
-            raise CheckpointError(
-                f"{path} holds {found} bytes, its header promises {position}: cut short or damaged; fetch it again"
-            )
         self._mapping: weakref.ref[mmap.mmap] | None = None
-
-    def _parse_entry(self, name: str, values: Any) -> TensorEntry:
-        try:
-            entry = TensorEntry(tuple(map(int, values["shape"])), DTYPES[values["dtype"]])
-            start, stop = values["data_offsets"]
-            if start < 0 or stop - start != num_bytes(entry):
-                raise ValueError(f"{stop - start} bytes where the shape needs {num_bytes(entry)}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: its header's entry for {name} makes no sense: {error!r}") from error
-        self._offsets[name] = self._data_start + start
-        return entry
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped; copied only if the file does not align it."""
@@ -147,6 +131,36 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
             self._mapping = weakref.ref(mapping)
         return mapping
+
+
+def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> SafetensorsHeader:
+    """Read a file's header and compare it with the size of the file.
+
+    Args:
+        path: the file.
+        dtypes: name of a dtype in the header -> dtype.
+
+    Raises:
+        CheckpointError: the file cannot be read, is cut short or damaged, or is not a safetensors file.
+    """
+    fields, data_start = _read_json_header(path)
+    metadata = fields.pop("__metadata__", {})
+    places = {name: _parse_entry(path, name, values, dtypes) for name, values in fields.items()}
+    position = 0
+    for name, (entry, start) in sorted(places.items(), key=lambda item: item[1][1]):
+        if start != position:
+            raise CheckpointError(f"{path} is damaged: by its header the data of {name} overlap others or leave a gap")
+        position += num_bytes(entry)
+    found, expected = path.stat().st_size, data_start + position
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is cut short or damaged: it has {found} bytes, its header says {expected}; fetch it again"
+        )
+    return SafetensorsHeader(
+        metadata=metadata,
+        entries={name: entry for name, (entry, _) in places.items()},
+        offsets={name: data_start + start for name, (_, start) in places.items()},
+    )
 
 
 def num_bytes(entry: TensorEntry) -> int:
@@ -249,7 +263,8 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's fields, and the offset of the first tensor."""
     try:
         with path.open("rb") as file:
             prefix = file.read(LENGTH_BYTES)
@@ -259,13 +274,28 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not length or len(text) != length:
         raise CheckpointError(
-            f"{path} is cut short or no safetensors file: {path.stat().st_size} bytes do not hold its header; "
-            "fetch it again (a file of some hundred bytes is often a git-lfs pointer)"
+            f"{path} is cut short or not a safetensors file: its {path.stat().st_size} bytes do not hold a header; "
+            "fetch it again (a file of a few hundred bytes is often a git-lfs pointer)"
         )
     try:
-        header = json.loads(text)
+        fields = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object")
-    return header, LENGTH_BYTES + length
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("__metadata__", {}), dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object of objects")
+    return fields, LENGTH_BYTES + length
+
+
+def _parse_entry(path: Path, name: str, fields: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[TensorEntry, int]:
+    """A tensor's shape and dtype, and the offset of its data from the first tensor's."""
+    try:
+        entry = TensorEntry(tuple(map(int, fields["shape"])), dtypes[fields["dtype"]])
+        start, stop = fields["data_offsets"]
+        if start < 0 or min(entry.shape, default=0) < 0 or stop - start != num_bytes(entry):
+            raise ValueError("shape and data_offsets do not agree")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its header has the entry {str(fields)[:200]} for {name}; expected a shape, a dtype of "
+            f"{', '.join(dtypes)}, and data_offsets that agree with them"
+        ) from error
+    return entry, start

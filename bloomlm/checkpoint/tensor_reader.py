@@ -1,10 +1,12 @@
 """What every file format offers: named tensors, read one at a time, whole or in part.
 
-Each format (huggingface.py, ...) turns its own names, layouts and files into this; reader.py builds models from it
-without knowing the format.
+Each format (huggingface.py, ...) translates its names, layouts and files into this interface, and reader.py builds
+models from it without knowing the format.
 """
 
+import mmap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +16,13 @@ from torch import Tensor
 from bloomlm.errors import CheckpointError, name_some
 from bloomlm.parallel.layout import Bounds
 
+MIN_HUGE_BYTES = 32 * 2**20
+"""Smaller pieces of memory come from malloc, which keeps them for the next one (allocator.py)."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a checkpoint says of a tensor before it is read."""
+    """Shape and dtype of a stored tensor, known before it is read."""
 
     shape: tuple[int, ...]
     """In the published orientation: a linear's weight is (out, in)."""
@@ -32,7 +37,7 @@ class Rows:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read_rows: Callable[[int, int], Tensor]
-    """Rows from the first number up to the second."""
+    """(start, stop) -> rows start to stop."""
 
     def split(self, num_rows: int) -> Iterator[Tensor]:
         """All rows in order, in blocks of num_rows."""
@@ -40,31 +45,20 @@ class Rows:
             yield self.read_rows(start, min(start + num_rows, self.shape[0]))
 
 
-class LazyTensor(Protocol):
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
     """A tensor that is not read yet."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor that `read` returns."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As stored."""
-        ...
-
-    @property
-    def has_rows_together(self) -> bool:
-        """Whether the rows of a slice of dimension 0 lie together, so that reading it costs no more than its share."""
-        ...
-
-    def read(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
-        ...
-
-    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim."""
-        ...
+    shape: tuple[int, ...]
+    """Shape of the tensor that `read` returns."""
+    dtype: torch.dtype
+    """As stored."""
+    read: Callable[[], Tensor]
+    """Reads the whole tensor."""
+    read_slice: Callable[[int, int, int], Tensor]
+    """(dim, start, stop) -> entries start to stop of dimension dim."""
+    has_rows_together: bool = False
+    """Whether the bytes of a slice of dimension 0 are contiguous, so that no others are read for it."""
 
 
 class TensorReader(Protocol):
@@ -76,15 +70,11 @@ class TensorReader(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU; where the format allows it is a private mapping of the file, not a copy."""
+        """One tensor on the CPU; where the format allows it, a private mapping of the file and not a copy."""
         ...
 
     def open(self, name: str) -> Tensor | Rows:
-        """One tensor whose rows are needed once, in order: as from `read`, or as Rows, to save memory."""
-        ...
-
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim; other bytes are not read if the format allows it."""
+        """One tensor whose rows are needed once, in order: as from `read`, or as Rows where that saves memory."""
         ...
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
@@ -92,12 +82,27 @@ class TensorReader(Protocol):
         ...
 
 
+def fresh_memory(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 with undefined contents, aligned for every dtype; returned to the system when it is freed.
+
+    Large pieces are in huge pages where the system has them: it clears each page before use, which in pages of 4 KiB
+    takes longer than reading the bytes from a fast disk.
+    Source: transparent huge pages, https://docs.kernel.org/admin-guide/mm/transhuge.html.
+    """
+    if num_bytes < MIN_HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorEntry]) -> None:
     """Compare the tensors of a file with those that its configuration implies.
 
     Args:
         expected: name -> shape.
-        found: name -> what the file holds.
+        found: name -> shape and dtype in the file.
 
     Raises:
         CheckpointError: they differ; the message names every kind of difference, with five tensors of each.
@@ -115,7 +120,7 @@ def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
         problems.append(f"{len(misshapen)} tensors have the wrong shape: {name_some(misshapen)}")
     if not_float := [f"{name} ({entry.dtype})" for name, entry in found.items() if not entry.dtype.is_floating_point]:
         problems.append(
-            f"{len(not_float)} tensors are no floating-point numbers (a quantised checkpoint?): {name_some(not_float)}"
+            f"{len(not_float)} tensors hold integers (is it a quantised checkpoint?): {name_some(not_float)}"
         )
     if problems:
-        raise CheckpointError("the weights are not those of its configuration: " + "; ".join(problems))
+        raise CheckpointError("the weights do not match the configuration: " + "; ".join(problems))

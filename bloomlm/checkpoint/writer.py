@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.output_directory import Report, no_report
+from bloomlm.checkpoint.output import FileBehind, Report, WriteBehind, no_report
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
-from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.files.atomic import atomic_directory, atomic_write
 from bloomlm.model.bloom import BloomForCausalLM

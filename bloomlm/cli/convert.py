@@ -14,8 +14,8 @@ from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_co
 from bloomlm.checkpoint.adapters.load import find_adapter
 from bloomlm.checkpoint.convert import convert_model, open_model_conversion
 from bloomlm.checkpoint.formats import FileForm
-from bloomlm.checkpoint.output_directory import WritesItself
-from bloomlm.checkpoint.paddle.importer import PaddleReading
+from bloomlm.checkpoint.output import WritesItself
+from bloomlm.checkpoint.paddle.importer import ForeignReading
 from bloomlm.checkpoint.reader import find_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
@@ -115,7 +115,7 @@ def _convert_adapter(
         dtype=_dtype(config),
         tensor_parallel_degree=config.tensor_parallel_degree,
         base_model_name_or_path=config.base_model_name_or_path,
-        reading=PaddleReading.from_flags(**reading_flags(config)),
+        reading=ForeignReading.from_flags(**reading_flags(config)),
     )
     convert_adapter(conversion, output, tokenizer=tokenizer, verify=config.verify)
     adapter = conversion.adapter.config

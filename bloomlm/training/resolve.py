@@ -14,7 +14,7 @@ from bloomlm.adapters.base import Adapter, FullTuning
 from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.checkpoint.formats import Reading
+from bloomlm.checkpoint.formats import ForeignReading
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.data.loader import TokenBudget
 from bloomlm.errors import ConfigError
@@ -116,7 +116,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             use_tensorboard=config.report_to == "tensorboard",
             profile=config.profile,
         ),
-        reading=Reading.from_flags(**reading_flags(config)),
+        reading=ForeignReading.from_flags(**reading_flags(config)),
     )
 
 

@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bloomlm.adapters.base import Adapter, adapter_of
 from bloomlm.checkpoint.formats import (
+    ImportedRun,
+    RecordedAdapter,
     find_foreign_run,
     foreign_adapter_kind,
     read_foreign_run,
     read_recorded_adapter,
 )
-from bloomlm.checkpoint.imported_run import ImportedRun, RecordedAdapter
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.checkpoint.training_state import load_training_state

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bloomlm.adapters.base import Adapter
-from bloomlm.checkpoint.formats import Reading
+from bloomlm.checkpoint.formats import ForeignReading
 from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.mesh import Degrees
@@ -185,5 +185,5 @@ class RunPlan:
     evaluation: EvaluationPlan
     output: OutputPlan
     report: ReportPlan
-    reading: Reading
+    reading: ForeignReading
     """How files of another program are to be read, where they do not say."""

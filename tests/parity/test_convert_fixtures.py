@@ -16,7 +16,7 @@ from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_co
 from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
 from bloomlm.checkpoint.convert import convert_model, open_model_conversion
 from bloomlm.checkpoint.formats import FileForm
-from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
+from bloomlm.checkpoint.paddle.importer import ForeignReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.cli.main import main
 from bloomlm.data.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def test_transformers_computes_paddlenlps_logits(tmp_path: Path, directory: str)
 
 def convert_fixture(directory: str, target: Path, form: FileForm, options: dict[str, Any]) -> Path:
     convert_adapter(
-        open_adapter_conversion(FIXTURES / directory, form, reading=PaddleReading(**options)), target, verify=True
+        open_adapter_conversion(FIXTURES / directory, form, reading=ForeignReading(**options)), target, verify=True
     )
     return target
 
@@ -118,7 +118,7 @@ def test_adapters_there_and_back(
     is_prefix = "prefix" in directory
     for path, more in ((hf, {}), (tmp_path / "paddle", {"prefix_layout": PrefixLayout.NEW} if is_prefix else {})):
         model = load_model(FIXTURES / base)
-        load_adapter(model, path, reading=PaddleReading(**more))
+        load_adapter(model, path, reading=ForeignReading(**more))
         assert difference(model, f"{REF}/ids.npy", reference.format("nomask")) < TOLERANCE
         if (FIXTURES / reference.format("left_mask")).is_file():
             assert difference(model, f"{REF}/ids_left.npy", reference.format("left_mask")) < TOLERANCE

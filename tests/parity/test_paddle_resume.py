@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.adapters.base import FullTuning, apply_adapter
-from bloomlm.checkpoint.imported_run import ImportedRun
-from bloomlm.checkpoint.paddle.importer import read_run
+from bloomlm.checkpoint.paddle.importer import ImportedRun, read_run
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import read_paddle_adapter, resume_paddle_adapter
 from tests.paddle_fixtures import FIXTURES, needs_full_checkpoint, present

@@ -27,7 +27,7 @@ from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_co
 from bloomlm.checkpoint.adapters.load import load_adapter, read_adapter
 from bloomlm.checkpoint.convert import convert_model, open_model_conversion
 from bloomlm.checkpoint.formats import FileForm
-from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout
+from bloomlm.checkpoint.paddle.importer import ForeignReading, PrefixLayout
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import write_model
@@ -378,7 +378,7 @@ ADAPTERS = {
 
 def with_adapter(base: Path, directory: Path, **options: Any) -> Tensor:
     model = load_model(base)
-    load_adapter(model, directory, reading=PaddleReading(**options))
+    load_adapter(model, directory, reading=ForeignReading(**options))
     return logits(model)
 
 
@@ -392,7 +392,7 @@ def test_peft_to_paddle_and_back(tmp_path: Path, name: str, degree: int, dtype: 
     stored = open_adapter_conversion(adapter, FileForm.PADDLE, dtype=dtype, tensor_parallel_degree=degree)
     convert_adapter(stored, tmp_path / "paddle", verify=True)
     again = open_adapter_conversion(
-        tmp_path / "paddle", FileForm.HUGGING_FACE, reading=PaddleReading(prefix_layout=layout)
+        tmp_path / "paddle", FileForm.HUGGING_FACE, reading=ForeignReading(prefix_layout=layout)
     )
     convert_adapter(again, tmp_path / "again", verify=True)
     assert again.adapter.tensors.keys() == stored.adapter.tensors.keys()

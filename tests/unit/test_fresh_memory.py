@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bloomlm.checkpoint.fresh_memory import fresh_memory
+from bloomlm.checkpoint.tensor_reader import fresh_memory
 from tests.row_operations import STATM, resident_bytes
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -13,7 +13,7 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.adapters.load import load_adapter
 from bloomlm.checkpoint.adapters.peft import save_adapter
-from bloomlm.checkpoint.paddle.importer import PaddleReading, PrefixLayout, find_adapter
+from bloomlm.checkpoint.paddle.importer import ForeignReading, PrefixLayout, find_adapter
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -457,7 +457,7 @@ def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
         load_adapter(model, tmp_path)
     torch.testing.assert_close(logits(model), logits(with_prefix))
     with pytest.warns(UserWarning), pytest.raises(AdapterError, match="is not read as an adapter in PaddleNLP's files"):
-        load_adapter(make_model(), tmp_path, reading=PaddleReading(trained_tensor_parallel_degree=2))
+        load_adapter(make_model(), tmp_path, reading=ForeignReading(trained_tensor_parallel_degree=2))
 
 
 def make_model_with_prefix() -> BloomForCausalLM:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.checkpoint.imported_run import ImportedRun
-from bloomlm.checkpoint.paddle.importer import PaddleReading, read_run
+from bloomlm.checkpoint.paddle.importer import ForeignReading, ImportedRun, read_run
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_files import (
@@ -182,7 +181,7 @@ def test_weights_that_name_no_variables(tmp_path: Path) -> None:
     write_adapter(tmp_path, "prefix", state, config)
     write(tmp_path / "prefix_model_state.pdparams", state)
     with pytest.raises(CheckpointError, match=r"optimizer\.pdopt: the weights beside it do not name their variables"):
-        read_run(tmp_path, CONFIG, reading=PaddleReading(trained_tensor_parallel_degree=2))
+        read_run(tmp_path, CONFIG, reading=ForeignReading(trained_tensor_parallel_degree=2))
 
 
 def test_steps_from_adams_powers(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.convert import FileForm, convert_model, open_model_conversion
+from bloomlm.checkpoint.output import FileBehind, WriteBehind
 from bloomlm.checkpoint.reader import load_model
-from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError
 from tests.paddle_files import CONFIG, make_model

@@ -16,9 +16,9 @@ from bloomlm.checkpoint.adapters.load import adapter_base_config, read_adapter
 from bloomlm.checkpoint.adapters.peft import PlainAdapter, hold_adapter, save_adapter
 from bloomlm.checkpoint.convert import check_ranks, leave_page_cache
 from bloomlm.checkpoint.formats import READING_OF_WRITTEN_PREFIX, FileForm
-from bloomlm.checkpoint.output_directory import WritesItself, output_directory
+from bloomlm.checkpoint.output import WritesItself, output_directory
 from bloomlm.checkpoint.paddle.adapter_writer import write_paddle_adapter
-from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, PaddleReading
+from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, ForeignReading
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.source import resolve_source
@@ -50,7 +50,7 @@ def open_adapter_conversion(
     dtype: torch.dtype | None = None,
     tensor_parallel_degree: int = 1,
     base_model_name_or_path: str | None = None,
-    reading: PaddleReading = AS_THE_FILES_TELL,
+    reading: ForeignReading = AS_THE_FILES_TELL,
 ) -> AdapterConversion:
     """Read an adapter.
 
@@ -103,7 +103,7 @@ def convert_adapter(
     """
     size_bytes = sum(tensor.nbytes for tensor in conversion.adapter.tensors.values())
     with output_directory(directory, size_bytes, tokenizer) as temporary:
-        if conversion.form.is_for_ranks:
+        if conversion.form.supports_ranks:
             write_paddle_adapter(
                 temporary,
                 conversion.adapter,
@@ -122,7 +122,7 @@ def _verify(conversion: AdapterConversion, directory: Path) -> None:
     for path in directory.iterdir():
         leave_page_cache(path)
     written = conversion.adapter
-    has_layout = conversion.form.is_for_ranks and written.config.num_virtual_tokens > 0
+    has_layout = conversion.form.supports_ranks and written.config.num_virtual_tokens > 0
     reading = READING_OF_WRITTEN_PREFIX if has_layout else AS_THE_FILES_TELL
     found = read_adapter(directory, conversion.model_config, reading)
     for name, tensor in written.tensors.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from bloomlm.checkpoint.adapters.base_config import peft_base_config
 from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, PlainAdapter, install_adapter, read_peft_adapter
 from bloomlm.checkpoint.paddle import importer
-from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, PaddleReading
+from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, ForeignReading
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -35,7 +35,7 @@ def load_adapter(
     model: BloomForCausalLM,
     directory: Path,
     *,
-    reading: PaddleReading = AS_THE_FILES_TELL,
+    reading: ForeignReading = AS_THE_FILES_TELL,
     mesh: Mesh = ALONE,
 ) -> None:
     """Install an adapter into its base model; where a directory holds both kinds of files, PEFT's are read.
@@ -59,7 +59,7 @@ def load_adapter(
 
 
 def read_adapter(
-    directory: Path, model_config: BloomConfig, reading: PaddleReading = AS_THE_FILES_TELL
+    directory: Path, model_config: BloomConfig, reading: ForeignReading = AS_THE_FILES_TELL
 ) -> PlainAdapter:
     """Read an adapter of a base model, as load_adapter does.
 

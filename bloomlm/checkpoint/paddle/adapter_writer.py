@@ -17,11 +17,16 @@ from bloomlm.adapters.base import Adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PREFIX, PrefixConfig, PrefixEncoder
 from bloomlm.checkpoint.adapters.peft import PlainAdapter
-from bloomlm.checkpoint.paddle.adapter_files import LORA_CONFIG_FILE, LORA_STEM, PREFIX_CONFIG_FILE, PREFIX_STEM
+from bloomlm.checkpoint.paddle.adapter_files import (
+    LORA_CONFIG_FILE,
+    LORA_STEM,
+    PREFIX_CONFIG_FILE,
+    PREFIX_STEM,
+    PrefixLayout,
+)
 from bloomlm.checkpoint.paddle.layout import LINEARS, MODEL_PREFIX, is_linear_weight, model_cuts, stored_name
 from bloomlm.checkpoint.paddle.lora import PARTS, lora_cuts
 from bloomlm.checkpoint.paddle.prefix import NAMES, prefix_cuts
-from bloomlm.checkpoint.paddle.reading import PrefixLayout
 from bloomlm.checkpoint.paddle.recorded import Arrangement, Blocks
 from bloomlm.checkpoint.paddle.state import PaddleStateWriter
 from bloomlm.checkpoint.writer import write_json

@@ -8,28 +8,31 @@ from pathlib import Path
 
 from bloomlm.checkpoint.adapters.base_config import base_config, lora_base_config
 from bloomlm.checkpoint.adapters.peft import PlainAdapter
-from bloomlm.checkpoint.imported_run import ImportedRun
 from bloomlm.checkpoint.paddle.adapter_files import (
+    AS_THE_FILES_TELL,
     LORA_CONFIG_FILE,
     LORA_STEM,
     PREFIX_CONFIG_FILE,
+    ForeignReading,
+    PrefixLayout,
     read_adapter_config,
     read_adapter_files,
 )
 from bloomlm.checkpoint.paddle.lora import PaddleLora, read_paddle_lora
 from bloomlm.checkpoint.paddle.model import exported_config, find_model, open_model
 from bloomlm.checkpoint.paddle.prefix import PaddlePrefix, read_paddle_prefix
-from bloomlm.checkpoint.paddle.reading import AS_THE_FILES_TELL, PaddleReading, PrefixLayout
-from bloomlm.checkpoint.paddle.recorded import RecordedLora, RecordedPrefix, read_recorded_adapter
-from bloomlm.checkpoint.paddle.run import WholeModel, find_run, read_state
+from bloomlm.checkpoint.paddle.recorded import RecordedAdapter, RecordedLora, RecordedPrefix, read_recorded_adapter
+from bloomlm.checkpoint.paddle.run import ImportedRun, WholeModel, find_run, read_state
 from bloomlm.errors import AdapterError
 from bloomlm.model.config import BloomConfig
 
 __all__ = [
     "AS_THE_FILES_TELL",
     "VERSION_KEY",
-    "PaddleReading",
+    "ForeignReading",
+    "ImportedRun",
     "PrefixLayout",
+    "RecordedAdapter",
     "adapter_base_config",
     "adapter_kind",
     "exported_config",
@@ -58,7 +61,7 @@ def adapter_kind(directory: Path) -> str | None:
 
 
 def read_adapter(
-    directory: Path, model_config: BloomConfig, reading: PaddleReading = AS_THE_FILES_TELL
+    directory: Path, model_config: BloomConfig, reading: ForeignReading = AS_THE_FILES_TELL
 ) -> PlainAdapter:
     """Read an adapter as the ordinary LoRA or prefix that computes the same.
 
@@ -75,7 +78,7 @@ def read_adapter(
 
 
 def open_adapter(
-    directory: Path, model_config: BloomConfig, reading: PaddleReading = AS_THE_FILES_TELL
+    directory: Path, model_config: BloomConfig, reading: ForeignReading = AS_THE_FILES_TELL
 ) -> PaddleLora | PaddlePrefix:
     """Interpret an adapter's files without reading a tensor; arguments and errors are those of read_adapter."""
     is_lora, is_prefix = ((directory / name).is_file() for name in (LORA_CONFIG_FILE, PREFIX_CONFIG_FILE))
@@ -108,7 +111,7 @@ def read_run(
     model_config: BloomConfig,
     *,
     adam_beta1: float = 0.9,
-    reading: PaddleReading = AS_THE_FILES_TELL,
+    reading: ForeignReading = AS_THE_FILES_TELL,
 ) -> ImportedRun:
     """Read the state of a run; a whole model's tensors are read when asked for.
 

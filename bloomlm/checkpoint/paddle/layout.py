@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from bloomlm.checkpoint.paddle.views import Joined, Replicated, Transposed
+from bloomlm.checkpoint.paddle.lazy import joined, replicated, transposed
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
@@ -114,7 +114,7 @@ def published_tensors(tensors: Mapping[str, LazyTensor], source: str) -> dict[st
         if is_linear_weight(name):
             if len(tensor.shape) != 2:
                 raise CheckpointError(f"{source}: {name} has shape {list(tensor.shape)}; expected a matrix")
-            tensor = Transposed(tensor)
+            tensor = transposed(tensor)
         published[name] = tensor
     if EMBEDDING not in published and heads:  # exported programs name the one matrix after the head
         published[EMBEDDING] = heads[0]
@@ -262,8 +262,8 @@ def join_pieces(name: str, cut: Cut, ranks: list[RankTensors]) -> LazyTensor:
     if len(pieces) == 1:
         return pieces[0]
     if cut.dim is None:
-        return Replicated(pieces, name, tuple(rank.place for rank in ranks))
-    return Joined(pieces, cut.dim)
+        return replicated(pieces, name, tuple(rank.place for rank in ranks))
+    return joined(pieces, cut.dim)
 
 
 def _check_names(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> None:

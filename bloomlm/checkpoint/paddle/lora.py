@@ -28,6 +28,7 @@ from bloomlm.checkpoint.paddle.adapter_files import (
     LORA_CONFIG_FILE,
     LORA_STEM,
     AdapterFiles,
+    ForeignReading,
     read_adapter_files,
     require_trained_degree,
 )
@@ -39,9 +40,8 @@ from bloomlm.checkpoint.paddle.layout import (
     published_name,
     published_tensors,
 )
-from bloomlm.checkpoint.paddle.reading import PaddleReading
+from bloomlm.checkpoint.paddle.lazy import held
 from bloomlm.checkpoint.paddle.recorded import Blocks, RecordedLora
-from bloomlm.checkpoint.paddle.views import Held
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import AdapterError, CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
@@ -76,7 +76,7 @@ class PaddleLora:
 
     def weights(self) -> dict[str, LazyTensor]:
         """The trained parameters, under their names in a model with the plain LoRA."""
-        return _held(self._plain_tensors(self.stored))
+        return {name: held(tensor) for name, tensor in self._plain_tensors(self.stored).items()}
 
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
         """Other tensors of the trained parameters, such as Adam's moments, joined and named as `weights`.
@@ -87,7 +87,8 @@ class PaddleLora:
         Raises:
             CheckpointError: they do not fit the adapter's parameters.
         """
-        return _held(self._plain_tensors(_join([_renamed(rank) for rank in ranks], self.cuts)))
+        stored = _join([_renamed(rank) for rank in ranks], self.cuts)
+        return {name: held(tensor) for name, tensor in self._plain_tensors(stored).items()}
 
     def _plain_tensors(self, stored: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
         """Parameter name -> tensor of the plain LoRA: lora_A [R, in], lora_B [out, R], replaced parameters."""
@@ -102,7 +103,7 @@ class PaddleLora:
         return plain
 
 
-def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: PaddleReading) -> PaddleLora:
+def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: ForeignReading) -> PaddleLora:
     """Interpret a LoRA adapter's files; no tensor is read.
 
     Args:
@@ -242,10 +243,6 @@ def _blocks(files: AdapterFiles, slots: tuple[bool, ...], outputs: int) -> Block
     if outputs % (groups * len(slots)):
         raise AdapterError(f"{files.directory}: {outputs} outputs cannot be cut into {groups} x {len(slots)} parts")
     return Blocks(slots=slots, groups=groups)
-
-
-def _held(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
-    return {name: Held(tensor) for name, tensor in tensors.items()}
 
 
 def _renamed(rank: RankTensors) -> RankTensors:

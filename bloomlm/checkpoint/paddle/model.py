@@ -13,13 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bloomlm.checkpoint.huggingface import checkpoint_files, find_safetensors, find_torch
-from bloomlm.checkpoint.paddle.layout import RankTensors, check_ranks_complete, join_ranks, published_tensors
+from bloomlm.checkpoint.paddle.layout import (
+    PADDLE_PREFIX,
+    RankTensors,
+    check_ranks_complete,
+    join_ranks,
+    published_tensors,
+)
+from bloomlm.checkpoint.paddle.lazy import StoredFile, stored_array
 from bloomlm.checkpoint.paddle.program import read_program_weights
-from bloomlm.checkpoint.paddle.safetensors import is_paddle_safetensors, open_paddle_safetensors
 from bloomlm.checkpoint.paddle.state import read_paddle_state
+from bloomlm.checkpoint.safetensors_file import DTYPES, read_header
 from bloomlm.checkpoint.tensor_reader import LazyTensor, Rows, TensorEntry
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig
@@ -29,6 +37,7 @@ STATE_FILE = "model_state.pdparams"
 SAFETENSORS_FILE = "model.safetensors"
 TENSOR_PARALLEL_FILE = re.compile(r"model_state\.tp(\d+)\.pdparams")
 SPLIT_FILE = re.compile(r"splits_mp_(\d+)_sharding_(\d+)/model_state_mp_(\d+)\.pdparams")
+PADDLE_DTYPES = DTYPES | {"U16": torch.bfloat16}  # numpy, through which PaddleNLP writes, has no bfloat16
 AUTO_DIST_FILE = re.compile(r"auto_dist(\d+)\.pdparams")
 
 
@@ -68,10 +77,6 @@ class PaddleReader:
         if not tensor.has_rows_together:
             return tensor.read()
         return Rows(tensor.shape, tensor.dtype, partial(tensor.read_slice, 0))
-
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows start to stop of dimension dim of a parameter; other bytes are not read."""
-        return self.tensors[name].read_slice(dim, start, stop)
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
         """The part within bounds; if two dimensions are cut, one of them is read as a whole."""
@@ -166,7 +171,7 @@ def _find_forms(directory: Path) -> list[_Form]:
         forms.append(_Form(STATE_FILE, {0: checkpoint_files(directory, STATE_FILE)}))
     if _has_checkpoint(directory, SAFETENSORS_FILE):
         files = checkpoint_files(directory, SAFETENSORS_FILE)
-        if is_paddle_safetensors(files[0]):
+        if _is_paddle_safetensors(files[0]):
             forms.append(_Form(SAFETENSORS_FILE, {0: files}))
     for pattern, glob in (
         (TENSOR_PARALLEL_FILE, "model_state.tp*.pdparams"),
@@ -195,9 +200,26 @@ def _rank_files(directory: Path, pattern: re.Pattern[str], glob: str) -> dict[in
     return files
 
 
+def _is_paddle_safetensors(path: Path) -> bool:
+    """Whether PaddleNLP wrote a safetensors file; False for a damaged one, which the other reader reports."""
+    try:
+        header = read_header(path, PADDLE_DTYPES)
+    except CheckpointError:
+        return False
+    return header.metadata.get("format") in ("np", "pd") or any(n.startswith(PADDLE_PREFIX) for n in header.entries)
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    header, file = read_header(path, PADDLE_DTYPES), StoredFile(path)
+    return {
+        name: stored_array(file, header.offsets[name], entry.shape, entry.dtype)
+        for name, entry in header.entries.items()
+    }
+
+
 _OPENERS: Mapping[str, Callable[[Path], Mapping[str, LazyTensor]]] = {
     ".pdparams": lambda path: read_paddle_state(path).tensors,
-    ".safetensors": open_paddle_safetensors,
+    ".safetensors": _open_safetensors,
     ".pdiparams": read_program_weights,
 }
 

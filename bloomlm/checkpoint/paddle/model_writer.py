@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.output_directory import Report, no_report
+from bloomlm.checkpoint.output import FileBehind, Report, WriteBehind, no_report
 from bloomlm.checkpoint.paddle.layout import (
     BLOCK_NORMS,
     LINEARS,
@@ -23,7 +23,6 @@ from bloomlm.checkpoint.paddle.layout import (
 from bloomlm.checkpoint.paddle.model import STATE_FILE
 from bloomlm.checkpoint.paddle.state import PaddleStateWriter
 from bloomlm.checkpoint.tensor_reader import TensorEntry
-from bloomlm.checkpoint.write_behind import FileBehind, WriteBehind
 from bloomlm.checkpoint.writer import OTHER_FILES_KEYS, generation_config, plan_shards, write_json
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.config import BloomConfig

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import torch
 
-from bloomlm.checkpoint.paddle.stored import EncodedArray, StoredArray, StoredFile
+from bloomlm.checkpoint.paddle.lazy import StoredFile, encoded_array, stored_array
+from bloomlm.checkpoint.tensor_reader import LazyTensor
 
 MAX_DIMENSIONS = 32  # numpy's own limit when these files were written
 # Arrays in (name, array) tuples in a dict in a dict take 4.
@@ -83,7 +84,7 @@ class NdArray:
     """numpy.ndarray: empty until its state follows."""
 
     def __init__(self) -> None:
-        self.array: StoredArray | EncodedArray | None = None
+        self.array: LazyTensor | None = None
 
 
 def call(function: object, arguments: object) -> Any:
@@ -171,7 +172,7 @@ def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
 
 def _place(
     shape: tuple[Any, ...], dtype: torch.dtype, fortran_order: bool, span: Span, stored: StoredFile
-) -> StoredArray | EncodedArray:
+) -> LazyTensor:
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
         raise ValueError(f"an array of shape {list(shape[: MAX_DIMENSIONS + 1])}")
     needed = math.prod(shape) * dtype.itemsize
@@ -180,5 +181,5 @@ def _place(
     if not needed <= span.length <= longest:
         raise ValueError(f"an array of shape {list(shape)} ({dtype}) needs {needed} bytes and has {span.length}")
     if isinstance(span, EncodedSpan):
-        return EncodedArray(stored, span.offset, span.length, shape, dtype, fortran_order)
-    return StoredArray(stored, span.offset, shape, dtype, fortran_order)
+        return encoded_array(stored, span.offset, span.length, shape, dtype, fortran_order=fortran_order)
+    return stored_array(stored, span.offset, shape, dtype, fortran_order=fortran_order)

@@ -27,13 +27,14 @@ from bloomlm.checkpoint.paddle.adapter_files import (
     PREFIX_CONFIG_FILE,
     PREFIX_STEM,
     AdapterFiles,
+    ForeignReading,
+    PrefixLayout,
     read_adapter_files,
     require_trained_degree,
 )
 from bloomlm.checkpoint.paddle.layout import Cut, RankTensors, join_pieces
-from bloomlm.checkpoint.paddle.reading import PaddleReading, PrefixLayout
+from bloomlm.checkpoint.paddle.lazy import transposed
 from bloomlm.checkpoint.paddle.recorded import Arrangement, PaddlePrefixEncoder, RecordedPrefix
-from bloomlm.checkpoint.paddle.views import Transposed
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import AdapterError, CheckpointError, name_some
 from bloomlm.model.config import BloomConfig
@@ -111,7 +112,7 @@ class PaddlePrefix:
         return {PREFIX + name: tensor for name, tensor in _join(ranks, self.cuts).items()}
 
 
-def read_paddle_prefix(directory: Path, model_config: BloomConfig, reading: PaddleReading) -> PaddlePrefix:
+def read_paddle_prefix(directory: Path, model_config: BloomConfig, reading: ForeignReading) -> PaddlePrefix:
     """Interpret a prefix adapter's files; no tensor is read.
 
     Args:
@@ -208,6 +209,6 @@ def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTe
             raise CheckpointError(f"{rank.place}: expected {', '.join(cuts)}; it differs in {name_some(odd)}")
     joined = {name: join_pieces(name, cut, ranks) for name, cut in cuts.items()}
     return {
-        NAMES[name]: Transposed(tensor) if name in ("1.weight", "3.weight") else tensor
+        NAMES[name]: transposed(tensor) if name in ("1.weight", "3.weight") else tensor
         for name, tensor in joined.items()
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bloomlm.checkpoint.paddle.stored import StoredArray, StoredFile
+from bloomlm.checkpoint.paddle.lazy import StoredFile, stored_array
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError
@@ -83,14 +83,14 @@ def _read_names(path: Path) -> dict[str, str]:
     }
 
 
-def _stored_tensors(stored: StoredFile) -> Iterator[StoredArray]:
+def _stored_tensors(stored: StoredFile) -> Iterator[LazyTensor]:
     offset = 0
     while offset < stored.size_bytes:
         tensor, offset = _stored_tensor(stored, offset)
         yield tensor
 
 
-def _stored_tensor(stored: StoredFile, offset: int) -> tuple[StoredArray, int]:
+def _stored_tensor(stored: StoredFile, offset: int) -> tuple[LazyTensor, int]:
     """The tensor that begins at an offset, and the offset of its end."""
     version, levels = _unpack(stored, "<IQ", offset)
     offset += 12
@@ -111,7 +111,7 @@ def _stored_tensor(stored: StoredFile, offset: int) -> tuple[StoredArray, int]:
             f"{stored.path} is cut short: a tensor of shape {list(shape)} ({dtype}) ends at byte {end} of "
             f"{stored.size_bytes}; fetch it again"
         )
-    return StoredArray(stored, offset, shape, dtype), end
+    return stored_array(stored, offset, shape, dtype), end
 
 
 def _parse_description(stored: StoredFile, description: bytes) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -20,8 +20,7 @@ from torch import Tensor
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
-from bloomlm.checkpoint.imported_run import RecordedAdapter
-from bloomlm.checkpoint.paddle.reading import PrefixLayout
+from bloomlm.checkpoint.paddle.adapter_files import PrefixLayout
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -102,7 +101,7 @@ class RecordedLora:
         return cls(config=LoraConfig(**(values["config"] | lists)), blocks=blocks)
 
     def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
-        """Put it into a model; see imported_run.py."""
+        """Install it as an adapter whose values are read afterwards; see RecordedAdapter."""
         apply_adapter(model, self.config, _private_generator(model, device), device)
         for name, module in self.config.layers(model):
             if name not in self.blocks:  # PaddleNLP gave this module no update, so it stays zero
@@ -186,7 +185,7 @@ class RecordedPrefix:
         )
 
     def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
-        """Put it into a model; see imported_run.py."""
+        """Install it as an adapter whose values are read afterwards; see RecordedAdapter."""
         apply_adapter(model, self.config, _private_generator(model, device), device)
         plain = model.transformer.prefix
         assert plain is not None
@@ -215,6 +214,15 @@ class PaddlePrefixEncoder(PrefixEncoder):
         whole.load_state_dict(dict(tensors), assign=True)
         with torch.no_grad():
             return PrefixConfig(num_prefix_tokens=self.config.num_prefix_tokens), {"embedding.weight": whole.flat()}
+
+
+RecordedAdapter = RecordedLora | RecordedPrefix
+"""An adapter that PaddleNLP began to train.
+
+`kind` is the flag of finetune that trains such an adapter, and `flags` has the values of other flags in the recorded
+run. `install(model, device)` puts it into a model without an adapter, in the precision of the model and on the model's
+device if none is given; its values are read afterwards. `write(directory)` records it in a checkpoint of bloomlm's.
+"""
 
 
 def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:

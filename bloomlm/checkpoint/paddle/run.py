@@ -9,12 +9,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from bloomlm.checkpoint.imported_run import ImportedRun, RecordedAdapter
 from bloomlm.checkpoint.paddle.layout import (
     VARIABLE,
     RankTensors,
@@ -24,7 +24,10 @@ from bloomlm.checkpoint.paddle.layout import (
     published_tensors,
     structured_by_variable,
 )
+from bloomlm.checkpoint.paddle.lora import PaddleLora
 from bloomlm.checkpoint.paddle.model import open_model
+from bloomlm.checkpoint.paddle.prefix import PaddlePrefix
+from bloomlm.checkpoint.paddle.recorded import RecordedAdapter
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state, split_tensors
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError, name_some
@@ -37,26 +40,38 @@ ACCUMULATOR = re.compile(r"(.+?)(?:_fp32_master_\d+)?_(moment1|moment2|beta1_pow
 KINDS = ("moment1", "moment2", "master_weights")
 
 
-class Learned(Protocol):
-    """What a run trained: a whole model or an adapter."""
+@dataclass(frozen=True, kw_only=True)
+class ImportedRun:
+    """The state of a run, under the parameter names of the model that resumes it.
 
-    @property
-    def stem(self) -> str:
-        """Name of its state dict, without the suffix."""
-        ...
+    Those are the published names, or lora_A and lora_B of the plain LoRA, or those of a prefix's encoder
+    (transformer.prefix.embedding.weight, ...).
+    """
 
-    @property
-    def recorded(self) -> RecordedAdapter | None:
-        """The adapter as it is trained further; None: it is a whole model."""
-        ...
-
-    def weights(self) -> Mapping[str, LazyTensor]:
-        """The weights, under the names of the model that resumes."""
-        ...
-
-    def join(self, ranks: list[RankTensors]) -> Mapping[str, LazyTensor]:
-        """Other tensors of the same parameters, of each rank under PaddleNLP's names, joined and named as `weights`."""
-        ...
+    origin: str
+    """The program that wrote it."""
+    adapter: RecordedAdapter | None
+    """What is trained; None: the whole model."""
+    weights: Mapping[str, LazyTensor]
+    """The trained parameters, as stored."""
+    exp_avg: Mapping[str, LazyTensor]
+    """AdamW's first moments; empty where the checkpoint has no optimizer state."""
+    exp_avg_sq: Mapping[str, LazyTensor]
+    """Second moments, of the same names."""
+    master_weights: Mapping[str, LazyTensor]
+    """fp32 parameters of a run in fp16 or bf16 that kept them; otherwise empty."""
+    updates: int
+    """Updates made, which AdamW counts for each parameter."""
+    step: int
+    """Steps done: updates, and steps that fp16 skipped."""
+    max_steps: int | None
+    """Steps that the run was to have, if the files say."""
+    learning_rate: float | None
+    """Of the next update, if the files say."""
+    loss_scale: float | None
+    """Of a run in fp16."""
+    losses: tuple[Mapping[str, Any], ...]
+    """Entries of the log that hold a training loss."""
 
 
 class WholeModel:
@@ -76,6 +91,10 @@ class WholeModel:
         """Join tensors as the parameters are joined."""
         published = [RankTensors(rank.place, published_tensors(rank.tensors, rank.place)) for rank in ranks]
         return join_ranks(published, self._config, str(self._directory))
+
+
+Learned = WholeModel | PaddleLora | PaddlePrefix
+"""What a run trained."""
 
 
 def find_run(directory: Path) -> bool:

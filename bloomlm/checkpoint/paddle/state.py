@@ -18,13 +18,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from bloomlm.checkpoint.output_directory import Report, no_report
-from bloomlm.checkpoint.paddle.stored import EncodedArray, StoredArray
+from bloomlm.checkpoint.output import FileBehind, Report, no_report
+from bloomlm.checkpoint.paddle.lazy import joined, reshaped
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
-from bloomlm.checkpoint.paddle.views import Joined, Reshaped
 from bloomlm.checkpoint.safetensors_file import num_bytes, raw_bytes, row_blocks
 from bloomlm.checkpoint.tensor_reader import LazyTensor, TensorEntry
-from bloomlm.checkpoint.write_behind import FileBehind
 from bloomlm.errors import CheckpointError
 
 VARIABLE_NAMES = "StructuredToParameterName@@"
@@ -78,9 +76,9 @@ def split_tensors(content: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], di
     variable_names: dict[str, str] = {}
     for key, value in content.items():
         match value:
-            case StoredArray() | EncodedArray():
+            case LazyTensor():
                 tensors[key] = value
-            case (str(variable), (StoredArray() | EncodedArray()) as tensor):
+            case (str(variable), LazyTensor() as tensor):
                 tensors[key] = tensor
                 variable_names[key] = variable
     return tensors, variable_names
@@ -171,18 +169,16 @@ def _join(path: Path, name: str, pieces: Mapping[str, Any], tensors: dict[str, L
         case {"OriginShape": list() | tuple() as shape, "slices": list() as keys} if (
             keys and all(type(size) is int and size >= 0 for size in shape) and all(key in tensors for key in keys)
         ):
-            flat = Joined(tuple(tensors.pop(key) for key in keys), 0)
+            found = [tensors.pop(key) for key in keys]
         case _:
-            raise CheckpointError(f"{path}: pieces of {name} are missing ({pieces}); the file is damaged")
-    if any(len(piece.shape) != 1 for piece in flat.pieces) or flat.shape[0] != _count(shape):
+            raise CheckpointError(f"{path} is damaged: pieces of {name} are missing ({pieces}); fetch it again")
+    counts = [math.prod(piece.shape) for piece in found]
+    if any(len(piece.shape) != 1 for piece in found) or sum(counts) != math.prod(shape):
         raise CheckpointError(
-            f"{path}: the pieces of {name} hold {flat.shape[0]} numbers, its shape {list(shape)} needs {_count(shape)}"
+            f"{path} is damaged: {name} of shape {list(shape)} needs {math.prod(shape)} numbers, and its pieces hold "
+            f"{sum(counts)}; fetch it again"
         )
-    return Reshaped(flat, tuple(shape))
-
-
-def _count(shape: Any) -> int:
-    return int(math.prod(shape))
+    return reshaped(joined(found, 0), tuple(shape))
 
 
 def _text(text: str) -> bytes:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
+from bloomlm.checkpoint.paddle.lazy import StoredFile
 from bloomlm.checkpoint.paddle.objects import GLOBALS, Span, Text, call, plain_value, set_state
-from bloomlm.checkpoint.paddle.stored import StoredFile
 from bloomlm.errors import CheckpointError
 
 # Ten times as many as the optimizer state of BLOOM 176B has, so that a file of endless opcodes is refused.

@@ -1,10 +1,12 @@
-"""The directory that converting and merging write: replaced as a whole or not at all, with progress in bytes."""
+"""What all writers use: a directory that appears whole or not at all, progress in bytes, and a thread that writes."""
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import BinaryIO, Protocol
 
 from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_directory
@@ -76,3 +78,51 @@ def _check_space(directory: Path, size_bytes: int) -> None:
             f"{directory}: {size_bytes / 1e9:.1f} GB are to be written, and {free_bytes / 1e9:.1f} GB are free there; "
             "make room, or name a directory on another disk"
         )
+
+
+class WriteBehind:
+    """One thread that runs actions in order; at most one is pending, so little memory is held.
+
+    A context manager: all actions are done when it exits. The next call, or the exit, raises the error of an action.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
+        self._last: Future[object] | None = None
+
+    def __enter__(self) -> "WriteBehind":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.wait()
+
+    def do(self, action: Callable[[], object]) -> None:
+        """Start an action when the last one is done."""
+        self.wait()
+        self._last = self._pool.submit(action)
+
+    def wait(self) -> None:
+        """Wait until all actions are done and their data is released."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+class FileBehind:
+    """A binary file with the two methods that writers use, run in the thread."""
+
+    def __init__(self, file: BinaryIO, behind: WriteBehind) -> None:
+        self._file, self._behind = file, behind
+
+    def seek(self, offset: int) -> None:
+        """Move to an offset."""
+        self._behind.do(lambda: self._file.seek(offset))
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes, which must not change afterwards; returns their number."""
+        self._behind.do(lambda: self._file.write(data))
+        return len(data)

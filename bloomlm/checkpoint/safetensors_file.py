@@ -17,6 +17,7 @@ import struct
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,7 @@ class SafetensorsFile:
         return flat.view(entry.shape)
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """A copy of the part of one tensor within bounds; bytes outside of it are not read.
-
-        Args:
-            name: of the tensor.
-            bounds: first row and the one after the last, of each dimension.
+        """A copy of the part of one tensor within bounds, (start, stop) of each dimension; other bytes are not read.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -110,22 +107,25 @@ class SafetensorsFile:
         first = offset + sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
         rows = itertools.product(*(range(stop - start) for start, stop in bounds[:last]))
         try:
-            with self.path.open("rb", buffering=0) as file:
-                if _identity(os.fstat(file.fileno())) != self._identity:
-                    raise CheckpointError(f"{self.path} changed while it was being read; load the model again")
+            with self._open() as file:
                 for number, index in enumerate(rows):
                     position = first + sum(i * stride for i, stride in zip(index, strides, strict=False))
                     _fill(file.fileno(), buffer[number * run_bytes : (number + 1) * run_bytes], position)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from error
 
+    def _open(self) -> FileIO:
+        file = self.path.open("rb", buffering=0)
+        if _identity(os.fstat(file.fileno())) != self._identity:
+            file.close()
+            raise CheckpointError(f"{self.path} changed while it was being read; load the model again")
+        return file
+
     def _map(self) -> mmap.mmap:
         mapping = self._mapping() if self._mapping is not None else None
         if mapping is None:
             try:
-                with self.path.open("rb") as file:
-                    if _identity(os.fstat(file.fileno())) != self._identity:
-                        raise CheckpointError(f"{self.path} changed while it was being read; load the model again")
+                with self._open() as file:
                     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
@@ -230,12 +230,7 @@ def row_blocks(tensor: Tensor | Rows, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a new file, one tensor at a time.
-
-    Args:
-        path: the file.
-        tensors: name -> tensor, in the order of the file.
-        metadata: texts to keep in the header.
+    """Write tensors into a new file in their order, one at a time.
 
     Raises:
         CheckpointError: it cannot be written.

@@ -19,8 +19,7 @@ import yaml
 
 from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
-from bloomlm.checkpoint.formats import find_foreign_run
-from bloomlm.checkpoint.imported_run import RecordedAdapter
+from bloomlm.checkpoint.formats import RecordedAdapter, find_foreign_run
 from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.training_state import (
     checkpoint_directory,

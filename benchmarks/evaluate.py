@@ -65,8 +65,7 @@ def run_lm_eval(args: argparse.Namespace) -> dict[str, float]:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.wikitext import preprocess_wikitext
 
-    from bloomlm.evaluation.data_sources import read_passages, read_text
-    from bloomlm.evaluation.wikitext import split_documents
+    from bloomlm.evaluation.data_sources import read_passages, read_text, split_documents
 
     if args.task == "lambada":
         rows = [{"text": passage.text} for passage in read_passages(Path(args.file))]
@@ -120,8 +119,7 @@ def run_naive(args: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from bloomlm.data.tokenizer import Tokenizer
-    from bloomlm.evaluation.data_sources import read_text
-    from bloomlm.evaluation.wikitext import detokenize
+    from bloomlm.evaluation.data_sources import detokenize, read_text
 
     directory = model_directory(args.size)
     tokenizer = Tokenizer.from_directory(directory)

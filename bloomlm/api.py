@@ -33,7 +33,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
-    from bloomlm.evaluation.plan import Display
+    from bloomlm.evaluation.execution import Display
     from bloomlm.evaluation.report import EvaluationReport
     from bloomlm.runtime.program import Program
     from bloomlm.training.finetune import FinetuneResult
@@ -266,7 +266,7 @@ def evaluate(
     from bloomlm.evaluation.config import make_config
     from bloomlm.evaluation.evaluate import LoggedNotices
     from bloomlm.evaluation.evaluate import evaluate as run
-    from bloomlm.evaluation.subject import Subject
+    from bloomlm.evaluation.execution import Subject
 
     ranks = mesh or (model.mesh if isinstance(model, LoadedModel) else ALONE)
 

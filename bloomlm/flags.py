@@ -1,4 +1,4 @@
-"""How the fields of a config dataclass become flags, and the flags that several verbs share.
+"""How the fields of a config dataclass are declared as flags, and the flags that several verbs share.
 
     @dataclass(frozen=True, kw_only=True)
     class ToyConfig(Flags):
@@ -19,7 +19,7 @@ from bloomlm.errors import ConfigError
 REQUIRED: Any = MISSING
 """The default of a flag that the user must give."""
 
-# Name in a field's metadata -> the words of the message, and the test. NaN passes none of them.
+# Name in a field's metadata -> the words of the message, and the test, which NaN never passes.
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "minimum": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -44,17 +44,17 @@ def flag(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field that says how it appears as a flag.
+    """A dataclass field together with the description of its flag.
 
     Args:
         section: the heading under which --help lists it.
-        default: its value where it is not given, or REQUIRED.
-        help: one line, with the unit; --help adds the default.
+        default: the value of a flag that is not given, or REQUIRED.
+        help: one line, with the unit; --help adds the default unless the line ends in `[default: ...]`.
         aliases: other spellings, such as ("prefix",).
-        repeatable: the flag is given once for each text of the tuple, which may hold commas.
-        choices: the texts that are allowed, where a Literal cannot list them; none: no limit.
-        minimum, maximum: the range of a number, its ends included; None is always allowed.
-        above, below: the same, its ends excluded.
+        repeatable: the field is a tuple of texts, and the flag is given once for each, because texts may hold commas.
+        choices: the allowed texts, where the type is not a Literal that lists them.
+        minimum, maximum: bounds of a number, which are allowed values; None, too, is always allowed.
+        above, below: bounds that are not allowed values.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -72,12 +72,12 @@ def flag(
 
 
 def same_flag(config_class: type[Any], name: str, **changes: Any) -> Any:
-    """The field of another config, for a flag that means the same in two verbs.
+    """The field `name` of another config, for a flag that means the same in two verbs.
 
     Args:
-        config_class: has the field.
-        name: of the field in both classes.
-        changes: `default`, or arguments of `flag` that differ.
+        config_class: the other config.
+        name: name of the field in both.
+        changes: arguments of `flag` that differ.
     """
     original = next(item for item in fields(config_class) if item.name == name)
     default = changes.pop("default", original.default)
@@ -116,44 +116,51 @@ class ModelFlags(Flags):
     adapter_path: str | None = flag(
         "model", None, "directory or hub name of an adapter of any kind (PEFT's or PaddleNLP's files)"
     )
-    lora_path: str | None = flag("model", None, "the same, of a LoRA adapter; another kind is refused")
-    prefix_path: str | None = flag("model", None, "the same, of a prefix adapter; another kind is refused")
+    lora_path: str | None = flag("model", None, "like --adapter_path, for LoRA adapters only")
+    prefix_path: str | None = flag("model", None, "like --adapter_path, for prefix adapters only")
     prefix_layout: PrefixLayoutName | None = flag(
-        "model", None, "layout of a prefix in PaddleNLP's files: old until August 2023, new since then"
+        "model", None, "for a prefix adapter in PaddleNLP's files: old if written before August 2023, else new"
     )
     trained_tensor_parallel_degree: int | None = flag(
         "model",
         None,
-        "number of ranks that trained an adapter in PaddleNLP's files, where the files do not say",
+        "for an adapter in PaddleNLP's files that do not say: number of ranks that trained it",
         minimum=1,
     )
     paddle_tokenization: bool = flag(
-        "model", False, "with vocab.json and merges.txt: split words as PaddleNLP did, not as BLOOM does"
+        "model", False, "for a tokenizer in vocab.json and merges.txt: split words as PaddleNLP did, not as BLOOM does"
     )
 
     @property
     def adapter(self) -> str | None:
-        """The adapter that one of the three flags names; None without one."""
+        """Path or name of the adapter; None without one."""
         return self.adapter_path or self.lora_path or self.prefix_path
 
+    def load_options(self) -> dict[str, Any]:
+        """The adapter and how to read the files, as keyword arguments of bloomlm.load."""
+        return {name: getattr(self, name) for name in ADAPTER_FLAGS} | reading_flags(self)
 
+
+ADAPTER_FLAGS = ("adapter_path", "lora_path", "prefix_path")
 READING_FLAGS = ("prefix_layout", "trained_tensor_parallel_degree", "paddle_tokenization")
-"""Flags of ModelFlags that say how to read files of other programs."""
+"""Flags of ModelFlags that say how to read PaddleNLP's files."""
 
 
 def reading_flags(config: Any) -> dict[str, Any]:
-    """Those flags of a config that say how to read files of other programs, as keywords of bloomlm.load."""
+    """READING_FLAGS of a config that has them, as keyword arguments."""
     return {name: getattr(config, name) for name in READING_FLAGS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFlags(Flags):
-    """In which precision and on which device a loaded model computes."""
+    """Precision and device of a loaded model."""
 
     dtype: Dtype | None = flag("model", None, "precision of the weights  [default: as in the files]")
-    device: str | None = flag("model", None, "cpu, gpu, cuda:1, ...  [default: a GPU if there is one]")
+    device: str | None = flag(
+        "model", None, "cpu, gpu, cuda:1, ...: where to compute  [default: a GPU if there is one]"
+    )
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """The values of a field that is a Literal, or a Literal and None; of any other none."""
+    """The values of a Literal, or of a Literal in a union with None; () for other types."""
     return next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is Literal), ())

@@ -1,4 +1,4 @@
-"""What `bloomlm predict` and `bloomlm infer` share: the flags of prompts, decoding and output, and the run itself."""
+"""What `bloomlm predict` and `bloomlm infer` share: flags for prompts, decoding and output, and the run itself."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import Completion, OnToken
 
 _LOG = logging.getLogger(__name__)
-# Passed on to GenerationConfig; None means that the flag was not given.
+# Passed on to GenerationConfig unless they are None.
 _DECODING_FLAGS = (
     *("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences"),
     *("temperature", "top_k", "top_p", "num_beams", "length_penalty"),
@@ -34,11 +34,11 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 class Completer(Protocol):
-    """A model or a program, with its tokenizer."""
+    """A loaded model or a program: LoadedModel and Program have this interface."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Turns texts into ids and back."""
+        """The tokenizer of its prompts."""
         ...
 
     def completions(
@@ -51,7 +51,7 @@ class Completer(Protocol):
         num_done: int,
         on_token: OnToken | None,
     ) -> Iterator[Completion]:
-        """Complete prompts batch by batch."""
+        """See LoadedModel.completions."""
         ...
 
 
@@ -59,57 +59,70 @@ class Completer(Protocol):
 class CompletionFlags(Flags):
     """Prompts, decoding and output."""
 
-    prompt: tuple[str, ...] = flag("prompts", (), "a text to continue; repeat the flag for more", repeatable=True)
+    prompt: tuple[str, ...] = flag("prompts", (), "text to complete; give the flag again for more", repeatable=True)
     data_file: str | None = flag(
-        "prompts", None, ".txt (a prompt on each line), .jsonl, .json or .csv (rows as in training), or builtin:dates"
+        "prompts", None, "prompts: .txt (one on each line), .jsonl, .json or .csv (rows as in training), builtin:dates"
     )
     prompt_template: str | None = flag(
-        "prompts", None, "makes the prompt of each row, e.g. '{instruction}\\n{input}\\nAnswer:'"
+        "prompts", None, "builds the prompt of each row from its fields, e.g. '{instruction}\\n{input}\\nAnswer:'"
     )
-    src_length: int = flag("prompts", 200, "most tokens of a prompt; the end of a longer one is dropped")
+    src_length: int = flag("prompts", 200, "maximum tokens of a prompt; a longer one loses its end")
 
     output_file: Path | None = flag(
-        "output", None, "write JSON lines: prompt, completion, finish_reason, tokens; a stopped run continues there"
+        "output",
+        None,
+        "write JSON lines: prompt, completion, finish_reason, tokens; the same command resumes a stopped run",
     )
-    stream: bool = flag("output", False, "show each completion while it comes, one prompt after another")
+    stream: bool = flag("output", False, "print each token as soon as it is generated, one prompt after another")
 
     decode_strategy: Literal["greedy", "sampling", "beam_search"] = flag(
-        "decoding", "greedy", "how the next token is chosen"
+        "decoding", "greedy", "how tokens are chosen: the likeliest, at random, or by following several texts at once"
     )
-    min_new_tokens: int | None = flag("decoding", None, "tokens before </s> is allowed")
+    min_new_tokens: int | None = flag("decoding", None, "minimum tokens before </s>  [default: 0]")
     stop: tuple[str, ...] = flag(
-        "decoding", (), r"a text that ends a completion (\n: line end); repeat the flag for more", repeatable=True
+        "decoding", (), r"text at which a completion ends (\n: line end); give the flag again for more", repeatable=True
     )
     repetition_penalty: float | None = flag(
-        "decoding", None, "above 1.0 makes tokens that occurred less likely (1.0: off)"
+        "decoding", None, "above 1, tokens that have occurred become less likely  [default: 1, off]"
     )
-    no_repeat_ngram_size: int | None = flag("decoding", None, "no run of this many tokens occurs twice (0: off)")
-    num_return_sequences: int | None = flag("decoding", None, "completions of each prompt: samples or beams")
-    temperature: float | None = flag("sampling", None, "below 1.0 plays safe, above 1.0 takes risks [default: 1.0]")
-    top_k: int | None = flag("sampling", None, "draw from the k most likely tokens (0: all) [default: 0]")
+    no_repeat_ngram_size: int | None = flag(
+        "decoding", None, "no sequence of this many tokens occurs twice  [default: 0, off]"
+    )
+    num_return_sequences: int | None = flag(
+        "decoding", None, "completions of each prompt, with sampling or beams  [default: 1]"
+    )
+    temperature: float | None = flag(
+        "sampling", None, "below 1, likely tokens become even likelier; above 1, less so  [default: 1]"
+    )
+    top_k: int | None = flag("sampling", None, "sample from the k most likely tokens  [default: 0, all]")
     top_p: float | None = flag(
-        "sampling", None, "draw from the most likely tokens that add up to this probability [default: 1.0]"
+        "sampling", None, "sample from the most likely tokens of this total probability  [default: 1, all]"
     )
-    seed: int | None = flag("sampling", None, "start of the random numbers [default: 20]")
-    num_beams: int | None = flag("beam search", None, "continuations followed at once [default: 4]")
+    seed: int | None = flag("sampling", None, "seed of the random numbers  [default: 20]")
+    num_beams: int | None = flag("beam search", None, "texts followed at once  [default: 4]")
     length_penalty: float | None = flag(
-        "beam search", None, "score = log-probability / length ** this; above 0 favours long ones [default: 1.0]"
+        "beam search", None, "score = log-probability / length ** this; a larger one favours long texts  [default: 1]"
     )
 
     batch_size: int = flag("computing", 2, "prompts computed at once; changes the speed, not the results")
 
     def generation_of(self, max_new_tokens: int) -> GenerationConfig:
-        """How to continue the prompts.
+        """How to complete the prompts.
 
         Args:
-            max_new_tokens: the value of the verb's own flag.
+            max_new_tokens: the verb's own flag, whose default differs.
 
         Raises:
             GenerationError: a value out of range, or a flag without effect under the strategy.
+            ConfigError: --stream with a beam search, or with several completions of a prompt.
         """
+        if self.stream and self.decode_strategy == "beam_search":
+            raise ConfigError("--stream has nothing to show during a beam search; choose greedy or sampling")
+        if self.stream and (self.num_return_sequences or 1) > 1:
+            raise ConfigError("--stream shows one completion of each prompt; leave out --num_return_sequences")
         seed = self.seed
         if seed is not None and self.decode_strategy != "sampling":
-            # Commands written for infer_generation.py always give one.
+            # Commands written for PaddleNLP's infer_generation.py always give one.
             _LOG.warning("--seed has no effect with --decode_strategy %s", self.decode_strategy)
             seed = None
         return GenerationConfig.from_options(
@@ -120,13 +133,21 @@ class CompletionFlags(Flags):
             **{name: getattr(self, name) for name in _DECODING_FLAGS},
         )
 
+    def read_prompts(self) -> Prompts | None:
+        """The prompts, from a flag or a pipe; None where there are none.
+
+        Raises:
+            ConfigError: flags that do not go together; DataError: nothing to read, or a row that cannot be used.
+        """
+        return read_prompts(self.prompt, self.data_file, self.prompt_template)
+
 
 class ResultFile:
-    """A JSONL file of completions that appears when it is complete; a stopped run continues after its last prompt.
+    """A JSONL file of completions that appears when it is complete; a stopped run goes on after its last whole prompt.
 
     Args:
         path: the file to write; an existing one is replaced at the end.
-        identity: everything that determines the completions, as text.
+        identity: everything that decides the completions, as text.
         lines_per_prompt: completions of each prompt.
 
     Raises:
@@ -141,10 +162,10 @@ class ResultFile:
             while len(found) < len(self._results.done):
                 found.append(Completion(**self._results.done[len(found)]))
         self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
-        """The completions so far, beginning with those that an earlier run left of whole prompts."""
+        """The completions so far, beginning with those of prompts that a stopped run completed."""
 
     def write(self, completion: Completion) -> None:
-        """Add one completion, which is in a file when this returns."""
+        """Add one completion, and flush it to the file of unfinished results."""
         self._results.add({len(self.completions): asdict(completion)})
         self.completions.append(completion)
 
@@ -177,11 +198,11 @@ def run_completions(
 
     Args:
         config: the flags.
-        generation: how to continue the prompts.
+        generation: how to complete the prompts.
         completer: a model or a program.
         prompts: the texts, and the right answers where they are known.
-        identity: everything that determines the completions, as text; a stopped run continues only if it is the same.
-        is_main: whether this rank shows and writes; every rank completes.
+        identity: everything that decides the completions, as text; a stopped run is resumed only if it is the same.
+        is_main: whether this rank prints and writes; every rank generates.
         from_main: gives every rank the main rank's value.
 
     Raises:
@@ -197,7 +218,7 @@ def run_completions(
         done = from_main([] if file is None else list(file.completions))
         num_before = len(done)
         if num_before:
-            messages.print(f"{num_before} completions are there from a run that was stopped; going on after them")
+            messages.print(f"{num_before} completions are there from a stopped run; going on after them")
         stream = None
         if config.stream and is_main:
             stream = TokenPrinter(printer, completer.tokenizer, prompts.texts, generation.stop)
@@ -213,31 +234,6 @@ def run_completions(
         if file is not None:
             file.finish()
     _report(messages, config, prompts, done, num_before, time.perf_counter() - started)
-
-
-def check_completion_flags(config: CompletionFlags, generation: GenerationConfig) -> None:
-    """Refuse output flags that do not go with the decoding.
-
-    Raises:
-        ConfigError: --stream with a beam search, or with several completions of a prompt.
-    """
-    if not config.stream:
-        return
-    if config.decode_strategy == "beam_search":
-        raise ConfigError("--stream has nothing to show during a beam search; choose greedy or sampling")
-    if generation.num_return_sequences > 1:
-        raise ConfigError("--stream shows one completion of each prompt; leave out --num_return_sequences or --stream")
-
-
-def prompts_of(config: CompletionFlags) -> Prompts | None:
-    """The prompts that the flags name, or those of a pipe; None where there are none."""
-    return read_prompts(config.prompt, config.data_file, config.prompt_template)
-
-
-NO_PROMPTS = (
-    "no prompts; give --prompt 'Once upon a time', --data_file prompts.txt (or .jsonl), "
-    "or send them through a pipe, one on each line"
-)
 
 
 def _completions(
@@ -275,7 +271,7 @@ def _report(
     num_before: int,
     seconds: float,
 ) -> None:
-    """Print the speed of this run, the file, and the part of right answers."""
+    """Print the speed, the output file, and the share of right answers."""
     num_tokens = sum(len(completion.tokens) for completion in completions[num_before:])
     console.print(f"{num_tokens} tokens in {seconds:.1f} s ({num_tokens / seconds:.1f} tokens/s)", style="dim")
     if config.output_file is not None:

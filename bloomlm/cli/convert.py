@@ -1,4 +1,4 @@
-"""`bloomlm convert`: a model or an adapter in other files, the same numbers."""
+"""`bloomlm convert`: writes a model or an adapter in another program's files, without changing its numbers."""
 
 import shutil
 import time
@@ -31,19 +31,23 @@ PADDLE_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE, TOKENIZER_
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Flags):
-    """What to convert, and into what."""
+    """The flags of `bloomlm convert`."""
 
     input: str = flag("files", REQUIRED, "the model or adapter: a directory, builtin:tiny, or a hub name")
-    output: str = flag("files", REQUIRED, "directory to write; an older model or adapter in it is replaced")
+    output: str = flag("files", REQUIRED, "directory to write; replaces an older model or adapter there")
     to: Literal["hf", "paddle"] = flag("files", "hf", "hf: transformers' and PEFT's files; paddle: PaddleNLP 2.6's")
-    dtype: Dtype | None = flag("files", None, "precision to write  [default: the stored one, so that no bit changes]")
+    dtype: Dtype | None = flag("files", None, "precision to write  [default: as stored, so that no bit changes]")
     max_shard_size: str | None = flag(
         "files", None, "largest weight file of a model  [default: 5GB with hf, one file with paddle]"
     )
-    tensor_parallel_degree: int = flag("files", 1, "with paddle: number of ranks to cut the weights for, one file each")
-    verify: bool = flag("files", False, "read what was written back from the disk and compare it")
+    tensor_parallel_degree: int = flag(
+        "files", 1, "with --to paddle: number of ranks to split the weights for, one file each"
+    )
+    verify: bool = flag("files", False, "read everything back from disk and compare it with the input")
     base_model_name_or_path: str | None = flag(
-        "adapters", None, "the base model, to check against and to name in PEFT's files; its weights are not read"
+        "adapters",
+        None,
+        "base model, to check the adapter against and to name in PEFT's files; its weights are not read",
     )
     prefix_layout: PrefixLayoutName | None = same_flag(ModelFlags, "prefix_layout", section="adapters")
     trained_tensor_parallel_degree: int | None = same_flag(
@@ -79,7 +83,7 @@ def convert(config: ConvertConfig) -> None:
 def _convert_model(
     config: ConvertConfig, directory: Path, output: Path, tokenizer: WritesItself | None, messages: Console
 ) -> tuple[str, str]:
-    """Return a description of the result, and the flag that takes it."""
+    """Return a description of the result, and the flag with which it is loaded."""
     for name in ("base_model_name_or_path", "prefix_layout", "trained_tensor_parallel_degree"):
         if getattr(config, name) is not None:
             raise ConfigError(f"--{name} is for adapters, and {config.input} is a model; leave it out")
@@ -106,7 +110,7 @@ def _convert_model(
 def _convert_adapter(
     config: ConvertConfig, directory: Path, output: Path, tokenizer: WritesItself | None
 ) -> tuple[str, str]:
-    """Return a description of the result, and the flag that takes it."""
+    """Return a description of the result, and the flag with which it is loaded."""
     if config.max_shard_size is not None:
         raise ConfigError(f"--max_shard_size is for models, and {config.input} is an adapter; leave it out")
     conversion = open_adapter_conversion(
@@ -133,18 +137,18 @@ def _dtype(config: ConvertConfig) -> torch.dtype | None:
 
 
 class _PaddleTokenizer:
-    """A tokenizer that writes PaddleNLP's files too."""
+    """Saves a tokenizer in PaddleNLP's files, too."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def save(self, directory: Path) -> None:
-        """Write these files."""
+        """Write the files."""
         self._tokenizer.save_with_gpt2_files(directory)
 
 
 class _PaddleTokenizerFiles:
-    """PaddleNLP's own tokenizer files, copied unchanged."""
+    """Copies PaddleNLP's tokenizer files unchanged."""
 
     def __init__(self, source: Path) -> None:
         self._source = source
@@ -157,12 +161,12 @@ class _PaddleTokenizerFiles:
 
 
 def _find_tokenizer(directory: Path, config: ConvertConfig) -> WritesItself | None:
-    """The tokenizer of the directory, to be written in the form of --to; None where there is none."""
+    """The tokenizer of the directory, which saves itself in the form of --to; None where there is none."""
     is_paddle = find_gpt2_files(directory) and not (directory / TOKENIZER_FILE).is_file()
     if config.paddle_tokenization and not (is_paddle and config.to == "hf"):
         raise ConfigError(
-            f"--paddle_tokenization makes a tokenizer.json of vocab.json and merges.txt, with --to {config.to} of "
-            f"{config.input} there is none to make; leave it out"
+            "--paddle_tokenization makes tokenizer.json out of vocab.json and merges.txt; with --to "
+            f"{config.to} of {config.input} there is none to make; leave it out"
         )
     if is_paddle and config.to == "paddle":
         return _PaddleTokenizerFiles(directory)
@@ -194,14 +198,14 @@ command = config_command(
     "convert",
     ConvertConfig,
     convert,
-    help="""Write a model or an adapter in other files: PaddleNLP's to Hugging Face's and PEFT's, or back.
+    help="""Convert a model or an adapter from PaddleNLP's files to those of transformers and PEFT, or back.
 
-    The input is anything that bloomlm reads: safetensors or .bin, PaddleNLP's .pdparams whole, in shards or by
-    tensor-parallel ranks, auto_dist files, an exported .pdiparams; PEFT's adapters, and PaddleNLP's of every year. No
-    Paddle is needed, and no base model for an adapter.
+    The input is anything that bloomlm reads: safetensors or .bin; PaddleNLP's .pdparams, whole, in shards or one for
+    each tensor-parallel rank; auto_dist files; an exported .pdiparams; PEFT's adapters, and PaddleNLP's of every year.
+    Paddle is not needed, nor is the base model of an adapter.
 
-    Without --dtype every number keeps its bits. One tensor at a time is in memory. What is written appears only when
-    it is complete: after an interruption, start the same command again.
+    Without --dtype no bit of a number changes. One tensor at a time is in memory. The output appears only when it is
+    complete; after an interruption, start the same command again.
 
     \b
     bloomlm convert --input checkpoints/paddle --output checkpoints/hf

@@ -1,4 +1,4 @@
-"""`bloomlm demo`: the main job from end to end on the built-in model and data, in a few minutes on a CPU."""
+"""`bloomlm demo`: fine-tunes the built-in model on the built-in data and shows what it learned, in a few minutes."""
 
 import time
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ NUM_SHOWN = 6
 class DemoConfig(Flags):
     """The flags of `bloomlm demo`."""
 
-    output_dir: str = flag("demo", "demo", "directory for the adapter, the report and the picture")
+    output_dir: str = flag("demo", "demo", "directory to write the adapter, the report and a plot of the loss to")
     num_train_epochs: float = flag("demo", 4.0, "passes through the 5,320 training dates", above=0)
 
 
@@ -38,7 +38,7 @@ def demo(config: DemoConfig) -> None:
     started = time.perf_counter()
     base = load(MODEL, dtype="float32")
     held_out = _held_out(base)
-    console.print(f"[bold]1.[/] {MODEL} answers {len(held_out)} held-out dates of {DATASET}, as it is")
+    console.print(f"[bold]1.[/] {MODEL} answers {len(held_out)} held-out dates of {DATASET} before training")
     before = _answers(base, held_out, console)
     console.print(f"   exact match: {_exact_match(before, held_out):.1%}\n")
 
@@ -120,8 +120,8 @@ def _show_next(console: Console, output_dir: Path) -> None:
     lines = (
         "",
         f"adapter (PEFT's files)  {output_dir}/adapter_model.safetensors",
-        f"loss picture            {output_dir}/loss.png",
-        f"report                  {output_dir}/all_results.json, each step in {output_dir}/metrics.jsonl",
+        f"plot of the loss        {output_dir}/loss.png",
+        f"report                  {output_dir}/all_results.json; each logged step: {output_dir}/metrics.jsonl",
         "",
         "Try next",
         f"  bloomlm predict --model_name_or_path {MODEL} --lora_path {output_dir} \\",
@@ -138,8 +138,8 @@ command = config_command(
     demo,
     help="""Fine-tune the built-in model on the built-in dates and show what it learned.
 
-    A model of 1 million parameters learns with LoRA to write dates from 18 languages as ISO 8601. That takes a few
-    minutes on two cores.
+    A model of 1 million parameters learns with LoRA to turn dates in 18 languages into ISO 8601. This takes a few
+    minutes on two CPU cores and needs no network.
 
     \b
     bloomlm demo --output_dir demo

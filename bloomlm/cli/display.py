@@ -1,4 +1,4 @@
-"""What verbs show while they work: the bytes written and their rate, and completions, whole or token by token."""
+"""What verbs print while they work: the bytes that are done and their rate, and completions."""
 
 import re
 import time
@@ -14,14 +14,14 @@ from bloomlm.errors import format_bytes
 from bloomlm.generation.generate import Completion
 
 LINE_SECONDS = 2.0
-"""The shortest time from one line to the next, where there is no bar."""
+"""Shortest time between two lines where there is no terminal."""
 NUM_LINES = 10
 # Control characters that could steer a terminal; line ends and tabs may stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class BytesDisplay:
-    """A bar for each phase on a terminal, up to ten lines anywhere else.
+    """A progress bar for each phase of the work on a terminal, up to ten lines each anywhere else.
 
     Args:
         console: where to print.
@@ -48,14 +48,14 @@ class BytesDisplay:
         self._progress.stop()
 
     def phase(self, name: str, total_bytes: int) -> Callable[[int], None]:
-        """Add a part of the work, which is shown from its first bytes on.
+        """Add a phase, which is shown once its first bytes are done.
 
         Args:
-            name: what it does, such as "writing".
-            total_bytes: number of bytes of the whole phase.
+            name: what the phase does, e.g. "writing".
+            total_bytes: size of the whole phase.
 
         Returns:
-            A function to call with the number of bytes each time that more are done.
+            A function to call with the number of bytes that have been done since the last call.
         """
         return _Phase(self._console, self._progress, name, total_bytes).advance
 
@@ -99,7 +99,7 @@ class _Phase:
 class CompletionPrinter:
     """Prints completions, each under its prompt: whole, or token by token.
 
-    On a terminal in colours and without control characters; into a pipe or a file exactly as they are.
+    A terminal gets colours and no control characters; a pipe or a file gets the texts exactly as they are.
 
     Args:
         console: where to print.
@@ -141,13 +141,13 @@ class CompletionPrinter:
 
 
 class TokenPrinter:
-    """Prints completions token by token, but never half a character or the beginning of a stop text.
+    """Prints completions token by token, but never half a character or a part of a stop text.
 
     Args:
         printer: prints the pieces.
-        tokenizer: turns the ids into text.
+        tokenizer: decodes the tokens.
         prompts: each is printed before its completion.
-        stop: the stop texts, at which a completion is cut.
+        stop: texts at which a completion ends.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class TokenPrinter:
         self._has_stopped = False
 
     def push(self, index: int, token_id: int) -> None:
-        """Take one token of the completion of prompt `index`; prompts come one after another."""
+        """Print one token of the completion of prompt number `index`; prompts come one after another."""
         if index != self._index:
             self._printer.prompt(self._prompts[index])
             self._index = index
@@ -180,7 +180,7 @@ class TokenPrinter:
             return
         text = self._held + piece
         ends = [text.index(stop) for stop in self._stop if stop in text]
-        # No stop text yet: hold back the longest end of the text with which one may begin.
+        # Hold back the longest end of the text that may be the beginning of a stop text.
         beginnings = (text[-n:] for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         self._has_stopped = bool(ends)
         self._held = "" if ends else max(beginnings, key=len, default="")

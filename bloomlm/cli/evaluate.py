@@ -10,16 +10,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bloomlm.api import LoadedModel
+from bloomlm.api import LoadedModel, load
 from bloomlm.api import evaluate as evaluate_model
-from bloomlm.cli.loading import find_device, load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.compare import compare
 from bloomlm.evaluation.config import EvaluateConfig, check_config
-from bloomlm.evaluation.report import EvaluationReport, read_report
+from bloomlm.evaluation.report import EvaluationReport, compare, read_report
 from bloomlm.flags import READING_FLAGS, DeviceFlags, ModelFlags, flag, same_flag
-from bloomlm.parallel.launch import joined_ranks, world_size
+from bloomlm.parallel.launch import find_device, joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 from bloomlm.runtime.program import Program
 
@@ -197,7 +195,7 @@ def evaluate(flags: EvaluateFlags) -> None:
 def _open(flags: EvaluateFlags, device: torch.device, mesh: Mesh) -> LoadedModel | Program:
     if flags.model_dir is not None:
         return Program(flags.model_dir / flags.model_prefix)
-    return load_named(flags, dtype=flags.dtype, device=device, mesh=mesh)
+    return load(flags.model_name_or_path, **flags.load_options(), dtype=flags.dtype, device=device, mesh=mesh)
 
 
 def _evaluation_options(flags: EvaluateFlags) -> Mapping[str, object]:

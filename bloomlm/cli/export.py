@@ -1,4 +1,4 @@
-"""`bloomlm export`: turn a model, its adapter folded in, into a program that runs without the model's code."""
+"""`bloomlm export`: turns a model, with its adapter merged in, into a program that runs without the model's code."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from bloomlm.api import DTYPES
-from bloomlm.cli.loading import load_named
+from bloomlm.api import DTYPES, load
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.export.formats import FORMATS
@@ -24,19 +23,24 @@ class ExportConfig(ModelFlags):
     output_path: Path = flag(
         "program",
         Path("inference/bloom"),
-        "directory and prefix: inference/bloom writes inference/bloom.* and the tokenizer",
+        "directory and name of the program: inference/bloom writes inference/bloom.* and the tokenizer",
     )
-    dtype: Dtype | None = flag("program", None, "precision that matrices are kept in  [default: the model's]")
+    dtype: Dtype | None = flag(
+        "program", None, "precision of the matrices on disk and in memory  [default: the model's]"
+    )
     quantization: Literal["none", "int8", "int4"] = flag(
         "program",
         "none",
-        "keep matrices in 8 bits, which is smaller and faster, or in 4 bits, which is smallest but slow",
+        "round matrices to 8 bits (smaller and faster) or 4 bits (smallest, but slow)",
     )
     format: str = flag(
-        "program", "pt2", "what will run it: PyTorch (pt2), onnxruntime, OpenVINO, llama.cpp (gguf)", choices=FORMATS
+        "program",
+        "pt2",
+        "files to write, for PyTorch (pt2), onnxruntime, OpenVINO or llama.cpp (gguf)",
+        choices=FORMATS,
     )
-    max_length: int = flag("program", 128, "tokens that infer generates unless told otherwise", minimum=1)
-    no_verify: bool = flag("program", False, "leave out the comparison with the model at the end")
+    max_length: int = flag("program", 128, "default of --max_new_tokens of `bloomlm infer`", minimum=1)
+    no_verify: bool = flag("program", False, "do not compare the program with the model")
 
 
 def export(config: ExportConfig) -> None:
@@ -48,7 +52,7 @@ def export(config: ExportConfig) -> None:
     if config.quantization != "none" and config.dtype is not None:
         raise ConfigError(f"--dtype has no effect with --quantization {config.quantization}; leave out one of them")
     messages = Console(stderr=True, highlight=False, markup=False)
-    loaded = load_named(config)
+    loaded = load(config.model_name_or_path, **config.load_options())
     columns = TextColumn("{task.description:10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
         task = progress.add_task("reading", total=1.0)
@@ -94,9 +98,10 @@ command = config_command(
     "export",
     ExportConfig,
     export,
-    help="""Turn a model, its adapter folded in, into a program that runs without the model's code.
+    help="""Turn a model, with its adapter merged in, into a program that runs without the model's code.
 
-    The program is compiled where a C++ compiler is found, and compared with the model before it is put in its place.
+    `bloomlm infer` runs the program. It is compiled if there is a C++ compiler, and compared with the model before it
+    replaces an older one.
 
     \b
     bloomlm export --model_name_or_path builtin:tiny --output_path inference/bloom

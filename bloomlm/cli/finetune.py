@@ -1,16 +1,16 @@
-"""`bloomlm finetune`: train a BLOOM on examples, fully or with an adapter."""
+"""`bloomlm finetune`: trains a BLOOM on examples, fully or with an adapter."""
 
 from bloomlm.cli.options import config_command
 from bloomlm.training.config import TrainingConfig
 
 
 def run(config: TrainingConfig) -> None:
-    """Fine-tune. After SIGTERM everything is saved, and the status is that of a process which the signal ended.
+    """Fine-tune. SIGTERM makes the run save and exit with the status of a process that the signal ended.
 
     Raises:
         BloomlmError: flags, files or data that cannot be used, or a run that cannot go on.
     """
-    # These import torch, for which --help and a misspelt flag need not wait.
+    # Here, because they import torch, and --help or a misspelt flag should not wait for that.
     from bloomlm.training.finetune import finetune
     from bloomlm.training.loop import SIGTERM_EXIT_CODE
 
@@ -25,8 +25,8 @@ command = config_command(
     has_ranks=True,
     help="""Train a BLOOM on your examples: fully, with LoRA or with prefix tuning.
 
-    Everything the run makes is in --output_dir. Started again with the same flags, a run that was stopped goes on from
-    its newest checkpoint. The first example takes a minute or two on a CPU, the second needs eight GPUs.
+    Everything that the run makes is written to --output_dir. The same command resumes a stopped run from its newest
+    checkpoint. The first example takes a minute or two on a CPU; the second needs eight GPUs.
 
     \b
     bloomlm finetune --model_name_or_path builtin:tiny --dataset_name_or_path builtin:dates \\

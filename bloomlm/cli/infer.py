@@ -1,6 +1,6 @@
 """`bloomlm infer`: complete prompts with an exported program.
 
-It imports neither the model's code nor that of checkpoints, and runs wherever bloomlm.runtime does.
+It imports no code of the model or of checkpoints, and runs wherever bloomlm.runtime does.
 """
 
 import json
@@ -10,15 +10,9 @@ from typing import Literal
 
 import torch
 
-from bloomlm.cli.completion import (
-    NO_PROMPTS,
-    CompletionFlags,
-    check_completion_flags,
-    prompts_of,
-    run_completions,
-)
+from bloomlm.cli.completion import CompletionFlags, run_completions
 from bloomlm.cli.options import config_command
-from bloomlm.cli.prompts import Prompts
+from bloomlm.cli.prompts import NO_PROMPTS, Prompts
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Flags, flag
 from bloomlm.generation.config import GenerationConfig
@@ -31,16 +25,16 @@ from bloomlm.runtime.program import Program
 class _ProgramFlags(Flags):
     """Which program to run, and how; --help lists these flags first."""
 
-    model_dir: Path = flag("program", REQUIRED, "directory that bloomlm export wrote into")
-    model_prefix: str = flag("program", "bloom", "name of the program in it")
+    model_dir: Path = flag("program", REQUIRED, "directory that `bloomlm export` wrote the program into")
+    model_prefix: str = flag("program", "bloom", "name of the program in that directory")
     backend: str = flag(
         "program",
         "auto",
-        "what runs it; auto: the one for its format",
+        "library that runs the program; auto chooses the one for its format",
         choices=("auto", *(form.backend for form in FORMATS.values())),
     )
-    device: Literal["cpu", "gpu"] = flag("program", "cpu", "where it runs")
-    verify_weights: bool = flag("program", False, "read all weights and compare their checksums first")
+    device: Literal["cpu", "gpu"] = flag("program", "cpu", "programs run on the CPU; gpu is refused")
+    verify_weights: bool = flag("program", False, "before anything runs, read all weights and compare their checksums")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +44,10 @@ class InferConfig(CompletionFlags, _ProgramFlags):
     max_new_tokens: int | None = flag(
         "decoding",
         None,
-        "most tokens to generate, </s> included  [default: as exported]",
+        "maximum tokens to generate, including </s>  [default: as exported]",
         aliases=("max_length", "tgt_length"),
     )
-    cpu_threads: int | None = flag("computing", None, "threads  [default: all cores]", minimum=1)
+    cpu_threads: int | None = flag("computing", None, "threads to compute with  [default: all cores]", minimum=1)
 
 
 def infer(config: InferConfig) -> None:
@@ -70,8 +64,7 @@ def infer(config: InferConfig) -> None:
     manifest = Manifest.read(config.model_dir / f"{config.model_prefix}.json")
     asked = config.max_new_tokens
     generation = config.generation_of(manifest.max_new_tokens if asked is None else asked)
-    check_completion_flags(config, generation)
-    prompts = prompts_of(config)
+    prompts = config.read_prompts()
     if prompts is None:
         raise ConfigError(NO_PROMPTS)
     program = Program(path, backend=config.backend, verify_weights=config.verify_weights)
@@ -79,7 +72,7 @@ def infer(config: InferConfig) -> None:
 
 
 def _identity(config: InferConfig, generation: GenerationConfig, prompts: Prompts, manifest: Manifest) -> str:
-    """Everything that determines the completions, as text."""
+    """Everything that decides the completions, as text."""
     return json.dumps([manifest.to_json(), config.src_length, asdict(generation), prompts.texts])
 
 

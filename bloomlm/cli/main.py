@@ -1,4 +1,4 @@
-"""The `bloomlm` command: finds the verb, imports only that verb's file, and turns errors into one clear line."""
+"""The `bloomlm` command: imports the file of the verb, runs it, and turns errors into one clear line."""
 
 import difflib
 import importlib
@@ -15,18 +15,24 @@ from bloomlm.version import __version__
 
 # verb -> (its module, the line that `bloomlm --help` shows). The module holds `command`.
 VERBS = {
-    "demo": ("bloomlm.cli.demo", "fine-tune the built-in model on the built-in data, in a few minutes on a CPU"),
+    "demo": ("bloomlm.cli.demo", "see fine-tuning at work: built-in model and data, a few minutes on a CPU"),
     "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
     "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
-    "export": ("bloomlm.cli.export", "turn a model into a program that runs without the model's code"),
+    "export": (
+        "bloomlm.cli.export",
+        "turn a model into a program that runs without its code, also for ONNX, OpenVINO, llama.cpp",
+    ),
     "infer": ("bloomlm.cli.infer", "complete prompts with an exported program"),
     "evaluate": (
         "bloomlm.cli.evaluate",
-        "measure how good a model is, on WikiText, LAMBADA, lm-eval's tasks or your own rows",
+        "measure how good a model is on WikiText, LAMBADA, tasks of lm-eval or your own rows",
     ),
-    "merge": ("bloomlm.cli.merge", "write one plain model: merge a LoRA, join shards, change the precision"),
-    "plan": ("bloomlm.cli.plan", "compute what each process of a job will hold and send, before the job runs"),
-    "convert": ("bloomlm.cli.convert", "write a model or an adapter in another program's files"),
+    "merge": ("bloomlm.cli.merge", "merge a LoRA into its model, join shards, or change the precision"),
+    "plan": ("bloomlm.cli.plan", "compute memory, traffic and time of a job before it runs"),
+    "convert": (
+        "bloomlm.cli.convert",
+        "convert models and adapters between PaddleNLP's files and those of transformers and PEFT",
+    ),
 }
 
 _EXIT_USER_ERROR = 2
@@ -136,8 +142,8 @@ def _click_message(error: click.ClickException) -> str:
 def _report(message: str, notes: Sequence[str] = ()) -> None:
     """Print an error once on each machine.
 
-    Until the ranks have joined all of them fail alike, and local rank 0 prints. Afterwards the rank prints whose error
-    has a note with its number.
+    Before the ranks have joined, all of them fail with the same error, and local rank 0 prints it. Afterwards the error
+    has a note with the number of its rank, which prints it.
     """
     if notes or os.environ.get("LOCAL_RANK", "0") == "0":
         where = "" if not notes or notes[0].startswith("on rank 0 ") else f" {notes[0]}"

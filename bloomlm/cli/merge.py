@@ -1,15 +1,14 @@
-"""`bloomlm merge`: merge a LoRA into its base, join shards, or change the precision of a model."""
+"""`bloomlm merge`: merges a LoRA into its base model, joins shards, or changes the precision of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from bloomlm.api import DTYPES
+from bloomlm.api import DTYPES, load
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.display import BytesDisplay
-from bloomlm.cli.loading import load_named
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Dtype, ModelFlags, flag
@@ -21,9 +20,9 @@ from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 class MergeConfig(ModelFlags):
     """The flags of `bloomlm merge`."""
 
-    output_path: str = flag("output", REQUIRED, "directory to write; an older model in it is replaced")
-    dtype: Dtype | None = flag("output", None, "precision to write  [default: the base's]")
-    max_shard_size: str = flag("output", "5GB", "largest weight file; a larger model is written in several")
+    output_path: str = flag("output", REQUIRED, "directory to write; replaces an older model there")
+    dtype: Dtype | None = flag("output", None, "precision to write  [default: that of the base model]")
+    max_shard_size: str = flag("output", "5GB", "largest weight file; a larger model is split into several")
 
 
 def merge(config: MergeConfig) -> None:
@@ -41,7 +40,7 @@ def merge(config: MergeConfig) -> None:
 
 
 def _merge(config: MergeConfig, output: Path, max_shard_size_bytes: int, mesh: Mesh) -> None:
-    loaded = load_named(config, mesh=mesh)
+    loaded = load(config.model_name_or_path, **config.load_options(), mesh=mesh)
     dtype = None if config.dtype is None else DTYPES[config.dtype]
     with BytesDisplay(Console(stderr=True, quiet=not mesh.is_main)) as display:
         merge_to_directory(
@@ -65,10 +64,9 @@ command = config_command(
     MergeConfig,
     merge,
     has_ranks=True,
-    help="""Write a model as one plain directory: shards into one file, another precision, LoRA into its base.
+    help="""Write a model as a plain directory, with LoRA merged in, shards joined, or in another precision.
 
-    One tensor at a time is in memory. With --num_processes each process reads, adds up and writes a part of the model.
-    A prefix adapter cannot be merged.
+    With --num_processes each process holds a part of the model. A prefix adapter cannot be merged.
 
     \b
     bloomlm merge --model_name_or_path builtin:tiny --lora_path demo --output_path merged

@@ -65,10 +65,10 @@ class Flag:
         """The help line, ending in the default."""
         if self.default is MISSING:
             return f"{self.help}  [required]"
-        if self.default in (None, "", ()):
+        if self.default in (None, "", ()) or "[default:" in self.help:
             return self.help
         text = ",".join(self.default) if isinstance(self.default, tuple) else str(self.default)
-        return f"{self.help}  [default: {text}]"
+        return f"{self.help}  [default: {f'{self.default:g}' if isinstance(self.default, float) else text}]"
 
     def parse(self, value: Any, where: str) -> Any:
         """Convert a run file's value, held to the same rules as the command line's.

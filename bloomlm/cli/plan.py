@@ -1,4 +1,4 @@
-"""`bloomlm plan`: memory and traffic of each process of a job, and the time of a step, without running it."""
+"""`bloomlm plan`: computes memory and traffic of each process of a job, and the time of a step, without running it."""
 
 import bisect
 from collections.abc import Callable
@@ -31,20 +31,20 @@ from bloomlm.training.resolve import Machine, adapter_of, degrees_of, resolve_se
 
 CONFIG_FILE = "config.json"
 DEVICE_GIGABYTES = (40, 80, 141)
-"""Memory of common GPUs (A100, A100 and H100, H200)."""
+"""Memory of common GPUs in 10^9 bytes: A100, A100 and H100, H200."""
 MOST_AT_ONCE = 2**16
 """The largest batch size that is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Flags):
-    """The job. Flags that `bloomlm finetune` has too mean the same here."""
+    """The flags of `bloomlm plan`. Those that `bloomlm finetune` has, too, mean the same here."""
 
     model_name_or_path: str = flag(
         "model",
         REQUIRED,
-        "bigscience/bloom-560m ... bigscience/bloom and bloomz names (nothing is fetched), builtin:tiny, a "
-        "directory, or a config.json",
+        "a published name, from bigscience/bloom-560m to bigscience/bloom or bloomz; builtin:tiny, a directory, or a "
+        "config.json",
         aliases=("model",),
     )
 
@@ -59,7 +59,7 @@ class PlanConfig(Flags):
     sharding: Literal["", "stage1", "stage2", "stage3"] = same_flag(TrainingConfig, "sharding")
 
     src_length: int = same_flag(TrainingConfig, "src_length", help="tokens of each prompt")
-    tgt_length: int = same_flag(TrainingConfig, "tgt_length", help="tokens of each target, and of what is generated")
+    tgt_length: int = same_flag(TrainingConfig, "tgt_length", help="tokens of each target or completion")
 
     per_device_train_batch_size: int = same_flag(TrainingConfig, "per_device_train_batch_size")
     gradient_accumulation_steps: int = same_flag(TrainingConfig, "gradient_accumulation_steps")
@@ -78,16 +78,18 @@ class PlanConfig(Flags):
     prefix_projection: bool = same_flag(TrainingConfig, "prefix_projection")
 
     dtype: Dtype = flag("prediction", "bfloat16", "precision of the weights")
-    batch_size: int = flag("prediction", 1, "sequences generated at once", minimum=1)
+    batch_size: int = flag("prediction", 1, "sequences generated at the same time", minimum=1)
 
-    flops_per_second: float = flag("speed", 4e14, "speed of matrix products that a process reaches", minimum=1)
+    flops_per_second: float = flag(
+        "speed", 4e14, "floating-point operations per second that a process reaches in matrix products", minimum=1
+    )
     node_bandwidth: float = flag("speed", 3e11, "bytes per second that a process sends within its machine", minimum=1)
     network_bandwidth: float = flag(
         "speed", 2.5e10, "bytes per second that a process sends to another machine", minimum=1
     )
     processes_per_node: int = flag("speed", 8, "processes on each machine", minimum=1)
 
-    output_file: Path | None = flag("output", None, "also write the plan as JSON to this file")
+    output_file: Path | None = flag("output", None, "also write the plan to this JSON file")
 
 
 def plan(config: PlanConfig) -> None:
@@ -154,7 +156,7 @@ def find_config(name: str) -> BloomConfig:
         name: a published model, builtin:NAME, a directory or a config.json.
 
     Raises:
-        ConfigError: it is none of these, or not BLOOM's.
+        ConfigError: the name is none of these, or the model is not a BLOOM.
         CheckpointError: the directory has no config.json.
     """
     path = Path(name).expanduser()
@@ -252,9 +254,9 @@ command = config_command(
     "plan",
     PlanConfig,
     plan,
-    help="""Compute the memory and traffic of each process of a job, and the time of a step.
+    help="""Compute what each process of a job holds in memory and sends, and how long a step takes.
 
-    Nothing is loaded or fetched; the model's files are not needed.
+    It tells which batches fit on common GPUs, in training and in prediction. Nothing is loaded or downloaded.
 
     \b
     bloomlm plan --model bigscience/bloom --tensor_parallel_degree 8 --lora --bf16 --fp16_opt_level O2 --recompute

@@ -1,4 +1,4 @@
-"""What `bloomlm plan` computes, shown as tables or written as JSON."""
+"""The result of `bloomlm plan`, printed as tables or written as JSON."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from bloomlm.parallel.plan import PredictionMemory, TrainingMemory
 from bloomlm.parallel.traffic import StepTime, Traffic
 
 FORMAT_VERSION = 1
-_TOO_LITTLE_TO_SHOW = 1000  # bytes in a step; only the JSON lists such traffic
+_LEAST_SHOWN_BYTES = 1000  # the table leaves out smaller traffic; the JSON has all
 
 _KINDS = {
     "weights": "weights",
@@ -28,7 +28,7 @@ _KINDS = {
     "gathered": "weights gathered by FSDP",
     "loss": "the loss's logits, the head's gradient",
     "kv_cache": "KV cache",
-    "peak": "most at one moment",
+    "peak": "peak",
 }
 
 
@@ -37,8 +37,7 @@ class Fit:
     """The largest batches for the memory of one kind of device."""
 
     gigabytes: int
-    """Memory of the device, in units of 10^9 bytes; real devices have a few per cent more, which CUDA, NCCL and the
-    allocator need."""
+    """Memory of the device in 10^9 bytes; real devices have a few per cent more, for CUDA, NCCL and the allocator."""
     largest_train_batch_size: int
     """Examples in a microbatch; 0: training does not fit."""
     largest_batch_size: int
@@ -134,7 +133,7 @@ def _traffic_table(plan: Plan) -> Table:
     for name in ("", "operation", "ranks", "bytes", "a token", "x the least"):
         table.add_column(name, justify="left" if name in ("", "operation") else "right", no_wrap=True)
     for item in plan.traffic:
-        if item.sent_bytes < _TOO_LITTLE_TO_SHOW:
+        if item.sent_bytes < _LEAST_SHOWN_BYTES:
             continue
         _add_traffic(table, item.what, item.operation, str(item.num_ranks), [item], plan.num_rank_tokens)
     table.add_section()

@@ -8,25 +8,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bloomlm.api import LoadedModel
+from bloomlm.api import LoadedModel, load
 from bloomlm.checkpoint.main_rank import on_main
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.cli.completion import (
-    NO_PROMPTS,
-    CompletionFlags,
-    check_completion_flags,
-    prompts_of,
-    run_completions,
-)
+from bloomlm.cli.completion import CompletionFlags, run_completions
 from bloomlm.cli.display import BytesDisplay
-from bloomlm.cli.loading import find_device, load_named
 from bloomlm.cli.options import config_command
-from bloomlm.cli.prompts import Prompts
+from bloomlm.cli.prompts import NO_PROMPTS, Prompts
 from bloomlm.errors import ConfigError
 from bloomlm.flags import DeviceFlags, ModelFlags, flag, reading_flags
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.parallel.launch import joined_ranks, world_size
+from bloomlm.parallel.launch import find_device, joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 
 
@@ -35,11 +28,11 @@ class PredictConfig(CompletionFlags, DeviceFlags, ModelFlags):
     """The flags of `bloomlm predict`."""
 
     save_onepiece_model_path: Path | None = flag(
-        "model", None, "write the model, its LoRA adapter merged in, into this directory"
+        "model", None, "also write the model, with its LoRA adapter merged in, to this directory"
     )
-    max_new_tokens: int = flag("decoding", 200, "most tokens to generate, </s> included", aliases=("tgt_length",))
+    max_new_tokens: int = flag("decoding", 200, "maximum tokens to generate, including </s>", aliases=("tgt_length",))
     tensor_parallel_degree: int = flag(
-        "computing", -1, "processes that compute one copy of the model together  [default: all]"
+        "computing", -1, "processes that compute one copy of the model together; others have copies  [default: all]"
     )
 
 
@@ -50,7 +43,6 @@ def predict(config: PredictConfig) -> None:
         BloomlmError: flags, files or prompts that cannot be used.
     """
     generation = config.generation_of(config.max_new_tokens)
-    check_completion_flags(config, generation)
     if config.save_onepiece_model_path is not None and config.prefix_path is not None:
         raise ConfigError(
             "--save_onepiece_model_path merges an adapter into the weights, which a prefix cannot be: its virtual "
@@ -62,16 +54,18 @@ def predict(config: PredictConfig) -> None:
         tensor_parallel_degree=world_size() if config.tensor_parallel_degree == -1 else config.tensor_parallel_degree,
     )
     if config.stream and degrees.dp > 1:
-        raise ConfigError("--stream shows one prompt after another, and several copies of the model compute several")
+        raise ConfigError(
+            "--stream shows one prompt after another; leave it out, or let all processes compute one copy of the model"
+        )
     with joined_ranks(degrees, device.type) as mesh:
         _load_and_predict(config, generation, device, mesh)
 
 
 def _load_and_predict(config: PredictConfig, generation: GenerationConfig, device: torch.device, mesh: Mesh) -> None:
-    prompts = on_main(lambda: prompts_of(config), mesh)
+    prompts = on_main(lambda: config.read_prompts(), mesh)
     if prompts is None and config.save_onepiece_model_path is None:
         raise ConfigError(NO_PROMPTS)
-    loaded = load_named(config, dtype=config.dtype, device=device, mesh=mesh)
+    loaded = load(config.model_name_or_path, **config.load_options(), dtype=config.dtype, device=device, mesh=mesh)
     if config.save_onepiece_model_path is not None:
         _save(config.save_onepiece_model_path, loaded)
     if prompts is not None:
@@ -101,7 +95,7 @@ def _save(directory: Path, loaded: LoadedModel) -> None:
 
 
 def _identity(config: PredictConfig, generation: GenerationConfig, prompts: Prompts) -> str:
-    """Everything that determines the completions, with the sizes and dates of the model's files, as text."""
+    """Everything that decides the completions, as text; the sizes and dates of its files stand for the model."""
     files = []
     for name in (config.model_name_or_path, config.adapter):
         directory = None if name is None else resolve_source(name).directory

@@ -1,7 +1,7 @@
 """`--num_processes`: starts the ranks of a verb, waits for them, and reports once how a failed one ended.
 
-PyTorch's elastic launcher does the work. torchrun, which does the same from the shell, takes some of the script's flags
-for abbreviations of its own (`--r` for `--rdzv-backend`).
+It uses PyTorch's elastic launcher. torchrun uses it, too, but takes some flags of the script for abbreviations of its
+own flags (`--r` for `--rdzv-backend`).
 """
 
 import logging
@@ -20,10 +20,10 @@ from bloomlm.flags import Flags, flag
 
 DEFAULT_PORT = 29500
 SHUTDOWN_SECONDS = 900
-"""How long stopped ranks may take to save before they are killed."""
+"""Time that ranks have to save after SIGTERM before they are killed."""
 
-# Statuses of ranks that have printed why they end: an error in flags or files, Ctrl-C, SIGTERM.
-_TOLD = (2, 130, 143)
+# Exit statuses of ranks that have printed the reason: an error in flags or files, Ctrl-C, SIGTERM.
+_EXPLAINED = (2, 130, 143)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class ProcessFlags(Flags):
     """How many processes a job has, and where."""
 
     num_processes: int = flag(
-        "processes", 1, "processes of the job, one for each GPU; those of this machine are started", minimum=1
+        "processes", 1, "start this many processes, one for each GPU, on all machines together", minimum=1
     )
-    nnodes: int = flag("processes", 1, "machines of the job; give the same command on each", minimum=1)
-    node_rank: int | None = flag("processes", None, "with several machines: number of this one, from 0", minimum=0)
+    nnodes: int = flag("processes", 1, "number of machines; start the same command on each", minimum=1)
+    node_rank: int | None = flag("processes", None, "with several machines: number of this machine, from 0", minimum=0)
     master_addr: str | None = flag("processes", None, "with several machines: address of machine 0")
     master_port: int | None = flag(
         "processes", None, f"with several machines: a free port of machine 0  [default: {DEFAULT_PORT}]", minimum=1
@@ -116,7 +116,7 @@ def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
 
 
 def _silence(package: str) -> None:
-    """Let the loggers of a package, some of which have levels of their own, report nothing below critical errors."""
+    """Let all loggers of a package, some of which set their levels, report critical errors only."""
     for name in [package, *logging.root.manager.loggerDict]:
         if name.startswith(package):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -135,13 +135,13 @@ def _tell_end(exitcodes: Mapping[int, int]) -> int:
     """Print which rank caused the end and how, unless it has printed that itself; return the status to exit with."""
     # The cause is a rank that was killed or has printed an error; SIGTERM came to the others from the launcher.
     rank, exitcode = min(
-        exitcodes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[1] >= 0, item[1] not in _TOLD)
+        exitcodes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[1] >= 0, item[1] not in _EXPLAINED)
     )
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
         click.echo(f"error: rank {rank} was ended by {name}{hint}", err=True)
         return 128 - exitcode
-    if exitcode not in _TOLD:
+    if exitcode not in _EXPLAINED:
         click.echo(f"error: rank {rank} ended with status {exitcode}", err=True)
     return exitcode

@@ -10,6 +10,11 @@ from bloomlm.data.rows import PromptTemplate, read_pair, read_source
 from bloomlm.data.splits import BUILTIN_PREFIX, open_dataset
 from bloomlm.errors import ConfigError, DataError
 
+NO_PROMPTS = (
+    "no prompts; give --prompt 'Once upon a time', --data_file prompts.txt (or .jsonl), "
+    "or send them through a pipe, one on each line"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
@@ -17,7 +22,7 @@ class Prompts:
 
     texts: list[str]
     targets: list[str] | None = None
-    """The right answer to each prompt, where the source of the prompts has it for all."""
+    """The right answer to each prompt; None unless the data have one for every prompt."""
 
 
 def read_prompts(prompt: Sequence[str], data_file: str | None, prompt_template: str | None) -> Prompts | None:
@@ -25,12 +30,12 @@ def read_prompts(prompt: Sequence[str], data_file: str | None, prompt_template: 
 
     Args:
         prompt: the texts of --prompt.
-        data_file: a .txt file with a prompt on each line; a .jsonl, .json or .csv file with rows as in training, or
-            a data set (`builtin:NAME`, directory), whose test split is taken, or its dev split where it has no test.
-        prompt_template: makes the prompt of each row.
+        data_file: a .txt file with a prompt on each line; a .jsonl, .json or .csv file with rows as in training; or a
+            data set (`builtin:NAME` or a directory), of which the test split is read, or else the dev split.
+        prompt_template: builds the prompt of each row from its fields.
 
     Returns:
-        None where there are no prompts: neither a flag nor a pipe brings any.
+        None if neither a flag nor a pipe gives prompts.
 
     Raises:
         ConfigError: flags that do not go together.
@@ -87,7 +92,7 @@ def _from_rows(rows: RowSource, template: PromptTemplate | None) -> Prompts:
     if not pairs:
         raise DataError(f"{rows.name}: no rows in it; expected at least one")
     targets = [target for _, target in pairs if target is not None]
-    # Where some rows have no target the file is no test set, and a score of the others would mislead.
+    # If some rows have no target, the score of the others would mislead.
     return Prompts(texts=[text for text, _ in pairs], targets=targets if len(targets) == len(pairs) else None)
 
 

@@ -16,9 +16,9 @@ from bloomlm.checkpoint.main_rank import main_first, on_main
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.data_sources import find_data
-from bloomlm.evaluation.plan import Display, Execution, Plan
+from bloomlm.evaluation.execution import Display, Execution, Subject
+from bloomlm.evaluation.protocol import Plan
 from bloomlm.evaluation.report import EvaluationReport
-from bloomlm.evaluation.subject import Subject
 from bloomlm.files.resumable import ResumableResults
 from bloomlm.parallel.launch import check_agreement
 from bloomlm.parallel.mesh import Mesh

@@ -23,8 +23,8 @@ from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH, encode_pairs, rolling_windows
-from bloomlm.evaluation.scoring.batches import join_shares
-from bloomlm.evaluation.scoring.models import generate_batches, window_scorer
+from bloomlm.evaluation.scoring.batches import generate_batches, join_shares
+from bloomlm.evaluation.scoring.scorers import window_scorer
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.generation.config import GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.generation.language_model import LanguageModel

@@ -19,7 +19,7 @@ from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.report import EvaluationReport, read_report
 from bloomlm.evaluation.scoring.batches import BatchLimit
-from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
+from bloomlm.evaluation.scoring.scorers import EagerScorer
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from tests.distributed.pool import RankPool
@@ -94,7 +94,7 @@ def report_of(
     if stop_after is None:
         return evaluate(loaded, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bloomlm.evaluation.scoring.models.EagerScorer", stopping_after(stop_after))
+        patch.setattr("bloomlm.evaluation.scoring.scorers.EagerScorer", stopping_after(stop_after))
         with pytest.raises(KeyboardInterrupt):
             evaluate(loaded, **options)
     return None

@@ -7,9 +7,9 @@ from transformers import BloomForCausalLM as HFBloom
 from bloomlm.api import LoadedModel, load
 from bloomlm.evaluation.data_sources import read_passages, read_text
 from bloomlm.evaluation.metrics import Metric
-from bloomlm.evaluation.plan import WindowPlan
+from bloomlm.evaluation.protocol import WindowPlan
 from bloomlm.evaluation.protocols import reference
-from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
+from bloomlm.evaluation.scoring.scorers import EagerScorer
 from bloomlm.model.bloom import BloomForCausalLM
 from tests.paddle_fixtures import FIXTURES
 from tests.parity.conftest import make_pair

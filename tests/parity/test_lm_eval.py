@@ -27,9 +27,9 @@ from bloomlm.errors import ConfigError  # noqa: E402
 from bloomlm.evaluation.data_sources import Passage  # noqa: E402
 from bloomlm.evaluation.lm_eval_adapter import BloomLM, generation_config  # noqa: E402
 from bloomlm.evaluation.metrics import Metric  # noqa: E402
-from bloomlm.evaluation.plan import WindowPlan  # noqa: E402
+from bloomlm.evaluation.protocol import WindowPlan  # noqa: E402
 from bloomlm.evaluation.protocols import lm_eval as protocol  # noqa: E402
-from bloomlm.evaluation.scoring.eager_scorer import EagerScorer  # noqa: E402
+from bloomlm.evaluation.scoring.scorers import EagerScorer  # noqa: E402
 from bloomlm.generation.config import Greedy, Sampling  # noqa: E402
 
 MAX_LENGTH = 48

@@ -20,11 +20,10 @@ from bloomlm.errors import BloomlmError, ConfigError, DataError
 from bloomlm.evaluation import data_sources
 from bloomlm.evaluation.config import check_config, make_config
 from bloomlm.evaluation.metrics import mean
-from bloomlm.evaluation.plan import Definition, WindowPlan, running_perplexity
-from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.protocol import Definition, Protocol, Task, WindowPlan, running_perplexity
 from bloomlm.evaluation.protocols import PROTOCOLS
-from bloomlm.evaluation.scoring import models
-from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
+from bloomlm.evaluation.scoring import scorers
+from bloomlm.evaluation.scoring.scorers import EagerScorer
 from bloomlm.evaluation.scoring.windows import continuation_window
 from bloomlm.files.resumable import ResumableResults
 from tests.tiny_bloom import write_adapter, write_bloom
@@ -124,7 +123,7 @@ def test_stopped_evaluation_goes_on(bloom: Path, wiki: Path, tmp_path: Path, mon
                     raise KeyboardInterrupt
                 yield batch
 
-    monkeypatch.setattr(models, "EagerScorer", Stopped)
+    monkeypatch.setattr(scorers, "EagerScorer", Stopped)
     assert evaluate(*words, tmp_path / "parts.json").exit_code != 0
     assert not (tmp_path / "parts.json").exists()
     monkeypatch.undo()

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.compare import compare
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.report import EvaluationReport, influences_path, read_report
+from bloomlm.evaluation.report import EvaluationReport, compare, influences_path, read_report
 
 
 def draw(count: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

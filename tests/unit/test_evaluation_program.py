@@ -15,9 +15,8 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
 from bloomlm.cli.evaluate import EvaluateFlags, check_flags, command
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.compare import compare
-from bloomlm.evaluation.report import EvaluationReport, read_report
-from bloomlm.evaluation.scoring.step_scorer import StepScorer
+from bloomlm.evaluation.report import EvaluationReport, compare, read_report
+from bloomlm.evaluation.scoring.scorers import StepScorer
 from bloomlm.evaluation.scoring.windows import Window, continuation_window
 from bloomlm.export.program import export_program
 from bloomlm.model.bloom import BloomForCausalLM

@@ -12,14 +12,13 @@ from bloomlm.api import load
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.evaluation.config import make_config
-from bloomlm.evaluation.data_sources import Passage, read_passages, read_text
+from bloomlm.evaluation.data_sources import Passage, detokenize, read_passages, read_text, split_documents, split_rows
 from bloomlm.evaluation.metrics import Metric
-from bloomlm.evaluation.plan import Plan, Totals, WindowPlan
+from bloomlm.evaluation.protocol import Plan, Totals, WindowPlan
 from bloomlm.evaluation.protocols import gptq, lm_eval, reference
 from bloomlm.evaluation.protocols.reference import sliding_windows
-from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
+from bloomlm.evaluation.scoring.scorers import EagerScorer
 from bloomlm.evaluation.scoring.windows import WindowScore
-from bloomlm.evaluation.wikitext import detokenize, split_documents, split_rows
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX

@@ -9,9 +9,9 @@ import torch
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import ConfigError
-from bloomlm.evaluation.scoring import eager_scorer
+from bloomlm.evaluation.scoring import scorers
 from bloomlm.evaluation.scoring.batches import BatchLimit
-from bloomlm.evaluation.scoring.eager_scorer import EagerScorer
+from bloomlm.evaluation.scoring.scorers import EagerScorer
 from bloomlm.evaluation.scoring.shared_prefix import Branched, Packed, find_branches, join_documents
 from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
 from bloomlm.model.bloom import BloomForCausalLM
@@ -108,7 +108,7 @@ def test_head_sees_scored_positions_only(
         rows.append(len(hidden))
         return score_labels(hidden, weight, labels, **options)
 
-    monkeypatch.setattr(eager_scorer, "score_labels", counting)
+    monkeypatch.setattr(scorers, "score_labels", counting)
     EagerScorer(model, max_batch_tokens=200).score_all(windows)
     assert sum(rows) == sum(window.num_scored for window in windows)
 

@@ -231,7 +231,7 @@ def test_another_run_does_not_go_on_from_there(base: Path, tmp_path: Path, monke
 
 def test_changed_weights_start_again(base: Path, tmp_path: Path) -> None:
     config = predict_module.PredictConfig(model_name_or_path=str(base), prompt=("a",))
-    prompts = predict_module.prompts_of(config)
+    prompts = config.read_prompts()
     assert prompts is not None
     before = predict_module._identity(config, config.generation_of(8), prompts)
     assert before == predict_module._identity(config, config.generation_of(8), prompts)

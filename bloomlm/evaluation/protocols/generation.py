@@ -8,10 +8,10 @@ from pathlib import Path
 from bloomlm.data.examples import load_examples
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.evaluation.answer_scores import GenerationScores, score_generations
+from bloomlm.evaluation.execution import Execution
 from bloomlm.evaluation.metrics import Metric, mean
-from bloomlm.evaluation.plan import Definition, Execution, Outcome, Plan
-from bloomlm.evaluation.protocol import Protocol, Task
-from bloomlm.evaluation.scoring.models import generate_batches
+from bloomlm.evaluation.protocol import Definition, Outcome, Plan, Protocol, Task
+from bloomlm.evaluation.scoring.batches import generate_batches
 from bloomlm.flags import Flags, flag
 from bloomlm.generation.config import GenerationConfig
 

@@ -12,12 +12,10 @@ import numpy as np
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
-from bloomlm.evaluation.data_sources import read_text
+from bloomlm.evaluation.data_sources import notices_about, read_text, split_rows
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean
-from bloomlm.evaluation.plan import Definition, WindowPlan, running_perplexity
-from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.protocol import Definition, Protocol, Task, WindowPlan, running_perplexity
 from bloomlm.evaluation.scoring.windows import Window, WindowScore
-from bloomlm.evaluation.wikitext import notices_about, split_rows
 
 DEFINITION = Definition(name="gptq", version="1", source="GPTQ's bloom.py: WikiText-2, windows of 2048")
 SEQ_LENGTH = 2048

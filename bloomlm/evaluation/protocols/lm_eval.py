@@ -20,12 +20,17 @@ import numpy as np
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
-from bloomlm.evaluation.data_sources import Passage, read_passages, read_text
+from bloomlm.evaluation.data_sources import (
+    Passage,
+    detokenize,
+    notices_about,
+    read_passages,
+    read_text,
+    split_documents,
+)
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.plan import Definition, WindowPlan, running_accuracy, running_perplexity
-from bloomlm.evaluation.protocol import Protocol, Task
+from bloomlm.evaluation.protocol import Definition, Protocol, Task, WindowPlan, running_accuracy, running_perplexity
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
-from bloomlm.evaluation.wikitext import detokenize, notices_about, split_documents
 
 DEFINITION = Definition(
     name="lm_eval",

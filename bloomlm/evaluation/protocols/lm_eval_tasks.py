@@ -8,9 +8,9 @@ from typing import Any
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.evaluation.execution import Execution
 from bloomlm.evaluation.metrics import Metric
-from bloomlm.evaluation.plan import Definition, Execution, Outcome, Plan
-from bloomlm.evaluation.protocol import Protocol, Task, WindowOptions
+from bloomlm.evaluation.protocol import Definition, Outcome, Plan, Protocol, Task, WindowOptions
 from bloomlm.flags import flag
 
 BOOTSTRAP_ITERS = 1000

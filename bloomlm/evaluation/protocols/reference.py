@@ -21,12 +21,18 @@ import numpy as np
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
-from bloomlm.evaluation.data_sources import Passage, read_passages, read_text
+from bloomlm.evaluation.data_sources import Passage, detokenize, read_passages, read_text
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.plan import Definition, WindowPlan, running_accuracy, running_perplexity
-from bloomlm.evaluation.protocol import Protocol, Task, WindowOptions
+from bloomlm.evaluation.protocol import (
+    Definition,
+    Protocol,
+    Task,
+    WindowOptions,
+    WindowPlan,
+    running_accuracy,
+    running_perplexity,
+)
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
-from bloomlm.evaluation.wikitext import detokenize
 from bloomlm.flags import flag, same_flag
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 

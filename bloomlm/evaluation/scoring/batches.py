@@ -1,13 +1,17 @@
 """Work is shared among the copies of a model and computed in batches, which are halved when memory runs out."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from bloomlm.errors import ConfigError
+from bloomlm.generation.config import GenerationConfig
+from bloomlm.generation.generate import Generation, generate
+from bloomlm.generation.language_model import LanguageModel
+from bloomlm.generation.sequences import DecodeText
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 _LOG = logging.getLogger(__name__)
@@ -99,6 +103,46 @@ class BatchLimit:
             torch.cuda.empty_cache()
         self.size = size // 2
         _LOG.warning("memory ran out on a batch of %d %s; continuing with %d", size, self.unit, self.size)
+
+
+def generate_batches(
+    model: LanguageModel,
+    prompts: Mapping[int, Sequence[int]],
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    decode_text: DecodeText | None = None,
+    mesh: Mesh = ALONE,
+) -> Iterator[dict[int, Generation]]:
+    """Continue this copy's share of the prompts, the longest first, fewer at once when memory runs out.
+
+    Args:
+        model: to run.
+        prompts: number -> ids, at least one id; the same on all ranks.
+        config: how to decode; what is drawn at random depends on the number of copies.
+        batch_size: prompts at once.
+        decode_text: ids to text, needed for stop texts.
+        mesh: the ranks.
+
+    Yields:
+        Number -> continuation, batch by batch.
+
+    Raises:
+        ConfigError: a single prompt does not fit into memory, or a batch on ranks that share a model.
+    """
+    num_done = 0
+
+    def compute(numbers: list[int]) -> list[Generation]:
+        chosen = [prompts[number] for number in numbers]
+        return generate(model, chosen, config, decode_text=decode_text, first_sequence=num_done)
+
+    order = own_share(sorted(prompts, key=lambda number: len(prompts[number]), reverse=True), mesh)
+    limit = BatchLimit(
+        size=batch_size, unit="prompts", single="prompt", advice="--src_length or --tgt_length", mesh=mesh
+    )
+    for numbers, results in limit.batches(order, compute, len):
+        num_done += len(numbers)
+        yield dict(zip(numbers, results, strict=True))
 
 
 def is_out_of_memory(error: Exception) -> bool:

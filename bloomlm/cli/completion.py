@@ -122,7 +122,7 @@ class CompletionFlags(Flags):
             raise ConfigError("--stream shows one completion of each prompt; leave out --num_return_sequences")
         seed = self.seed
         if seed is not None and self.decode_strategy != "sampling":
-            # Commands written for PaddleNLP's infer_generation.py always give one.
+            # Old commands for infer_generation.py always give one.
             _LOG.warning("--seed has no effect with --decode_strategy %s", self.decode_strategy)
             seed = None
         return GenerationConfig.from_options(

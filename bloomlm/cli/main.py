@@ -31,7 +31,7 @@ VERBS = {
     "plan": ("bloomlm.cli.plan", "compute memory, traffic and time of a job before it runs"),
     "convert": (
         "bloomlm.cli.convert",
-        "convert models and adapters between PaddleNLP's files and those of transformers and PEFT",
+        "convert a model or an adapter to or from another program's files",
     ),
 }
 

@@ -28,6 +28,7 @@ VERBS = {
         "measure how good a model is on WikiText, LAMBADA, tasks of lm-eval or your own rows",
     ),
     "merge": ("bloomlm.cli.merge", "merge a LoRA into its model, join shards, or change the precision"),
+    "trim": ("bloomlm.cli.trim", "cut the vocabulary to the tokens that your languages need, and report the cost"),
     "plan": ("bloomlm.cli.plan", "compute memory, traffic and time of a job before it runs"),
     "convert": (
         "bloomlm.cli.convert",

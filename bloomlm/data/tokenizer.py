@@ -121,6 +121,20 @@ class Tokenizer:
         digest.update(json.dumps(self._special_tokens, sort_keys=True).encode())
         return digest.hexdigest()
 
+    @property
+    def json(self) -> bytes:
+        """The bytes of tokenizer.json."""
+        return self._json
+
+    def with_json(self, tokenizer_json: bytes) -> "Tokenizer":
+        """The same settings on another tokenizer.json, in which tokens may have other ids."""
+        plain = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
+        changed = Tokenizer(tokenizer_json, config=plain, special_tokens=self._special_tokens, name=self.name)
+        if entries := self._config.get("added_tokens_decoder"):
+            ids = {changed._backend.token_to_id(entry["content"]): entry for entry in entries.values()}
+            changed._config["added_tokens_decoder"] = {str(token_id): entry for token_id, entry in ids.items()}
+        return changed
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without added special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids

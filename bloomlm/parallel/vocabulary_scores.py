@@ -35,8 +35,10 @@ class LabelScores:
 
     log_probs: Tensor
     """[M] natural logarithm of the label's probability."""
+    likeliest: Tensor
+    """[M] int64: the likeliest token; of equally likely ones that with the lowest id."""
     is_likeliest: Tensor
-    """[M] bool: no token is likelier than the label, and of equally likely tokens the label has the lowest id."""
+    """[M] bool: the label is that token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,9 @@ def score_labels(
         nowhere = ranks.degree * len(weight)
         likeliest = ranks.min(likeliest.masked_fill(row_max < whole_max, nowhere))
         row_max = whole_max
-    return LabelScores(log_probs=label_z - row_max - row_sum.log(), is_likeliest=likeliest == labels)
+    return LabelScores(
+        log_probs=label_z - row_max - row_sum.log(), likeliest=likeliest, is_likeliest=likeliest == labels
+    )
 
 
 def score_tokens(

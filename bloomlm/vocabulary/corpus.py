@@ -9,17 +9,15 @@ and so that each is a context of its own when a model is measured on it.
 import importlib.resources
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bloomlm.checkpoint.output import Report, no_report
 from bloomlm.data.files import FileRows, Row
 from bloomlm.data.rows import read_pair
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import DataError
-
-Report = Callable[[int], None]
-"""Called with the number of bytes processed since the last call."""
 
 CORPUS = "corpus"
 """The language of texts for which none is named."""
@@ -55,7 +53,7 @@ class Corpus:
         """Size of all files; what `pieces` reports in total."""
         return sum(path.stat().st_size for _, path in self.files)
 
-    def pieces(self, report: Report = lambda num_bytes: None) -> Iterator[Piece]:
+    def pieces(self, report: Report = no_report) -> Iterator[Piece]:
         """All texts in order, in pieces.
 
         Args:

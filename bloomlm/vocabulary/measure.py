@@ -3,23 +3,24 @@
 Both compare vocabularies fairly: words and bytes are of the text, whatever its tokens are. Each text is scored from
 its first token on, after the token that begins a text, so all of its bytes count.
 
-Shapes: M tokens of a batch, D hidden.
+Shapes: M tokens of a batch.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
+from bloomlm.checkpoint.output import Report, no_report
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
-from bloomlm.parallel.vocabulary_scores import score_labels
-from bloomlm.vocabulary.corpus import Piece, Report
+from bloomlm.parallel.vocabulary_scores import LabelScores, score_labels
+from bloomlm.vocabulary.corpus import Piece
 
 BATCH_TOKENS = 2048
 # Scripts that write no spaces between words; each of their characters counts as a word.
@@ -38,6 +39,8 @@ class Fit:
     num_tokens: int
     nats: float | None = None
     """The texts' negative log-likelihood in the model; None: it was not computed."""
+    likeliest: Counter[int] = field(default_factory=Counter)
+    """How often each token was the likeliest next one; empty without a model."""
 
     @property
     def tokens_per_word(self) -> float:
@@ -56,11 +59,12 @@ class Fit:
             num_words=self.num_words + other.num_words,
             num_tokens=self.num_tokens + other.num_tokens,
             nats=nats,
+            likeliest=self.likeliest + other.likeliest,
         )
 
 
 def measure(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, model: BloomForCausalLM | None, report: Report = lambda num: None
+    pieces: Iterable[Piece], tokenizer: Tokenizer, model: BloomForCausalLM | None, report: Report = no_report
 ) -> dict[str, Fit]:
     """Measure texts of each language.
 
@@ -78,17 +82,20 @@ def measure(
         texts = [piece.text for piece in group]
         ids = tokenizer.encode_batch(texts)
         sizes = [len(text.encode()) for text in texts]
-        nats = None if model is None else 0.0
-        if model is not None:
-            for numbers in batches([len(tokens) + 1 for tokens in ids]):
-                log_probs = token_log_probs(model, [ids[number] for number in numbers], first_token(tokenizer))
-                nats = (nats or 0.0) - float(log_probs.double().sum())
-                report(sum(sizes[number] for number in numbers))
+        nats, likeliest = 0.0, Counter[int]()
+        for numbers in batches(list(map(len, ids))):
+            if model is None:
+                break
+            scores = score_texts(model, [ids[number] for number in numbers], tokenizer.bos_token_id)
+            nats -= float(scores.log_probs.double().sum())
+            likeliest.update(scores.likeliest.tolist())
+            report(sum(sizes[number] for number in numbers))
         figures[language] = Fit(
             num_bytes=sum(sizes),
             num_words=sum(len(_WORDS.findall(text)) for text in texts),
             num_tokens=sum(map(len, ids)),
-            nats=nats,
+            nats=None if model is None else nats,
+            likeliest=likeliest,
         )
     return figures
 
@@ -97,11 +104,6 @@ def total(figures: Mapping[str, Fit]) -> Fit:
     """The sum over all languages."""
     empty = Fit(num_bytes=0, num_words=0, num_tokens=0, nats=0.0)
     return sum(figures.values(), start=empty)
-
-
-def first_token(tokenizer: Tokenizer) -> int:
-    """The id before a text's first token."""
-    return tokenizer.bos_token_id
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -117,19 +119,18 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def hidden_states(model: BloomForCausalLM, texts: Sequence[Sequence[int]], first_id: int) -> Tensor:
-    """[M, D] hidden states from which the M tokens of the texts are predicted, one text after another."""
-    weight = model.transformer.word_embeddings.weight
-    given = [[first_id, *ids[:-1]] for ids in texts if ids]
-    tokens = torch.tensor([token for ids in given for token in ids], device=weight.device)
-    return model.transformer(tokens, Documents.packed([len(ids) for ids in given]))
+def score_texts(model: BloomForCausalLM, texts: Sequence[Sequence[int]], first_id: int) -> LabelScores:
+    """Score the M tokens of some texts, one text after another, each token given those before it.
 
-
-def token_log_probs(model: BloomForCausalLM, texts: Sequence[Sequence[int]], first_id: int) -> Tensor:
-    """[M] natural logarithms of the probabilities of the texts' tokens, each given those before it."""
+    Args:
+        model: in eval mode.
+        texts: ids.
+        first_id: the id before the first token of each text.
+    """
     embedding = model.transformer.word_embeddings
-    labels = torch.tensor([token for ids in texts for token in ids], device=embedding.weight.device)
-    if not len(labels):
-        return torch.zeros(0)
-    hidden = hidden_states(model, texts, first_id)
-    return score_labels(hidden, embedding.weight, labels, weight_scale=embedding.weight_scale).log_probs
+    device = embedding.weight.device
+    given = [[first_id, *ids[:-1]] for ids in texts if ids]
+    tokens = torch.tensor([token for ids in given for token in ids], dtype=torch.int64, device=device)
+    labels = torch.tensor([token for ids in texts for token in ids], dtype=torch.int64, device=device)
+    hidden = model.transformer(tokens, Documents.packed([len(ids) for ids in given]))
+    return score_labels(hidden, embedding.weight, labels, weight_scale=embedding.weight_scale)

@@ -1,8 +1,8 @@
 """What learns in a model: the protocol that every kind of adapter implements.
 
-An adapter is a frozen value, such as LoraConfig(r=8). `apply_adapter` puts its parameters into a model, `adapter_of`
-finds it there again. Code outside this package asks the adapter what it needs to know and never tests for a kind.
-How tensor-parallel ranks cut an adapter's parameters stands with all others' in parallel/layout.py.
+An adapter is a frozen value, for example LoraConfig(r=8). `apply_adapter` puts its parameters into a model, and
+`adapter_of` returns the adapter of a model. Code outside this package asks the adapter and never tests for a kind. The
+table in parallel/layout.py says how tensor-parallel ranks cut the parameters.
 """
 
 from abc import ABC, abstractmethod
@@ -17,12 +17,12 @@ from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
-# Keys of adapter_config.json that do not change what an adapter computes once its weights are there.
+# Keys of adapter_config.json that do not change what a trained adapter computes.
 WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
     "encoder_hidden_size",  # prompt_embeddings are stored after the projection
-    "ensure_weight_tying",  # of layers that we refuse
+    "ensure_weight_tying",  # acts on layers that we refuse
     "fan_in_fan_out",  # PEFT itself turns it off for linear layers
     "inference_mode",
     "init_weights",
@@ -40,14 +40,14 @@ WITHOUT_EFFECT = {
 
 @dataclass(frozen=True, kw_only=True)
 class PeftForm:
-    """An adapter as PEFT keeps it in files."""
+    """The contents of an adapter's files in the format of PEFT."""
 
     values: Mapping[str, Any]
     """The contents of adapter_config.json."""
     tensors: Mapping[str, Tensor]
-    """Those of adapter_model.safetensors."""
+    """The tensors of adapter_model.safetensors."""
     own_tensors: Mapping[str, Tensor]
-    """Those of `Adapter.own_file`; empty: no such file."""
+    """The tensors of `Adapter.own_file`; empty where there is no such file."""
 
 
 class Adapter(ABC):
@@ -56,41 +56,41 @@ class Adapter(ABC):
     kind: ClassVar[str]
     """Name of the kind in messages."""
     path_flag: ClassVar[str]
-    """The flag that takes a directory of this kind only."""
+    """The flag that takes a directory with an adapter of this kind only."""
     training_flag: ClassVar[str | None] = None
-    """The flag of fine-tuning that lets it learn; None: no flag does, as for full tuning."""
+    """The flag of `bloomlm finetune` that chooses it; None: it is chosen without a flag."""
     trains_base: ClassVar[bool] = False
-    """The base model's own weights learn, so that a checkpoint of it is a whole model."""
+    """Whether the base model's own weights learn, so that a checkpoint is a whole model."""
     accepts_int8: ClassVar[bool] = False
-    """The base model may be in int8."""
+    """Whether the base model may be in int8."""
     cannot_merge: ClassVar[str | None] = None
-    """Why it cannot be added into the base model's weights; None: it can."""
+    """Why it cannot be merged into the base model's weights; None: it can."""
     own_file: ClassVar[str | None] = None
-    """Name of a file of ours beside PEFT's with the trained parameters, where PEFT's files hold only their result."""
+    """Our file with the trained parameters beside PEFT's files, where those hold only what the parameters compute."""
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens that it puts before every sequence."""
+        """Number of virtual tokens that it puts before every sequence."""
         return 0
 
     @abstractmethod
     def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
-        """Put parameters that learn into a model in which nothing does; see apply_adapter."""
+        """Add the parameters that learn to a model that is frozen; see apply_adapter."""
 
     def start_from_weights(self, model: BloomForCausalLM) -> None:  # noqa: B027 (most kinds have no such values)
-        """Set the first values that follow from the base model's weights.
+        """Set initial values that are computed from the base model's weights.
 
-        To be called when the weights have been read into a model in which the adapter was installed before them, as it
-        is where ranks divide the model; `install` does it where the weights are there.
+        `install` does so where the weights are loaded. Where ranks divide a model, its adapter is installed first, and
+        this is called after the weights have been read.
         """
 
     @abstractmethod
     def parameter_names(self, model: BloomForCausalLM) -> list[str]:
-        """Full names of the parameters that belong to it in a model where it is installed."""
+        """Full names of its parameters in a model where it is installed."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What it is in a few words, such as "LoRA of rank 4 on query_key_value"."""
+        """A short description, for example "LoRA of rank 4 on query_key_value"."""
 
     def merged(
         self, model: BloomForCausalLM, name: str, whole: Callable[[Tensor], Tensor], dtype: torch.dtype
@@ -98,10 +98,10 @@ class Adapter(ABC):
         """One of the base model's parameters with the adapter merged into it, computed in fp32 and rounded once.
 
         Args:
-            model: where it is installed; of a model that is divided among ranks, all of them must call this.
-            name: of the base model's parameter.
+            model: a model where it is installed. If ranks divide the model, all of them must call this.
+            name: name of a parameter of the base model.
             whole: gathers the shards of a tensor.
-            dtype: of a merged weight.
+            dtype: precision of a merged weight.
 
         Returns:
             The merged weight, or the parameter itself where the adapter does not act on it.
@@ -113,26 +113,26 @@ class Adapter(ABC):
         return 1.0
 
     def plain(self, model: BloomForCausalLM, tensors: Mapping[str, Tensor]) -> tuple["Adapter", Mapping[str, Tensor]]:
-        """An adapter of an ordinary kind that computes the same, which files can hold.
+        """An adapter that computes the same and that files can hold.
 
         Args:
-            model: where this one is installed.
-            tensors: its whole parameters by their names in the model.
+            model: a model where this adapter is installed.
+            tensors: the whole parameters of this adapter by their names in the model.
 
         Returns:
-            That adapter and its parameters.
+            The adapter for files, and its parameters by their names in the model.
         """
         return self, tensors
 
     def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
-        """Name of each of its parameters in a model where it is installed -> its key in PEFT's file."""
+        """Name of each of its parameters in a model where it is installed -> the key in PEFT's file."""
         raise AdapterError(f"PEFT's files cannot hold {self.kind}")
 
     def to_peft(self, model: BloomForCausalLM) -> PeftForm:
-        """The contents of PEFT's files for this adapter, as it is installed in a model.
+        """The contents of PEFT's files for this adapter, which is installed in the model.
 
         Raises:
-            AdapterError: they cannot hold this one.
+            AdapterError: PEFT's files cannot hold this adapter.
         """
         raise AdapterError(f"PEFT's files cannot hold {self.kind}")
 
@@ -142,31 +142,31 @@ class Adapter(ABC):
 
         Args:
             values: the contents of adapter_config.json.
-            keys: of the tensors in the file of weights.
-            model: the base model, without an adapter; one on the meta device will do.
+            keys: keys of the tensors in the file of weights.
+            model: the base model without an adapter; it may be on the meta device.
 
         Raises:
-            AdapterError: a key asks for what bloomlm does not do, or the adapter does not fit the model.
+            AdapterError: the configuration asks for what bloomlm does not have, or does not fit the model.
         """
         raise AdapterError(f"PEFT's files cannot hold {cls.kind}")
 
     def with_own_tensors(
         self, own_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model_config: BloomConfig
     ) -> tuple["Adapter", Mapping[str, Tensor]]:
-        """The adapter as it learned, from `own_file`.
+        """The adapter in the form in which it was trained, from `own_file`.
 
         Args:
-            own_tensors: the contents of that file.
-            tensors: of this adapter, as PEFT's file has them, by their names in a model.
-            model_config: of the base model.
+            own_tensors: the contents of own_file.
+            tensors: the contents of PEFT's file, by the names of this adapter's parameters in a model.
+            model_config: configuration of the base model.
 
         Returns:
-            That adapter and its parameters by their names in a model.
+            The trained adapter, and its parameters by their names in a model.
 
         Raises:
             AdapterError: the two files belong to two adapters.
         """
-        raise AdapterError(f"{self.kind} has no file of its own")
+        raise AdapterError(f"{self.kind} has no own_file")
 
 
 class AdapterModule:
@@ -188,11 +188,11 @@ class FullTuning(Adapter):
         model.requires_grad_(True)
 
     def parameter_names(self, model: BloomForCausalLM) -> list[str]:
-        """All of the model's."""
+        """The names of all parameters."""
         return [name for name, _ in model.named_parameters()]
 
     def describe(self) -> str:
-        """What learns."""
+        """The words "all weights"."""
         return "all weights"
 
 
@@ -205,13 +205,13 @@ def apply_adapter(
     """Install an adapter in place and let exactly its parameters learn.
 
     Args:
-        model: a model without an adapter. If its weights are cut for ranks, the adapter's are whole all the same.
+        model: a model without an adapter. The adapter's parameters are whole even if the model's are cut for ranks.
         adapter: what learns.
-        generator: randomness for fresh adapter weights.
-        device: where those go; None: where the model is.
+        generator: randomness for fresh parameters of the adapter.
+        device: where these go; None: where the model is.
 
     Raises:
-        AdapterError: the model has an adapter already, or its weights are in int8 and the adapter needs others.
+        AdapterError: the model has an adapter already, or is in int8, which the adapter does not accept.
     """
     if adapter_of(model) is not None:
         raise AdapterError("the model has an adapter already; merge it or load the base model again")
@@ -227,17 +227,17 @@ def adapter_of(model: BloomForCausalLM) -> Adapter | None:
 
 
 def refuse_other_keys(values: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse an adapter_config.json that asks for more than its kind's known keys.
+    """Refuse an adapter_config.json with settings that bloomlm does not have.
 
     Raises:
-        AdapterError: a key outside `known` is set, and is not one of those without effect.
+        AdapterError: a key is set that is neither in `known` nor in WITHOUT_EFFECT.
     """
     for key, value in values.items():
         if key not in known and key not in WITHOUT_EFFECT and value not in (None, False, "", [], {}):
-            raise AdapterError(f"{key} is {value!r}, which bloomlm does not do; expected it to be unset")
+            raise AdapterError(f"{key} is {value!r}, which bloomlm does not support; expected it to be unset")
 
 
 def set_parameter(module: nn.Module, name: str, tensor: Tensor, requires_grad: bool) -> None:
-    """Put a tensor in the place of a parameter, by its full name."""
+    """Replace a parameter, given by its full name, with a tensor."""
     parent, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(parent), attribute, nn.Parameter(tensor, requires_grad=requires_grad))

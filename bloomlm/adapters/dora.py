@@ -1,7 +1,7 @@
-"""DoRA: a low-rank update that turns the rows of a weight, and a trained length of each row.
+"""DoRA: a low-rank update that turns the rows of a weight, and a trained length for each row.
 
 Source: Liu et al., https://arxiv.org/abs/2402.09353: y = x (m / |V|)^T V^T + b with V = W + scaling * B A and a trained
-magnitude m for each row. |V|, the norms of V's rows, gets no gradient (section 4.3), as in PEFT.
+magnitude m for each row. The norms of V's rows, |V|, get no gradient (section 4.3), as in PEFT.
 
 Shapes: N tokens, R lora rank.
 """
@@ -21,7 +21,7 @@ from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import linear as weight_product
-from bloomlm.model.quantized import dequantize_rows, row_blocks
+from bloomlm.model.quantized import row_blocks
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -41,7 +41,7 @@ class DoraLinear(LoRALinear):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> "DoraLinear":
-        """Wrap a layer; where its weight is there and whole, the layer computes what it did."""
+        """Wrap a layer. If its weight is loaded and whole, the wrapped layer computes the same as before."""
         layer = super().from_linear(linear, config, module_name, generator, device)
         assert isinstance(layer, DoraLinear)
         layer.lora_magnitude_vector = nn.Parameter(layer.lora_A.new_ones(linear.out_features))
@@ -51,23 +51,15 @@ class DoraLinear(LoRALinear):
 
     @torch.no_grad()
     def start_from_weight(self) -> None:
-        """Set the magnitudes to the norms of the weight's rows, of which FSDP's ranks each have some."""
+        """Set the magnitudes to the norms of the weight's rows; under FSDP, of the rows that this rank holds."""
         weight = _local(self.weight)
         squares = torch.empty(len(weight), device=weight.device)
         for rows in row_blocks(weight):
-            if self.weight_scale is None:
-                block = weight[rows].float()
-            else:
-                block = dequantize_rows(weight[rows], self.weight_scale[rows], torch.float32)
-            squares[rows] = block.square().sum(1)
+            squares[rows] = self.base_rows(weight, rows).square().sum(1)
         _local(self.lora_magnitude_vector).copy_(self.partition.leave(squares).sqrt())
 
     def norms(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
-        """[out] the norms of the updated weight's rows in fp32; of rows that ranks divide, of all of it.
-
-        Args:
-            whole: as of merged_weight.
-        """
+        """[out] norms in fp32 of the whole rows of the updated weight; see merged_weight for the argument."""
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             squares = torch.cat([updated.square().sum(1) for _, updated in self.updated_rows(whole)])
             return self.partition.leave(squares).sqrt()
@@ -80,12 +72,12 @@ class DoraLinear(LoRALinear):
         scale = self.lora_magnitude_vector.float() / self.norms()
         if dropped is x:
             scaled = scale * (base + update)
-        else:  # dropout acts on all that is new, the change of the base's rows included
+        else:  # dropout acts on every change of the base's result, also on the scaling of its rows
             scaled = base + (scale - 1) * self._without_bias(dropped) + scale * update
         return (scaled + self.bias).to(base.dtype)
 
     def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """[out, in] the updated weight with rows of the trained magnitudes; see LoRALinear."""
+        """[out, in] the updated weight, its rows scaled to the trained magnitudes; see LoRALinear."""
         merged = super().merged_weight(whole, torch.float32)
         scale = whole(self.lora_magnitude_vector).float() / self.norms(whole)
         return merged.mul_(scale[:, None]).to(dtype)
@@ -97,7 +89,7 @@ class DoraLinear(LoRALinear):
 
 @dataclass(frozen=True, kw_only=True)
 class DoraConfig(LoraConfig):
-    """Which layers get an update and magnitudes, and of what rank."""
+    """Which layers get an update and magnitudes, and the rank of the updates."""
 
     kind = "DoRA"
     layer_class = DoraLinear
@@ -110,21 +102,21 @@ class DoraConfig(LoraConfig):
             layer.start_from_weight()
 
     def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
-        """PEFT names the magnitudes without the ending of modules."""
+        """As for LoRA; the key of a magnitude has no ".weight"."""
         keys = super().peft_keys(model)
         return {name: key.removesuffix(".weight") if name.endswith(MAGNITUDE) else key for name, key in keys.items()}
 
     def to_peft(self, model: BloomForCausalLM) -> PeftForm:
-        """LoRA's with use_dora and the magnitudes."""
+        """As for LoRA, with use_dora and the magnitudes."""
         form = super().to_peft(model)
         return dataclasses.replace(form, values={**form.values, "use_dora": True})
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
-        """LoRA's configuration, with use_dora."""
+        """As for LoRA, with use_dora."""
         return super().from_peft({key: value for key, value in values.items() if key != "use_dora"}, keys, model)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that FSDP shares out."""
+    """The part of a tensor that this rank holds under FSDP."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

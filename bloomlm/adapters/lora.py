@@ -38,23 +38,23 @@ PEFT_KEYS = {
     "use_rslora",
 }
 PEFT_BIASES = ("none", "all", "lora_only")
-# Ways to draw the first weights that leave the base model's weights alone; the others (pissa, olora, ...) do not.
+# Initialisations that leave the base model's weights unchanged; others (pissa, olora, ...) change them.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Adapter):
-    """Which layers get an update, and of what rank."""
+    """Which layers get an update, and the rank of the updates."""
 
     kind = "LoRA"
     path_flag = "lora_path"
     training_flag = "lora"
     accepts_int8 = True
     layer_class: ClassVar[type[LoRALinear]] = LoRALinear
-    """What takes the place of a layer."""
+    """The class that replaces a linear layer."""
 
     r: int = 4
-    """Rank of the update."""
+    """Rank of the updates."""
     lora_alpha: float | None = None
     """Numerator of the scaling; None: 2 * r."""
     lora_dropout: float = 0.0
@@ -64,13 +64,13 @@ class LoraConfig(Adapter):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Module name or regular expression of its end -> another r."""
+    """Module name, or a regular expression for its end -> the rank there, instead of r."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Module name or regular expression of its end -> another lora_alpha."""
+    """Module name, or a regular expression for its end -> the value there, instead of lora_alpha."""
     trained_tokens: tuple[int, ...] = ()
-    """Tokens whose rows of the embedding, which are the head's too, learn."""
+    """Ids of tokens whose rows of the embedding learn; the head has the same rows."""
     replaced_names: tuple[str, ...] = ()
-    """Parameters of the model itself that learn too and belong to the adapter: trained biases."""
+    """Names of the base model's parameters that learn too and are saved with the adapter: biases."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -99,12 +99,12 @@ class LoraConfig(Adapter):
         return alpha / (math.sqrt(lora_rank) if self.use_rslora else lora_rank)
 
     def describe(self) -> str:
-        """Rank and layers, and how many rows of the embedding."""
+        """Rank, layers and the number of trained rows of the embedding."""
         rows = f" and {len(self.trained_tokens):,} rows of the embedding" if self.trained_tokens else ""
         return f"{self.kind} of rank {self.r} on {', '.join(self.target_modules)}{rows}"
 
     def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
-        """Put an update beside each of its layers, and the rows that learn beside the embedding."""
+        """Put an update beside each of its layers, and trained rows beside the embedding."""
         for name, linear in self._targets(model):
             parent, _, attribute = name.rpartition(".")
             layer = self.layer_class.from_linear(linear, self, name, generator, device)
@@ -121,7 +121,7 @@ class LoraConfig(Adapter):
             base.word_embeddings = TrainedRowsEmbedding.from_embedding(base.word_embeddings, self, base.dtype, device)
 
     def start_from_weights(self, model: BloomForCausalLM) -> None:
-        """Set the rows of trained_tokens to the embedding's."""
+        """Copy the rows of trained_tokens from the embedding."""
         embedding = model.transformer.word_embeddings
         if isinstance(embedding, TrainedRowsEmbedding):
             embedding.start_from_weight()
@@ -133,15 +133,13 @@ class LoraConfig(Adapter):
                 yield name, module
 
     def parameter_names(self, model: BloomForCausalLM) -> list[str]:
-        """Those of the updates, and replaced_names."""
-        updates = [f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names]
-        rows = [f"{EMBEDDING}.{TRAINED_ROWS}"] if self.trained_tokens else []
-        return [*updates, *self.replaced_names, *rows]
+        """The parameters of the updates, replaced_names, and the trained rows."""
+        return list(self.peft_keys(model))
 
     def merged(
         self, model: BloomForCausalLM, name: str, whole: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """The weight of a layer with its update added; other parameters as they are."""
+        """A layer's weight with its update added, the embedding with its trained rows; other parameters unchanged."""
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, LoRALinear | TrainedRowsEmbedding) and attribute == "weight":
@@ -149,19 +147,19 @@ class LoraConfig(Adapter):
         return model.get_parameter(name)
 
     def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
-        """PEFT names an update's matrices as modules, and a bias of a layer with an update one module deeper."""
-        updates = {f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names}
+        """In PEFT's keys matrices of an update are modules, and a bias beside an update is one module deeper."""
+        updates = [f"{name}.{own}" for name, layer in self.layers(model) for own in layer.own_names]
         keys = {name: f"{PEFT_PREFIX}{name}.weight" for name in updates}
         keys |= {name: self._bias_key(name) for name in self.replaced_names}
         if self.trained_tokens:
             keys[f"{EMBEDDING}.{TRAINED_ROWS}"] = f"{PEFT_PREFIX}{EMBEDDING}.{PEFT_ROWS}"
-        return {name: keys[name] for name in self.parameter_names(model)}
+        return keys
 
     def to_peft(self, model: BloomForCausalLM) -> PeftForm:
-        """adapter_config.json and the updates.
+        """The configuration, the updates, the trained biases and the trained rows.
 
         Raises:
-            AdapterError: other parameters than biases learned too.
+            AdapterError: other parameters of the base model were trained too.
         """
         if others := [name for name in self.replaced_names if not name.endswith(".bias")]:
             raise AdapterError(
@@ -191,7 +189,7 @@ class LoraConfig(Adapter):
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
-        """The configuration; which biases learned too is seen in the keys of the weights."""
+        """The configuration. The keys of the weights tell which biases were trained too."""
         refuse_other_keys(values, PEFT_KEYS)
         bias = values.get("bias", "none")
         if bias not in PEFT_BIASES:
@@ -238,7 +236,7 @@ class LoraConfig(Adapter):
 
 
 def _match(pattern_values: Mapping[str, T], module_name: str, default: T) -> T:
-    """First pattern that equals the name's end at a dot, as PEFT reads rank_pattern and alpha_pattern."""
+    """The value of the first pattern that matches the whole name or its end after a dot, as in PEFT."""
     for pattern, value in pattern_values.items():
         if re.match(rf"(.*\.)?({pattern})$", module_name):
             return value

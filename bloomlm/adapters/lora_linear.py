@@ -26,11 +26,11 @@ class LoRALinear(Linear, AdapterModule):
     """A linear layer whose weight and bias keep their names, with lora_A [R, in] and lora_B [out, R] beside them."""
 
     own_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
-    """Its parameters that the base model's layer does not have."""
+    """Names of the parameters that the base model's layer does not have."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_B_learns: Tensor | None
-    """[out, R] boolean: entries of lora_B that learn, where the others stay zero; None: all of them."""
+    """[out, R] bool, True where an entry of lora_B learns; the others stay zero. None: all entries learn."""
     config: "LoraConfig"
     scaling: float
 
@@ -48,9 +48,9 @@ class LoRALinear(Linear, AdapterModule):
         Args:
             linear: the layer; its parameters stop learning.
             config: rank, scaling, dropout.
-            module_name: full name in the model, for the patterns.
+            module_name: full name in the model, for the patterns of the configuration.
             generator: randomness for lora_A.
-            device: where lora_A and lora_B go; None: where the weight is.
+            device: where the new parameters go; None: where the weight is.
         """
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features)
@@ -84,7 +84,7 @@ class LoRALinear(Linear, AdapterModule):
         base = super().forward(x)
         if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
             return base + (F.linear(low_rank, self.learning_b()) * self.scaling).to(base.dtype)
-        # one kernel multiplies, scales and adds in place: nothing needs base's old value again
+        # one kernel multiplies, scales and adds in place; nothing needs the old value of base again
         return base.addmm_(low_rank, self.learning_b().t(), alpha=self.scaling)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ class LoRALinear(Linear, AdapterModule):
         return self.lora_B if self.lora_B_learns is None else torch.where(self.lora_B_learns, self.lora_B, 0.0)
 
     def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """[out, in] the weight with the update added, some rows at a time in fp32, each rounded once.
+        """[out, in] the weight with the update added, computed in fp32 some rows at a time and rounded once.
 
         Args:
             whole: gathers the shards of a tensor.
-            dtype: of the result.
+            dtype: precision of the result.
 
         Raises:
             AdapterError: the weight is int8, whose steps are larger than most updates.
@@ -121,11 +121,13 @@ class LoRALinear(Linear, AdapterModule):
         return merged
 
     def updated_rows(self, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """The weight plus its scaled update in fp32, some rows [n, in] at a time; see merged_weight."""
+        """The weight with the update added in fp32, some rows [n, in] at a time; see merged_weight."""
         weight, lora_a, lora_b = whole(self.weight), whole(self.lora_A).float(), whole(self.lora_B)
         for rows in row_blocks(weight):
-            if self.weight_scale is None:
-                base = weight[rows].float()
-            else:
-                base = dequantize_rows(weight[rows], self.weight_scale[rows], torch.float32)
-            yield rows, base + self.scaling * (lora_b[rows].float() @ lora_a)
+            yield rows, self.base_rows(weight, rows) + self.scaling * (lora_b[rows].float() @ lora_a)
+
+    def base_rows(self, weight: Tensor, rows: slice) -> Tensor:
+        """Some rows [n, in] of the frozen weight in fp32."""
+        if self.weight_scale is None:
+            return weight[rows].float()
+        return dequantize_rows(weight[rows], self.weight_scale[rows], torch.float32)

@@ -29,7 +29,7 @@ PEFT_KEYS = {"num_attention_heads", "num_layers", "num_transformer_submodules", 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(Adapter):
-    """How many virtual tokens, and whether an MLP makes their keys and values."""
+    """The number of virtual tokens, and whether an MLP computes their keys and values."""
 
     kind = "prefix"
     path_flag = "prefix_path"
@@ -53,11 +53,11 @@ class PrefixConfig(Adapter):
 
     @property
     def num_virtual_tokens(self) -> int:
-        """num_prefix_tokens."""
+        """The same as num_prefix_tokens."""
         return self.num_prefix_tokens
 
     def describe(self) -> str:
-        """Number of tokens, and whether a projection gives them."""
+        """Number of tokens, and whether there is a projection."""
         return f"prefix of {self.num_prefix_tokens} tokens{' and their projection' if self.prefix_projection else ''}"
 
     def install(self, model: BloomForCausalLM, generator: torch.Generator | None, device: torch.device | None) -> None:
@@ -70,20 +70,20 @@ class PrefixConfig(Adapter):
         model.transformer.prefix = encoder.train(model.training)
 
     def parameter_names(self, model: BloomForCausalLM) -> list[str]:
-        """Those of the encoder."""
+        """The parameters of the encoder."""
         return [PREFIX + name for name, _ in self._encoder(model).named_parameters()]
 
     def plain(self, model: BloomForCausalLM, tensors: Mapping[str, Tensor]) -> tuple[Adapter, Mapping[str, Tensor]]:
-        """The adapter of a PrefixEncoder that is of no subclass."""
+        """The configuration and parameters of a PrefixEncoder without a subclass."""
         config, own = self._encoder(model).plain({name.removeprefix(PREFIX): tensors[name] for name in tensors})
         return config, {PREFIX + name: tensor for name, tensor in own.items()}
 
     def peft_keys(self, model: BloomForCausalLM) -> dict[str, str]:
-        """PEFT keeps the keys and values alone, which are the parameter of an encoder without projection."""
+        """PEFT stores keys and values only, which are the parameter of an encoder without projection."""
         return {f"{PREFIX}embedding.weight": PROMPT_EMBEDDINGS}
 
     def to_peft(self, model: BloomForCausalLM) -> PeftForm:
-        """adapter_config.json, the keys and values, and, of a projection, what learns."""
+        """The configuration, the keys and values, and, with a projection, the trained parameters in own_file."""
         encoder = self._encoder(model)
         with torch.no_grad():
             given = encoder.flat()
@@ -95,7 +95,7 @@ class PrefixConfig(Adapter):
             "num_virtual_tokens": config.num_prefix_tokens,
             **_sizes(model.config),
             "encoder_hidden_size": config.prefix_projection_hidden_size or model.config.hidden_size,
-            # false even where we learn through one: for training, true lets PEFT build an MLP that the file has not
+            # false even with a projection: true would make PEFT build an MLP for training, whose weights the file lacks
             "prefix_projection": False,
             "revision": None,
         }
@@ -104,7 +104,7 @@ class PrefixConfig(Adapter):
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
-        """The configuration as one without projection: PEFT stores what the projection gave."""
+        """The configuration, without projection, because PEFT stores the projection's result."""
         refuse_other_keys(values, PEFT_KEYS)
         for key, value in _sizes(model.config).items():
             if values.get(key, value) not in (value, None):
@@ -117,7 +117,7 @@ class PrefixConfig(Adapter):
     def with_own_tensors(
         self, own_tensors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model_config: BloomConfig
     ) -> tuple[Adapter, Mapping[str, Tensor]]:
-        """The embedding and the MLP that gave the keys and values."""
+        """The configuration with projection, and the parameters that compute the keys and values."""
         first = own_tensors.get("transform.0.weight")
         width = None if first is None else len(first)
         config = dataclasses.replace(self, prefix_projection=True, prefix_projection_hidden_size=width)
@@ -131,7 +131,7 @@ class PrefixConfig(Adapter):
         with torch.no_grad():
             given = encoder.flat()
         flat = tensors[f"{PREFIX}embedding.weight"]
-        # what rounding to the file's precision may change: the values have been through two matrix products
+        # rounding to the files' precision may change the results of two matrix products by this much
         dtypes = (tensor.dtype for tensor in (flat, *own_tensors.values()))
         tolerance = 32 * torch.finfo(min(dtypes, key=lambda dtype: dtype.itemsize)).eps
         if not torch.allclose(given, flat.float(), rtol=tolerance, atol=tolerance * float(given.abs().max())):
@@ -178,13 +178,10 @@ class PrefixEncoder(VirtualTokens, AdapterModule):
         return self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
 
     def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
-        """What of a PrefixEncoder, no subclass of it, gives the same keys and values.
+        """The configuration and parameters of a PrefixEncoder that computes the same; for subclasses to override.
 
         Args:
-            tensors: the whole parameters of this one, by name.
-
-        Returns:
-            Its configuration and its parameters.
+            tensors: the whole parameters of this encoder by name.
         """
         return self.config, dict(tensors)
 
@@ -196,7 +193,7 @@ class PrefixEncoder(VirtualTokens, AdapterModule):
 
 
 def _sizes(model_config: BloomConfig) -> dict[str, int]:
-    """What PEFT's configuration says of the base model."""
+    """The sizes of the base model in PEFT's configuration."""
     return {
         "num_layers": model_config.n_layer,
         "num_attention_heads": model_config.n_head,

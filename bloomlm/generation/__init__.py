@@ -1,5 +1,5 @@
-"""Tokens after a prompt: options, pure functions on logits, beam bookkeeping, the session, and the texts around it.
+"""Continuing prompts: options, pure functions on logits, beam search, the session, and completion of texts.
 
-Nothing here knows a model. BLOOM in PyTorch (model/decoding.py) and exported programs (bloomlm.runtime) offer the calls
-of language_model.py, so options mean the same for both.
+Nothing here knows a model. BLOOM in PyTorch (model/decoding.py) and exported programs (bloomlm.runtime) both have the
+interface in language_model.py, so options mean the same for both.
 """

@@ -1,7 +1,7 @@
-"""Beam search for one prompt: scores and tokens, without the model that gives them.
+"""The state of a beam search for one prompt: scores and tokens, without the model.
 
-The search is transformers' (early_stopping False): of each step's 2 * W likeliest continuations, those among the
-first W that end are kept as finished, and the best W that do not end go on. The search closes once its best
+The search is that of transformers (early_stopping False). Each step takes the 2 * W likeliest continuations. Of the
+first W, those that end are kept as finished; the best W that do not end go on. The search closes when its best
 unfinished beam, at its present length, cannot beat its worst finished one.
 
 Shapes: W beams, V vocabulary, M new tokens at most.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_NEVER = -1.0e9  # a log-probability that no real continuation is below
+_NEVER = -1.0e9  # a log-probability lower than that of any real continuation
 
 
 class BeamSearchState:
@@ -37,7 +37,7 @@ class BeamSearchState:
         self.tokens = torch.zeros(num_beams, max_new_tokens, dtype=torch.int64, device=device)
         """[W, M] tokens of the running beams, num_generated of them filled."""
         self.scores = torch.full((num_beams,), _NEVER, device=device)
-        """[W] their log-probabilities. At first all beams are the same, so only one of them counts."""
+        """[W] log-probabilities of the running beams. At first all beams are equal, so only one of them counts."""
         self.scores[0] = 0.0
         self.finished_tokens = torch.zeros_like(self.tokens)
         self.finished_lengths = torch.zeros(num_beams, dtype=torch.int64, device=device)
@@ -49,10 +49,10 @@ class BeamSearchState:
 
         Args:
             log_probs: [W, V] of the next token of each running beam.
-            ends: tells whether a candidate, given as its tokens, ends for a reason of the caller's (a stop text).
+            ends: from the tokens of a candidate, whether it contains a stop text.
 
         Returns:
-            The beams [W] that the new running beams grew from, and their new tokens [W].
+            The beams [W] that the new running beams continue, and their new tokens [W].
         """
         totals = log_probs + self.scores[:, None]
         scores, flat = totals.flatten().topk(2 * self.num_beams)

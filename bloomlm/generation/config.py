@@ -1,8 +1,8 @@
 """The options of a generation.
 
-A strategy is a value that has only the options which act under it, so an option without effect cannot be given.
-`GenerationConfig.from_options` takes all options side by side, as flags and keyword arguments give them, and refuses
-those without effect.
+A strategy is a value with only the options that act under it, so an option without effect cannot be given.
+`GenerationConfig.from_options` takes all options together, as flags and keyword arguments do, and refuses those without
+effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from bloomlm.errors import GenerationError
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy:
-    """The most likely token each time; of equals, the one with the lowest id."""
+    """The most likely token each time; among equally likely tokens, the one with the lowest id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """A random token each time, reproducible: sequence i of a run depends on (seed, i) and its own prompt only."""
+    """A random token each time. Sequence i of a run depends on (seed, i) and its own prompt only."""
 
     temperature: float = 1.0
     """Divides the logits: below 1 sharpens, above 1 flattens the distribution."""
@@ -39,7 +39,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch:
-    """The likeliest whole continuation found by following num_beams of them side by side."""
+    """The likeliest whole continuation found by following num_beams continuations at once."""
 
     num_beams: int = 4
     """Continuations followed at once."""
@@ -89,17 +89,12 @@ class GenerationConfig:
         )
         _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
         _check(self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", self.no_repeat_ngram_size, "0 or more")
-        most = self._most_return_sequences()
-        _check(
-            1 <= self.num_return_sequences <= most,
-            "num_return_sequences",
-            self.num_return_sequences,
-            "1 with greedy decoding, which has one answer"
-            if isinstance(self.strategy, Greedy)
-            else f"an integer from 1 to num_beams ({most})"
-            if isinstance(self.strategy, BeamSearch)
-            else "an integer from 1",
-        )
+        most, expected = float("inf"), "an integer from 1"
+        if isinstance(self.strategy, Greedy):
+            most, expected = 1, "1 with greedy decoding, which has one answer"
+        elif isinstance(self.strategy, BeamSearch):
+            most, expected = self.num_rows, f"an integer from 1 to num_beams ({self.num_rows})"
+        _check(1 <= self.num_return_sequences <= most, "num_return_sequences", self.num_return_sequences, expected)
         _check(all(self.stop), "stop", self.stop, "texts that are not empty")
 
     @property
@@ -107,18 +102,13 @@ class GenerationConfig:
         """Sequences that are followed at once for one prompt: its samples, or its beams."""
         return self.strategy.num_beams if isinstance(self.strategy, BeamSearch) else self.num_return_sequences
 
-    def _most_return_sequences(self) -> float:
-        if isinstance(self.strategy, Greedy):
-            return 1
-        return self.strategy.num_beams if isinstance(self.strategy, BeamSearch) else float("inf")
-
     @classmethod
     def from_options(cls, *, decode_strategy: str = "greedy", **options: Any) -> "GenerationConfig":
-        """Build a configuration from options side by side, as flags give them; None means that an option is not given.
+        """Build a configuration from all options together, as flags give them; an option that is None is not given.
 
         Args:
             decode_strategy: greedy, sampling or beam_search.
-            options: any field of this class (but strategy) and of the strategy's class.
+            options: fields of this class, except strategy, and of the strategy's class.
 
         Raises:
             GenerationError: an unknown name, a value out of range, or an option without effect under the strategy.

@@ -39,20 +39,21 @@ def generate(
     """Continue prompts, all in one batch.
 
     Args:
-        model: what computes the logits: a BloomForCausalLM, or an exported program's model.
+        model: computes the logits: a BloomForCausalLM, or the model of an exported program.
         prompts: lists of ids, at least one id each.
-        config: how; by default greedily.
-        on_token: called with (index in the result, id) for each token as it comes; not with a beam search, which
-            settles on its tokens at the end only.
+        config: how to continue them; None: greedily.
+        on_token: called with (index in the result, id) for each token as it comes; impossible with a beam search, which
+            decides on its tokens at the end.
         decode_text: ids to text, needed for stop texts.
-        first_sequence: number of the first result among all sequences of a run in many batches; with the seed it
-            decides the random numbers.
+        first_sequence: number of the first result within a run of many batches; with the seed it decides the random
+            numbers.
 
     Returns:
         num_return_sequences continuations of the first prompt, then of the second, and so on.
 
     Raises:
-        GenerationError: an empty prompt, an id the model does not have, or options that need what is missing.
+        GenerationError: an empty prompt, an id outside the vocabulary, on_token with a beam search, or stop texts
+            without decode_text.
     """
     config = config or GenerationConfig()
     if on_token is not None and isinstance(config.strategy, BeamSearch):
@@ -82,17 +83,17 @@ class Completion:
     """One continuation of one prompt."""
 
     prompt: str
-    """The whole prompt, as it was given."""
+    """The whole prompt, before any cut."""
     completion: str
     """The generated text, without special tokens, cut before a stop text."""
     finish_reason: FinishReason
-    """eos: the model ended it; stop: a stop text occurred; length: max_new_tokens were generated."""
+    """Why it ended."""
     tokens: list[int]
-    """The generated ids, with `</s>` or the stop text's tokens at the end where there are any."""
+    """The generated ids, including a final `</s>` or the tokens of the stop text."""
 
 
 class TextCodec(Protocol):
-    """The part of a tokenizer that is needed here."""
+    """The part of a tokenizer that complete needs."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts."""
@@ -120,7 +121,7 @@ class GenerateTokens(Protocol):
 
 
 def complete(
-    generate: GenerateTokens,
+    generate_tokens: GenerateTokens,
     tokenizer: TextCodec,
     prompts: Sequence[str],
     config: GenerationConfig,
@@ -130,16 +131,16 @@ def complete(
     num_done: int = 0,
     on_token: OnToken | None = None,
 ) -> Iterator[Completion]:
-    """Complete prompts batch by batch; completions are yielded as soon as their batch is done.
+    """Complete prompts batch by batch; completions are yielded when their batch is done.
 
     Args:
-        generate: continues ids.
-        tokenizer: texts to ids and back.
+        generate_tokens: continues ids, all in one batch.
+        tokenizer: converts texts to ids and back.
         prompts: all prompts of the run.
         config: how to continue them.
-        batch_size: prompts computed at once.
-        src_length: most tokens of a prompt; the end of a longer one is dropped. None: no cut.
-        num_done: prompts to leave out at the beginning; the others' samples stay what they would have been.
+        batch_size: number of prompts that are computed at once.
+        src_length: the most tokens of a prompt; the end of a longer one is dropped. None: no cut.
+        num_done: number of prompts to skip at the beginning; the samples of the others do not change.
         on_token: called with (index among all completions of the run, id) for each token as it comes.
 
     Raises:
@@ -150,7 +151,7 @@ def complete(
     encoded = _encode(tokenizer, prompts, src_length)
     for start in range(num_done, len(prompts), batch_size):
         first = start * config.num_return_sequences
-        results = generate(
+        results = generate_tokens(
             encoded[start : start + batch_size],
             config,
             on_token=_shifted(on_token, first),

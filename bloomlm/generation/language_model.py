@@ -1,4 +1,4 @@
-"""The calls that generation makes of a model. BLOOM in PyTorch and programs of every format have them.
+"""The interface of a model that generates. BLOOM in PyTorch and programs of every format have it.
 
 Shapes: B rows of a call, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ModelRows(Protocol):
-    """Memory for sequences that are being continued, one in each row; no row moves when others change."""
+    """Memory for sequences that are being continued, one in each row; a row stays in place when others change."""
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to rows.
@@ -41,12 +41,12 @@ class ModelRows(Protocol):
         ...
 
     def free(self, row: int) -> None:
-        """Forget what a row holds."""
+        """Let a row be used for another sequence."""
         ...
 
 
 class LanguageModel(Protocol):
-    """A model that can read and continue sequences."""
+    """A model that reads and continues sequences."""
 
     @property
     def vocab_size(self) -> int:
@@ -59,5 +59,5 @@ class LanguageModel(Protocol):
         ...
 
     def open_rows(self, num_rows: int, num_tokens: int) -> ModelRows:
-        """Allocate memory for num_rows sequences of at most num_tokens tokens each, all rows free."""
+        """Room for num_rows sequences of at most num_tokens tokens each, all rows free."""
         ...

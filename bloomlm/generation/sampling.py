@@ -1,8 +1,7 @@
 """Pure functions from logits to logits and to ids.
 
-Each acts on many sequences at once. The definitions are those of transformers' logits
-processors, with which tests compare values. A sequence's history is padded behind its end, and pads never count as
-tokens.
+Each acts on many sequences at once. The definitions are those of transformers' logits processors, with which tests
+compare values. A sequence's history is padded behind its end, and pads never count as tokens.
 
 Shapes: B sequences, V vocabulary, S tokens of history (pads included).
 """
@@ -21,7 +20,7 @@ def choose(logits: Tensor, strategy: Sampling | None, uniforms: Tensor | None) -
 
     Args:
         logits: [B, V] of the next token.
-        strategy: how to sample; None takes the largest logit, of equals the first.
+        strategy: how to sample; None takes the largest logit, the first one among equal logits.
         uniforms: [B] random numbers in [0, 1), needed to sample.
 
     Returns:
@@ -44,8 +43,8 @@ def apply_repetition_penalty(logits: Tensor, history: Tensor, lengths: Tensor, p
     Args:
         logits: [B, V].
         history: [B, S] prompt and generated tokens, at least one, then pads.
-        lengths: [B] tokens of each row that are no pads.
-        penalty: above 1.0 discourages, below encourages.
+        lengths: [B] number of tokens of each row without pads.
+        penalty: above 1.0 discourages repetition, below 1.0 encourages it.
 
     Returns:
         [B, V].
@@ -60,12 +59,12 @@ def apply_repetition_penalty(logits: Tensor, history: Tensor, lengths: Tensor, p
 
 
 def ban_repeated_ngrams(logits: Tensor, history: Tensor, lengths: Tensor, ngram_size: int) -> Tensor:
-    """Ban each token that would complete a run of ngram_size tokens which the row contains already.
+    """Ban each token that would complete a run of ngram_size tokens that the row contains already.
 
     Args:
         logits: [B, V].
         history: [B, S] prompt and generated tokens, then pads.
-        lengths: [B] tokens of each row that are no pads.
+        lengths: [B] number of tokens of each row without pads.
         ngram_size: length of the runs that may occur once only.
 
     Returns:
@@ -109,7 +108,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
         top_p: above 0, at most 1.0.
 
     Returns:
-        [B, V], minus infinity at the others.
+        [B, V], minus infinity at all other tokens.
 
     Source: nucleus sampling, https://arxiv.org/abs/1904.09751.
     """
@@ -121,12 +120,12 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def uniform_numbers(seed: int, sequence_indices: Sequence[int], count: int) -> Tensor:
-    """The random numbers that sequences draw with: row i depends on (seed, sequence_indices[i]) alone.
+    """The random numbers of sequences: row i depends on (seed, sequence_indices[i]) alone.
 
     Args:
-        seed: of the run.
-        sequence_indices: B numbers that tell the run's sequences apart, whatever batch they are in.
-        count: numbers of each sequence; a smaller count gives the beginning of a larger one.
+        seed: seed of the run.
+        sequence_indices: number of each sequence within the whole run [B].
+        count: random numbers of each sequence; the first ones do not depend on it.
 
     Returns:
         [B, count] float64 in [0, 1).

@@ -1,7 +1,7 @@
 """DecodeSession, the unit of generation: sequences are admitted, take steps together, and leave one by one.
 
-Each sequence has its own options, random numbers, stop texts and length. In float32 its tokens are those that it would
-have alone. The session knows token ids only; a caller that wants stop texts hands in how ids become text.
+Each sequence has its own options, random numbers, stop texts and length. In float32 it gets the same tokens as if it
+were alone. The session knows token ids only; for stop texts, the caller passes a function from ids to text.
 
 Shapes: B rows of a step, V vocabulary.
 """
@@ -26,12 +26,11 @@ class Event:
     """One new token of one sequence."""
 
     handle: int
-    """The sequence, as `admit` named it."""
+    """Handle of the sequence, from `admit`."""
     token: int
     """Its new id."""
     finish_reason: FinishReason | None
-    """Set at the last token. eos: the model ended it; stop: a stop text occurred; length: max_new_tokens were
-    generated."""
+    """Why the sequence ends with this token; None where it goes on."""
 
 
 class DecodeSession:
@@ -56,14 +55,14 @@ class DecodeSession:
         self._free_rows = list(range(max_rows))
         self._running: list[Sample | Search] = []
         self._unread: dict[int, int] = {}
-        """Row -> its newest token, which the model has not read."""
+        """Row -> its newest token, which the model has not read yet."""
         self._logits: dict[int, Tensor] = {}
-        """Row -> [V] what its prompt gave, until the next step."""
+        """Row -> the logits [V] after its prompt, until the next step."""
         self._num_admitted = 0
 
     @property
     def num_free_rows(self) -> int:
-        """Rows that no sequence has."""
+        """Number of rows that no sequence uses."""
         return len(self._free_rows)
 
     @property
@@ -80,14 +79,14 @@ class DecodeSession:
         Args:
             prompts: lists of ids, at least one id each.
             configs: how to continue each of them.
-            first_sequence: number of the first of these sequences in the caller's counting; with the seed it decides
-                the random numbers of each.
+            first_sequence: number of the first of these sequences within the caller's run; with the seed it decides
+                the random numbers.
 
         Returns:
             A handle for each sequence: num_return_sequences of the first prompt, then of the second, and so on.
 
         Raises:
-            GenerationError: an empty prompt, an id the model does not have, too few free rows, a sequence longer than
+            GenerationError: an empty prompt, an id outside the vocabulary, too few free rows, a sequence longer than
                 max_tokens, or stop texts without decode_text.
         """
         self._check(prompts, configs)
@@ -115,8 +114,8 @@ class DecodeSession:
         """Give every sequence its next token; those that end leave the session.
 
         Returns:
-            One event for each sequence, in the order of admission. A beam search knows its tokens only when it ends:
-            its sequences have no events until then, and in that step one for each of their tokens.
+            One event for each sequence, in the order of admission. A beam search decides on its tokens when it ends:
+            its sequences have no events until then, and in that step one event for each token.
         """
         if not self._running:
             return []
@@ -144,7 +143,7 @@ class DecodeSession:
         return sorted(events, key=lambda event: event.handle)
 
     def evict(self, handles: Iterable[int]) -> None:
-        """Let sequences leave; those of one beam search leave together. Handles that have left already are ignored."""
+        """Remove sequences; results of one beam search leave together. Handles that have left already are ignored."""
         given = set(handles)
         leaving = [sequence for sequence in self._running if not given.isdisjoint(sequence.handles)]
         for row in (row for sequence in leaving for row in sequence.rows):
@@ -228,8 +227,10 @@ class DecodeSession:
         return events
 
     def _regrow(self, rows: Sequence[int], parents: Sequence[int]) -> list[int]:
-        """Rows for new beams, of which number i continues beam parents[i]: the first child of a beam keeps its row,
-        the others get copies in rows of beams without children."""
+        """The rows of the new beams, of which beam i continues beam parents[i].
+
+        The first child of a beam keeps its row; the others get copies in the rows of beams without children.
+        """
         unused = [row for beam, row in enumerate(rows) if beam not in parents]
         placed: list[int] = []
         for parent in parents:

@@ -3,11 +3,11 @@
 BLOOM adds slope_h * j to the score of head h for the key at position j (Press et al., https://arxiv.org/abs/2108.12409;
 the softmax does not see the part that depends on the query alone). Instead of a [H, T, S] bias, which no fused kernel
 takes beside its causal mask without reading it from memory, the product is computed by the score itself: the query
-gets the slope as extra columns, the key its position, and scale * (q . k + slope / scale * j) is what is wanted.
+gets the slope as extra columns and the key its position, so that the score is scale * (q . k + slope / scale * j).
 
-In 16-bit precision neither factor fits one column, so each is written as a sum of parts that have at most 8
-significant bits, exact in bfloat16 (and in TF32); the kernel adds the products in fp32. A slope takes 3 parts
-(24 bits, all of fp32), a position 2 (exact to 65,536).
+In 16-bit precision neither factor fits one column, so each is written as a sum of parts of at most 8 significant bits,
+which are exact in bfloat16 and in TF32; the kernel adds the products in fp32. A slope takes 3 parts (24 bits, all of
+fp32), a position 2 (exact to 65,536).
 
 Shapes: N packed tokens, H heads, K head_dim, C = COLUMNS.
 """
@@ -26,7 +26,7 @@ _POSITION_UNIT = 256
 def head_slopes(n_head: int) -> list[float]:
     """The slope of each head.
 
-    For a power of two n: 2^(-8/n), 2^(-16/n), ... 2^-8. Otherwise those of the next lower power of two, followed by
+    For a power of two n: 2^(-8/n), 2^(-16/n), ... 2^-8. Otherwise the slopes of the next lower power of two, then
     every other slope of twice that power. Source: the ALiBi paper and its reference code, as BLOOM was trained.
     """
     base = 2 ** math.floor(math.log2(n_head))

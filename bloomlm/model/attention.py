@@ -1,7 +1,7 @@
 """The attention kernels behind one function: documents side by side, virtual tokens in front, or cached keys.
 
 ALiBi arrives inside the columns of queries and keys (see alibi.py), so the plain causal kernel of
-scaled_dot_product_attention does all the work and no [heads, T, S] tensor exists. On GPUs that can, documents of
+scaled_dot_product_attention does all the work and no [heads, T, S] tensor exists. On recent GPUs, documents of
 different lengths go through one block-sparse kernel instead (see flex.py).
 
 Shapes: B batch, T new tokens, S cached tokens, N packed tokens, H heads, K head_dim, C position columns,
@@ -23,10 +23,10 @@ from bloomlm.model.partition import WHOLE, Partition
 SHORT_TOKENS = 128
 """Documents of at most this many tokens are computed together."""
 MOST_PADDED = 1.5
-"""A group of padded documents computes at most this many times the scores of its documents alone."""
+"""The most scores that a padded group of documents computes, relative to the scores of the documents alone."""
 _BLOCK_QUERIES = 64
 _LONGEST_IN_BLOCKS = 1024
-"""The longest document that is computed one block of queries at a time where that is faster."""
+"""The longest document that may be computed one block of queries at a time."""
 
 
 def attend(
@@ -43,9 +43,9 @@ def attend(
 
     Args:
         fused: [N, H, 3, E] queries, keys and values with their position columns.
-        documents: how the N tokens lie.
+        documents: the lengths of the documents that the N tokens form.
         head_dim: K; the score scale is K ** -0.5.
-        virtual: keys and values [H, P, E] that stand before every document; rows of a cache that are not free hold
+        virtual: keys and values [H, P, E] that stand before every document. Rows of a cache that are in use hold
             them already.
         layer: index of the block, for the cache.
         extension: the rows of a cache that the documents continue; they receive the new keys and values.
@@ -73,7 +73,7 @@ class VirtualTokens(nn.Module):
         self.heads = heads
         """The heads whose keys and values are needed here."""
         self.partition: Partition = WHOLE
-        """How ranks divide the keys and values, which happens before the heads are chosen."""
+        """Its `enter` is applied to the keys and values before the heads are chosen."""
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """For each block the keys and values, [H, P, K] each, of the heads that are needed here."""
@@ -117,8 +117,8 @@ def _attend_documents(
 def _groups(lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Documents that go through the kernel together, the longest of each group first.
 
-    A call of the kernel costs more than the arithmetic of a short document, so short ones of about the same length
-    are padded at their ends, where the causal kernel lets no real token look. Long ones go alone.
+    A kernel call costs more than the arithmetic of a short document, so short documents of about the same length are
+    padded at their ends, where the causal mask hides the pads from real tokens. Long documents go alone.
     """
     groups: list[list[int]] = []
     exact = 0
@@ -138,7 +138,7 @@ def _causal(batch: Tensor, scale: float, virtual: tuple[Tensor, Tensor] | None, 
     """[B, T, H, 3, E] -> [B, T, H, E]."""
     query, key, value = batch.permute(3, 0, 2, 1, 4)
     if virtual is not None:
-        # P rows of queries that nobody reads make the score matrix square, which the causal kernel needs
+        # P queries whose results are dropped make the score matrix square, which the causal kernel needs
         virtual_key, virtual_value = (tensor.expand(len(batch), -1, -1, -1) for tensor in virtual)
         query = torch.cat((torch.zeros_like(virtual_key), query), dim=2)
         key = torch.cat((virtual_key, key), dim=2)
@@ -161,7 +161,7 @@ def _is_faster_in_blocks(query: Tensor) -> bool:
 
 
 def _causal_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """A block of queries at a time, whose scores stay in the caches: [B, H, T, E] each -> [B, H, T, E]."""
+    """One block of queries at a time, so that scores stay in the processor's caches: [B, H, T, E] -> [B, H, T, E]."""
     num_tokens = query.shape[2]
     out = query.new_empty(query.shape[0], num_tokens, *query.shape[1::2]).transpose(1, 2)
     future = query.new_full((_BLOCK_QUERIES, _BLOCK_QUERIES), -torch.inf).triu_(1)

@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
         extension: Extension | None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] -> [N, D], or [M, D] of the given rows; columns [N, H, 3, C] carry the positions."""
+        """[N, D] -> [N, D], or [M, D] for the given rows [M]; columns [N, H, 3, C] carry the positions."""
         fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
         with self.dense.partition.input_randomness() if dropout else nullcontext():
@@ -99,7 +99,7 @@ class BloomBlock(nn.Module):
         extension: Extension | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] -> [N, D], or [M, D] of the given rows."""
+        """[N, D] -> [N, D], or [M, D] for the given rows [M]."""
         normed = self.input_layernorm(x)
         attended = self.self_attention(normed, columns, documents, virtual, layer, extension, rows)
         residual = normed if self.post_layernorm_residual else x
@@ -110,8 +110,8 @@ class BloomBlock(nn.Module):
     def compile_around_attention(self, backend: str | Callable[..., Any]) -> None:
         """Let torch.compile fuse the operations between the products.
 
-        Attention stays outside: the lengths of the documents would become constants of the graph, and every batch would
-        be compiled anew.
+        Attention stays outside, because the lengths of the documents would become constants of the graph, and every
+        batch would be compiled anew.
         """
         self.self_attention.attend = torch.compiler.disable(attend)
         self.compile(backend=backend)
@@ -138,7 +138,7 @@ class BloomModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of computations without autocast: that of the weights, unless these are int8."""
+        """The precision of computations without autocast, which floating-point weights have too."""
         return self.ln_f.weight.dtype
 
     @property
@@ -158,11 +158,10 @@ class BloomModel(nn.Module):
 
         Args:
             tokens: [N] int64 ids.
-            documents: how they lie.
-            extension: the rows of a cache that the documents continue, where given; they receive the new keys and
-                values.
-            rows: [M] int64, the tokens whose hidden states are wanted; None: all. The last block does no more than
-                these need.
+            documents: the lengths of the documents that they form.
+            extension: the rows of a cache that the documents continue and that receive the new keys and values.
+            rows: [M] int64, the tokens whose hidden states are returned; None: all. The last block computes no other
+                token's MLP.
 
         Returns:
             [N, D] hidden states after the last layer norm, or [M, D].
@@ -183,7 +182,7 @@ class BloomModel(nn.Module):
         return self.ln_f(x)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Let torch.compile fuse the small operations of every block, on a model with its adapter installed."""
+        """Let torch.compile fuse the small operations of every block; to be called after the adapter is installed."""
         for block in self.h:
             assert isinstance(block, BloomBlock)
             block.compile_around_attention(backend)
@@ -224,7 +223,7 @@ class BloomForCausalLM(nn.Module):
         return self.config.eos_token_id
 
     def open_rows(self, num_rows: int, num_tokens: int) -> BloomRows:
-        """A cache of sequences that this model reads and continues, each of num_tokens at most."""
+        """Room for num_rows sequences of at most num_tokens tokens each, which this model reads and continues."""
         return BloomRows(self, num_rows, num_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -239,7 +238,7 @@ class BloomForCausalLM(nn.Module):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], nonzero at real tokens, with pads on either side; None: no pads.
-            kv_cache: a cache of B rows, which the batch's rows continue and which receives the new keys and values.
+            kv_cache: a cache of B rows, which the batch continues and which receives the new keys and values.
 
         Returns:
             [B, T, V]; rows of pads hold zeros.

@@ -7,8 +7,8 @@ from typing import Any
 
 from bloomlm.errors import ConfigError
 
-# Field -> the keys under which config.json files hold it, the one that we write first. BLOOM's own files of 2022 say
-# n_embed and num_attention_heads, transformers has used both spellings of each since, other programs' say hidden_size.
+# Field -> the keys under which config.json files hold it; the first is the key that we write. BLOOM's own files of 2022
+# say n_embed and num_attention_heads, transformers has used both spellings of each, and other programs say hidden_size.
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size", "n_embed", "n_embd"),
@@ -26,14 +26,13 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "dtype": ("dtype", "torch_dtype"),
 }
 REQUIRED = ("vocab_size", "hidden_size", "n_layer", "n_head")
-COUNTS = REQUIRED
 MOST_BLOCKS = 1000  # far more than any model has; larger numbers are mistakes and would take long to fail
 PROBABILITIES = ("hidden_dropout", "attention_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BloomConfig:
-    """The shape of a BLOOM model, and the other settings in its config.json.
+    """The shape of a BLOOM model and the other settings in its config.json.
 
     Source: the config.json of bigscience/bloom and transformers' BloomConfig.
     """
@@ -65,12 +64,12 @@ class BloomConfig:
     pad_token_id: int | None = 3
     """Id of <pad>."""
     dtype: str | None = None
-    """Precision the weights are stored in, as config.json names it (float32, float16, bfloat16)."""
+    """Precision of the stored weights, as config.json names it (float32, float16, bfloat16)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Every other key of config.json, kept so that writing it back loses nothing."""
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
+        for name in REQUIRED:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"BLOOM config: {name} is {value!r}; expected a whole number of at least 1")
@@ -114,7 +113,7 @@ class BloomConfig:
                 known[name] = None  # an explicit null: the tokenizer has no such token
         missing = [" or ".join(SPELLINGS[name]) for name in REQUIRED if name not in known]
         if missing:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}; is it a BLOOM model's?")
+            raise ConfigError(f"config.json lacks {', '.join(missing)}; is it the config.json of a BLOOM model?")
         if isinstance(known.get("dtype"), str):
             known["dtype"] = known["dtype"].removeprefix("torch.")
         config = cls(**known, extra=rest)

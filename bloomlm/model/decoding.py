@@ -1,4 +1,4 @@
-"""BLOOM as generation uses it: prompts are read into rows of a cache, and rows are given one token at a time.
+"""BLOOM as generation uses it: prompts are read into rows of a cache, then every row is continued token by token.
 
 Shapes: B rows of a call, V vocabulary.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BloomRows:
-    """Sequences in a cache, and the model that reads and continues them, in eval mode whatever mode it is in."""
+    """Sequences in a cache and the model that continues them, which computes in eval mode and then leaves it again."""
 
     def __init__(self, model: "BloomForCausalLM", num_rows: int, num_tokens: int) -> None:
         self._model = model
@@ -35,30 +35,14 @@ class BloomRows:
         )
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to rows in one packed forward pass, with the head on the last token of each only.
-
-        Args:
-            rows: B different rows, free or not.
-            prompts: B lists of at least one id.
-
-        Returns:
-            [B, V] logits of each row's next token.
-        """
+        """Append B lists of ids to B different rows in one packed forward pass -> [B, V] logits of the next tokens."""
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor(list(chain.from_iterable(prompts)), device=self._device)
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1
         return self._logits(tokens, Documents.packed(lengths), rows, last)
 
     def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
-        """Append one token to each of the rows.
-
-        Args:
-            rows: B different rows, none free.
-            tokens: [B] int64.
-
-        Returns:
-            [B, V] logits of the token after it.
-        """
+        """Append one token [B] int64 to each of B different rows in use -> [B, V] logits of the next tokens."""
         return self._logits(tokens, Documents.equal(len(tokens), 1), rows, None)
 
     def copy_row(self, source: int, target: int) -> None:
@@ -66,7 +50,7 @@ class BloomRows:
         self.cache.copy_row(source, target)
 
     def free(self, row: int) -> None:
-        """Forget what a row holds."""
+        """Let a row be used for another sequence."""
         self.cache.free(row)
 
     def _logits(self, tokens: Tensor, documents: Documents, rows: Sequence[int], last: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""How the real tokens of a batch lie one after another, without pads.
+"""The real tokens of a batch, packed one after another without pads.
 
-The model's linear layers see packed tokens only; attention looks at one document at a time. A padded batch, left or
-right, is packed by its attention mask, so pads cost nothing and change nothing.
+The model's linear layers see packed tokens only, and attention stays within a document. A padded batch is packed by its
+attention mask, so pads cost nothing and change nothing.
 
 Shapes: B batch, T padded length, N packed tokens.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The lengths of N packed tokens' documents, and where the tokens stand in the padded [B, T] batch."""
+    """The lengths of the documents that N packed tokens form, and the tokens' places in the padded [B, T] batch."""
 
     lengths: tuple[int, ...]
     """Tokens of each document, in packed order; they add up to N."""

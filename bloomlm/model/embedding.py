@@ -1,4 +1,4 @@
-"""The word embedding, which is the head too, and the two ways in which its gradients add up.
+"""The word embedding, which is also the head, and the two ways in which its gradients are added up.
 
 Shapes: N packed tokens, D hidden, V vocabulary.
 """
@@ -38,8 +38,8 @@ class ReplacedRows:
 class _Lookup(torch.autograd.Function):
     """Rows of a weight, whose gradient goes into weight.grad in place.
 
-    Autograd would add up the weight's gradients in a new [V, D], be this one dense or sparse. In a list the weight is
-    no input that autograd knows; `anchor` makes it call backward.
+    Autograd would add the weight's gradients up in a new [V, D], whether the lookup's is dense or sparse. The weight
+    comes in a list so that autograd does not see it, and `anchor` makes autograd call backward.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class WordEmbedding(nn.Embedding):
-    """The word embedding, which is the head too."""
+    """The word embedding, which is also the head."""
 
     partition: VocabularyPartition = WHOLE_VOCABULARY
     weight_scale: Tensor | None
@@ -70,11 +70,11 @@ class WordEmbedding(nn.Embedding):
         self._adds_to_grad = False
 
     def choose_gradient(self, *, in_place: bool) -> None:
-        """How training adds the gradient of looked-up rows to the dense one [V, D] that the head gives the same weight.
+        """Choose how training adds the gradient of looked-up rows to the head's dense gradient [V, D].
 
         Args:
             in_place: the backward pass adds the rows to weight.grad itself, so that [V, D] is allocated once. Otherwise
-                autograd adds them, as a sparse gradient: for a weight whose gradient is moved elsewhere by a hook.
+                autograd adds them as a sparse gradient, which a weight needs whose gradient a hook moves elsewhere.
         """
         self._adds_to_grad, self.sparse = in_place, not in_place
 
@@ -85,7 +85,7 @@ class WordEmbedding(nn.Embedding):
         return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """[N] rows of the weight here -> [N, D]."""
+        """[N] numbers of rows of the weight that is held here -> [N, D]."""
         if self._adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
             found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
             return found

@@ -1,8 +1,8 @@
 """Packed documents in one call of a block-sparse kernel, for GPUs: torch's FlexAttention under a document mask.
 
-The mask says which blocks of the score matrix hold anything at all, so the cost is that of the documents, not of the
-pack. ALiBi is in the columns of queries and keys, as everywhere, so scores need no change. attention.py's calls of
-the plain causal kernel compute the same, document by document, and are what the tests hold this against.
+The mask says which blocks of the score matrix are empty, and these cost nothing. ALiBi is in the columns of queries and
+keys, as everywhere, so scores need no change. attention.py computes the same with the plain causal kernel, document by
+document; the tests compare the two.
 
 Source: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 Shapes: N packed tokens, H heads, E = head_dim + position columns, P virtual tokens.
@@ -26,7 +26,7 @@ OLDEST_GPU = (8, 0)
 
 @cache
 def is_available(device: torch.device) -> bool:
-    """Whether the kernel runs there: it is compiled by Triton for recent CUDA GPUs."""
+    """Whether the kernel runs on a device: Triton compiles it for recent CUDA GPUs."""
     return (
         device.type == "cuda"
         and importlib.util.find_spec("triton") is not None
@@ -45,10 +45,10 @@ def attend_documents(
 
     Args:
         fused: [N, H, 3, E] queries, keys and values with their position columns.
-        lengths: tokens of each document; they add up to N.
-        scale: of the scores.
+        lengths: number of tokens of each document; they add up to N.
+        scale: factor of the scores.
         virtual: keys and values [H, P, E] that every token sees.
-        kernel: torch's flex_attention; None: compiled, which it has to be to be fast.
+        kernel: torch's flex_attention; None: its compiled form.
 
     Returns:
         [N, H, E].
@@ -70,14 +70,14 @@ def attend_documents(
 
 @lru_cache(maxsize=2)
 def document_mask(lengths: tuple[int, ...], num_virtual: int, device: torch.device) -> "BlockMask":
-    """[N, P + N]: a token sees the virtual tokens, and of its own document itself and what stands before it.
+    """[N, P + N]: a token sees the virtual tokens, itself, and the earlier tokens of its document.
 
-    The blocks of a forward pass, and of its recomputation, share one.
+    All blocks of a forward pass, and of its recomputation, share one mask.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
     sizes = torch.tensor((num_virtual, *lengths), device=device)
-    # document of each key, the virtual tokens being document 0
+    # the document of each key; virtual tokens are document 0
     document = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Matrix products with a weight, in fp32 on x86 processors by oneDNN instead of torch's default, MKL.
+"""Matrix products with a weight. In fp32 on x86 processors they go to oneDNN instead of torch's default, MKL.
 
-Both compute the same sums in fp32. MKL reads a weight at a fraction of the memory's speed where it meets few rows
-(decoding), and takes its AVX2 path on AMD processors whatever they have; oneDNN does neither
-(docs/decisions/onednn.md has the measurements). The operator is the one that torch.compile emits; it takes plain
-tensors as they lie, so nothing is packed or copied. Where it does not exist or does not apply, F.linear serves.
+Both compute the same sums in fp32. MKL reads a weight at a fraction of the memory's speed in products with few rows
+(decoding), and uses AVX2 on every AMD processor, even one with AVX-512. oneDNN does neither; docs/decisions/onednn.md
+has the measurements. The operator is the one that torch.compile emits; it takes plain tensors of any strides, so
+nothing is packed or copied. Where it does not exist or does not apply, F.linear is called.
 
 Shapes: N rows.
 """
@@ -50,9 +50,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x W^T + b outside autograd, for tensors that uses_onednn: [N, in], [out, in] -> [N, out].
+    """x W^T + b outside autograd, where uses_onednn is true: [N, in], [out, in] -> [N, out].
 
-    Either may be a transposed view. With gelu, GELU (tanh form) of it, taken while the results are in the cache.
+    Both may be transposed views. With gelu, GELU (tanh form) is applied while the results are in the processor's cache.
     """
     assert _ONEDNN_LINEAR is not None
     out: Tensor = _ONEDNN_LINEAR(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
@@ -60,7 +60,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes oneDNN: plain fp32 tensors on a CPU, not traced, oneDNN not switched off in torch."""
+    """Whether `linear` calls oneDNN: plain fp32 tensors on a CPU, no tracing, oneDNN enabled in torch."""
     return (
         _ONEDNN_LINEAR is not None
         and x.device.type == "cpu"
@@ -74,7 +74,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, fake tensors) have products of their own
+_PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, fake tensors) implement products themselves
 
 
 class _Linear(torch.autograd.Function):
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
 
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b outside autograd, in x's format: [N, in], int8 [out, in] with scales [out] -> [N, out]."""
+    """x W^T + b outside autograd, in x's dtype: [N, in], int8 [out, in] with scales [out] -> [N, out]."""
     blocks = list(row_blocks(weight))
     if len(blocks) == 1:
         return linear(x, dequantize_rows(weight, scale, x.dtype), bias)
@@ -132,7 +132,7 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        # the backward pass converts the int8 weight again, which takes no memory, because the model has it anyway
+        # the backward pass converts the int8 weight again, which the model keeps in memory anyway
         ctx.save_for_backward(weight, scale)
         return int8_product(x, weight, scale, bias)
 
@@ -145,7 +145,7 @@ class _Int8Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear through `linear`. Where its weight is cut, in_features and out_features stay those of the whole."""
+    """nn.Linear with `linear` as its product. in_features and out_features are those of the whole layer."""
 
     partition: Partition = WHOLE
     weight_scale: Tensor | None
@@ -157,7 +157,7 @@ class Linear(nn.Linear):
 
     @property
     def update_matrices(self) -> tuple[Tensor, ...]:
-        """Matrices of an update that an adapter computes beside the weight's product, first to last; () without one."""
+        """Matrices of a low-rank update beside the weight, in the order of their products; () without an update."""
         return ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Linear(nn.Linear):
         return partition.leave(partition.multiply(x, self.weight, self.bias, self.weight_scale, linear))
 
     def gelu(self, x: Tensor) -> Tensor:
-        """GELU (tanh form) of what forward gives, in one pass where nothing stands between the two."""
+        """GELU (tanh form) of the layer's result, in one pass where possible."""
         is_plain = type(self) is Linear and not self.partition.sums_inputs and x.dim() == 2
         if is_plain and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
             return product(self.partition.enter(x), self.weight, self.bias, gelu=True)

@@ -1,7 +1,7 @@
 """How a layer's weight is divided among ranks, and what the layer exchanges for that around its products.
 
-A layer that holds a part of its weight (`parallel/` cuts it) needs the other ranks to make its result whole. It asks
-its partition at fixed points; its products are computed with what it holds. The points of a linear layer, with LoRA's
+A layer that holds a part of its weight (`parallel/` cuts it) needs the other ranks to make its result whole. It
+computes products with its own part, and calls its partition at fixed points. The points of a linear layer, with LoRA's
 low-rank product:
 
     x -- enter -- weight ----------- leave -- + bias -->
@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""x W^T + b of x, weight, bias and scale: model/linear.py's linear."""
+"""From x, weight, bias and scale to x W^T + b: `linear` of model/linear.py."""
 
 
 class Partition:
@@ -30,11 +30,11 @@ class Partition:
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, product: Product
     ) -> Tensor:
-        """`enter` and the weight's product in one, so that their gradients can be computed at the same time."""
+        """`enter` and the weight's product in one call, so that their gradients can be computed at the same time."""
         return product(self.enter(x), weight, bias, scale)
 
     def between(self, low_rank: Tensor) -> Tensor:
-        """LoRA's product with lora_A, before the one with lora_B."""
+        """The result of the product with lora_A, which is multiplied with lora_B next."""
         return low_rank
 
     def leave(self, y: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ class Partition:
 
 
 class VocabularyPartition(Partition):
-    """The partition of a word embedding that holds the whole vocabulary; `enter` and `leave` are those of the head."""
+    """The partition of a word embedding that holds the whole vocabulary; `enter` and `leave` act on the head."""
 
     first_token = 0
     """Token of the first row of the weight that is here."""
 
     def look_up(self, tokens: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
-        """[N] ids -> [N, D], where lookup gives rows of the weight that is here."""
+        """[N] ids -> [N, D]; lookup returns rows of the part of the weight that is held here."""
         return lookup(tokens)
 
 

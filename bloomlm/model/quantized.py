@@ -1,7 +1,7 @@
 """Weights in int8 with a scale for each row: a quarter of fp32's memory, for weights that do not learn.
 
 Symmetric, per output: row i holds q_i = round(w_i / s_i) with s_i = max |w_i| / 127 in fp32, and stands for s_i * q_i,
-which differs from w_i by s_i / 2 at most. Products take some rows at a time back to floating point, so a whole copy
+which differs from w_i by s_i / 2 at most. Products convert some rows at a time back to floating point, so a whole copy
 never exists.
 """
 
@@ -27,12 +27,12 @@ def quantize_rows(weight: Tensor, name: str, device: torch.device | str = "cpu")
     """A floating-point weight as int8 [out, in] and fp32 scales [out].
 
     Args:
-        weight: [out, in]; a mapped one is read a few rows at a time.
-        name: for the message.
-        device: of the result.
+        weight: [out, in]; a memory-mapped weight is read a few rows at a time.
+        name: name of the weight, for messages.
+        device: where the result goes.
 
     Raises:
-        CheckpointError: it holds NaN or infinity, which int8 has no number for.
+        CheckpointError: the weight holds NaN or infinity, which int8 cannot express.
     """
     quantized = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=device)

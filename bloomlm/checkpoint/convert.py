@@ -15,11 +15,10 @@ from bloomlm.checkpoint.huggingface import EMBEDDING
 from bloomlm.checkpoint.output import Report, WritesItself, no_report, output_directory
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
-from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, check_entries
+from bloomlm.checkpoint.tensor_reader import Rows, TensorReader, check_entries, empty_model
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.files.atomic import sync
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
 T = TypeVar("T", Tensor, Tensor | Rows)
@@ -78,8 +77,7 @@ def open_model_conversion(
     check_ranks(form, tensor_parallel_degree)
     check_degree(config, tensor_parallel_degree)
     reader = open_reader(directory, config)
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in BloomForCausalLM(config).named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in empty_model(config).named_parameters()}
     try:
         check_entries(expected, reader.entries)
     except CheckpointError as error:
@@ -192,9 +190,7 @@ def _stream(
     conversion: ModelConversion, read: Callable[[str], T], checksums: dict[str, int] | None
 ) -> Iterator[tuple[str, T]]:
     """The tensors in the order of the model; none is held while the next one is read."""
-    with torch.device("meta"):
-        names = [name for name, _ in BloomForCausalLM(conversion.config).named_parameters()]
-    for name in names:
+    for name, _ in empty_model(conversion.config).named_parameters():
         tensor = read(name)
         if checksums is not None:
             checksums[name] = checksum(tensor, conversion.dtype)
@@ -207,7 +203,9 @@ def _verify(directory: Path, conversion: ModelConversion, checksums: dict[str, i
         leave_page_cache(path)
     reader = open_reader(directory, read_config(directory))
     if odd := sorted(set(checksums) ^ set(reader.entries)):
-        raise CheckpointError(f"{directory} was written, and reads back without or with too many: {name_some(odd)}")
+        raise CheckpointError(
+            f"{directory} was written, but reads back with these tensors missing or added: {name_some(odd)}"
+        )
     for name, expected in checksums.items():
         entry = reader.entries[name]
         if entry.dtype != conversion.dtype or checksum(reader.read(name), conversion.dtype, report) != expected:

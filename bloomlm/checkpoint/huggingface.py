@@ -7,9 +7,8 @@ and some of 2022 hold the attention mask as a buffer.
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,19 +25,6 @@ HEAD = "lm_head.weight"
 # Buffers of the first releases of transformers' and Megatron's BLOOM: no parameters, rebuilt by every model.
 BUFFERS = re.compile(r"\.self_attention\.(scale_mask_softmax\.causal_mask|masked_bias)$")
 HEAD_ROWS_COMPARED = 16_384
-
-
-class TensorFile(Protocol):
-    """One file of named tensors."""
-
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """What it holds, under its own names."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One of its tensors."""
-        ...
 
 
 class TorchFile:
@@ -63,14 +49,15 @@ class TorchFile:
         return self._tensors[name]
 
 
+TensorFile = SafetensorsFile | TorchFile
+"""One file of named tensors."""
+
+
 class HuggingFaceReader:
     """The parameters of a checkpoint's files, under their published names."""
 
-    def __init__(self, files: list[TensorFile]) -> None:
-        """Join the files.
-
-        Args:
-            files: together one checkpoint.
+    def __init__(self, files: Iterable[TensorFile]) -> None:
+        """Join the files of one checkpoint.
 
         Raises:
             CheckpointError: two tensors of one name, or a head that is not the embedding.
@@ -123,7 +110,7 @@ class HuggingFaceReader:
                 problem = "holds other values than the embedding"
         if problem:
             raise CheckpointError(
-                f"{HEAD} {problem}: this head is not tied to {EMBEDDING}; BLOOM's is, and bloomlm runs no other"
+                f"{HEAD} {problem}: this head is not tied to {EMBEDDING}, as BLOOM's is; bloomlm supports no other"
             )
 
 
@@ -158,7 +145,9 @@ def checkpoint_files(directory: Path, single_name: str) -> list[Path]:
         if any(Path(shard).name != shard for shard in shards):
             raise ValueError("its weight_map names files outside its directory")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of a checkpoint's shards: {error!r}") from error
+        raise CheckpointError(
+            f"{index} is not an index of shards, with a weight_map of names to files: {error!r}"
+        ) from error
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(

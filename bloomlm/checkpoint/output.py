@@ -61,7 +61,9 @@ def check_replaceable(directory: Path) -> None:
     if not directory.is_dir() or not any(directory.iterdir()):
         return
     if not any((directory / name).is_file() for name in CONFIG_FILES):
-        raise CheckpointError(f"{directory} holds files, and no model that could be replaced; name another directory")
+        raise CheckpointError(
+            f"{directory} holds files but no model or adapter to replace; name an empty or a new directory"
+        )
     if nested := sorted(path.name for path in directory.iterdir() if path.is_dir()):
         raise CheckpointError(
             f"{directory} holds a model that would be replaced as a whole, and {nested[0]} with it; name another "

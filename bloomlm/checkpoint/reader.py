@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bloomlm.checkpoint import huggingface
 from bloomlm.checkpoint.formats import FOREIGN_VERSION_KEY, MODEL_FORMATS, config_of_export, find_model
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.checkpoint.tensor_reader import TensorEntry, TensorReader, check_entries
+from bloomlm.checkpoint.tensor_reader import TensorReader, check_entries, empty_model
 from bloomlm.errors import CheckpointError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -26,8 +26,6 @@ from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.layout import holding, is_of_base, own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
-
-__all__ = ["TensorEntry", "TensorReader", "find_model", "load_model", "open_reader", "read_config", "read_into_model"]
 
 ADAPTER_CONFIG_FILES = ("adapter_config.json", "lora_config.json", "prefix_config.json")
 
@@ -48,10 +46,10 @@ def read_config(directory: Path) -> BloomConfig:
             return exported
         hint = ""
         if any((directory / name).is_file() for name in ADAPTER_CONFIG_FILES):
-            hint = "; it holds an adapter: name its base model, and give this as --adapter_path"
+            hint = "; it holds an adapter: give its base model as --model_name_or_path, and this as --adapter_path"
         elif find_model(directory):
             hint = "; it holds weights: put the config.json of their model beside them"
-        raise CheckpointError(f"{directory} has no config.json, so it is no model{hint}")
+        raise CheckpointError(f"{directory} has no config.json, so it is not a model{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,10 +115,9 @@ def load_model(
     directory = resolve_source(str(name_or_path), revision).directory
     config = read_config(directory)
     reader = open_reader(directory, config)
-    with torch.device("meta"):
-        model = BloomForCausalLM(config)
+    model = empty_model(config)
     if int8 and not mesh.is_alone:
-        raise ConfigError("int8 weights are for one process; leave the quantisation out, or the other processes")
+        raise ConfigError("int8 weights need a single process; leave out the quantisation or the other processes")
     if not mesh.is_alone:
         dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
         cut_model(model.to(dtype), mesh)

@@ -53,7 +53,9 @@ def resolve_source(name: str, revision: str | None = None) -> Source:
     elif not directory.is_dir():
         return Source(_download(name, revision), name)
     if revision is not None:
-        raise CheckpointError(f"revision {revision!r} means a version on the hub, but {name} lies on this machine")
+        raise CheckpointError(
+            f"revision {revision!r} selects a version on the hub, but {name} is on this machine; leave it out"
+        )
     return Source(directory, name)
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import CheckpointError, name_some
+from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.layout import Bounds
 
 MIN_HUGE_BYTES = 32 * 2**20
@@ -95,6 +97,12 @@ def fresh_memory(num_bytes: int) -> Tensor:
     with suppress(OSError):  # a kernel built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def empty_model(config: BloomConfig) -> BloomForCausalLM:
+    """A model on the meta device: names and shapes of its parameters, without numbers."""
+    with torch.device("meta"):
+        return BloomForCausalLM(config)
 
 
 def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorEntry]) -> None:

@@ -54,7 +54,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     """
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     if match is None:
-        raise ConfigError(f"{checkpoint} is no checkpoint; expected a directory named checkpoint-STEP")
+        raise ConfigError(f"{checkpoint} is not a checkpoint; expected a directory named checkpoint-STEP")
     return int(match[1])
 
 
@@ -158,7 +158,7 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
         if damage is None:
             complete.append(checkpoint)
         else:
-            logger.warning("%s is left aside: %s", checkpoint, damage)
+            logger.warning("%s is skipped: %s", checkpoint, damage)
     return complete
 
 

@@ -18,15 +18,11 @@ from torch import Tensor
 
 from bloomlm.checkpoint.output import FileBehind, Report, WriteBehind, no_report
 from bloomlm.checkpoint.safetensors_file import build_header, num_bytes, raw_bytes, row_blocks
-from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry
+from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, empty_model
 from bloomlm.errors import CheckpointError, ConfigError, name_some
-from bloomlm.files.atomic import atomic_directory, atomic_write
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.layout import whole_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
-
-__all__ = ["atomic_directory", "atomic_write", "parse_size", "write_model"]
 
 DEFAULT_SHARD_SIZE_BYTES = 5 * 10**9
 # Keys of config.json that describe other files, or what they held besides the parameters of BloomForCausalLM.
@@ -46,7 +42,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ConfigError(f"{text!r} is no size; expected for example 5GB, 500MB or 1.5GiB")
+        raise ConfigError(f"{text!r} is not a size; expected for example 5GB, 500MB or 1.5GiB")
     return int(float(match[1]) * unit)
 
 
@@ -207,7 +203,7 @@ class _ShardWriter:
         if tensor.dtype != entry.dtype and not self._convert:
             raise CheckpointError(
                 f"{name} cannot be written: it is {tensor.dtype}, the first tensor {entry.dtype}; "
-                "name the dtype to write all in"
+                "give the dtype to write"
             )
         file.seek(offset)
         for block in row_blocks(tensor, entry.dtype):
@@ -222,9 +218,7 @@ class _ShardWriter:
 
 
 def _parameter_entries(config: BloomConfig, dtype: torch.dtype) -> dict[str, TensorEntry]:
-    with torch.device("meta"):
-        model = BloomForCausalLM(config)
-    return {name: TensorEntry(tuple(p.shape), dtype) for name, p in model.named_parameters()}
+    return {name: TensorEntry(tuple(p.shape), dtype) for name, p in empty_model(config).named_parameters()}
 
 
 def _config_file(config: BloomConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from bloomlm.api import DTYPES
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import find_adapter
 from bloomlm.checkpoint.convert import convert_model, open_model_conversion
-from bloomlm.checkpoint.formats import FileForm
+from bloomlm.checkpoint.formats import FileForm, find_model
 from bloomlm.checkpoint.output import WritesItself
 from bloomlm.checkpoint.paddle.importer import ForeignReading
-from bloomlm.checkpoint.reader import find_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.display import BytesDisplay

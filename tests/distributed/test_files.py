@@ -17,8 +17,9 @@ from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.main_rank import one_directory
 from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.checkpoint.reader import load_model
-from bloomlm.checkpoint.writer import atomic_directory, write_model
+from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.files.atomic import atomic_directory
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.data_parallel import shard_model

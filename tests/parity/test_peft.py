@@ -468,7 +468,7 @@ def test_merge_refuses_prefixes_and_foreign_directories(base: Path, tmp_path: Pa
         merge_to_directory(with_adapter(base, PrefixConfig()), tmp_path / "merged")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
-    with pytest.raises(Exception, match="holds files, and no model"):
+    with pytest.raises(Exception, match="holds files but no model"):
         merge_to_directory(load_model(base), tmp_path / "home")
     assert (tmp_path / "home" / "thesis.tex").exists()
     before = logits_of(load_model(base))

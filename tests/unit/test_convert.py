@@ -212,7 +212,11 @@ def test_blocks_of_any_size_give_the_same_files(tmp_path: Path, monkeypatch: pyt
         (FileForm.HUGGING_FACE, {"tensor_parallel_degree": 2}, "never cut for ranks.*--to paddle"),
         (FileForm.PADDLE, {"tensor_parallel_degree": 4}, "6 attention heads cannot be divided among 4"),
         (FileForm.PADDLE, {"tensor_parallel_degree": 0}, "is 0; expected at least 1"),
-        (FileForm.PADDLE, {"tensor_parallel_degree": 2, "max_shard_size_bytes": 9}, "hold a rank each"),
+        (
+            FileForm.PADDLE,
+            {"tensor_parallel_degree": 2, "max_shard_size_bytes": 9},
+            "rank is written to a file of its own",
+        ),
     ],
 )
 def test_what_cannot_be(tmp_path: Path, form: FileForm, options: dict[str, Any], message: str) -> None:
@@ -334,7 +338,7 @@ def test_only_a_model_or_an_adapter_is_replaced(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/diary.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="holds files, and no model that could be replaced"):
+    with pytest.raises(CheckpointError, match="holds files but no model or adapter to replace"):
         convert(tmp_path / "hf", tmp_path / "notes", FileForm.PADDLE)
     write_hf(tmp_path / "run")
     (tmp_path / "run/checkpoint-9").mkdir()
@@ -496,7 +500,12 @@ def test_a_trained_embedding_has_no_place_in_pefts_files(tmp_path: Path) -> None
     [
         (LoraConfig(r=2, rank_pattern={"h.1.self_attention.query_key_value": 3}), 1, AdapterError, "one rank and one"),
         (DoraConfig(r=2), 1, AdapterError, "PaddleNLP 2.6 has no DoRA"),
-        (LoraConfig(r=2, alpha_pattern={"h.1.self_attention.query_key_value": 3}), 1, AdapterError, "has 2 kinds"),
+        (
+            LoraConfig(r=2, alpha_pattern={"h.1.self_attention.query_key_value": 3}),
+            1,
+            AdapterError,
+            "has 2 pairs of them",
+        ),
         (PrefixConfig(num_prefix_tokens=5), 2, ConfigError, r"0.weight of shape \[5, 96\] cannot be divided among 2"),
         (PrefixConfig(num_prefix_tokens=8), 4, ConfigError, "6 heads cannot be divided among 4"),
     ],
@@ -631,7 +640,7 @@ def test_command_converts_adapters(tmp_path: Path, capsys: pytest.CaptureFixture
         ("hf", ("--prefix_layout", "new"), "--prefix_layout is for adapters"),
         ("hf", ("--trained_tensor_parallel_degree", "2"), "is for adapters"),
         ("hf", ("--base_model_name_or_path", "builtin:tiny"), "is for adapters"),
-        ("hf", ("--max_shard_size", "two"), "'two' is no size"),
+        ("hf", ("--max_shard_size", "two"), "'two' is not a size"),
         ("hf", ("--paddle_tokenization",), "there is none to make"),
         ("hf", ("--to", "paddle", "--paddle_tokenization"), "there is none to make"),
         ("peft", ("--max_shard_size", "1GB"), "--max_shard_size is for models"),

@@ -25,8 +25,9 @@ from bloomlm.checkpoint.training_state import (
     read_values,
     save_training_state,
 )
-from bloomlm.checkpoint.writer import atomic_directory, write_model
+from bloomlm.checkpoint.writer import write_model
 from bloomlm.data.loader import BatchLoader
+from bloomlm.files.atomic import atomic_directory
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.loop import LoopConfig, train

@@ -304,7 +304,7 @@ def broken(directory: Path, *names: str) -> Path:
             lambda directory: write_prefix(directory, multi_query_group_num=None),
             PREFIX,
             CheckpointError,
-            "Say --prefix_layout new",
+            "Give --prefix_layout new",
         ),
         (
             lambda directory: broken(write_full(directory, 3) or directory, "optimizer.tp01.pdopt"),

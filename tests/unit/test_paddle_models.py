@@ -362,7 +362,7 @@ def test_exported_program_of_a_merged_lora(tmp_path: Path) -> None:
     assert_reads_model(tmp_path)
     lora = {unused["lo_ra_linear_0.w_1"]["structured_name"]: STATE["bloom.ln_f.weight"]}
     write_program(tmp_path, state | lora, info | unused)
-    with pytest.raises(CheckpointError, match="holds LoRA's tensors apart"):
+    with pytest.raises(CheckpointError, match="holds the tensors of a LoRA that was not merged"):
         open_model(tmp_path, CONFIG)
 
 

@@ -175,20 +175,20 @@ def test_other_globals_are_refused_by_name(
         (b"\x80\x02\x82\x01.", "EXT1"),
         (b"\x80\x02cnumpy\nndarray\n)\x81.", "NEWOBJ"),
         (b"\x80\x02cnumpy\nndarray\n)R.", "called in a way"),
-        (b"\x80\x02cnumpy\nndarray\n.", "Global stands among the values"),
+        (b"\x80\x02cnumpy\nndarray\n.", "Global stands where a value is expected"),
         (b"\x80\x04\x8c\x02osb.", "empty stack"),
         (b"\x80\x02}}b.", "does not fit a dict"),
         (b"\x80\x02}]\x85R.", "a dict is called"),
         (b"\x80\x02h\x05.", "never remembered"),
         (b"\x80\x02(.", "empty stack"),
         (b"\x80\x02t.", "mark that is not there"),
-        (b"\x80\x02]]}s.", "no dict"),
+        (b"\x80\x02]]}s.", "not a dict"),
         (b"\x80\x02}]Ns.", "a dict has a key of type list"),
-        (b"\x80\x02NNa.", "no list"),
+        (b"\x80\x02NNa.", "not a list"),
         (b"\x80\x02NN.", "values left over"),
-        (b"\x80\x03C\x01x.", "Span stands among the values"),
-        (b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", "no UTF-8"),
-        (b"\xff", "no pickle opcode"),
+        (b"\x80\x03C\x01x.", "Span stands where a value is expected"),
+        (b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", "not UTF-8"),
+        (b"\xff", "not a pickle opcode"),
         (b"", "cut short"),
         (b"\x80", "cut short"),
         (b"\x80\x04\x95\x10", "cut short"),
@@ -264,7 +264,7 @@ def test_absurd_arrays_are_refused(tmp_path: Path, pickled: bytes, message: str)
 
 def test_an_array_without_a_state_is_refused(tmp_path: Path) -> None:
     cut = array_pickle(b"K\x02\x85").partition(b"(K\x01")[0]
-    with pytest.raises(CheckpointError, match="NdArray stands among the values"):
+    with pytest.raises(CheckpointError, match="NdArray stands where a value is expected"):
         load_bytes(tmp_path, cut + b".")
 
 

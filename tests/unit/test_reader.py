@@ -217,7 +217,7 @@ def test_index_problems(tmp_path: Path) -> None:
     whole = index.read_text()
     for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}'):
         index.write_text(broken)
-        with pytest.raises(CheckpointError, match="is no index of a checkpoint's shards"):
+        with pytest.raises(CheckpointError, match="is not an index of shards"):
             load_model(tmp_path)
     index.write_text(whole)
     assert_equal_models(load_model(tmp_path), random_model())
@@ -230,10 +230,10 @@ def test_config_problems(checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             load_model(checkpoint)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no model; it holds weights: put"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is not a model; it holds weights: put"):
         load_model(checkpoint)
     (checkpoint / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds an adapter: name its base model"):
+    with pytest.raises(CheckpointError, match="holds an adapter: give its base model"):
         load_model(checkpoint)
 
 

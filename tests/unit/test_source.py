@@ -115,7 +115,7 @@ def test_hub_refusals_say_what_to_do(hub_root: Path, tmp_path: Path) -> None:
 def test_directory_and_revision(tmp_path: Path) -> None:
     source = resolve_source(str(tmp_path))
     assert (source.directory, source.name) == (tmp_path, str(tmp_path))
-    with pytest.raises(CheckpointError, match="lies on this machine"):
+    with pytest.raises(CheckpointError, match="is on this machine"):
         resolve_source(str(tmp_path), "v1")
 
 

@@ -100,7 +100,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(
         manifest.write_text("{")
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert "checkpoint-2 is left aside" in caplog.text
+    assert "checkpoint-2 is skipped" in caplog.text
     if damage == "truncated":
         assert "adapter/weights.bin has 40 bytes, expected 100" in caplog.text
 

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bloomlm.checkpoint import atomic
-from bloomlm.checkpoint.writer import atomic_directory, atomic_write, parse_size, write_model
+from bloomlm.checkpoint.writer import parse_size, write_model
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.files import atomic
+from bloomlm.files.atomic import atomic_directory, atomic_write
 from tests.tiny_checkpoint import TINY, random_model, write_random_model
 
 EMBEDDING_BYTES = TINY.vocab_size * TINY.hidden_size * 4
@@ -131,7 +132,7 @@ def test_parse_size(text: str, size_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "5 apples", "-1GB", "0", "0.1"])
 def test_parse_size_refuses(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 
 
@@ -198,7 +199,7 @@ def test_failed_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch) 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bloomlm.checkpoint import atomic
+from bloomlm.files import atomic
 final = Path(sys.argv[1])
 if sys.argv[2] == "between renames":
     atomic._exchange = lambda one, other: False

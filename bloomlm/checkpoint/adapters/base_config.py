@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomlm.adapters.trained_rows import tokens_in_peft
-from bloomlm.checkpoint.adapters.peft import open_peft_weights, read_peft_config
+from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, open_peft_weights, read_adapter_config
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.config import BloomConfig
 
@@ -30,7 +30,7 @@ def peft_base_config(directory: Path) -> BloomConfig:
     Raises:
         AdapterError: files are missing or damaged, or do not tell.
     """
-    values = read_peft_config(directory)
+    values = read_adapter_config(directory / CONFIG_FILE)
     if "num_virtual_tokens" in values:
         return base_config(directory, values, "num_layers", "token_dim", "num_attention_heads")
     entries = open_peft_weights(directory).entries

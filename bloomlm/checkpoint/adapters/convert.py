@@ -22,8 +22,8 @@ from bloomlm.checkpoint.paddle.importer import AS_THE_FILES_TELL, ForeignReading
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.safetensors_file import row_blocks
 from bloomlm.checkpoint.source import resolve_source
+from bloomlm.checkpoint.tensor_reader import empty_model
 from bloomlm.errors import CheckpointError
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
 
@@ -111,7 +111,7 @@ def convert_adapter(
                 tensor_parallel_degree=conversion.tensor_parallel_degree,
             )
         else:
-            model = _empty_model(conversion.model_config)
+            model = empty_model(conversion.model_config)
             hold_adapter(model, conversion.adapter)
             save_adapter(model, temporary, conversion.base_model_name_or_path)
         if verify:
@@ -143,8 +143,3 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else torch.cat(list(row_blocks(tensor, dtype)))
-
-
-def _empty_model(config: BloomConfig) -> BloomForCausalLM:
-    with torch.device("meta"):
-        return BloomForCausalLM(config)

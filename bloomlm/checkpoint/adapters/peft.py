@@ -21,7 +21,7 @@ from bloomlm.adapters import kind_in_peft
 from bloomlm.adapters.base import Adapter, adapter_of, apply_adapter, set_parameter
 from bloomlm.checkpoint.huggingface import TensorFile, TorchFile
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
-from bloomlm.checkpoint.tensor_reader import check_entries
+from bloomlm.checkpoint.tensor_reader import check_entries, empty_model
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -80,7 +80,7 @@ def gather_adapter(model: BloomForCausalLM, mesh: Mesh) -> BloomForCausalLM:
         assert whole is not None
         tensors[name] = whole
     plain, tensors_of_plain = adapter.plain(model, tensors)
-    holder = _empty_model(model.config)
+    holder = empty_model(model.config)
     hold_adapter(holder, PlainAdapter(config=plain, tensors=tensors_of_plain))
     return holder
 
@@ -105,7 +105,7 @@ def read_peft_adapter(directory: Path, model_config: BloomConfig) -> PlainAdapte
     Raises:
         AdapterError: files are missing, damaged or do not fit the model, or hold what bloomlm cannot do.
     """
-    values = read_peft_config(directory)
+    values = read_adapter_config(directory / CONFIG_FILE)
     try:
         return _read(directory, values, model_config)
     except (CheckpointError, ConfigError) as error:
@@ -125,7 +125,7 @@ def install_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
     Raises:
         AdapterError: the model has an adapter already.
     """
-    apply_adapter(model, adapter.config, _private_generator(model))
+    apply_adapter(model, adapter.config, private_generator(model))
     for name, tensor in adapter.tensors.items():
         parameter = model.get_parameter(name)
         dtype = parameter.dtype if is_of_base(name) else torch.promote_types(parameter.dtype, tensor.dtype)
@@ -145,18 +145,14 @@ def hold_adapter(model: BloomForCausalLM, adapter: PlainAdapter) -> None:
         set_parameter(model, name, tensor, requires_grad=False)
 
 
-def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Read adapter_config.json.
-
-    Args:
-        directory: the adapter.
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read the JSON configuration of an adapter, adapter_config.json or that of another program.
 
     Raises:
         AdapterError: the file is missing, or is not a JSON object.
     """
-    path = directory / CONFIG_FILE
     if not path.is_file():
-        raise AdapterError(f"{path.parent} has no {path.name}, so it holds no adapter in PEFT's files")
+        raise AdapterError(f"{path.parent} has no {path.name}; expected the directory of an adapter")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -184,7 +180,7 @@ def open_peft_weights(directory: Path) -> TensorFile:
 
 def _read(directory: Path, values: Mapping[str, Any], model_config: BloomConfig) -> PlainAdapter:
     file = open_peft_weights(directory)
-    model = _empty_model(model_config)
+    model = empty_model(model_config)
     adapter: Adapter = kind_in_peft(values).from_peft(values, file.entries.keys(), model)
     apply_adapter(model, adapter)
     keys = adapter.peft_keys(model)
@@ -197,11 +193,11 @@ def _read(directory: Path, values: Mapping[str, Any], model_config: BloomConfig)
     return PlainAdapter(config=adapter, tensors=tensors)
 
 
-def _empty_model(config: BloomConfig) -> BloomForCausalLM:
-    with torch.device("meta"):
-        return BloomForCausalLM(config)
+def private_generator(model: BloomForCausalLM, device: torch.device | None = None) -> torch.Generator:
+    """A generator for initial values that are replaced at once, so that the program's own generator does not advance.
 
-
-def _private_generator(model: BloomForCausalLM) -> torch.Generator:
-    """A generator for first values that are replaced at once, so that they draw nothing from the program's own."""
-    return torch.Generator(model.transformer.word_embeddings.weight.device)
+    Args:
+        model: the model whose device is used if none is given.
+        device: the device of the generator.
+    """
+    return torch.Generator(device or model.transformer.word_embeddings.weight.device)

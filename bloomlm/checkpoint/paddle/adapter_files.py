@@ -1,6 +1,5 @@
 """The files of a PaddleNLP adapter of either kind: a JSON configuration and a state dict, whole or one a rank."""
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from bloomlm.checkpoint.adapters.peft import read_adapter_config
 from bloomlm.checkpoint.paddle.layout import check_ranks_complete
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
@@ -124,8 +124,8 @@ def read_adapter_files(
         raise error if isinstance(error, AdapterError) else AdapterError(str(error)) from error
     if reading.trained_tensor_parallel_degree not in (None, trained):
         raise AdapterError(
-            f"{directory} holds the shards of {trained} tensor-parallel ranks; it was asked for with "
-            f"trained_tensor_parallel_degree {reading.trained_tensor_parallel_degree}"
+            f"{directory} holds the shards of {trained} tensor-parallel ranks, but trained_tensor_parallel_degree is "
+            f"{reading.trained_tensor_parallel_degree}; leave it out"
         )
     return AdapterFiles(directory=directory, values=values, states=states, trained_tp_degree=trained)
 
@@ -142,31 +142,11 @@ def require_trained_degree(files: AdapterFiles, why: str) -> int:
     """
     if files.trained_tp_degree is None:
         raise AdapterError(
-            f"{files.directory}: this adapter was merged from tensor-parallel ranks (its state dict names no "
-            f"variables, as only merged ones do), and its files do not say how many; {why}. Give "
-            "--trained_tensor_parallel_degree N; 1 if one device trained it"
+            f"{files.directory}: this adapter was merged from the files of tensor-parallel ranks (its state dict names "
+            f"no variables), and the number of ranks is not recorded, but decides what the adapter computes: {why}. "
+            "Give --trained_tensor_parallel_degree N, which is 1 if one device trained it"
         )
     return files.trained_tp_degree
-
-
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Read lora_config.json or prefix_config.json.
-
-    Args:
-        path: the file.
-
-    Raises:
-        AdapterError: it is missing or not a JSON object.
-    """
-    if not path.is_file():
-        raise AdapterError(f"{path.parent} has no {path.name}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path} holds {type(values).__name__}; expected a JSON object")
-    return values
 
 
 def _shards(directory: Path, stem: str) -> dict[int, Path]:

@@ -26,7 +26,7 @@ from bloomlm.checkpoint.paddle.adapter_files import (
 )
 from bloomlm.checkpoint.paddle.layout import LINEARS, MODEL_PREFIX, is_linear_weight, model_cuts, stored_name
 from bloomlm.checkpoint.paddle.lora import PARTS, lora_cuts
-from bloomlm.checkpoint.paddle.prefix import NAMES, prefix_cuts
+from bloomlm.checkpoint.paddle.prefix import PARAMETERS, prefix_cuts
 from bloomlm.checkpoint.paddle.recorded import Arrangement, Blocks
 from bloomlm.checkpoint.paddle.state import PaddleStateWriter
 from bloomlm.checkpoint.writer import write_json
@@ -34,13 +34,6 @@ from bloomlm.errors import AdapterError, CheckpointError, ConfigError, name_some
 from bloomlm.model.config import BloomConfig
 
 PRE_CACHES_FILE = "pre_caches.npy"
-PREFIX_VARIABLES = {
-    "0.weight": "embedding_1.w_0",
-    "1.weight": "linear_0.w_0",
-    "1.bias": "linear_0.b_0",
-    "3.weight": "linear_1.w_0",
-    "3.bias": "linear_1.b_0",
-}
 
 
 @dataclass(frozen=True)
@@ -127,8 +120,8 @@ def _rank_and_alpha(config: LoraConfig, modules: list[str]) -> tuple[int, float]
     kinds = {(config.rank_of(module), config.scaling_of(module)): module for module in modules}
     if len(kinds) != 1:
         raise AdapterError(
-            f"PaddleNLP 2.6 gives all layers one rank and one lora_alpha; this LoRA has {len(kinds)} kinds, as of "
-            f"{name_some(kinds.values())}. Write PEFT's files (--to hf), or merge it into its base model"
+            f"PaddleNLP 2.6 gives all layers one rank and one lora_alpha; this LoRA has {len(kinds)} pairs of "
+            f"them, first in {name_some(kinds.values())}. Write PEFT's files (--to hf), or merge it into its base model"
         )
     lora_rank, scaling = next(iter(kinds))
     alpha = scaling * lora_rank
@@ -168,9 +161,9 @@ def _write_prefix(
         cuts = prefix_cuts(config, model_config)
     stored: dict[str, _Stored] = {}
     for name, cut in cuts.items():
-        tensor = own[NAMES[name]]
-        is_linear = name in ("1.weight", "3.weight")
-        stored[name] = _Stored(tensor.t() if is_linear else tensor, cut.dim, PREFIX_VARIABLES[name])
+        parameter = PARAMETERS[name]
+        tensor = own[parameter.name]
+        stored[name] = _Stored(tensor.t() if parameter.is_linear_weight else tensor, cut.dim, parameter.variable)
     values = {
         "dtype": _dtype_name(tensors["embedding.weight"]),
         "hidden_size": model_config.hidden_size,

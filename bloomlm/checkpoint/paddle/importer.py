@@ -7,7 +7,7 @@ is needed, and nothing that a file says is executed. Code outside this package i
 from pathlib import Path
 
 from bloomlm.checkpoint.adapters.base_config import base_config, lora_base_config
-from bloomlm.checkpoint.adapters.peft import PlainAdapter
+from bloomlm.checkpoint.adapters.peft import PlainAdapter, read_adapter_config
 from bloomlm.checkpoint.paddle.adapter_files import (
     AS_THE_FILES_TELL,
     LORA_CONFIG_FILE,
@@ -15,7 +15,6 @@ from bloomlm.checkpoint.paddle.adapter_files import (
     PREFIX_CONFIG_FILE,
     ForeignReading,
     PrefixLayout,
-    read_adapter_config,
     read_adapter_files,
 )
 from bloomlm.checkpoint.paddle.lora import PaddleLora, read_paddle_lora

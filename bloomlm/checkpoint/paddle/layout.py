@@ -121,6 +121,20 @@ def published_tensors(tensors: Mapping[str, LazyTensor], source: str) -> dict[st
     return published
 
 
+def modules_by_kind(n_layer: int) -> dict[str, list[str]]:
+    """Kind of layer -> published names of the modules, in the order in which PaddleNLP numbers their variables."""
+    blocks = [f"transformer.h.{layer}." for layer in range(n_layer)]
+    return {
+        "embedding": ["transformer.word_embeddings"],
+        "layer_norm": [
+            "transformer.word_embeddings_layernorm",
+            *(block + norm for block in blocks for norm in BLOCK_NORMS),
+            "transformer.ln_f",
+        ],
+        "linear": [block + linear for block in blocks for linear in LINEARS],
+    }
+
+
 def structured_by_variable(variables: Iterable[str], source: str) -> dict[str, str]:
     """Name the variables of a BLOOM by the order of their numbers, which may start anywhere.
 
@@ -145,16 +159,7 @@ def structured_by_variable(variables: Iterable[str], source: str) -> dict[str, s
             f"{source} holds variables of {counts} layers; a BLOOM of L blocks has 1 embedding, 2 L + 2 layer_norm and "
             f"4 L linear. Found {name_some(sorted(m[0] for m in found))}"
         )
-    blocks = [f"transformer.h.{layer}." for layer in range(n_layer)]
-    modules = {
-        "embedding": ["transformer.word_embeddings"],
-        "layer_norm": [
-            "transformer.word_embeddings_layernorm",
-            *(block + norm for block in blocks for norm in BLOCK_NORMS),
-            "transformer.ln_f",
-        ],
-        "linear": [block + linear for block in blocks for linear in LINEARS],
-    }
+    modules = modules_by_kind(n_layer)
     module_of = {
         (kind, number): module
         for kind, of_kind in numbers.items()
@@ -229,52 +234,50 @@ def join_ranks(ranks: list[RankTensors], config: BloomConfig, source: str) -> di
             f"{tp_degree} tensor-parallel ranks, which hold equal parts; is its config.json another "
             "model's?"
         )
-    cuts = model_cuts(config)
-    _check_names(ranks, cuts)
-    return {name: join_pieces(name, cut, ranks) for name, cut in cuts.items()}
+    return join_pieces(ranks, model_cuts(config))
 
 
-def join_pieces(name: str, cut: Cut, ranks: list[RankTensors]) -> LazyTensor:
-    """One tensor from the ranks' pieces.
+def join_pieces(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:
+    """Whole tensors from the ranks' pieces.
 
     Args:
-        name: published name, which every rank has.
-        cut: its whole shape, and the dimension along which the ranks divide it.
         ranks: all of them, in order.
+        cuts: name -> whole shape, and the dimension along which the ranks divide it.
 
     Raises:
-        CheckpointError: a piece has another shape than its share, or another precision than the others.
+        CheckpointError: a rank lacks a tensor or has another one, or a piece has another shape than its share or
+            another precision than the other pieces.
     """
+    for rank in ranks:
+        problems = []
+        if missing := [name for name in cuts if name not in rank.tensors]:
+            problems.append(f"lacks {name_some(missing)}")
+        if extra := [name for name in rank.tensors if name not in cuts]:
+            problems.append(f"has {name_some(extra)}, which does not belong to it")
+        if problems:
+            raise CheckpointError(f"{rank.place} {' and '.join(problems)}")
+    return {name: _join_tensor(name, cut, ranks) for name, cut in cuts.items()}
+
+
+def _join_tensor(name: str, cut: Cut, ranks: list[RankTensors]) -> LazyTensor:
     expected = cut.piece_shape(len(ranks))
     pieces = tuple(rank.tensors[name] for rank in ranks)
     for rank, piece in zip(ranks, pieces, strict=True):
         if piece.shape != expected:
-            share = f"rank's share of {list(cut.shape)}" if cut.dim is not None else "whole on every rank"
+            share = "the whole" if cut.dim is None else f"its share of {list(cut.shape)} among {len(ranks)} ranks"
             raise CheckpointError(
-                f"{rank.place}: {name} has shape {list(piece.shape)}; expected {list(expected)}, {share} with "
-                f"{len(ranks)} ranks"
+                f"{rank.place}: {name} has shape {list(piece.shape)}; expected {list(expected)}, {share}"
             )
         if piece.dtype != pieces[0].dtype:
             raise CheckpointError(
-                f"{name} is {pieces[0].dtype} in {ranks[0].place} and {piece.dtype} in {rank.place}: the files are of "
-                "different runs"
+                f"{name} is {pieces[0].dtype} in {ranks[0].place} and {piece.dtype} in {rank.place}: the files belong "
+                "to different runs; put those of one run together"
             )
     if len(pieces) == 1:
         return pieces[0]
     if cut.dim is None:
         return replicated(pieces, name, tuple(rank.place for rank in ranks))
     return joined(pieces, cut.dim)
-
-
-def _check_names(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> None:
-    for rank in ranks:
-        problems = []
-        if missing := [name for name in cuts if name not in rank.tensors]:
-            problems.append(f"lacks {name_some(missing)}")
-        if extra := [name for name in rank.tensors if name not in cuts]:
-            problems.append(f"has {name_some(extra)}, which no BLOOM of this configuration has")
-        if problems:
-            raise CheckpointError(f"{rank.place} {' and '.join(problems)}")
 
 
 def _check_degree(ranks: list[RankTensors], config: BloomConfig, source: str) -> None:

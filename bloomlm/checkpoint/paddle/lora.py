@@ -87,7 +87,7 @@ class PaddleLora:
         Raises:
             CheckpointError: they do not fit the adapter's parameters.
         """
-        stored = _join([_renamed(rank) for rank in ranks], self.cuts)
+        stored = join_pieces([_renamed(rank) for rank in ranks], self.cuts)
         return {name: held(tensor) for name, tensor in self._plain_tensors(stored).items()}
 
     def _plain_tensors(self, stored: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
@@ -122,12 +122,12 @@ def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: Foreig
     for module in _modules(files):
         name = published_name(module)
         if f"{name}.bias" not in cuts or "norm" in name:
-            raise AdapterError(f"{directory}: {module} has an update, and the model has no such linear layer")
+            raise AdapterError(f"{directory}: it updates {module}, which is not a linear layer of the base model")
         blocks[name] = _blocks(files, _slots(files.values, module, directory), cuts[f"{name}.weight"].shape[0])
     try:
         ranks = [_renamed(RankTensors(state.path.name, state.tensors)) for state in files.states]
         own_cuts = lora_cuts(list(ranks[0].tensors), blocks, lora_rank, cuts)
-        stored = _join(ranks, own_cuts)
+        stored = join_pieces(ranks, own_cuts)
     except CheckpointError as error:
         raise AdapterError(f"{directory}: {error}; is it an adapter of another base model?") from error
     replaced_names = tuple(name for name in stored if not name.endswith(PARTS))
@@ -206,16 +206,16 @@ def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[boo
         enable_lists = [enable_lists]
     if not isinstance(targets, list) or not isinstance(enable_lists, list) or len(targets) != len(enable_lists):
         raise AdapterError(
-            f"{directory}: enable_lora_list {enable_lists!r} does not go with target_modules {targets!r}; "
+            f"{directory}: enable_lora_list {enable_lists!r} does not match target_modules {targets!r}; "
             "expected one entry for each"
         )
     try:
         matching = [e for target, e in zip(targets, enable_lists, strict=True) if re.fullmatch(target, module)]
     except (re.error, TypeError) as error:
-        raise AdapterError(f"{directory}: target_modules {targets!r} are no regular expressions: {error}") from error
+        raise AdapterError(f"{directory}: target_modules {targets!r} are not regular expressions: {error}") from error
     if not matching:
         raise AdapterError(
-            f"{directory}: {module} matches none of target_modules {targets!r}, so its slots are unknown"
+            f"{directory}: {module} matches none of target_modules {targets!r}, so it has no entry of enable_lora_list"
         )
     match matching[-1]:
         case None:
@@ -250,13 +250,6 @@ def _renamed(rank: RankTensors) -> RankTensors:
     updates = {published_name(name): tensor for name, tensor in rank.tensors.items() if name.endswith(PARTS)}
     others = {name: tensor for name, tensor in rank.tensors.items() if not name.endswith(PARTS)}
     return RankTensors(rank.place, updates | published_tensors(others, rank.place))
-
-
-def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:
-    for rank in ranks:
-        if odd := sorted(set(cuts) ^ set(rank.tensors)):
-            raise CheckpointError(f"{rank.place} lacks {name_some(odd)}, or has it and should not")
-    return {name: join_pieces(name, cut, ranks) for name, cut in cuts.items()}
 
 
 def _plain_config(

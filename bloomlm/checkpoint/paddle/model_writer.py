@@ -12,12 +12,10 @@ from torch import Tensor
 
 from bloomlm.checkpoint.output import FileBehind, Report, WriteBehind, no_report
 from bloomlm.checkpoint.paddle.layout import (
-    BLOCK_NORMS,
-    LINEARS,
-    PADDLE_PREFIX,
     Cut,
     is_linear_weight,
     model_cuts,
+    modules_by_kind,
     stored_name,
 )
 from bloomlm.checkpoint.paddle.model import STATE_FILE
@@ -56,7 +54,7 @@ def write_paddle_model(
     """
     check_degree(config, tensor_parallel_degree)
     if tensor_parallel_degree > 1 and max_shard_size_bytes is not None:
-        raise ConfigError("the files of tensor-parallel ranks hold a rank each; leave out the largest size of a file")
+        raise ConfigError("each tensor-parallel rank is written to a file of its own; leave out max_shard_size")
     cuts = model_cuts(config)
     try:
         write_json(directory / "config.json", _paddle_config(config, dtype, tensor_parallel_degree))
@@ -152,8 +150,7 @@ class _ModelWriter:
             missing = [name for name in self._cuts if name in self._left]
             raise CheckpointError(f"{len(missing)} parameters were not given to write: {name_some(missing)}")
         for writer, names in zip(self._writers, self._names, strict=True):
-            stored = set(map(stored_name, names))
-            writer.finish({name: variable for name, variable in variable_names.items() if name in stored})
+            writer.finish({stored_name(name): variable_names[name] for name in names})
 
 
 def _plan(
@@ -172,21 +169,13 @@ def _plan(
 
 
 def _variable_names(n_layer: int) -> dict[str, str]:
-    """Structured name -> variable name, in the order in which PaddleNLP builds the layers."""
-    block = [BLOCK_NORMS[0], *LINEARS[:2], BLOCK_NORMS[1], *LINEARS[2:]]
-    modules = [
-        "word_embeddings_layernorm",
-        *(f"h.{layer}.{part}" for layer in range(n_layer) for part in block),
-        "ln_f",
-    ]
-    names = {f"{PADDLE_PREFIX}word_embeddings.weight": "embedding_0.w_0"}
-    counts = {"layer_norm": 0, "linear": 0}
-    for module in modules:
-        kind = "linear" if module.endswith(LINEARS) else "layer_norm"
-        for part in ("weight", "bias"):
-            names[f"{PADDLE_PREFIX}{module}.{part}"] = f"{kind}_{counts[kind]}.{part[0]}_0"
-        counts[kind] += 1
-    return names
+    """Published name -> name of the Paddle variable."""
+    return {
+        f"{module}.{part}": f"{kind}_{number}.{part[0]}_0"
+        for kind, modules in modules_by_kind(n_layer).items()
+        for number, module in enumerate(modules)
+        for part in (("weight",) if kind == "embedding" else ("weight", "bias"))
+    }
 
 
 def _paddle_config(config: BloomConfig, dtype: torch.dtype, tp_degree: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def call(function: object, arguments: object) -> Any:
         ValueError: it is not a stand-in, or is called in a way that Paddle's files do not use.
     """
     if not isinstance(arguments, tuple):
-        raise ValueError("a call's arguments are no tuple")
+        raise ValueError("the arguments of a call are not a tuple")
     match function, arguments:
         case Global.RECONSTRUCT, (Global.NDARRAY, tuple(), Span() | Text()):
             return NdArray()
@@ -165,7 +165,7 @@ def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
     elif isinstance(value, (list, tuple)):
         result = type(value)(_plain(item, done, depth + 1) for item in value)
     else:
-        raise ValueError(f"a {type(value).__name__} stands among the values without being one")
+        raise ValueError(f"a {type(value).__name__} stands where a value is expected")
     done[id(value)] = result
     return result
 

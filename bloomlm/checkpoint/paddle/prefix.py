@@ -36,19 +36,33 @@ from bloomlm.checkpoint.paddle.layout import Cut, RankTensors, join_pieces
 from bloomlm.checkpoint.paddle.lazy import transposed
 from bloomlm.checkpoint.paddle.recorded import Arrangement, PaddlePrefixEncoder, RecordedPrefix
 from bloomlm.checkpoint.tensor_reader import LazyTensor
-from bloomlm.errors import AdapterError, CheckpointError, name_some
+from bloomlm.errors import AdapterError, CheckpointError
 from bloomlm.model.config import BloomConfig
 
 PAST_KEY_VALUES_FILE = "past_key_values.pdparams"  # written until 2023-05-29
 NEW_CONFIG_KEY = "multi_query_group_num"  # written since 2023-07-19
-# Name in PaddleNLP's Sequential -> name in PrefixEncoder.
-NAMES = {
-    "0.weight": "embedding.weight",
-    "1.weight": "transform.0.weight",
-    "1.bias": "transform.0.bias",
-    "3.weight": "transform.2.weight",
-    "3.bias": "transform.2.bias",
+
+
+@dataclass(frozen=True)
+class PrefixParameter:
+    """A parameter of PaddleNLP's encoder, which is a Sequential of an embedding and two linear layers."""
+
+    name: str
+    """Its name in PrefixEncoder."""
+    variable: str
+    """Name of its Paddle variable."""
+    is_linear_weight: bool = False
+    """Whether PaddleNLP stores it transposed, [in, out]."""
+
+
+PARAMETERS = {
+    "0.weight": PrefixParameter("embedding.weight", "embedding_1.w_0"),
+    "1.weight": PrefixParameter("transform.0.weight", "linear_0.w_0", is_linear_weight=True),
+    "1.bias": PrefixParameter("transform.0.bias", "linear_0.b_0"),
+    "3.weight": PrefixParameter("transform.2.weight", "linear_1.w_0", is_linear_weight=True),
+    "3.bias": PrefixParameter("transform.2.bias", "linear_1.b_0"),
 }
+"""Name in PaddleNLP's files -> parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +186,7 @@ def _detect_layout(files: AdapterFiles) -> PrefixLayout:
     raise AdapterError(
         f"{files.directory}: {PREFIX_CONFIG_FILE} has {NEW_CONFIG_KEY}, which PaddleNLP writes since 2023-07-19, and "
         "it changed how a prefix is laid out on 2023-08-09; nothing in the files tells the weeks between from later. "
-        "Say --prefix_layout new (releases 2.6 and later) or --prefix_layout old (versions before 2023-08-09)"
+        "Give --prefix_layout new (releases 2.6 and later) or --prefix_layout old (versions before 2023-08-09)"
     )
 
 
@@ -186,13 +200,16 @@ def _prefix_config(files: AdapterFiles, model_config: BloomConfig) -> PrefixConf
     for key, size in expected.items():
         if values.get(key) != size:
             raise AdapterError(
-                f"{place}: its configuration says {key} {values.get(key)!r}, the base model's {size}; it is an "
-                "adapter of another model"
+                f"{place}: its {key} is {values.get(key)!r}, and the base model has {size}; is it an "
+                "adapter of another base model?"
             )
     if values.get(NEW_CONFIG_KEY) is not None:
-        raise AdapterError(f"{place}: {NEW_CONFIG_KEY} {values[NEW_CONFIG_KEY]!r} is no BLOOM's; expected null")
+        raise AdapterError(f"{place}: {NEW_CONFIG_KEY} is {values[NEW_CONFIG_KEY]}, which no BLOOM has; expected null")
     if values.get("prefix_dropout"):
-        warnings.warn(f"{place}: prefix_dropout {values['prefix_dropout']} acted in training only", stacklevel=2)
+        warnings.warn(
+            f"{place}: prefix_dropout {values['prefix_dropout']} is ignored, because it applies in training only",
+            stacklevel=2,
+        )
     projection = bool(values.get("prefix_projection"))
     return PrefixConfig(
         num_prefix_tokens=whole_number(values, "num_prefix_tokens", place),
@@ -204,11 +221,7 @@ def _prefix_config(files: AdapterFiles, model_config: BloomConfig) -> PrefixConf
 
 
 def _join(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:
-    for rank in ranks:
-        if odd := sorted(set(cuts) ^ set(rank.tensors)):
-            raise CheckpointError(f"{rank.place}: expected {', '.join(cuts)}; it differs in {name_some(odd)}")
-    joined = {name: join_pieces(name, cut, ranks) for name, cut in cuts.items()}
     return {
-        NAMES[name]: transposed(tensor) if name in ("1.weight", "3.weight") else tensor
-        for name, tensor in joined.items()
+        PARAMETERS[name].name: transposed(tensor) if PARAMETERS[name].is_linear_weight else tensor
+        for name, tensor in join_pieces(ranks, cuts).items()
     }

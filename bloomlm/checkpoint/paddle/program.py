@@ -55,16 +55,16 @@ def read_program_weights(path: Path) -> dict[str, LazyTensor]:
         names = {variable: name for variable, name in names.items() if ".lora_" not in name}
     if len(names) != len(tensors):
         raise CheckpointError(
-            f"{path} holds {len(tensors)} tensors and {path.name}.info names {len(names)}: they are of two exports; "
-            "put those of one together"
+            f"{path} holds {len(tensors)} tensors and {path.name}.info names {len(names)}: they belong to different "
+            "exports; put the files of one export together"
         )
     program: dict[str, LazyTensor] = {
         names[variable]: tensor for variable, tensor in zip(sorted(names), tensors, strict=True)
     }
     if lora := [name for name in program if ".lora_" in name]:
         raise CheckpointError(
-            f"{path} holds LoRA's tensors apart from the weights ({lora[0]}, ...) and not their scaling; export the "
-            "model with its adapter merged, or read the base model and the adapter"
+            f"{path} holds the tensors of a LoRA that was not merged ({lora[0]}, ...), without their scaling; export "
+            "the model with its adapter merged, or read the base model and the adapter"
         )
     return program
 
@@ -76,7 +76,7 @@ def _read_names(path: Path) -> dict[str, str]:
         )
     content = load_paddle_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
-        raise CheckpointError(f"{path} is no table of variables; expected what paddle.jit.save writes")
+        raise CheckpointError(f"{path} is not a table of variables; expected what paddle.jit.save writes")
     return {
         str(variable): str(values.get("structured_name", variable)).removeprefix(WRAPPER_PREFIX)
         for variable, values in content.items()
@@ -136,7 +136,7 @@ def _parse_description(stored: StoredFile, description: bytes) -> tuple[torch.dt
         if data_type not in DTYPES or any(size >= 1 << 63 for size in shape):
             raise ValueError(f"data type {data_type}, shape {shape}")
     except (IndexError, ValueError) as error:
-        raise CheckpointError(f"{stored.path}: a tensor's description makes no sense: {error}") from error
+        raise CheckpointError(f"{stored.path}: the description of a tensor is invalid: {error}") from error
     return DTYPES[data_type], tuple(shape)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
+from bloomlm.checkpoint.adapters.peft import private_generator
 from bloomlm.checkpoint.paddle.adapter_files import PrefixLayout
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -102,7 +103,7 @@ class RecordedLora:
 
     def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
         """Install it as an adapter whose values are read afterwards; see RecordedAdapter."""
-        apply_adapter(model, self.config, _private_generator(model, device), device)
+        apply_adapter(model, self.config, private_generator(model, device), device)
         for name, module in self.config.layers(model):
             if name not in self.blocks:  # PaddleNLP gave this module no update, so it stays zero
                 module.lora_A.requires_grad_(False)
@@ -186,7 +187,7 @@ class RecordedPrefix:
 
     def install(self, model: BloomForCausalLM, device: torch.device | None = None) -> None:
         """Install it as an adapter whose values are read afterwards; see RecordedAdapter."""
-        apply_adapter(model, self.config, _private_generator(model, device), device)
+        apply_adapter(model, self.config, private_generator(model, device), device)
         plain = model.transformer.prefix
         assert plain is not None
         with torch.device("meta"):
@@ -242,7 +243,7 @@ def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
         kind = RecordedLora if "blocks" in values else RecordedPrefix
         return kind.from_values(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}; go on from another checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error!r}; resume from another checkpoint") from error
 
 
 def _write(directory: Path, adapter: RecordedLora | RecordedPrefix) -> None:
@@ -258,8 +259,3 @@ def _plain_value(value: Any) -> Any:
     """A layout as JSON."""
     assert isinstance(value, PrefixLayout)
     return value.value
-
-
-def _private_generator(model: BloomForCausalLM, device: torch.device | None) -> torch.Generator:
-    """For fresh values, which are replaced afterwards, so that they do not advance the generator of the program."""
-    return torch.Generator(device or model.transformer.word_embeddings.weight.device)

@@ -148,7 +148,7 @@ def _moments(
         of_kind = [rank[kind] for rank in ranks]
         whole[kind] = learned.join(of_kind) if any(rank.tensors for rank in of_kind) else {}
     if not whole["moment1"] or whole["moment1"].keys() != whole["moment2"].keys():
-        raise CheckpointError(f"{directory}: its optimizer state holds no moments of AdamW's")
+        raise CheckpointError(f"{directory}: its optimizer state holds no moments of AdamW")
     return whole
 
 
@@ -159,8 +159,8 @@ def _optimizer_states(directory: Path) -> dict[int, list[PaddleState]]:
         match = OPTIMIZER_FILE.fullmatch(path.name)
         if match is None:
             raise CheckpointError(
-                f"{path} is of a kind of parallel training that bloomlm does not read; expected optimizer.pdopt, or "
-                "its parts of tensor-parallel ranks (.tp00) and sharding groups (.shard00)"
+                f"{path} comes from a kind of parallel training that bloomlm does not read; expected optimizer.pdopt, "
+                "or its parts of tensor-parallel ranks (.tp00) and sharding groups (.shard00)"
             )
         paths.setdefault(int(match[1] or 0), {})[int(match[2] or 0)] = path
     if not paths:
@@ -185,7 +185,7 @@ def _sorted_by_kind(states: list[PaddleState], directory: Path, stem: str, tp_ra
             match = ACCUMULATOR.fullmatch(key)
             if match is None:
                 raise CheckpointError(
-                    f"{state.path} holds {key}, which AdamW does not have; BLOOM was trained by AdamW only"
+                    f"{state.path} holds {key}, which is not part of AdamW's state; bloomlm resumes runs of AdamW only"
                 )
             if match[2] in found:
                 found[match[2]][match[1]] = tensor
@@ -194,8 +194,8 @@ def _sorted_by_kind(states: list[PaddleState], directory: Path, stem: str, tp_ra
     place = states[0].path.name
     if not names:
         raise CheckpointError(
-            f"{directory / place}: the weights beside it do not name their variables (those merged from ranks do not), "
-            "so that nobody knows which moments are whose; remove the optimizer's files to go on without them"
+            f"{directory / place}: the weights beside it do not name their variables (as if merged from ranks), so "
+            "its moments cannot be matched with parameters; remove the optimizer files to resume without them"
         )
     named: dict[str, RankTensors] = {}
     for kind, tensors in found.items():

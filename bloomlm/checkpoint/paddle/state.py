@@ -152,7 +152,7 @@ class PaddleStateWriter:
 
 def _names(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in (*value, *value.values())):
-        raise CheckpointError(f"{path}: {VARIABLE_NAMES} is no dict of names; the file is damaged")
+        raise CheckpointError(f"{path} is damaged: {VARIABLE_NAMES} is not a dict of names; fetch it again")
     return value
 
 
@@ -160,7 +160,7 @@ def _big_tensors(path: Path, value: Any) -> dict[str, Mapping[str, Any]]:
     match value:
         case dict() if all(isinstance(pieces, dict) for pieces in value.values()):
             return value
-    raise CheckpointError(f"{path}: {BIG_TENSORS} is no dict of tensors in pieces; the file is damaged")
+    raise CheckpointError(f"{path} is damaged: {BIG_TENSORS} is not a dict of tensors in pieces; fetch it again")
 
 
 def _join(path: Path, name: str, pieces: Mapping[str, Any], tensors: dict[str, LazyTensor]) -> LazyTensor:

@@ -89,7 +89,7 @@ class _Interpreter:
         """Refuse an opcode by its name; INST, the old form of a global, by the name of the global."""
         known = _OPCODES.get(opcode)
         if known is None:
-            raise self.error(f"{opcode!r} is no pickle opcode: the file is damaged, or no pickle")
+            raise self.error(f"{opcode!r} is not a pickle opcode: the file is damaged, or not a pickle")
         if known.name == "INST":
             self.push_global(self.line(), self.line())
         raise self.error(f"the pickle opcode {known.name}, which Paddle's state files do not need, was refused")
@@ -130,7 +130,7 @@ class _Interpreter:
         try:
             text = Text(self.take(length).decode("utf-8", "surrogatepass"))
         except UnicodeDecodeError as error:
-            raise self.error(f"a text that is no UTF-8 ({error})") from error
+            raise self.error(f"a text that is not UTF-8 ({error})") from error
         text.span = Span(offset, length)
         self.stack.append(text)
 
@@ -180,7 +180,7 @@ class _Interpreter:
         """Put keys and values into the dict below them."""
         target = self.pop()
         if not isinstance(target, dict) or len(items) % 2:
-            raise self.error("the pickle sets items of something that is no dict")
+            raise self.error("the pickle sets items of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, int)):
                 raise self.error(f"a dict has a key of type {type(key).__name__}")
@@ -191,7 +191,7 @@ class _Interpreter:
         """Append values to the list below them."""
         target = self.pop()
         if not isinstance(target, list):
-            raise self.error("the pickle appends to something that is no list")
+            raise self.error("the pickle appends to something that is not a list")
         target.extend(items)
         self.stack.append(target)
 

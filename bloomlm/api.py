@@ -51,11 +51,11 @@ class LoadedModel:
     model: BloomForCausalLM
     tokenizer: Tokenizer
     mesh: Mesh = ALONE
-    """The ranks among which the model is divided; all of them make every call, and all get its result."""
+    """The ranks among which the model is divided; all of them must make every call, and all get its result."""
     name: str = "unnamed"
-    """What it was loaded from."""
+    """Name or path that it was loaded from."""
     adapter: str | None = None
-    """What its adapter was loaded from, if it has one."""
+    """Name or path that its adapter was loaded from; None without one."""
 
     def generate(
         self,
@@ -70,10 +70,10 @@ class LoadedModel:
         Args:
             prompts: one text or several.
             batch_size: prompts computed at once; it changes the speed, not the results.
-            src_length: most tokens of a prompt; the end of a longer one is dropped, as in training. None: no cut.
-            options: decode_strategy ("greedy", "sampling", "beam_search") and what acts under it: max_new_tokens,
-                min_new_tokens, repetition_penalty, no_repeat_ngram_size, stop (texts), num_return_sequences;
-                temperature, top_k, top_p, seed; num_beams, length_penalty. See bloomlm.GenerationConfig.
+            src_length: maximum tokens of a prompt; a longer one loses its end, as in training. None: no limit.
+            options: decode_strategy ("greedy", "sampling" or "beam_search"); max_new_tokens, min_new_tokens,
+                repetition_penalty, no_repeat_ngram_size, stop (texts), num_return_sequences; temperature, top_k,
+                top_p and seed of sampling; num_beams and length_penalty of beam search. See bloomlm.GenerationConfig.
 
         Returns:
             num_return_sequences completions of the first prompt, then of the second, and so on.
@@ -95,15 +95,15 @@ class LoadedModel:
         num_done: int = 0,
         on_token: OnToken | None = None,
     ) -> Iterator[Completion]:
-        """Complete prompts batch by batch, each completion coming as soon as its batch is done.
+        """Complete prompts batch by batch; the completions of a batch come when it is done.
 
         Args:
             prompts: all prompts of the run.
-            config: how to continue them.
-            batch_size: prompts computed at once.
-            src_length: most tokens of a prompt; the end of a longer one is dropped. None: no cut.
-            num_done: prompts to skip at the beginning; the samples of the others do not change.
-            on_token: called with (index among all completions of the run, id) for each token as it comes.
+            config: how to complete them.
+            batch_size: prompts computed at once on each copy of the model.
+            src_length: see generate.
+            num_done: number of prompts to skip at the beginning; the samples of the others do not change.
+            on_token: called with (number of the completion in the run, token id) as soon as a token is generated.
 
         Raises:
             GenerationError: an empty prompt, or a batch or length below 1.
@@ -128,7 +128,7 @@ class LoadedModel:
         decode_text: DecodeText,
         first_sequence: int,
     ) -> list[Generation]:
-        """Continue prompts; each copy of the model takes its share of them."""
+        """Continue the prompts on all copies of the model, each of which takes its share."""
         share = -(-len(prompts) // self.mesh.degrees.dp)
         start = share * self.mesh.dp_rank
         results = generate_tokens(
@@ -160,16 +160,16 @@ def load(
     Args:
         name_or_path: `builtin:tiny`, a directory, or a hub name such as `bigscience/bloom-560m`.
         adapter_path: directory or hub name of an adapter of any kind.
-        lora_path, prefix_path: the same, of a LoRA or of a prefix adapter only; give one of the three.
+        lora_path, prefix_path: like adapter_path, for LoRA or prefix adapters only; give one of the three.
         dtype: precision of the weights, or its name ("float32", "float16", "bfloat16"); None: as on disk.
-        device: where they go.
-        prefix_layout: "old" or "new", for a prefix adapter in PaddleNLP's files that do not say which.
+        device: where to load the weights.
+        prefix_layout: for a prefix adapter in PaddleNLP's files: "old" if written before August 2023, else "new".
         trained_tensor_parallel_degree: number of ranks that trained an adapter, for PaddleNLP's files that do not say.
         paddle_tokenization: with vocab.json and merges.txt, split texts into words as PaddleNLP did, not as BLOOM does.
-        mesh: the ranks to divide the model among (see bloomlm.parallel), all of which must load it.
+        mesh: the ranks to divide the model among (see bloomlm.parallel), all of which must make this call.
 
     Raises:
-        CheckpointError: files that are missing, damaged or do not belong together; AdapterError: those of an adapter.
+        CheckpointError: files that are missing, damaged or do not belong together; AdapterError: files of an adapter.
         ConfigError: an option or a config.json that cannot be used.
     """
     paths = {"adapter_path": adapter_path, "lora_path": lora_path, "prefix_path": prefix_path}
@@ -195,18 +195,12 @@ def load(
 
 
 def generate(model: LoadedModel | str | Path, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
-    """Complete prompts with a loaded model, or with one loaded for this call.
+    """Complete prompts with a loaded model, or with one that is loaded for this call; see LoadedModel.generate.
 
     Args:
-        model: what `load` gave, or a name or path that it takes.
+        model: the result of `load`, or a name or path that it takes.
         prompts: one text or several.
-        options: those of LoadedModel.generate.
-
-    Returns:
-        num_return_sequences completions of the first prompt, then of the second, and so on.
-
-    Raises:
-        GenerationError: an empty prompt, an unknown option, or one without effect.
+        options: arguments of LoadedModel.generate.
     """
     loaded = model if isinstance(model, LoadedModel) else load(model)
     return loaded.generate(prompts, **options)
@@ -216,7 +210,7 @@ def finetune(**options: Any) -> "FinetuneResult":
     """Fine-tune a model on examples, as `bloomlm finetune` does.
 
     Args:
-        options: the flags of `bloomlm finetune` as keywords, see bloomlm.TrainingConfig.
+        options: the flags of `bloomlm finetune` as keyword arguments; see bloomlm.TrainingConfig.
 
     Raises:
         ConfigError: an unknown option, a missing one, or one that cannot be used.
@@ -248,12 +242,12 @@ def evaluate(
     """Evaluate a model or an exported program under a stated definition, as `bloomlm evaluate` does.
 
     Args:
-        model: what `load` gave, an opened program, a name or path that `load` takes, or a function that opens a model
-            or a program, which is called once the data have been read.
+        model: the result of `load`, an opened program, or a name or path that `load` takes; or a function that returns
+            a model or a program, which is called after the data have been read.
         mesh: the ranks; None: those of the loaded model, or this process alone.
         display: shows notices and progress; None: notices are logged as warnings.
-        options: the flags of `bloomlm evaluate` about data, protocol and output as keywords: eval_path, protocol,
-            tasks, limit, seq_length, batch_size, output_file and so on; see docs/evaluation.md.
+        options: the flags of `bloomlm evaluate` about data, protocol and output as keyword arguments: eval_path,
+            protocol, tasks, limit, seq_length, batch_size, output_file and so on; see docs/evaluation.md.
 
     Returns:
         The report: metrics with their standard errors, and everything that decided them.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Protocol
 
 from rich.console import Console
@@ -142,7 +141,7 @@ class CompletionFlags(Flags):
         return read_prompts(self.prompt, self.data_file, self.prompt_template)
 
 
-class ResultFile:
+class ResultFile(ResumableResults):
     """A JSONL file of completions that appears when it is complete; a stopped run goes on after its last whole prompt.
 
     Args:
@@ -155,33 +154,25 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, *, identity: str, lines_per_prompt: int) -> None:
+        super().__init__(path, identity=identity)
         self.path = path
-        self._results = ResumableResults(path, identity=identity)
         found: list[Completion] = []
         with suppress(KeyError, TypeError):
-            while len(found) < len(self._results.done):
-                found.append(Completion(**self._results.done[len(found)]))
+            while len(found) < len(self.done):
+                found.append(Completion(**self.done[len(found)]))
         self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
         """The completions so far, beginning with those of prompts that a stopped run completed."""
 
     def write(self, completion: Completion) -> None:
         """Add one completion, and flush it to the file of unfinished results."""
-        self._results.add({len(self.completions): asdict(completion)})
+        self.add({len(self.completions): asdict(completion)})
         self.completions.append(completion)
 
     def finish(self) -> None:
         """Put the complete file in its place."""
         lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in self.completions)
         atomic_write(self.path, "".join(line + "\n" for line in lines))
-        self._results.remove(of_all_runs=True)
-
-    def __enter__(self) -> "ResultFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._results.__exit__(kind, error, trace)
+        self.remove(of_all_runs=True)
 
 
 def run_completions(

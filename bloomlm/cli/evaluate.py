@@ -1,6 +1,5 @@
 """`bloomlm evaluate`: bloomlm.evaluate with flags, a progress bar and tables."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -16,43 +15,42 @@ from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.report import EvaluationReport, compare, read_report
-from bloomlm.flags import READING_FLAGS, DeviceFlags, ModelFlags, flag, same_flag
+from bloomlm.flags import ADAPTER_FLAGS, READING_FLAGS, DeviceFlags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device, joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 from bloomlm.runtime.program import Program
 
-_ADAPTER_IN_PROGRAM = "adapters are put into a program when it is exported; leave the flag out"
 _NOT_OF_PROGRAMS = {
-    "adapter_path": _ADAPTER_IN_PROGRAM,
-    "lora_path": _ADAPTER_IN_PROGRAM,
-    "prefix_path": _ADAPTER_IN_PROGRAM,
-    **dict.fromkeys(READING_FLAGS, "a program is read in one way, tokenizer and adapter included; leave the flag out"),
+    **dict.fromkeys(ADAPTER_FLAGS, "adapters are put into a program when it is exported; leave the flag out"),
+    **dict.fromkeys(READING_FLAGS, "it concerns files of models and adapters; leave the flag out"),
     "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
     "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
     "device": "exported programs run on the CPU; leave the flag out",
     "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process "
     "takes other examples",
 }
-"""Flags that say how a model is loaded, and what to do instead."""
+"""Flags that do not go with --model_dir -> why, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateFlags(EvaluateConfig, DeviceFlags, ModelFlags):
-    """What to evaluate, on what, and what to show."""
+    """The flags of `bloomlm evaluate`."""
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
-    model_type: str | None = flag("model", None, "bloom, the only one; older command lines give it")
-    load_autodist: bool = flag("model", False, "the directory holds auto_dist*.pdparams files")
-    model_dir: Path | None = flag(
-        "model", None, "instead of --model_name_or_path: directory that bloomlm export wrote a program into"
+    model_type: str | None = flag("model", None, "accepted for old commands; bloom is the only one")
+    load_autodist: bool = flag(
+        "model", False, "check that the directory holds auto_dist*.pdparams files, which are read in any case"
     )
-    model_prefix: str = flag("model", "bloom", "name of the program in it")
-    compare: tuple[str, ...] = flag("output", (), "two reports, side by side; nothing is evaluated")
+    model_dir: Path | None = flag(
+        "model", None, "instead of --model_name_or_path: directory that `bloomlm export` wrote a program into"
+    )
+    model_prefix: str = flag("model", "bloom", "name of the program in --model_dir")
+    compare: tuple[str, ...] = flag("output", (), "show two reports side by side and evaluate nothing")
     logging_steps: int = flag(
-        "output", 10, "without a terminal: batches from one line of progress to the next", minimum=1
+        "output", 10, "where there is no terminal: batches between two lines of progress", minimum=1
     )
     tensor_parallel_degree: int = flag(
-        "computing", 1, "processes that share a model; the others have copies and take other examples"
+        "computing", 1, "processes that compute one copy of the model together; others take other examples"
     )
     seed: int | None = flag("computing", None, "accepted for old commands; an evaluation draws no random numbers")
 
@@ -61,10 +59,10 @@ def check_flags(flags: EvaluateFlags) -> tuple[str, ...]:
     """Refuse flags that contradict each other, before anything is loaded.
 
     Returns:
-        Notices about flags of the command that have no effect; bloomlm.evaluate gives those about its options.
+        Notices about flags without effect, except those that are options of bloomlm.evaluate, which has its own.
 
     Raises:
-        ConfigError: naming the flags.
+        ConfigError: flags that contradict each other.
     """
     given = {item.name for item in fields(flags) if getattr(flags, item.name) != item.default}
     if flags.compare:
@@ -81,7 +79,7 @@ def check_flags(flags: EvaluateFlags) -> tuple[str, ...]:
     check_config(flags)
     acting = {
         "logging_steps": (flags.chosen_protocol.reads_file, "--eval_path"),
-        "seed": (False, "random numbers, and an evaluation draws none"),
+        "seed": (False, "random numbers, which an evaluation does not draw"),
         "model_prefix": (flags.model_dir is not None, "--model_dir"),
     }
     return tuple(
@@ -107,7 +105,7 @@ def _check_model(flags: EvaluateFlags) -> None:
 
 
 def _check_program(flags: EvaluateFlags, given: set[str]) -> None:
-    """Refuse flags for loading a model where a program is given, which was exported with all of that."""
+    """Refuse flags that do not go with a program."""
     if flags.model_name_or_path:
         raise ConfigError(
             f"found --model_dir {flags.model_dir} and --model_name_or_path {flags.model_name_or_path}; give one: an "
@@ -119,11 +117,11 @@ def _check_program(flags: EvaluateFlags, given: set[str]) -> None:
 
 
 class EvaluationDisplay:
-    """Notices, and a progress bar on a terminal or lines anywhere else.
+    """Prints notices, and a progress bar on a terminal or lines anywhere else.
 
     Args:
         console: where to print.
-        logging_steps: batches from one line to the next.
+        logging_steps: batches between two lines.
     """
 
     def __init__(self, console: Console, *, logging_steps: int) -> None:
@@ -153,7 +151,7 @@ class EvaluationDisplay:
         self._console.print(text, style="yellow", soft_wrap=True)
 
     def progress(self, num_done: int, total: int, result: str) -> None:
-        """Move the bar, or print a line if one is due."""
+        """Update the bar, or print a line if one is due."""
         if self._task is None:
             self._task = self._progress.add_task("evaluating", total=total, result="")
             self._progress.start()
@@ -171,7 +169,8 @@ def evaluate(flags: EvaluateFlags) -> None:
         BloomlmError: flags, files or data that cannot be used.
     """
     notices = check_flags(flags)
-    # programs run on the CPU, whatever else there is
+    options = {item.name: getattr(flags, item.name) for item in fields(EvaluateConfig)}
+    # Programs run on the CPU, even where there is a GPU.
     device = find_device(flags.device if flags.model_dir is None else "cpu")
     degrees = degrees_from_flags(world_size(), tensor_parallel_degree=flags.tensor_parallel_degree)
     if degrees.world_size > 1 and device.index is not None:
@@ -185,9 +184,7 @@ def evaluate(flags: EvaluateFlags) -> None:
                 if mesh.is_main:
                     _compare(Path(flags.compare[0]), Path(flags.compare[1]), display)
                 return
-            report = evaluate_model(
-                lambda: _open(flags, device, mesh), mesh=mesh, display=display, **_evaluation_options(flags)
-            )
+            report = evaluate_model(lambda: _open(flags, device, mesh), mesh=mesh, display=display, **options)
         if mesh.is_main:
             _show(flags, report, messages)
 
@@ -196,10 +193,6 @@ def _open(flags: EvaluateFlags, device: torch.device, mesh: Mesh) -> LoadedModel
     if flags.model_dir is not None:
         return Program(flags.model_dir / flags.model_prefix)
     return load(flags.model_name_or_path, **flags.load_options(), dtype=flags.dtype, device=device, mesh=mesh)
-
-
-def _evaluation_options(flags: EvaluateFlags) -> Mapping[str, object]:
-    return {item.name: getattr(flags, item.name) for item in fields(EvaluateConfig)}
 
 
 def _show(flags: EvaluateFlags, report: EvaluationReport, messages: Console) -> None:
@@ -223,15 +216,9 @@ def _compare(first: Path, second: Path, display: EvaluationDisplay) -> None:
 
 
 def _two_files(command: click.Command) -> click.Command:
-    """The same command, where --compare takes two words: --compare a.json b.json."""
-    option = click.Option(
-        ["--compare"],
-        nargs=2,
-        type=click.STRING,
-        metavar="A.json B.json",
-        help="two reports, side by side; nothing is evaluated",
-    )
-    command.params = [option if param.name == "compare" else param for param in command.params]
+    """Make --compare of a command take two words: --compare a.json b.json."""
+    option = next(param for param in command.params if param.name == "compare")
+    option.nargs, option.type, option.metavar = 2, click.STRING, "A.json B.json"
     return command
 
 
@@ -241,9 +228,9 @@ command = _two_files(
         EvaluateFlags,
         evaluate,
         has_ranks=True,
-        help="""Tell how good a model is: WikiText, LAMBADA, any task of lm-eval, or answers to rows of your own.
+        help="""Measure how good a model is: WikiText, LAMBADA, any task of lm-eval, or answers to rows of your own.
 
-    The numbers hold under the definition that --protocol names; compare them with numbers of the same one only.
+    --protocol names the definition of the numbers; only numbers under the same definition can be compared.
 
     \b
     bloomlm evaluate --model_name_or_path bigscience/bloom-560m --eval_path wikitext-2 --protocol lm_eval \\

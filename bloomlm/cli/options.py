@@ -1,8 +1,8 @@
-"""Turns a config dataclass into the flags of a command.
+"""Turns a config dataclass into a command, whatever its fields mean.
 
-Each field becomes one flag of the same name; its help, section and aliases are in the field's metadata, see flags.py.
-A boolean is given as `--x`, `--x True` or `--x False`; dashes and underscores are the same; `--config run.yaml`
-takes the same names, and a flag on the command line wins over the file. Knows nothing of what the fields mean.
+Each field becomes a flag of the same name; flags.py declares its help, section and aliases. A boolean is given as
+`--x`, `--x True` or `--x False`; dashes and underscores are the same. `--config run.yaml` takes the same names, and a
+flag on the command line wins over the file.
 """
 
 import difflib
@@ -31,13 +31,13 @@ _CONFIG_OPTION = click.Option(
     help="read flags from a YAML file of `name: value` lines; flags given here win over it",
 )
 _WORDS = "bloomlm.words"
-"""Where a command keeps its arguments as they were given."""
+"""Key of click's meta dictionary under which a command keeps its arguments as they were given."""
 
 C = TypeVar("C", bound=Flags)
 
 
 class NameList(_ParamType):
-    """Names separated by commas; a run file may also give a list."""
+    """Names separated by commas; a run file may give a list, too."""
 
     name = "a,b,..."
 
@@ -71,7 +71,7 @@ class Flag:
         return f"{self.help}  [default: {f'{self.default:g}' if isinstance(self.default, float) else text}]"
 
     def parse(self, value: Any, where: str) -> Any:
-        """Convert a run file's value, held to the same rules as the command line's.
+        """Convert a value of a run file by the rules of the command line.
 
         Args:
             value: a scalar or a list, as YAML reads it.
@@ -182,14 +182,14 @@ def read_run_file(path: Path, flags: tuple[Flag, ...]) -> dict[str, Any]:
 
 
 class _SectionedCommand(click.Command):
-    """A command whose --help groups the flags under the sections of their fields."""
+    """A command whose --help groups flags by section."""
 
     def __init__(self, name: str, *, sections: Mapping[str, str], **attributes: Any) -> None:
         super().__init__(name, **attributes)
         self._sections = sections
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments, with which ranks can be started, and parse them."""
+        """Keep the arguments, which started ranks get, too, and parse them."""
         ctx.meta[_WORDS] = tuple(args)
         return super().parse_args(ctx, args)
 
@@ -207,28 +207,16 @@ class _SectionedCommand(click.Command):
 
 
 def _option(flag: Flag) -> click.Option:
-    # Every default stays None here: what the user did not give must not hide what the run file says.
+    # click gets no defaults: a flag that is not given must not override the run file.
     spellings = [flag.name, *(f"--{spelling}" for spelling in (flag.name, *flag.aliases))]
+    attributes: dict[str, Any] = {}
     if flag.type is click.BOOL:
-        return click.Option(
-            spellings,
-            type=click.BOOL,
-            is_flag=False,
-            flag_value="True",
-            default=None,
-            metavar="[True|False]",
-            help=flag.described(),
-        )
-    if flag.is_repeatable:
-        return click.Option(
-            spellings,
-            type=flag.type,
-            multiple=True,
-            callback=lambda ctx, param, value: value or None,
-            help=flag.described(),
-        )
-    metavar = f"[{'|'.join(flag.type.choices)}]" if isinstance(flag.type, click.Choice) else None
-    return click.Option(spellings, type=flag.type, default=None, metavar=metavar, help=flag.described())
+        attributes = {"is_flag": False, "flag_value": "True", "metavar": "[True|False]"}
+    elif flag.is_repeatable:
+        attributes = {"multiple": True, "callback": lambda ctx, param, value: value or None}
+    elif isinstance(flag.type, click.Choice):
+        attributes = {"metavar": f"[{'|'.join(flag.type.choices)}]"}
+    return click.Option(spellings, type=flag.type, default=None, help=flag.described(), **attributes)
 
 
 def _flag(item: Field[Any], hint: Any) -> Flag:

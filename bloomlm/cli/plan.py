@@ -125,6 +125,12 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     load_of = partial(_workload, config, precision.compute_dtype, training.sharding)
     load = load_of(config.per_device_train_batch_size)
     traffic = step_traffic(model, degrees, load, label_smoothing=config.label_smoothing > 0)
+    links = Links(
+        flops_per_second=config.flops_per_second,
+        node_bytes_per_second=config.node_bandwidth,
+        network_bytes_per_second=config.network_bandwidth,
+        ranks_per_node=config.processes_per_node,
+    )
     found = Plan(
         model=config.model_name_or_path,
         num_parameters=model_config.num_parameters,
@@ -144,7 +150,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
             lambda batch_size: prediction_memory(predicting, degrees.tp, batch_size, length).peak,
         ),
         traffic=traffic,
-        time=step_time(traffic, degrees, _links(config), _step_flops(model, load, length - 1)),
+        time=step_time(traffic, degrees, links, _step_flops(model, load, length - 1)),
     )
     return found, notices
 
@@ -211,15 +217,6 @@ def _workload(config: PlanConfig, compute_dtype: torch.dtype, sharding: str, bat
         recompute=config.recompute,
         accumulation=config.gradient_accumulation_steps,
         reshards=sharding == "stage3",
-    )
-
-
-def _links(config: PlanConfig) -> Links:
-    return Links(
-        flops_per_second=config.flops_per_second,
-        node_bytes_per_second=config.node_bandwidth,
-        network_bytes_per_second=config.network_bandwidth,
-        ranks_per_node=config.processes_per_node,
     )
 
 

@@ -3,9 +3,9 @@
 Exact match and ROUGE are between 0 and 1; BLEU and chrF are between 0 and 100, as in sacrebleu. Needs the `metrics`
 extra.
 
-ROUGE splits texts into words in any script, and into characters where a script is written without spaces; the
-rouge-score package alone would drop everything but a-z and 0-9. BLEU takes one of sacrebleu's own tokenizers, chosen
-by the script of the right answers, and its signature says which.
+For ROUGE, texts of any script are split into words, or into characters if the script is written without spaces; the
+tokenizer of rouge-score drops everything but a-z and 0-9. For BLEU, one of sacrebleu's tokenizers is chosen by the
+script of the right answers; the signature names it.
 """
 
 import re
@@ -45,11 +45,11 @@ class GenerationScores:
 
 
 def score_generations(answers: Sequence[str], references: Sequence[str]) -> GenerationScores:
-    """Compare each answer with the right one.
+    """Compare answers with the right ones.
 
     Args:
-        answers: generated texts.
-        references: the right answer to each, at least one.
+        answers: generated texts, at least one.
+        references: the right answer to each.
 
     Raises:
         ConfigError: the `metrics` extra is not installed.
@@ -77,22 +77,22 @@ def score_generations(answers: Sequence[str], references: Sequence[str]) -> Gene
 
 
 def split_words(text: str) -> list[str]:
-    """Words in lower case; characters one by one in scripts that write no spaces; marks stay with their letters.
+    """Split a text into words in lower case, or into characters if the script is written without spaces.
 
     >>> split_words("Am 3. März: 三月三日")
     ['am', '3', 'märz', '三', '月', '三', '日']
     """
     text = unicodedata.normalize("NFKC", text).lower()
-    # Combining marks (the vowel signs of Devanagari, for one) are no \w to Python and would cut words apart.
+    # Python's \w leaves out combining marks, e.g. the vowel signs of Devanagari, which would cut words apart.
     joined = "".join(" " if not _belongs_to_word(c) else f" {c} " if _is_spaceless(c) else c for c in text)
     return joined.split()
 
 
 def bleu_tokenizer(references: Sequence[str]) -> str:
-    """Name of sacrebleu's tokenizer for the script that most letters of the references are in.
+    """Name of sacrebleu's tokenizer for the script of most letters of the references.
 
-    "13a" for scripts with spaces, as published results have it; "zh" for Chinese, which splits Han characters;
-    "char" for Japanese, Thai and others without spaces.
+    "13a", as in published results, for scripts with spaces; "zh", which splits Han characters, for Chinese; "char" for
+    Japanese, Thai and other scripts without spaces.
     """
     letters = [c for text in references for c in text if c.isalpha()]
     spaceless = [c for c in letters if _is_spaceless(c)]

@@ -1,4 +1,4 @@
-"""What to evaluate on: the options of bloomlm.evaluate, which are flags of `bloomlm evaluate` too."""
+"""The options of bloomlm.evaluate about data, protocol and output, which `bloomlm evaluate` has as flags."""
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
@@ -17,11 +17,11 @@ _PROTOCOL_HELP = "definition of the numbers: " + ", ".join(f"{name} ({row.help})
 _OPTIONS = frozenset(
     item.name for protocol in PROTOCOLS.values() for task in protocol.tasks for item in fields(task.options)
 )
-"""Names of all options of protocols."""
+"""The names of the options of all protocols."""
 
 
 def _with_protocol_options(config_class: type[C]) -> type[C]:
-    """The same dataclass with a field for each option of the protocols; None: the default of the protocol."""
+    """The same dataclass with a field for each option of the protocols; None stands for the protocol's default."""
     found: dict[str, tuple[Any, Field[Any], dict[str, Any]]] = {}
     for protocol in PROTOCOLS.values():
         for task in protocol.tasks:
@@ -37,7 +37,7 @@ def _with_protocol_options(config_class: type[C]) -> type[C]:
 
 
 def _optional(item: "Field[Any]", defaults: dict[str, Any]) -> Any:
-    """The field of a flag that may be left out; its help names the default, of each protocol where they differ."""
+    """The field for an option; its help names the default, or that of each protocol if they differ."""
     known = {name: default for name, default in defaults.items() if default not in (None, ())}
     shown = str(next(iter(known.values()), ""))
     if len(set(known.values())) > 1:
@@ -49,36 +49,38 @@ def _optional(item: "Field[Any]", defaults: dict[str, Any]) -> Any:
 @_with_protocol_options
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Flags):
-    """What to evaluate on. Each option of a protocol (seq_length, tasks, ...) is a field of this class, too."""
+    """Data, protocol and output. Each option of a protocol (seq_length, tasks, ...) is a field of this class, too."""
 
     eval_path: str | None = flag(
-        "data", None, "wiki.valid.tokens, lambada_test.jsonl, ...; or wikitext-2, wikitext-103 or lambada from the hub"
+        "data",
+        None,
+        "a file such as wiki.valid.tokens or lambada_test.jsonl; or wikitext-2, wikitext-103, lambada (hub)",
     )
     cloze_eval: bool | None = flag(
-        "data", None, "whether to guess last words (LAMBADA)  [default: True for .jsonl, .json and .csv files]"
+        "data", None, "True: LAMBADA, False: WikiText  [default: True for .jsonl, .json and .csv files]"
     )
     limit: int | None = flag(
-        "data", None, "evaluate only this many examples, documents or windows, from the first", minimum=1
+        "data", None, "number of examples, documents or windows to evaluate, from the first  [default: all]", minimum=1
     )
     protocol: str | None = flag(
         "protocol", None, f"{_PROTOCOL_HELP}  [default: {DEFAULT_PROTOCOL}]", choices=tuple(PROTOCOLS)
     )
     do_generation: bool = flag(
-        "generation", False, "answer the rows of eval_path (src and tgt) and score the answers: --protocol generation"
+        "generation", False, "the same as --protocol generation: answer the rows of --eval_path and score the answers"
     )
     output_file: Path | None = flag(
-        "output", None, "write the report (.json, and .md beside it); a stopped evaluation continues from there"
+        "output", None, "write the report (.json, and .md beside it); the same command resumes a stopped evaluation"
     )
     batch_size: int = flag(
         "computing",
         8,
-        "windows of seq_length tokens at once; changes the speed, and is halved when memory runs out",
+        "windows of seq_length tokens, or prompts, at once; changes only the speed; halved when memory runs out",
         minimum=1,
     )
 
     @property
     def chosen_protocol(self) -> Protocol:
-        """The protocol that the options ask for.
+        """The protocol that the options choose.
 
         Raises:
             ConfigError: there is no such protocol.
@@ -94,10 +96,10 @@ class EvaluateConfig(Flags):
 
     @property
     def task(self) -> Task:
-        """The task that the options ask for.
+        """The task of the protocol that fits the data.
 
         Raises:
-            ConfigError: the protocol does not define it.
+            ConfigError: the protocol has no such task.
         """
         protocol, text = self.chosen_protocol, "lambada" if self.is_lambada else "wikitext"
         task = protocol.task(text)
@@ -112,7 +114,7 @@ class EvaluateConfig(Flags):
 
     @property
     def is_lambada(self) -> bool:
-        """Whether the data, where they are WikiText or LAMBADA, are LAMBADA."""
+        """Whether data that are WikiText or LAMBADA are LAMBADA."""
         if self.cloze_eval is not None:
             return self.cloze_eval
         name = self.eval_path or ""
@@ -120,13 +122,13 @@ class EvaluateConfig(Flags):
 
     @property
     def task_options(self) -> dict[str, Any]:
-        """The options of the task: those that were given, and the protocol's defaults."""
+        """The options of the task, with the protocol's defaults for those that are not given."""
         given = {item.name: getattr(self, item.name) for item in fields(self.task.options)}
         return vars(self.task.options(**{name: value for name, value in given.items() if value is not None}))
 
 
 def make_config(options: Mapping[str, Any]) -> EvaluateConfig:
-    """A config from keywords; paths may be texts, and tasks a sequence or names with commas between them.
+    """A config from keyword arguments; paths may be texts, and tasks a sequence or one text with commas.
 
     Raises:
         ConfigError: an unknown option, or a number out of range.
@@ -149,10 +151,10 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
     """Refuse options that contradict each other, before anything is loaded.
 
     Returns:
-        What the user should know: options that have no effect.
+        Notices about options without effect.
 
     Raises:
-        ConfigError: naming the flags.
+        ConfigError: options that contradict each other.
     """
     kinds = [name for name, given in (("--tasks", vars(config)["tasks"]), ("--eval_path", config.eval_path)) if given]
     if config.do_generation and not config.eval_path:

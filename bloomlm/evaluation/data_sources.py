@@ -1,4 +1,4 @@
-"""WikiText and LAMBADA: where --eval_path finds them, and how their files are read.
+"""WikiText and LAMBADA: where --eval_path finds them, how their files are read, and how WikiText is detokenised.
 
 --eval_path is a file, or the name of a data set that is fetched from the Hugging Face hub and kept as a file:
 
@@ -11,8 +11,8 @@
 `wikitext-2:valid` is the validation split; a name without a colon is the test split.
 
 WikiText's files (wiki.valid.tokens, wiki.test.raw, ...) hold a line for each paragraph or heading, with spaces around
-words, punctuation and line ends: ` = Robert Boulter = `, `starring @-@ role`. The raw variant has the words that the
-other one replaces by <unk>.
+words, punctuation and line ends: ` = Robert Boulter = `, `starring @-@ role`. The raw variant has all words; the other
+one has <unk> for rare ones.
 """
 
 import json
@@ -29,8 +29,8 @@ from bloomlm.files.atomic import atomic_write
 WIKITEXT_NAMES = ("wikitext-2", "wikitext-103")
 LAMBADA_NAME = "lambada"
 _SPLITS = {"test": "test", "valid": "validation"}
-# Every rule in its order. Source: Megatron-LM's zero-shot evaluation, from which run_eval.py and lm-eval have
-# theirs; the second one looks for literal slashes, a slip of the original that comparable numbers need.
+# The rules in their order. Source: Megatron-LM's zero-shot evaluation, from which run_eval.py and lm-eval copied
+# them. The second rule looks for literal slashes, a mistake of the original that comparable numbers need.
 _RULES: tuple[tuple[str | re.Pattern[str], str], ...] = (
     ("s '", "s'"),
     (re.compile("/' [0-9]/"), "/'[0-9]/"),
@@ -52,12 +52,12 @@ _UNKNOWN = "<unk>"
 
 
 def find_data(name_or_path: str, *, raw: bool, cache_dir: Path | None = None) -> Path:
-    """Find the file; one that is given by name is fetched into the cache.
+    """The file with the data; a data set given by name is fetched into the cache first.
 
     Args:
         name_or_path: a file, or a name from the table above.
-        raw: whether WikiText is the raw variant.
-        cache_dir: where fetched files are; default_cache_dir() / "evaluation" if None.
+        raw: whether to fetch the raw variant of WikiText.
+        cache_dir: where fetched files are kept; None: default_cache_dir() / "evaluation".
 
     Raises:
         ConfigError: the `datasets` extra, which fetches, is not installed.
@@ -92,7 +92,7 @@ def find_data(name_or_path: str, *, raw: bool, cache_dir: Path | None = None) ->
 
 
 def read_text(path: Path) -> str:
-    """Read WikiText, or any other text, whole.
+    """Read a whole text, such as WikiText.
 
     Raises:
         DataError: it cannot be read, is not UTF-8, or holds no word.
@@ -116,7 +116,7 @@ class Passage:
 
     text: str
     where: str
-    """For error messages: "lambada_test.jsonl, line 3"."""
+    """Its place for error messages, e.g. "lambada_test.jsonl, line 3"."""
 
 
 def read_passages(path: Path) -> list[Passage]:
@@ -140,7 +140,7 @@ def read_passages(path: Path) -> list[Passage]:
 
 
 def detokenize(text: str) -> str:
-    """The text as people write it: no spaces before punctuation, no @-@.
+    """Write a text of WikiText in the usual way, without spaces before punctuation and without @-@.
 
     >>> detokenize("a well @-@ known town ( pop . 1 @,@ 234 )")
     'a well-known town (pop. 1,234)'
@@ -177,7 +177,7 @@ def split_rows(text: str) -> list[str]:
 
 
 def notices_about(text: str) -> tuple[str, ...]:
-    """Notices about a text whose numbers cannot be compared with published ones."""
+    """A notice if the numbers for a text cannot be compared with published ones."""
     if _UNKNOWN not in text:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""From options and a model to a report."""
+"""Evaluates a model or a program: reads the data, loads what is evaluated, runs the plan and writes the report."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class LoggedNotices:
-    """A display for programs: notices are logged, and there is no progress."""
+    """A display for calls from Python: notices are logged, and progress is not shown."""
 
     def notice(self, text: str) -> None:
         """Log it as a warning."""
@@ -44,9 +44,9 @@ def evaluate(
     """Evaluate a model or a program, and write the report where the options name a file.
 
     Args:
-        config: what to evaluate on.
-        open_subject: loads what is evaluated; called once the data have been read, as loading a large model takes long.
-        mesh: the ranks, all of which must make this call; all get the whole report, and the first one writes it.
+        config: data, protocol and output.
+        open_subject: loads what is evaluated; called after the data have been read, because loading may take long.
+        mesh: the ranks, all of which must make this call; all get the whole report, and the main rank writes it.
         display: shows notices and progress.
 
     Raises:
@@ -87,7 +87,7 @@ def evaluate(
 def _finished_results(
     config: EvaluateConfig, identity: str, mesh: Mesh
 ) -> AbstractContextManager[ResumableResults | None]:
-    """Where the results are kept while the evaluation runs; None without an output file."""
+    """Keeps results while the evaluation runs, if there is an output file."""
     if config.output_file is None:
         return nullcontext()
     return ResumableResults(
@@ -99,7 +99,7 @@ def _finished_results(
 
 
 def _check_writable(output_file: Path) -> None:
-    """Refuse now a file that could not be written after hours."""
+    """Refuse a file that cannot be written, before the evaluation runs for hours."""
     directory = output_file.parent
     while not directory.exists():
         directory = directory.parent

@@ -18,29 +18,21 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model with its tokenizer."""
+    """A model or an exported program, with its tokenizer and what the report says about it."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     mesh: Mesh
     """The ranks, which share the model or have copies of it."""
     description: Mapping[str, Any]
-    """name, fingerprint, dtype, adapter; of a program its format too."""
+    """name, fingerprint, dtype, adapter, and the format of a program."""
     device: str
 
     @classmethod
     def of_model(
         cls, model: BloomForCausalLM, tokenizer: Tokenizer, *, name: str, adapter: str | None, mesh: Mesh = ALONE
     ) -> "Subject":
-        """A loaded model; every rank must make this call.
-
-        Args:
-            model: to evaluate.
-            tokenizer: the model's.
-            name: of the model, for the report.
-            adapter: name or path of the adapter that the model was loaded with.
-            mesh: the ranks.
-        """
+        """A loaded model; every rank must make this call. The report names the model and its adapter."""
         weight = model.transformer.word_embeddings.weight
         description = {
             "name": name,
@@ -78,18 +70,13 @@ class Display(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a plan is run.
-
-    Attributes:
-        subject: to evaluate.
-        batch_size: windows of the longest length, or prompts, at once.
-        finished: the results of a stopped run, to which this one's are added; None: nothing is kept.
-        display: shows the progress.
-    """
+    """How a plan is run."""
 
     subject: Subject
     batch_size: int
+    """Windows of the maximum length, or prompts, at once."""
     finished: ResumableResults | None
+    """The results of a stopped run, to which this run adds its own; None: nothing is kept."""
     display: Display
 
     def collect(
@@ -101,16 +88,16 @@ class Execution:
         decode: Callable[[Mapping[str, Any]], R],
         summary: Callable[[], Callable[[Collection[R]], str]],
     ) -> tuple[list[R], int]:
-        """All results of a run, in their order: those of a stopped run, and those of all copies of the model.
+        """Compute the results that a stopped run has not left, and return all results on every rank.
 
         Args:
-            batches: takes the numbers that are finished and yields this copy's share of the others, batch by batch.
-            total: how many results there are.
-            encode, decode: a result to the fields of a JSON object, and back.
-            summary: makes a function that is given results batch by batch and describes all of them so far.
+            batches: takes the numbers of finished results and yields this copy's share of the others, batch by batch.
+            total: number of results.
+            encode, decode: turn a result into the fields of a JSON object, and back.
+            summary: makes a function that takes results batch by batch and describes all of them so far.
 
         Returns:
-            The results, and how many of them a stopped run left.
+            The results in their order, and how many of them a stopped run left.
 
         Raises:
             CheckpointError: the results cannot be written.

@@ -25,10 +25,11 @@ from bloomlm.errors import ConfigError
 from bloomlm.evaluation.protocols.lm_eval import SEQ_LENGTH, encode_pairs, rolling_windows
 from bloomlm.evaluation.scoring.batches import generate_batches, join_shares
 from bloomlm.evaluation.scoring.scorers import window_scorer
-from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_window
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_windows
 from bloomlm.generation.config import GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.parallel.launch import find_device
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 try:
@@ -54,10 +55,10 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         tokenizer: the tokenizer of a loaded model or program.
         adapter_path, lora_path, prefix_path: directory or hub name of an adapter; one of the three.
         dtype: name of the weights' precision; None or "auto": as on disk.
-        device: of the weights. None: a GPU if there is one, else the CPU; so too for a GPU that does not exist.
+        device: where to compute. None, or a GPU that does not exist: a GPU if there is one, else the CPU.
         batch_size: sequences of max_length at once ("auto": 8); halved when memory runs out.
-        max_batch_size: accepted because lm-eval always passes it, and not used.
-        max_length: most tokens that the model sees.
+        max_batch_size: not used; lm-eval always passes it.
+        max_length: maximum tokens that the model sees at once.
         mesh: the ranks of a loaded model. All of them make the same requests, and all get all results.
     """
 
@@ -91,15 +92,13 @@ class BloomLM(LM):  # type: ignore[misc, unused-ignore]
         self._batch_size = _batch_size(batch_size)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether greedy decoding gives it."""
+        """Log-probability of each continuation after its context, and whether greedy decoding generates it."""
         pairs = [request.args for request in requests]
-        windows, num_cut = [], 0
-        for number, (context, continuation) in enumerate(encode_pairs(pairs, self._tokenizer)):
+        encoded = encode_pairs(pairs, self._tokenizer)
+        for number, (_, continuation) in enumerate(encoded):
             if not continuation:
                 raise ConfigError(f"request {number}: the continuation {pairs[number][1]!r} has no tokens")
-            window, is_cut = continuation_window(context, continuation, self._max_length)
-            windows.append(window)
-            num_cut += is_cut
+        windows, num_cut = continuation_windows(encoded, self._max_length)
         if num_cut:
             _LOG.warning(
                 "%d of %d contexts are longer than max_length %d; their beginnings were cut off",
@@ -228,10 +227,9 @@ def _load(name: str, adapter: str | None, dtype: str | None, device: str | None)
     precision = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
     if dtype not in (None, "auto") and not isinstance(precision, torch.dtype):
         raise ConfigError(f"dtype {dtype}: expected float32, float16, bfloat16 or auto")
-    has_cuda = torch.cuda.is_available()
-    if device is None or (device.startswith("cuda") and not has_cuda):  # which is what lm-eval says by default
-        device = "cuda" if has_cuda else "cpu"
-    model = load_model(directory, dtype=precision, device=device)
+    # lm-eval names a GPU by default, also where there is none
+    place = find_device(device if torch.cuda.is_available() else None)
+    model = load_model(directory, dtype=precision, device=place)
     if adapter is not None:
         load_adapter(model, resolve_source(adapter).directory)
     return model.eval(), Tokenizer.from_directory(directory)

@@ -1,9 +1,9 @@
 """Numbers with their standard errors.
 
-The observations (examples, documents, windows) are treated as a sample of a larger population. The error of a statistic
-of sums over them follows from the influence of each observation: how much the statistic changes with it (the delta
-method). The influences of two models on the same observations can be subtracted one by one. A report keeps them for
-that, as the error of the difference is then far smaller than the error of either model.
+The observations (examples, documents, windows) are treated as a sample of a larger population. The standard error of a
+statistic follows from the influence of each observation, which is how much the statistic changes with it (the delta
+method). A report keeps the influences, because those of two models on the same observations can be subtracted one by
+one; the error of the difference is then far smaller than the error of either model.
 
 Source: delta method and ratio estimator, e.g. Cochran, Sampling Techniques, chapter 6.
 """
@@ -26,7 +26,7 @@ class Metric:
 
     value: float
     standard_error: float | None
-    """None where it is unknown: fewer than two observations, or a statistic of the whole set."""
+    """None if it is unknown: fewer than two observations, or no influences."""
     higher_is_better: bool
     influences: Floats | None = None
     """Influence of each observation, in the order of the data; their sum is 0."""
@@ -46,12 +46,9 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float] | Floats, *
 
 
 def exponential(exponent: Metric, *, scale: float = 1.0, limit: float = LARGEST_EXPONENT) -> Metric:
-    """exp(min(limit, scale * exponent)), better in the direction in which the exponent times scale is.
+    """exp(min(limit, scale * exponent)), for an exponent with influences.
 
-    Args:
-        exponent: with influences.
-        scale: factor of the exponent; -1 makes a perplexity of a mean log-probability.
-        limit: largest exponent.
+    A scale of -1 turns a mean log-probability into a perplexity, and a higher value from better into worse.
     """
     assert exponent.influences is not None
     scaled = scale * exponent.value
@@ -63,7 +60,7 @@ def exponential(exponent: Metric, *, scale: float = 1.0, limit: float = LARGEST_
 
 
 def linear(metric: Metric, factor: float) -> Metric:
-    """A metric in another unit; a negative factor turns which direction is better."""
+    """A metric with influences, times a factor; a negative factor reverses which direction is better."""
     assert metric.influences is not None
     return from_influences(
         factor * metric.value,

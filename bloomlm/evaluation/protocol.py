@@ -15,19 +15,19 @@ from typing import Any
 from bloomlm.evaluation.execution import Execution
 from bloomlm.evaluation.metrics import LARGEST_EXPONENT, Metric
 from bloomlm.evaluation.scoring.scorers import window_scorer
-from bloomlm.evaluation.scoring.windows import Window, WindowScore
+from bloomlm.evaluation.scoring.windows import Window, WindowScore, continuation_windows
 from bloomlm.flags import Flags, flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A definition under which numbers can be compared."""
+    """A definition of numbers; only numbers under the same definition can be compared."""
 
     name: str
     version: str
     """Changes whenever the numbers do."""
     source: str
-    """Whose definition it is."""
+    """The program or paper that it comes from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Outcome:
 
     metrics: Mapping[str, Metric]
     run: Mapping[str, Any]
-    """Seconds without loading, and what else describes the run."""
+    """What describes the run: seconds without loading, and so on."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that are known only at the end."""
+    """Settings that become known during the run."""
     counts: Mapping[str, float] = field(default_factory=dict)
-    """Counts that are known only at the end."""
+    """Counts that become known during the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,18 @@ class Plan(ABC):
     definition: Definition
     task: str
     settings: Mapping[str, Any]
-    """What decides the numbers besides the data: flag -> value."""
+    """The flags that decide the numbers, with their values."""
     counts: Mapping[str, float]
-    """What was counted in the data, for the report."""
+    """Numbers of windows, tokens, words and so on in the data, for the report."""
     notices: tuple[str, ...] = ()
-    """What the reader of the numbers should know."""
+    """Warnings for the reader of the numbers."""
 
     @abstractmethod
     def run(self, execution: Execution) -> Outcome:
         """Compute the metrics; every rank must make this call.
 
         Raises:
-            ConfigError: memory ran out on a single piece, or the model gives no numbers.
+            ConfigError: memory ran out on a single window or prompt, or the model computes no finite numbers.
             CheckpointError: results cannot be written.
         """
 
@@ -74,10 +74,10 @@ class Totals:
     num_scored: int = 0
     num_windows: int = 0
     num_greedy: int = 0
-    """Windows whose labels greedy decoding would have given."""
+    """Windows whose labels greedy decoding would generate."""
 
     def plus(self, scores: Collection[WindowScore]) -> "Totals":
-        """The sums with more windows; windows without a scored position are not counted."""
+        """The sums with more windows; a window without a label does not count."""
         scored = [score for score in scores if score.num_scored]
         return Totals(
             log_prob=self.log_prob + sum(score.log_prob for score in scored),
@@ -133,6 +133,32 @@ class WindowPlan(Plan):
         return describe
 
 
+def last_word_plan(
+    definition: Definition,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    seq_length: int,
+    metrics: Callable[[Sequence[WindowScore]], dict[str, Metric]],
+) -> WindowPlan:
+    """The plan of LAMBADA: score the last word of each passage.
+
+    Args:
+        definition: of the metrics.
+        pairs: ids of the context and of the last word of each passage.
+        seq_length: most tokens that the model sees; a longer context is cut at its beginning.
+        metrics: computes the metrics from the scores of the words.
+    """
+    windows, num_cut = continuation_windows(pairs, seq_length)
+    return WindowPlan(
+        definition=definition,
+        task="lambada",
+        settings={"seq_length": seq_length},
+        counts={"examples": len(windows), "contexts_cut": num_cut},
+        windows=windows,
+        metrics=metrics,
+        running=running_accuracy,
+    )
+
+
 def running_perplexity(totals: Totals) -> str:
     """Loss and perplexity of the tokens so far."""
     loss = -totals.log_prob / max(totals.num_scored, 1)
@@ -140,7 +166,7 @@ def running_perplexity(totals: Totals) -> str:
 
 
 def running_accuracy(totals: Totals) -> str:
-    """Part of the examples so far that greedy decoding gets right."""
+    """Fraction of the examples so far that greedy decoding gets right."""
     return f"accuracy {totals.num_greedy / max(totals.num_windows, 1):.4f}"
 
 
@@ -148,7 +174,7 @@ def running_accuracy(totals: Totals) -> str:
 class WindowOptions(Flags):
     """The option of tasks that score windows of tokens."""
 
-    seq_length: int = flag("protocol", 2048, "most tokens that the model sees", minimum=1)
+    seq_length: int = flag("protocol", 2048, "maximum tokens that the model sees at once", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +184,14 @@ class Task:
     name: str
     """wikitext, lambada, or the name of the protocol's only task."""
     make_plan: Callable[..., Plan]
-    """(data, tokenizer, limit=..., **options) -> plan, where data is what `read` returns."""
+    """(data, tokenizer, *, limit, **options) -> the plan of the data, which `read` returned, under these options. The
+    limit is the number of examples, documents or windows to evaluate, from the first; None: all."""
     read: Callable[[Path], Any] = lambda path: path
-    """Reads the data from a file."""
+    """Reads the data from a file, or leaves that to make_plan."""
     options: type[Flags] = WindowOptions
-    """The flags that decide the numbers, with their defaults under this protocol."""
+    """The flags that decide the numbers, with the defaults of this protocol."""
     line: Callable[[Mapping[str, Metric], Mapping[str, float]], str] | None = None
-    """(metrics, counts) -> the line that the program whose definition this is prints."""
+    """(metrics, counts) -> the line that the original program prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,26 +199,22 @@ class Protocol:
     """A way to evaluate."""
 
     name: str
-    """As given to --protocol."""
+    """The value of --protocol."""
     help: str
-    """Whose definition it is, in a few words."""
+    """Where the definition comes from, in a few words."""
     tasks: tuple[Task, ...]
     uses_raw_text: bool = True
-    """Whether WikiText from the hub is the raw variant; else it is the one with <unk>."""
+    """Whether WikiText is fetched from the hub in its raw variant, not in the one with <unk>."""
     reads_file: bool = True
     """Whether its data come from --eval_path."""
 
     @property
     def reads_text(self) -> bool:
-        """Whether it reads WikiText or LAMBADA, which the name of the file tells apart."""
+        """Whether its tasks are WikiText and LAMBADA, of which the name of the file chooses one."""
         return any(task.name in ("wikitext", "lambada") for task in self.tasks)
 
     def task(self, text: str) -> Task | None:
-        """The task to run; None where the protocol does not define it.
-
-        Args:
-            text: wikitext or lambada; protocols that read neither have one task.
-        """
+        """The task for wikitext or lambada, None if there is none; the only task of protocols that read neither."""
         if not self.reads_text:
             return self.tasks[0]
         return next((task for task in self.tasks if task.name == text), None)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,18 @@ class EvaluationReport:
     protocol: Mapping[str, str]
     """name, version, source."""
     data: Mapping[str, str]
-    """name, and sha256 of the file where there is one."""
+    """name, and sha256 of the file; empty if there is no file."""
     model: Mapping[str, Any]
     """name, fingerprint, dtype, adapter."""
     settings: Mapping[str, Any]
-    """Flags that decide the numbers."""
+    """The flags that decide the numbers."""
     counts: Mapping[str, float]
-    """Windows, tokens, examples."""
+    """Numbers of windows, tokens, examples."""
     metrics: Mapping[str, Metric]
     run: Mapping[str, Any]
-    """Seconds, tokens/s, device, versions: what describes the run, and does not decide the numbers."""
-    notices: tuple[str, ...] = field(default=())
-    """What the reader of the numbers should know."""
+    """What describes the run and does not decide the numbers: seconds, tokens/s, device, versions."""
+    notices: tuple[str, ...] = ()
+    """Warnings for the reader of the numbers."""
 
     def to_json(self) -> str:
         """The report as a JSON object, without the influences."""
@@ -63,7 +63,7 @@ class EvaluationReport:
         return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write the JSON, and beside it the Markdown, and the influences of the observations for --compare.
+        """Write the JSON, and beside it the Markdown and the influences of the observations, which --compare uses.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -140,13 +140,13 @@ def read_report(path: Path) -> EvaluationReport:
 
 
 def influences_path(report: Path) -> Path:
-    """Where the influences of a report are."""
+    """The file with the influences of a report."""
     return report.with_name(report.name.removesuffix(".json") + _INFLUENCES_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The second report minus the first, in one metric."""
+    """One metric of two reports."""
 
     name: str
     first: float
@@ -156,7 +156,7 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """By how much the second is larger."""
+        """The second value minus the first."""
         return self.second - self.first
 
 
@@ -168,11 +168,7 @@ class Comparison:
     notices: tuple[str, ...]
 
     def to_table(self, first: str, second: str) -> Table:
-        """The differences as a table for a terminal.
-
-        Args:
-            first, second: names of the reports.
-        """
+        """The differences as a table for a terminal; the columns have the names of the reports."""
         table = Table()
         table.add_column("metric")
         for title in (first, second, "difference", "standard error"):
@@ -229,7 +225,7 @@ def _shown(value: object) -> str:
 
 
 def _kept_as(report: EvaluationReport) -> str:
-    """The form of the weights, as an exported program has the fingerprint of its model."""
+    """The form of the weights; an exported program has the fingerprint of its model."""
     kind = report.model.get("program")
     return f"{report.model['dtype']} {'model' if kind is None else f'{kind} program'}"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_write
@@ -73,7 +73,7 @@ class ResumableResults:
         for path in self._paths("*" if of_all_runs else self._fingerprint):
             path.unlink(missing_ok=True)
 
-    def __enter__(self) -> "ResumableResults":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""Answers to held-out rows, scored against the right ones: the prompts of fine-tuning, decoded greedily."""
+"""Answers to held-out rows, generated greedily from the prompts of fine-tuning and compared with the right answers."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -28,9 +28,11 @@ DEFAULT_LENGTH = 512
 class RowOptions(Flags):
     """How rows become prompts, and how long answers may be."""
 
-    src_length: int = flag("generation", DEFAULT_LENGTH, "most tokens of a prompt, as in training", minimum=1)
-    tgt_length: int = flag("generation", DEFAULT_LENGTH, "most tokens of an answer, </s> included", minimum=1)
-    prompt_template: str | None = flag("generation", None, "template of each row's prompt, as in training")
+    src_length: int = flag("generation", DEFAULT_LENGTH, "maximum tokens of a prompt, as in training", minimum=1)
+    tgt_length: int = flag("generation", DEFAULT_LENGTH, "maximum tokens of an answer, including </s>", minimum=1)
+    prompt_template: str | None = flag(
+        "generation", None, "builds the prompt of each row from its fields, as in training"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +87,11 @@ def answer_rows(
 
     Args:
         path: a file with rows, as for fine-tuning.
-        tokenizer: the model's.
-        src_length: most tokens of a prompt; the end of a longer one is dropped.
-        tgt_length: most tokens of an answer, `</s>` included.
-        prompt_template: makes the prompt of each row; None: the row's source.
-        limit: rows to answer, from the first; None: all.
+        tokenizer: that of the model.
+        src_length: maximum tokens of a prompt; a longer one loses its end.
+        tgt_length: maximum tokens of an answer, including `</s>`.
+        prompt_template: builds the prompt of each row from its fields; None: the row's source.
+        limit: number of rows to answer, from the first; None: all.
 
     Raises:
         ConfigError: lengths or a template that cannot be used.
@@ -116,9 +118,9 @@ def answer_metrics(answers: Sequence[str], references: Sequence[str], scores: Ge
     """Metrics of answers; only exact match, which is a mean over them, has a standard error.
 
     Args:
-        answers: from the model.
+        answers: answers of the model.
         references: the right answers, at least one.
-        scores: of all answers.
+        scores: their scores.
     """
     hits = [float(answer.strip() == right.strip()) for answer, right in zip(answers, references, strict=True)]
     metrics = {

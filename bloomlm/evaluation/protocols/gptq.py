@@ -23,13 +23,7 @@ SEQ_LENGTH = 2048
 
 
 def wikitext(text: str, tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None) -> WindowPlan:
-    """Disjoint windows over a whole file.
-
-    Args:
-        text: of the file.
-        tokenizer: the model's.
-        seq_length: tokens of a window; the first of them is only context.
-        limit: windows to evaluate, from the first; None: all.
+    """Disjoint windows over a whole file; the first token of a window is only context. The limit counts windows.
 
     Raises:
         ConfigError: seq_length is below 2.

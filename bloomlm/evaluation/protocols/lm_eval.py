@@ -29,8 +29,8 @@ from bloomlm.evaluation.data_sources import (
     split_documents,
 )
 from bloomlm.evaluation.metrics import Metric, exponential, linear, mean, ratio
-from bloomlm.evaluation.protocol import Definition, Protocol, Task, WindowPlan, running_accuracy, running_perplexity
-from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
+from bloomlm.evaluation.protocol import Definition, Protocol, Task, WindowPlan, last_word_plan, running_perplexity
+from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore
 
 DEFINITION = Definition(
     name="lm_eval",
@@ -42,13 +42,7 @@ SEQ_LENGTH = 2048
 
 
 def wikitext(text: str, tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None) -> WindowPlan:
-    """Documents in disjoint windows.
-
-    Args:
-        text: of the file.
-        tokenizer: the model's.
-        seq_length: most tokens that the model sees.
-        limit: documents to evaluate, from the first; None: all.
+    """Documents in disjoint windows; the limit counts documents.
 
     Raises:
         DataError: no document.
@@ -85,9 +79,9 @@ def _perplexities(
     """Metrics over documents.
 
     Args:
-        scores: of the windows of all documents.
-        owners: the number of each window's document.
-        num_words, num_bytes: of each document.
+        scores: scores of the windows of all documents.
+        owners: number of the document of each window.
+        num_words, num_bytes: size of each document.
     """
     weights = [score.log_prob for score in scores]
     log_probs = np.bincount(owners, weights=weights, minlength=len(num_words)).tolist()
@@ -107,9 +101,9 @@ def rolling_windows(ids: Sequence[int], prefix_token_id: int, max_length: int) -
                                                    scores     0 1 2 3    4 5 6 7           8
 
     Args:
-        ids: of a document, which may be empty.
-        prefix_token_id: from which the first token is predicted.
-        max_length: most tokens that a window sees.
+        ids: a document, which may be empty.
+        prefix_token_id: token that stands before the document.
+        max_length: most tokens of a window.
     """
     tokens = np.array([prefix_token_id, *ids], dtype=np.int64)
     windows = []
@@ -122,26 +116,17 @@ def rolling_windows(ids: Sequence[int], prefix_token_id: int, max_length: int) -
 def lambada(
     passages: Sequence[Passage], tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None
 ) -> WindowPlan:
-    """Last words of passages.
-
-    Args:
-        passages: at least one.
-        tokenizer: the model's.
-        seq_length: most tokens that the model sees; a longer context is cut at its beginning.
-        limit: passages to evaluate, from the first; None: all.
+    """Last words of passages; a context that is too long is cut at its beginning.
 
     Raises:
         DataError: a passage whose last word has no token.
     """
     passages = passages[:limit]
-    pairs = [(" ".join(words[:-1]), f" {words[-1]}") for words in (passage.text.split(" ") for passage in passages)]
-    windows, num_cut = [], 0
-    for passage, (context, word) in zip(passages, encode_pairs(pairs, tokenizer), strict=True):
+    texts = [(" ".join(words[:-1]), f" {words[-1]}") for words in (passage.text.split(" ") for passage in passages)]
+    pairs = encode_pairs(texts, tokenizer)
+    for passage, (_, word) in zip(passages, pairs, strict=True):
         if not word:
             raise DataError(f"{passage.where}: no token in the last word; expected a passage that ends in a word")
-        window, is_cut = continuation_window(context, word, seq_length)
-        windows.append(window)
-        num_cut += is_cut
 
     def metrics(scores: Sequence[WindowScore]) -> dict[str, Metric]:
         log_prob = mean([score.log_prob for score in scores], higher_is_better=True)
@@ -150,26 +135,14 @@ def lambada(
             "perplexity": exponential(log_prob, scale=-1.0),
         }
 
-    return WindowPlan(
-        definition=DEFINITION,
-        task="lambada",
-        settings={"seq_length": seq_length},
-        counts={"examples": len(windows), "contexts_cut": num_cut},
-        windows=windows,
-        metrics=metrics,
-        running=running_accuracy,
-    )
+    return last_word_plan(DEFINITION, pairs, seq_length, metrics)
 
 
 def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Encode each context together with its continuation, and split the ids.
 
     Spaces at the end of a context are moved to the continuation, as most tokens begin with their space. An empty
-    context becomes the prefix token, unless the continuation begins with that.
-
-    Args:
-        pairs: context and continuation each.
-        tokenizer: the model's.
+    context becomes the prefix token, unless the continuation begins with that token.
     """
     split = [(context.rstrip(), context[len(context.rstrip()) :] + rest) for context, rest in pairs]
     contexts = tokenizer.encode_batch([context for context, _ in split])

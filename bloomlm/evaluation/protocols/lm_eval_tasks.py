@@ -1,4 +1,4 @@
-"""Any tasks of lm-eval, which it runs itself on a loaded model. Needs the `lm_eval` extra."""
+"""Any tasks of lm-eval, which it runs on the model. Needs the `lm_eval` extra."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,20 @@ BOOTSTRAP_ITERS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(WindowOptions):
-    """What lm-eval is asked for."""
+    """What lm-eval is to run."""
 
-    tasks: tuple[str, ...] = flag("lm-eval", (), "tasks that lm-eval runs (pip install 'bloomlm[lm_eval]')")
-    num_fewshot: int | None = flag(
-        "lm-eval", None, "worked examples before each question  [default: the task's own]", minimum=0
+    tasks: tuple[str, ...] = flag(
+        "lm-eval", (), "tasks of lm-eval to run, e.g. arc_easy,piqa (pip install 'bloomlm[lm_eval]')"
     )
-    include_path: Path | None = flag("lm-eval", None, "directory with more tasks of your own")
+    num_fewshot: int | None = flag(
+        "lm-eval", None, "examples with answers before each question  [default: as the task defines]", minimum=0
+    )
+    include_path: Path | None = flag("lm-eval", None, "directory with definitions of more tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPlan(Plan):
-    """A plan that lm-eval carries out. Its results come all at once, so a stopped run leaves none."""
+    """A plan that lm-eval carries out; nothing is kept of a stopped run, because all results come at the end."""
 
     tasks: Sequence[str]
     manager: Any
@@ -86,13 +88,12 @@ def plan_tasks(
     """Find the tasks.
 
     Args:
-        data: nothing; lm-eval fetches the data of its tasks.
-        tokenizer: the model's.
-        tasks: names that lm-eval knows, or those in include_path.
-        seq_length: most tokens that the model sees.
-        num_fewshot: worked examples before each question; None: the task's own number.
-        include_path: directory with more tasks.
-        limit: documents of each task, from the first; None: all.
+        data, tokenizer: not used; lm-eval fetches the data, and the tokenizer comes with the model.
+        tasks: names that lm-eval or include_path defines.
+        seq_length: maximum tokens that the model sees at once.
+        num_fewshot: examples with answers before each question; None: as the task defines.
+        include_path: directory with definitions of more tasks.
+        limit: number of documents of each task, from the first; None: all.
 
     Raises:
         ConfigError: lm-eval is not installed, or does not know a task.

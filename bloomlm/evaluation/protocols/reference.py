@@ -29,10 +29,10 @@ from bloomlm.evaluation.protocol import (
     Task,
     WindowOptions,
     WindowPlan,
-    running_accuracy,
+    last_word_plan,
     running_perplexity,
 )
-from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, continuation_window
+from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore
 from bloomlm.flags import flag, same_flag
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
@@ -75,12 +75,12 @@ def wikitext(
     """Sliding windows over a whole file.
 
     Args:
-        text: of the file.
-        tokenizer: the model's.
+        text: content of the file.
+        tokenizer: that of the model.
         seq_length: tokens of a window.
-        overlapping_eval: tokens from the start of one window to the start of the next, and tokens scored in each but
-            the first; None: 32, or seq_length where that is less.
-        limit: windows to evaluate, from the first; None: all.
+        overlapping_eval: tokens from the start of one window to the start of the next; None: 32, or seq_length if that
+            is less.
+        limit: number of windows to evaluate, from the first; None: all.
 
     Raises:
         ConfigError: lengths that leave tokens out.
@@ -137,9 +137,8 @@ def sliding_windows(ids: Tokens, seq_length: int, overlapping_eval: int, pad_tok
 
     Args:
         ids: [n] at least two tokens.
-        seq_length, overlapping_eval: as in wikitext.
-        pad_token_id: the label of the last token where a window reaches beyond the text; in the text itself a pad has
-            no label.
+        seq_length, overlapping_eval: see wikitext.
+        pad_token_id: label of the last token where a window reaches beyond the text. A pad in the text has no label.
     """
     num_windows = max(math.ceil((len(ids) - 1 - overlapping_eval) / overlapping_eval) + 1, 1)
     targets = np.where(ids == pad_token_id, IGNORE_INDEX, np.append(ids[1:], pad_token_id))
@@ -156,13 +155,7 @@ def sliding_windows(ids: Tokens, seq_length: int, overlapping_eval: int, pad_tok
 def lambada(
     passages: Sequence[Passage], tokenizer: Tokenizer, *, seq_length: int = SEQ_LENGTH, limit: int | None = None
 ) -> WindowPlan:
-    """Last words of passages.
-
-    Args:
-        passages: at least one.
-        tokenizer: the model's.
-        seq_length: most tokens that the model sees; a longer context is cut at its beginning.
-        limit: passages to evaluate, from the first; None: all.
+    """Last words of passages; a context that is too long is cut at its beginning.
 
     Raises:
         DataError: a passage without a context, or whose last word has no token.
@@ -170,26 +163,13 @@ def lambada(
     passages = passages[:limit]
     words = [passage.text.split()[-1] for passage in passages]
     contexts = [passage.text[: passage.text.rfind(word)].strip() for passage, word in zip(passages, words, strict=True)]
-    encoded_contexts = tokenizer.encode_batch(contexts)
     encoded_words = tokenizer.encode_batch([f" {word}" for word in words])
-    windows, num_cut = [], 0
-    for passage, context, word in zip(passages, encoded_contexts, encoded_words, strict=True):
+    pairs = list(zip(tokenizer.encode_batch(contexts), encoded_words, strict=True))
+    for passage, (context, word) in zip(passages, pairs, strict=True):
         if not context or not word:
             missing = "context before the last word" if not context else "token in the last word"
             raise DataError(f"{passage.where}: no {missing}; expected a passage whose last word is to be guessed")
-        window, is_cut = continuation_window(context, word, seq_length)
-        windows.append(window)
-        num_cut += is_cut
-
-    return WindowPlan(
-        definition=DEFINITION,
-        task="lambada",
-        settings={"seq_length": seq_length},
-        counts={"examples": len(windows), "contexts_cut": num_cut},
-        windows=windows,
-        metrics=_accuracy,
-        running=running_accuracy,
-    )
+    return last_word_plan(DEFINITION, pairs, seq_length, _accuracy)
 
 
 def _accuracy(scores: Sequence[WindowScore]) -> dict[str, Metric]:

@@ -1,4 +1,4 @@
-"""Work is shared among the copies of a model and computed in batches, which are halved when memory runs out."""
+"""Shares work among the copies of a model, and computes it in batches that are halved when memory runs out."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,14 +32,14 @@ def join_shares(own: dict[int, R], mesh: Mesh) -> dict[int, R]:
 
 @dataclass(kw_only=True)
 class BatchLimit:
-    """How much is computed at once."""
+    """The size of a batch, and the words of the messages about it."""
 
     size: int
-    """The limit. It becomes smaller when memory runs out."""
+    """The largest size. It becomes smaller when memory runs out."""
     unit: str
-    """What the size counts, such as "tokens"."""
+    """What the size counts, e.g. "tokens"."""
     single: str
-    """How messages call one piece of work; {size} stands for its size."""
+    """The name of one piece of work in messages; {size} stands for its size."""
     advice: str
     """The flags that make one piece smaller."""
     mesh: Mesh = ALONE
@@ -54,14 +54,14 @@ class BatchLimit:
         most: int | None = None,
         halves: Callable[[P], Sequence[P]] = lambda piece: (piece,),
     ) -> Iterator[tuple[list[P], R]]:
-        """Compute pieces in their order, as many at once as fit; a piece above the limit is computed alone.
+        """Compute pieces of work in their order, as many at once as fit; a piece above the limit is computed alone.
 
         Args:
-            pieces: the largest first, so that memory runs out early if it does.
-            compute: the results of a batch.
-            size_of: the size of a batch.
-            most: a second limit, which stays as it is.
-            halves: splits a piece that does not fit into memory; it returns the piece alone where that is impossible.
+            pieces: the largest first, so that memory that is too small shows early.
+            compute: computes the results of a batch.
+            size_of: computes the size of a batch.
+            most: a second limit, which does not change.
+            halves: splits a piece that does not fit into memory, or returns it alone if it cannot be split.
 
         Yields:
             Each batch with its results.
@@ -117,11 +117,11 @@ def generate_batches(
     """Continue this copy's share of the prompts, the longest first, fewer at once when memory runs out.
 
     Args:
-        model: to run.
-        prompts: number -> ids, at least one id; the same on all ranks.
-        config: how to decode; what is drawn at random depends on the number of copies.
+        model: generates the continuations.
+        prompts: number -> at least one id; the same on all ranks.
+        config: how to decode; samples depend on the number of copies.
         batch_size: prompts at once.
-        decode_text: ids to text, needed for stop texts.
+        decode_text: decodes ids, which stop texts need.
         mesh: the ranks.
 
     Yields:

@@ -19,6 +19,7 @@ Shapes: B windows, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,31 +48,15 @@ _CPU_BATCH_TOKENS = 512
 """A batch may always have this many tokens on a CPU."""
 
 
-def window_scorer(model: LanguageModel, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> WindowScorer:
-    """The scorer of windows for this kind of model.
-
-    Args:
-        model: to evaluate.
-        max_batch_tokens: tokens in memory at once; changes the speed, not the results.
-        mesh: the ranks.
-    """
+def window_scorer(model: LanguageModel, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> WindowScorer[Any]:
+    """The scorer for this kind of model; its arguments are those of WindowScorer."""
     if isinstance(model, BloomForCausalLM):
         return EagerScorer(model, max_batch_tokens=max_batch_tokens, mesh=mesh)
     return StepScorer(model, max_batch_tokens=max_batch_tokens, mesh=mesh)
 
 
-class EagerScorer(WindowScorer):
-    """Scores windows with a BLOOM and its weights.
-
-    Args:
-        model: runs in eval mode, and gets its mode back afterwards.
-        max_batch_tokens: tokens in memory at once; a single longer window is computed alone.
-        mesh: the ranks; each copy of the model scores its share.
-    """
-
-    def __init__(self, model: BloomForCausalLM, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> None:
-        super().__init__(max_batch_tokens=max_batch_tokens, mesh=mesh)
-        self._model = model
+class EagerScorer(WindowScorer[BloomForCausalLM]):
+    """Scores windows with a BLOOM and its weights, in eval mode; the model's mode is restored afterwards."""
 
     def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
         groups = find_branches(join_documents(windows, numbers), self.max_batch_tokens)
@@ -132,18 +117,8 @@ class EagerScorer(WindowScorer):
         }
 
 
-class StepScorer(WindowScorer):
-    """Scores windows through prefill and decode_step.
-
-    Args:
-        model: computes the logits.
-        max_batch_tokens: tokens in memory at once; a single longer window is computed alone.
-        mesh: the ranks; each takes its share with a model of its own.
-    """
-
-    def __init__(self, model: LanguageModel, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> None:
-        super().__init__(max_batch_tokens=max_batch_tokens, mesh=mesh)
-        self._model = model
+class StepScorer(WindowScorer[LanguageModel]):
+    """Scores windows through prefill and decode_step."""
 
     def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
         forced = {number: _Forced.of(windows[number]) for number in numbers}
@@ -189,14 +164,14 @@ class StepScorer(WindowScorer):
 
 @dataclass(frozen=True, eq=False)
 class _Forced:
-    """A window as prefill and decode_step take it, without the tokens after its last scored position."""
+    """A window as prefill and decode_step need it, without the tokens after its last scored position."""
 
     prompt: Tokens
     """Tokens up to the first scored position."""
     tokens: Tokens
     """Tokens after it, one for each step."""
     labels: Tokens
-    """The labels of the prefill and of every step, or IGNORE_INDEX."""
+    """The labels of the prefill and of every step; IGNORE_INDEX where there is none."""
 
     @classmethod
     def of(cls, window: Window) -> "_Forced":

@@ -1,9 +1,8 @@
 """Computes the common beginning of windows once.
 
 There are two cases, both exact. A window that is the beginning of another window, or equal to it, is scored from the
-hidden states of the other one. Windows that begin alike and then differ share the keys and values of one prefill, and
-each continues from there. The choices of one question are of these kinds, and so are questions after the same worked
-examples.
+hidden states of the other one. Windows that begin alike and then differ share the keys and values of one prefill. The
+possible answers to one question begin alike, and so do questions that follow the same examples.
 
 Shapes: M scored tokens of a batch, D hidden.
 """
@@ -21,7 +20,7 @@ from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
 
 _FEWEST_SHARED = 16
-"""A shorter common beginning does not repay a prefill of its own."""
+"""A separate prefill of a shorter common beginning would cost more than it saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,7 @@ class Document:
 
     tokens: Tokens
     windows: tuple[int, ...]
-    """Numbers of the windows whose tokens begin these tokens, or equal them."""
+    """Numbers of the windows whose tokens are the beginning of these, or all of them."""
 
 
 @dataclass(frozen=True, eq=False)

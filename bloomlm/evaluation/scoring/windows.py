@@ -1,4 +1,4 @@
-"""Windows of tokens, their labels (the tokens that the last positions of a window must predict), and scorers of them.
+"""Windows of tokens with labels, which are the tokens that the last positions must predict, and what scores them.
 
     tokens   t0 t1 t2 t3      what the model sees
     labels         t3 t4      what positions 2 and 3 must predict: the labels of the LAST positions
@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,37 +20,39 @@ from bloomlm.evaluation.scoring.batches import BatchLimit, join_shares
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
+M = TypeVar("M")
+
 Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Tokens, and the labels of the last of them."""
+    """Tokens that the model sees, and the labels of the last of them."""
 
     tokens: Tokens
     """[T] ids, at least one."""
     labels: Tokens
-    """At most T ids, for the last positions; IGNORE_INDEX where a position is not scored."""
+    """[at most T] ids that the last positions must predict; IGNORE_INDEX where a position is not scored."""
 
     @property
     def num_scored(self) -> int:
-        """Positions that have a label."""
+        """Number of positions with a label."""
         return int(np.count_nonzero(self.labels != IGNORE_INDEX))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowScore:
-    """The result of one window, summed over its scored positions."""
+    """The score of one window, summed over its positions with a label."""
 
     log_prob: float
-    """Sum of the natural logarithms of the labels' probabilities."""
+    """Sum of the labels' log-probabilities, in nats."""
     num_scored: int
     num_likeliest: int
-    """Scored positions whose likeliest token is the label."""
+    """Number of positions whose likeliest token is the label."""
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy decoding would have given all labels."""
+        """Whether greedy decoding would generate all labels."""
         return self.num_likeliest == self.num_scored
 
 
@@ -72,18 +75,28 @@ def continuation_window(
     return Window(seen, tokens[-min(len(continuation), num_seen) :]), num_seen < len(tokens) - 1
 
 
+def continuation_windows(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
+) -> tuple[list[Window], int]:
+    """A window for each (context, continuation), and how many contexts were cut; see continuation_window."""
+    found = [continuation_window(context, continuation, max_length) for context, continuation in pairs]
+    return [window for window, _ in found], sum(is_cut for _, is_cut in found)
+
+
 _UNSCORED = WindowScore(log_prob=0.0, num_scored=0, num_likeliest=0)
 
 
-class WindowScorer(ABC):
-    """Scores windows in batches of at most max_batch_tokens; batches become smaller once memory has run out.
+class WindowScorer(ABC, Generic[M]):
+    """Scores windows in batches, which become smaller once memory has run out.
 
     Args:
-        max_batch_tokens: tokens in memory at once; a single longer window is computed alone.
+        model: to score with.
+        max_batch_tokens: most tokens of a batch; a longer window is computed alone.
         mesh: the ranks; each copy of the model scores its share.
     """
 
-    def __init__(self, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> None:
+    def __init__(self, model: M, *, max_batch_tokens: int, mesh: Mesh = ALONE) -> None:
+        self._model = model
         self._mesh = mesh
         self._limit = BatchLimit(
             size=max_batch_tokens, unit="tokens", single="window of {size} tokens", advice="--seq_length", mesh=mesh
@@ -93,25 +106,25 @@ class WindowScorer(ABC):
 
     @property
     def max_batch_tokens(self) -> int:
-        """Tokens in memory at once; fewer than at first once memory has run out."""
+        """Most tokens of a batch; it becomes smaller when memory runs out."""
         return self._limit.size
 
     @abstractmethod
     def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
-        """Score this copy's share of the windows of these numbers, each of which has something to score."""
+        """Score this copy's share of the windows with these numbers, all of which have a label."""
 
     def score(self, windows: Sequence[Window], done: Collection[int] = ()) -> Iterator[dict[int, WindowScore]]:
         """Score this copy's share of the windows, batch by batch.
 
         Args:
             windows: in any order, the same on all ranks.
-            done: numbers of windows that need no scoring any more, the same on all ranks.
+            done: numbers of windows to leave out, the same on all ranks.
 
         Yields:
             Number of the window -> its score.
 
         Raises:
-            ConfigError: a single window does not fit into memory, or a batch on ranks that share a model; or a
+            ConfigError: a single window does not fit into memory, or a batch does not on ranks that share a model; or a
                 log-probability is infinite or NaN.
         """
         todo = sorted(set(range(len(windows))) - set(done))
@@ -125,7 +138,7 @@ class WindowScorer(ABC):
     def score_all(
         self, windows: Sequence[Window], on_progress: Callable[[int], None] = lambda num_scored: None
     ) -> list[WindowScore]:
-        """Score all windows on all copies, and return the scores in the order of the windows.
+        """Score all windows on all copies of the model, and return the scores in the order of the windows.
 
         Args:
             windows: in any order, the same on all ranks.

@@ -29,6 +29,7 @@ VERBS = {
     ),
     "merge": ("bloomlm.cli.merge", "merge a LoRA into its model, join shards, or change the precision"),
     "trim": ("bloomlm.cli.trim", "cut the vocabulary to the tokens that your languages need, and report the cost"),
+    "extend": ("bloomlm.cli.extend", "add tokens for a language that the model writes in many small pieces"),
     "plan": ("bloomlm.cli.plan", "compute memory, traffic and time of a job before it runs"),
     "convert": (
         "bloomlm.cli.convert",

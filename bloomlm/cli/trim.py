@@ -20,7 +20,7 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError, format_bytes
 from bloomlm.flags import REQUIRED, DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device
-from bloomlm.vocabulary.corpus import HeldOut, Piece, find_corpus
+from bloomlm.vocabulary.corpus import HeldOut, Piece, find_corpus, first_pieces
 from bloomlm.vocabulary.effects import measure_trimmed, measure_whole
 from bloomlm.vocabulary.report import number, write_report
 from bloomlm.vocabulary.selection import Ids, count_tokens, rank_tokens, read_vocabulary, select_tokens
@@ -177,18 +177,8 @@ def _read_corpus(
         raise DataError("the corpus holds no text")
     held_out = taken.pieces
     if config.held_out and config.held_out_bytes:
-        held_out = _first_bytes(config)
+        held_out = first_pieces(find_corpus(config.held_out), config.held_out_bytes)
     return counts, held_out
-
-
-def _first_bytes(config: TrimConfig) -> list[Piece]:
-    """The first held_out_bytes of each language of --held_out."""
-    pieces, taken = [], dict[str, int]()
-    for piece in find_corpus(config.held_out).pieces():
-        taken[piece.language] = taken.get(piece.language, 0) + len(piece.text.encode())
-        if taken[piece.language] <= config.held_out_bytes:
-            pieces.append(piece)
-    return pieces
 
 
 def _restore(

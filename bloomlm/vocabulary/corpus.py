@@ -121,6 +121,16 @@ class HeldOut:
                 self.pieces.append(piece)
 
 
+def first_pieces(corpus: Corpus, bytes_per_language: int) -> list[Piece]:
+    """The first pieces of each language, up to a number of bytes."""
+    pieces, taken = list[Piece](), dict[str, int]()
+    for piece in corpus.pieces():
+        taken[piece.language] = taken.get(piece.language, 0) + len(piece.text.encode())
+        if taken[piece.language] <= bytes_per_language:
+            pieces.append(piece)
+    return pieces
+
+
 def split_text(text: str, *, is_last: bool = True) -> tuple[list[str], str]:
     """Cut a text into pieces.
 

@@ -14,7 +14,7 @@ Shapes: V rows of the whole embedding, K kept tokens, P rows of the trimmed one 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from bloomlm.checkpoint.convert import ModelConversion
 from bloomlm.checkpoint.huggingface import EMBEDDING
 from bloomlm.checkpoint.output import Report, no_report
 from bloomlm.checkpoint.tensor_reader import Rows
-from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES, write_model
+from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.vocabulary.embedding import mean_row, with_embedding, write_with_embedding
 from bloomlm.vocabulary.selection import Ids, Vocabulary, read_vocabulary, trim_json
 
 MAP_FILE = "vocabulary_map.json"
@@ -99,25 +100,10 @@ def _new_id(old: int | None, new_ids: Mapping[int, int]) -> int | None:
     return None if old is None else new_ids.get(old)
 
 
-def mean_row(embedding: Tensor, kept: Tensor) -> Tensor:
-    """[1, D] mean of the kept rows, added up in fp64."""
-    total = torch.zeros(1, embedding.shape[1], dtype=torch.float64, device=embedding.device)
-    for ids in kept.split(_BLOCK_ROWS):
-        total += embedding[ids].double().sum(0, keepdim=True)
-    return (total / len(kept)).to(embedding.dtype)
-
-
 def trimmed_model(model: BloomForCausalLM, trim: Trim) -> BloomForCausalLM:
     """The trimmed model in memory; it shares every other parameter with the whole one."""
     embedding = model.transformer.word_embeddings.weight.detach()
-    return _with_embedding(model, trim.config, trim.rows(embedding).read_rows(0, trim.config.vocab_size))
-
-
-def _with_embedding(model: BloomForCausalLM, config: BloomConfig, embedding: Tensor) -> BloomForCausalLM:
-    with torch.device("meta"):
-        changed = BloomForCausalLM(config)
-    changed.load_state_dict({**model.state_dict(), EMBEDDING: embedding}, assign=True)
-    return changed.eval()
+    return with_embedding(model, trim.config, trim.rows(embedding).read_rows(0, trim.config.vocab_size))
 
 
 def write_trimmed(
@@ -140,7 +126,8 @@ def write_trimmed(
         fingerprint: what source_fingerprint gives.
         max_shard_size_bytes, report: as in write_model.
     """
-    _write(directory, source, trim.config, trim.rows(source.reader.read(EMBEDDING)), max_shard_size_bytes, report)
+    rows = trim.rows(source.reader.read(EMBEDDING))
+    write_with_embedding(directory, source, trim.config, rows, max_shard_size_bytes, report)
     trim.tokenizer.save(directory)
     values = {
         "source": source_name,
@@ -230,7 +217,7 @@ def write_restored(
     if len(old_ids) > trimmed.config.vocab_size or int(old_ids.max()) >= whole.config.vocab_size:
         raise CheckpointError(f"{tokenizers[0].name} has more tokens than its embedding has rows")
     rows = restored_rows(trimmed.reader.read(EMBEDDING), whole.reader.read(EMBEDDING), old_ids)
-    _write(directory, trimmed, config, rows, max_shard_size_bytes, report)
+    write_with_embedding(directory, trimmed, config, rows, max_shard_size_bytes, report)
     tokenizers[1].save(directory)
     return config
 
@@ -267,27 +254,3 @@ def check_fingerprint(directory: Path, fingerprint: str) -> None:
         raise CheckpointError(
             f"{path} says that it was trimmed from {source}, whose embedding and tokenizer are other than those named"
         )
-
-
-def _write(
-    directory: Path,
-    source: ModelConversion,
-    config: BloomConfig,
-    embedding: Rows,
-    max_shard_size_bytes: int,
-    report: Report,
-) -> None:
-    def stream() -> Iterator[tuple[str, Tensor | Rows]]:
-        with torch.device("meta"):
-            names = [name for name, _ in BloomForCausalLM(config).named_parameters()]
-        for name in names:
-            yield name, embedding if name == EMBEDDING else source.reader.open(name)
-
-    write_model(
-        directory,
-        config,
-        stream(),
-        dtype=source.dtype,
-        max_shard_size_bytes=max_shard_size_bytes,
-        report=report,
-    )

@@ -78,6 +78,7 @@ SUBSTITUTIONS = {
     r"--lora_path (\./checkpoints/bloom-560m|LORA|checkpoints/my-lora|runs/lora|runs/176b)\b": "--lora_path demo",
     r"--prefix_path \S+": "--prefix_path prefix",
     r"\bBASE\b": "builtin:tiny",
+    r"--add_tokens \d+": "--add_tokens 2",
     r"checkpoints/bloom-560m/checkpoint-\d+": "paddle_model",
     r"--input checkpoints/paddle": "--input paddle_model",
 }

@@ -19,6 +19,7 @@ from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import BloomConfig
 from bloomlm.vocabulary.corpus import Piece, find_corpus
 from bloomlm.vocabulary.effects import measure_trimmed, measure_whole
+from bloomlm.vocabulary.embedding import mean_row
 from bloomlm.vocabulary.selection import (
     count_tokens,
     rank_tokens,
@@ -26,7 +27,7 @@ from bloomlm.vocabulary.selection import (
     select_tokens,
     trim_json,
 )
-from bloomlm.vocabulary.trim import MAP_FILE, Trim, mean_row, plan_trim, restored_rows, trimmed_model
+from bloomlm.vocabulary.trim import MAP_FILE, Trim, plan_trim, restored_rows, trimmed_model
 from tests.bloom_tokenizer import make_tokenizer, tokenizer_json
 from tests.tiny_bloom import write_adapter, write_bloom
 from tests.tiny_checkpoint import random_model

@@ -1,9 +1,9 @@
-"""Exchanges among the ranks that compute one model together, with their gradients.
+"""Differentiable exchanges among the tensor-parallel ranks.
 
 Copying to ranks and summing over ranks are each other's gradient (Megatron-LM, https://arxiv.org/abs/1909.08053, figure
-3): the input of a cut product is the same on all ranks, so its partial gradients are summed; the output is summed, so
-its gradient is the same on all ranks. A sum has the same bits on all ranks, so parameters that each rank holds whole
-stay equal without any comparison.
+3). The input of a divided product is the same on all ranks, so its partial gradients are summed. The output is summed,
+so its gradient is the same on all ranks. A sum has the same bits on all ranks, so parameters that every rank holds
+whole stay equal without being compared.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,13 @@ from bloomlm.model.partition import Product
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
-    """The ranks that compute one model together, and the number of this one among them."""
+    """The ranks that compute one model together."""
 
     group: dist.ProcessGroup
     rank: int
+    """This process's number among them."""
     degree: int
+    """How many they are."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -42,13 +44,13 @@ class TensorParallelGroup:
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> dist.Work:
-        """Begin to sum in place; the tensor must not be used before the wait() of what is returned."""
+        """Begin to sum in place; the tensor must not be used before wait() of the result has returned."""
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         return work
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
-        """The tensors of all ranks, which have one shape, concatenated along a dimension; not differentiable."""
+        """The tensors of all ranks, which have equal shapes, concatenated along a dimension; not differentiable."""
         pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.degree)]
         dist.all_gather(pieces, tensor.contiguous(), group=self.group)
         return torch.cat(pieces, dim=dim)
@@ -63,15 +65,15 @@ def copy_to_ranks(x: Tensor, ranks: TensorParallelGroup) -> Tensor:
 def column_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorParallelGroup, product: Product
 ) -> Tensor:
-    """copy_to_ranks and a product in one: the gradient of x is summed while those of weight and bias are computed.
+    """A product of copy_to_ranks(x): the gradient of x is summed while those of weight and bias are computed.
 
-    Under autocast it is summed in the format of the product, which has half as many bytes as fp32.
+    Under autocast the sum is in the format of the product, which has half as many bytes as fp32.
 
     Args:
         x: [N, in], the same on every rank.
         weight: [out, in], this rank's part of the outputs.
         bias: [out].
-        ranks: to sum over.
+        ranks: the ranks to sum over.
         product: computes x W^T + b.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -82,7 +84,7 @@ def column_product(
 
 
 def sum_over_ranks(y: Tensor, ranks: TensorParallelGroup) -> Tensor:
-    """The sum over the ranks, computed in place of y; the gradient passes unchanged."""
+    """The sum over the ranks, computed in place; the gradient passes unchanged."""
     out: Tensor = _Sum.apply(y, ranks)
     return out
 
@@ -151,13 +153,13 @@ class _Gather(torch.autograd.Function):
 
 @contextmanager
 def own_randomness(rank: int) -> Iterator[None]:
-    """Random numbers that differ among ranks which otherwise draw the same ones.
+    """Random numbers that differ among ranks whose generators are in the same state.
 
-    They depend on the state of the common generator, so that recomputed activations get them again. Afterwards the
-    common generator continues as if one number had been drawn.
+    They depend on that state, so recomputation draws the same numbers again. After the block the generator continues as
+    if it had drawn one number.
 
     Args:
-        rank: of this process among those ranks.
+        rank: number of this process among the ranks.
     """
     # CPU generators use 32 bits of a seed, so all 32 bits must depend on both numbers
     seed = (int(torch.randint(2**32, ())) + rank * 0x9E3779B1) % 2**32

@@ -1,10 +1,9 @@
-"""Copies of the model that learn from different examples and stay equal.
+"""Data parallelism: ranks that learn from different examples and keep the same model.
 
-Replicated copies sum their gradients after the backward pass. Sharded ones (FSDP2, torch's fully_shard) hold a part
-of every parameter, gradient and optimizer state each; a block is gathered just before it is computed, while the block
-before it is still computing, and its gradients are reduced to the rank that holds their part. Both combine (hybrid):
-shards within a group, copies across groups. Gradients are sums, not means: the loss is divided by the tokens of all
-ranks beforehand.
+Replicated ranks sum their gradients after the backward pass. Sharded ranks (FSDP2, torch's fully_shard) each hold a
+part of every parameter, gradient and optimizer state. A block is gathered while the block before it is computed, and
+its gradients are reduced to the ranks that hold their parts. Both can be combined: shards within a group, replicas
+across groups. Gradients are sums and not means, because the loss is already divided by the tokens of all ranks.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -23,7 +22,7 @@ from bloomlm.parallel.layout import tp_dim
 from bloomlm.parallel.mesh import Mesh
 
 BUCKET_BYTES = 64 * 2**20
-"""Approximate size of the buffers in which gradients are summed."""
+"""Approximate size of the buffers in which replicated ranks sum gradients."""
 
 
 def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: bool = True) -> None:
@@ -33,10 +32,10 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
         model: cut for tensor parallelism, with its adapter; parameters may be on the meta device.
         mesh: the ranks.
         reshard_after_forward: free a block's gathered weights after its forward pass and gather them again for the
-            backward pass (stage 3); False keeps them in between (stage 2), which is faster and takes more memory.
+            backward pass (stage 3). False keeps them (stage 2), which is faster and takes more memory.
 
     Raises:
-        ConfigError: this version of PyTorch cannot sum gradients without taking their mean.
+        ConfigError: this version of PyTorch cannot sum gradients, only average them.
     """
     if mesh.degrees.dp_shard == 1:
         return
@@ -47,7 +46,7 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh.device_mesh[axes], mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # the loss needs the embedding after the forward pass, so it stays gathered until the backward pass ends
+    # the loss needs the embedding after the forward pass, so it stays gathered until the end of the backward pass
     fully_shard(model.transformer, mesh=mesh.device_mesh[axes], mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -56,14 +55,14 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
 
 
 def reshard(model: nn.Module) -> None:
-    """Free weights that a forward pass without backward pass left gathered: parameters are this rank's shards again."""
+    """Free the weights that a forward pass without backward pass left gathered, so that parameters are shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def add_up_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
-    """Sum gradients over replicated copies, in place; FSDP has already done so for sharded ones."""
+    """Sum gradients over replicated ranks, in place; FSDP has already summed those of sharded ranks."""
     if mesh.degrees.dp_replicate == 1 or mesh.degrees.dp_shard > 1:
         return
     group = mesh.group("dp_replicate")
@@ -77,20 +76,20 @@ def add_up_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
 
 
 def global_norm(gradients: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
-    """The norm of all gradients as if they were on one device; bitwise the same on every rank.
+    """The norm of the gradients of the whole model; bitwise the same on every rank.
 
     Args:
-        gradients: of this rank, summed over copies, by the name of their parameter.
+        gradients: this rank's gradients by the name of their parameter, summed over data-parallel ranks.
         mesh: the ranks.
 
     Returns:
-        Scalar; infinite or NaN on all ranks if it is on one.
+        Scalar; infinite or NaN on all ranks if a gradient is so on one.
     """
     if mesh.is_alone:
         return torch.nn.utils.get_total_norm(list(gradients.values()))
     counted = []
     for name, gradient in gradients.items():
-        # a gradient that several ranks have in common counts once
+        # a gradient that all tensor-parallel ranks hold counts once
         if tp_dim(name) is not None or mesh.tp_rank == 0:
             counted.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
     if mesh.index("dp_replicate") > 0:

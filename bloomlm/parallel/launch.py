@@ -1,6 +1,6 @@
-"""Join the ranks that a launcher started, and end together: the first rank that fails says why, the others are quiet.
+"""Joins the ranks that a launcher (torchrun, --num_processes) started, and ends them together.
 
-Without a launcher (torchrun, --num_processes) a process is alone, and nothing here costs it anything.
+If ranks fail, the first one reports its error and the others are silent. A process without a launcher is alone.
 """
 
 import logging
@@ -22,15 +22,15 @@ from bloomlm.errors import ConfigError
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 
 FAILED_KEY = "failed"
-# What gloo and NCCL say when the other end of a connection is gone: never the cause.
+# What gloo and NCCL report when the other end of a connection is gone, which is never the cause of a failure.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 EXIT_CODE = 1
 GRACE_SECONDS = 15
-"""How long a rank that has nothing to say waits for the one that has: when a rank ends, the launcher ends all."""
+"""How long a silent rank waits for the one that reports its error: when a rank ends, the launcher ends all."""
 
 
 def world_size() -> int:
-    """The number of processes of this job, as the launcher says; 1 without a launcher."""
+    """The number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -56,19 +56,18 @@ def find_device(name: str | None) -> torch.device:
 
 @contextmanager
 def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Mesh]:
-    """The mesh of all ranks of the job, for as long as the block lasts.
+    """Context manager that gives the mesh of all ranks of the job.
 
-    Ranks other than the first log errors only. If a rank raises, the first to do so says that it was that rank; the
-    others, whose exchanges then break, exit without a word, and the launcher ends those that still wait.
+    Ranks other than rank 0 log errors only. The first rank that raises adds its number to the exception. The others,
+    whose exchanges then break, exit silently, and the launcher ends those that still wait.
 
     Args:
-        degrees: for all processes of the job.
-        device_type: "cpu" or "cuda", on which every process computes; of GPUs, each takes that of its local rank.
-        timeout: for which a rank waits for the others in an exchange.
+        degrees: how all processes of the job are divided.
+        device_type: "cpu" or "cuda", where every process computes; each takes the GPU of its local rank.
+        timeout: how long a rank waits for the others in an exchange.
 
     Raises:
         ConfigError: this machine has fewer GPUs than processes.
-        SystemExit: another rank failed.
     """
     if degrees.world_size == 1:
         yield ALONE
@@ -76,7 +75,7 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
     if device_type == "cuda":
         _take_gpu()
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-    # a job that the launcher starts again finds the store of its last life
+    # a job that the launcher restarts finds the store of its previous start
     store = PrefixStore(f"bloomlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -88,7 +87,7 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
             sys.stderr.flush()
             if dist.is_torchelastic_launched():
                 time.sleep(GRACE_SECONDS)
-            os._exit(EXIT_CODE)  # threads of broken exchanges would keep the interpreter from ending
+            os._exit(EXIT_CODE)  # because threads of broken exchanges would keep the interpreter alive
         error.add_note(f"on rank {rank} of {size}")
         raise
     dist.destroy_process_group()
@@ -98,21 +97,21 @@ def _take_gpu() -> None:
     num_processes, num_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if num_processes > num_gpus:
         raise ConfigError(
-            f"{num_processes} processes on this machine need a GPU each, and PyTorch finds {num_gpus}; start fewer, or "
-            "compute with --device cpu"
+            f"each of {num_processes} processes on this machine needs a GPU, and PyTorch finds {num_gpus}; start "
+            "fewer, or use --device cpu"
         )
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def check_agreement(what: Mapping[str, Any], mesh: Mesh) -> None:
-    """Refuse to begin where ranks differ in what must be the same.
+    """Raise an error on every rank if the ranks differ in values that must be equal.
 
     Args:
         what: name -> plain value of this rank.
-        mesh: the ranks, all of which must come here.
+        mesh: the ranks; all of them must call this.
 
     Raises:
-        ConfigError: they differ, on every rank.
+        ConfigError: a value differs.
     """
     if mesh.is_alone:
         return
@@ -135,13 +134,13 @@ def agreed(flag: bool, mesh: Mesh) -> bool:
 
 
 def _is_first_failure(store: Store, error: Exception) -> bool:
-    """Whether this rank is the one to tell; a lost connection is told only if nobody told a cause."""
+    """Whether this rank must report its error: the first one to fail, unless it only lost a connection."""
     try:
         if any(text in str(error) for text in LOST_CONNECTION):
-            # the one that left has said why, or says it in a moment, or was killed, which the launcher says
+            # the rank at the other end reports its error itself, or was killed, which the launcher reports
             return False
         return store.add(FAILED_KEY, 1) == 1
-    except Exception:  # the store went with the machine that had it
+    except Exception:  # the store is gone together with the machine that had it
         return not any(text in str(error) for text in LOST_CONNECTION)
 
 

@@ -1,11 +1,10 @@
 """How the processes of a job are arranged: three named axes over all ranks.
 
     dp_replicate   copies of the model that learn from different examples
-    dp_shard       the same, but the copies divide weights, gradients and optimizer among themselves (FSDP)
+    dp_shard       the same, but the copies share out weights, gradients and optimizer state among themselves (FSDP)
     tp             ranks that compute one copy together, each with a part of every layer (tensor parallelism)
 
-Successive ranks are tp ranks of one copy, because these exchange most and the ranks of a machine are successive.
-Impossible degrees are refused before anything is loaded.
+Ranks with successive numbers form one copy, because they exchange most, and a machine has successive numbers.
 """
 
 import math
@@ -50,13 +49,13 @@ class Degrees:
 def degrees_from_flags(
     world_size: int, *, tensor_parallel_degree: int = -1, sharding_parallel_degree: int = -1, shards: bool = False
 ) -> Degrees:
-    """The degrees that the flags ask for.
+    """The degrees that the flags describe.
 
     Args:
-        world_size: ranks of the job.
-        tensor_parallel_degree: ranks that compute one copy of the model; -1: 1.
-        sharding_parallel_degree: copies that divide their state among themselves; -1: all of them with shards, else 1.
-        shards: whether copies divide their state at all.
+        world_size: number of ranks of the job.
+        tensor_parallel_degree: ranks that compute one copy of the model; -1 means 1.
+        sharding_parallel_degree: copies that share out their state; -1 means all copies if `shards`, otherwise 1.
+        shards: whether copies share out their state.
 
     Raises:
         ConfigError: the ranks cannot be divided in this way; the message names degrees that would work.
@@ -85,14 +84,10 @@ def degrees_from_flags(
 
 
 def check_model_divides(config: BloomConfig, tp_degree: int) -> None:
-    """Refuse a tensor_parallel_degree by which a model cannot be divided.
-
-    Args:
-        config: of the model.
-        tp_degree: ranks that would compute it together.
+    """Check that a tensor-parallel degree divides a model.
 
     Raises:
-        ConfigError: heads or vocabulary cannot be divided by it; the message names the degrees that would work.
+        ConfigError: it does not divide heads and vocabulary; the message names the degrees that do.
     """
     if config.n_head % tp_degree == 0 and config.vocab_size % tp_degree == 0:
         return
@@ -108,8 +103,8 @@ class Mesh:
     """The ranks of a job and the place of this process among them.
 
     Args:
-        degrees: how the ranks are arranged.
-        device_mesh: over the axes of AXES; None if this process is alone.
+        degrees: number of ranks along each axis.
+        device_mesh: torch's mesh over AXES; None if this process is alone.
     """
 
     def __init__(self, degrees: Degrees, device_mesh: DeviceMesh | None = None) -> None:
@@ -123,8 +118,8 @@ class Mesh:
         """Arrange the ranks of the default process group; every rank must call this.
 
         Args:
-            degrees: their product is the number of ranks.
-            device_type: "cpu" or "cuda", where exchanged tensors lie.
+            degrees: number of ranks along each axis.
+            device_type: "cpu" or "cuda", the device of exchanged tensors.
         """
         shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)
         return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=AXES))
@@ -136,12 +131,12 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        """The number of this process among all."""
+        """The number of this process among all ranks."""
         return 0 if self.device_mesh is None else dist.get_rank()
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that prints and writes what is the same on all ranks."""
+        """Whether this rank prints and writes what is the same on all ranks."""
         return self.rank == 0
 
     def index(self, axis: str) -> int:
@@ -165,14 +160,14 @@ class Mesh:
 
     @property
     def ranks_of_first_copy(self) -> list[int]:
-        """The ranks that together hold one copy of everything."""
+        """The ranks that together hold one copy of the model and the optimizer state."""
         return [0] if self.device_mesh is None else self.device_mesh.mesh[0].flatten().tolist()
 
     @property
     def state_mesh(self) -> DeviceMesh:
-        """The same ranks along (dp_replicate, tp, dp_shard): a tensor is cut for tp first, then its part for dp_shard.
+        """The same ranks along (dp_replicate, tp, dp_shard), the order in which parameters are cut.
 
-        The first call is collective: every rank must make it.
+        Every rank must call this when one does for the first time.
         """
         assert self.device_mesh is not None
         if self._state_mesh is None:
@@ -194,7 +189,7 @@ class Mesh:
         return tensor
 
     def gather_copies(self, value: T) -> list[T]:
-        """A plain value of every copy of the model, in the order of the data-parallel ranks."""
+        """The values of all copies of the model, in the order of the data-parallel ranks."""
         if self.device_mesh is None:
             return [value]
         found: list[T] = [value] * self.degrees.world_size

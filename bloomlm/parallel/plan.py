@@ -1,12 +1,12 @@
 """The memory that a rank of a job will use, computed before anything is loaded.
 
-Parameters are those of the model with its adapter, created on the meta device and cut by the table (layout.py). What
-autograd saves of a block is listed here operation by operation; the tests compare it with what autograd really saves.
-All numbers are of the first rank, which has the most.
+The model with its adapter is created on the meta device, and its parameters are cut by the table in layout.py. What
+autograd saves of a block is listed here operation by operation; tests compare it with what autograd really saves. All
+numbers describe the first rank, which uses the most.
 
-Memory is largest either when the loss is computed, with all activations and few gradients, or at the end of the
-backward pass, with all gradients and few activations. Memory of the libraries themselves and memory that an allocator
-leaves unused are not counted.
+Memory is largest either when the loss is computed (all activations, few gradients) or at the end of the backward pass
+(all gradients, few activations). Not counted are the memory of the libraries and memory that an allocator leaves
+unused.
 
 Letters: N packed tokens, M supervised tokens, R lora rank.
 """
@@ -29,7 +29,7 @@ MOMENTS_BYTES = 8
 """AdamW's two moments of an element, in fp32."""
 STEP_BYTES = 4
 """AdamW's count of steps, one for each tensor."""
-_FP32, _STATISTICS = 4, 8  # a layer norm saves the mean and 1 / deviation of each token
+_FP32, _STATISTICS = 4, 8  # bytes; a layer norm saves the mean and 1 / deviation of each token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +37,21 @@ class Workload:
     """What a rank computes in a training step."""
 
     num_documents: int
-    """Examples of a microbatch, all of the same length."""
+    """Number of examples of a microbatch, all of the same length."""
     num_tokens: int
-    """Tokens of a microbatch (N)."""
+    """Number of tokens of a microbatch (N)."""
     num_supervised_tokens: int
-    """Tokens with a label (M)."""
+    """Number of its tokens that have a label (M)."""
     compute_dtype: torch.dtype
-    """Dtype of the matrix products; the weights have the model's."""
+    """Dtype of the matrix products, which may differ from that of the weights."""
     max_chunk_bytes: int
-    """Limit for a chunk of the loss's logits."""
+    """Largest size of a chunk of logits in the loss."""
     recompute: bool = False
-    """A block's activations are computed again in the backward pass."""
+    """Whether the backward pass computes the activations of blocks again."""
     accumulation: int = 1
     """Number of microbatches of a step."""
     reshards: bool = True
-    """FSDP frees a block's gathered weights between forward and backward pass (stage 3)."""
+    """Whether FSDP frees a block's gathered weights between its forward and backward pass (stage 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,13 @@ class TrainingMemory:
     optimizer: int
     """AdamW's moments, and fp32 copies of half-precision weights."""
     activations: int
-    """What the forward pass saves for the backward pass, and the working memory of one block."""
+    """Tensors that the forward pass saves for the backward pass, and the working memory of one block."""
     half_copies: int
-    """Copies of weights in 16 bits that autocast makes (O1) and keeps until the backward pass."""
+    """16-bit copies of weights that autocast makes (O1) and keeps until the backward pass."""
     gathered: int
     """The most weights that FSDP has gathered from other ranks at once."""
     loss: int
-    """A chunk of the loss's logits, and the gradient of the head."""
+    """A chunk of logits, and the gradient of the head."""
     at_loss: int
     """Total while the loss or the gradients of the last block are computed."""
     at_end_of_backward: int
@@ -101,14 +101,14 @@ class PredictionMemory:
 
 
 def rank_numel(name: str, parameter: nn.Parameter, degrees: Degrees) -> int:
-    """Number of elements of a parameter that the first rank holds, from the whole parameter."""
+    """Number of elements of a whole parameter that the first rank holds."""
     shape = list(tp_part(name, 0, degrees.tp).shape(tuple(parameter.shape)))
     shape[0] = dealt_rows(shape[0], 0, degrees.dp_shard)[1]
     return torch.Size(shape).numel()
 
 
 def parameter_bytes(model: BloomForCausalLM, degrees: Degrees) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state of the first rank; model and degrees as in training_memory."""
+    """Bytes of weights, gradients and optimizer state of the first rank, for the arguments of training_memory."""
     weights = gradients = optimizer = 0
     for name, parameter in model.named_parameters():
         numel = rank_numel(name, parameter, degrees)
@@ -128,7 +128,7 @@ class PlannedLinear:
     """Full name in the model."""
     layer: Linear
     needs_input_gradient: bool
-    """A parameter before it learns."""
+    """Whether a parameter before the layer learns."""
 
     @property
     def kind(self) -> str:
@@ -137,18 +137,18 @@ class PlannedLinear:
 
     @property
     def is_column(self) -> bool:
-        """Whether tensor-parallel ranks cut it by outputs, so that they add up the gradient of its input."""
+        """Whether tensor-parallel ranks cut it by outputs, and so sum the gradient of its input."""
         return tp_dim(f"{self.name}.weight") == 0
 
     @property
     def lora_rank(self) -> int:
-        """Rank of its LoRA update (R); 0 without one."""
+        """Rank of its LoRA update (R); 0 if it has none."""
         matrices = self.layer.update_matrices
         return len(matrices[0]) if matrices else 0
 
 
 def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
-    """The linear layers of each block, in the order of the computation."""
+    """The linear layers of each block, in the order in which they are computed."""
     needs_gradient = model.transformer.word_embeddings.learns
     blocks: list[list[PlannedLinear]] = [[] for _ in model.transformer.h]
     for name, module in model.transformer.h.named_modules():
@@ -161,13 +161,13 @@ def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
 
 
 def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list[int]:
-    """Bytes, without weights, that autograd saves of each block; without recomputation and without dropout."""
+    """Bytes that autograd saves of each block besides weights, without recomputation and without dropout."""
     config = model.config
     hidden, part = config.hidden_size, config.hidden_size // tp_degree
     heads, width = config.n_head // tp_degree, config.head_dim + COLUMNS
     half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
     norm = hidden * stream + _STATISTICS
-    # queries, keys, values and results; in fp32 the logarithm of the sum of each softmax
+    # queries, keys, values, results, and in fp32 the logarithm of the sum of each softmax
     attended = load.num_tokens + load.num_documents * model.transformer.num_virtual_tokens
     attention = attended * heads * (4 * width * half + _FP32)
     inputs = {"query_key_value": hidden, "dense": part, "dense_h_to_4h": hidden, "dense_4h_to_h": 4 * part}
@@ -198,9 +198,9 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     """Memory of the first rank in training.
 
     Args:
-        model: whole, with its adapter, in the dtype that its weights will have; may be on the meta device.
+        model: the whole model with its adapter, in the dtype that its weights will have; may be on the meta device.
         degrees: ranks along each axis, which must divide the model (mesh.check_model_divides).
-        load: a step of this rank's copy of the model.
+        load: the work of one rank in a step.
     """
     weights, gradients, optimizer = parameter_bytes(model, degrees)
     kept, block = activation_bytes(model, degrees.tp, load), block_bytes(model, degrees.tp, load)[-1]
@@ -208,9 +208,9 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     half_copies, chunk = _half_copies(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
     embedding = model.transformer.word_embeddings.weight
     head_gradient = embedding.numel() // degrees.tp * GRADIENT_BYTES * embedding.requires_grad
-    # autograd adds the embedding's gradient to the head's out of place where the weights are in half precision
+    # with weights in half precision, autograd adds the gradients of embedding and head out of place
     tied_sum = embedding.nbytes // degrees.tp * (embedding.requires_grad and embedding.dtype is not torch.float32)
-    # until then every FSDP rank holds these gradients whole
+    # until the end of the backward pass every FSDP rank holds the gradients outside the blocks whole
     gradients_then = gradients - root_gradient // degrees.dp_shard + root_gradient
     fixed = weights + optimizer + gathered
     earlier = gradients if load.accumulation > 1 else 0
@@ -231,10 +231,10 @@ def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, 
     """Memory of the first rank during generation.
 
     Args:
-        model: whole, in the dtype that its weights will have; may be on the meta device.
+        model: the whole model in the dtype that its weights will have; may be on the meta device.
         tp_degree: number of tensor-parallel ranks.
-        batch_size: sequences at once.
-        num_tokens: tokens of each, the prompt's and the generated ones.
+        batch_size: number of sequences at once.
+        num_tokens: number of tokens of each sequence, prompt and generated tokens together.
     """
     config = model.config
     dtype = model.transformer.dtype
@@ -251,7 +251,7 @@ def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, 
 
 
 def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tuple[int, int, int]:
-    """Bytes of weights gathered at once, of the gradients outside blocks, and of two blocks' gradients and copies."""
+    """Bytes of the weights gathered at once, of gradients outside blocks, and of gradients and copies of two blocks."""
     if degrees.dp_shard == 1:
         return 0, 0, 0
     root, root_gradient, blocks, learned = 0, 0, 0, 0
@@ -269,14 +269,14 @@ def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tu
 
 
 def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """Bytes of the 16-bit copies of the blocks' matrices: autocast keeps those that learn, autograd those it needs."""
+    """Bytes of 16-bit copies of the blocks' matrices: autocast keeps those that learn, autograd those it needs."""
     half, degrees = load.compute_dtype.itemsize, Degrees(tp=tp_degree)
     if half == model.transformer.dtype.itemsize:
         return 0
     numel = 0
     for linear in (linear for block in block_linears(model) for linear in block):
         needed = linear.needs_input_gradient and not load.recompute
-        # a column-parallel product makes a copy of its own
+        # a column-parallel product makes its copy outside the cache of autocast
         cached = linear.layer.weight.requires_grad and not (load.recompute and linear.is_column and tp_degree > 1)
         # the input of an update's second matrix depends on the first matrix, which learns
         second = linear.layer.update_matrices[1:]
@@ -287,7 +287,7 @@ def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int
 
 
 def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """Bytes of a chunk of logits in fp32 and, if products are in half precision, of copies of them and of the head."""
+    """Bytes of a chunk of logits in fp32, and of 16-bit copies of it and of the head if products are in 16 bits."""
     vocab_size = model.config.vocab_size // tp_degree
     most_rows = max(1, load.max_chunk_bytes // (vocab_size * _FP32))
     num_chunks = max(1, -(-load.num_supervised_tokens // most_rows))

@@ -1,11 +1,9 @@
-"""Divide a model among ranks that compute it together, each with a part of every layer.
+"""Divides a model among ranks that compute it together, each with a part of every layer.
 
-A rank's model is the same Python code: its parameters are smaller, and its layers have a Partition that makes their
-results whole. A block has two all-reduces of [N, D] forward (after dense and dense_4h_to_h) and two backward (before
-query_key_value and dense_h_to_4h); LoRA adds one of [N, R] for each layer.
-
-Parameters are plain tensors, so that nothing on a rank is slower than on one device; `layout.py` says which part of the
-whole parameter each rank holds.
+Every rank runs the same code of the model with smaller parameters, and a Partition of each layer exchanges what makes
+its results whole. A block has two all-reduces of [N, D] forward (after dense and dense_4h_to_h) and two backward
+(before query_key_value and dense_h_to_4h); LoRA adds one of [N, R] for each layer. Parameters are plain tensors, which
+are as fast as on one device; layout.py says which part of a whole parameter each rank holds.
 
 Shapes: N packed tokens, D hidden, V vocabulary, R lora rank.
 """
@@ -34,7 +32,7 @@ from bloomlm.parallel.mesh import Mesh, check_model_divides
 
 
 class ColumnPartition(Partition):
-    """The partition of a weight that is cut by outputs: the input is whole, the output is this rank's part."""
+    """Partition of a weight that is cut by outputs: the input is whole, the output is this rank's part."""
 
     def __init__(self, ranks: TensorParallelGroup) -> None:
         self.ranks = ranks
@@ -52,12 +50,12 @@ class ColumnPartition(Partition):
         return column_product(x, weight, bias, self.ranks, product)
 
     def between(self, low_rank: Tensor) -> Tensor:
-        """low_rank itself, as lora_A is whole; its gradient is summed, as each rank has some rows of lora_B."""
+        """low_rank itself, because lora_A is whole; its gradient is summed, because lora_B is cut by rows."""
         return copy_to_ranks(low_rank, self.ranks)
 
 
 class RowPartition(Partition):
-    """The partition of a weight that is cut by inputs: outputs are summed over the ranks before the bias is added."""
+    """Partition of a weight that is cut by inputs: outputs are summed over the ranks before the bias is added."""
 
     sums_inputs = True
 
@@ -65,7 +63,7 @@ class RowPartition(Partition):
         self.ranks = ranks
 
     def between(self, low_rank: Tensor) -> Tensor:
-        """The sum over the ranks, because lora_A is cut by inputs as the weight is."""
+        """The sum over the ranks, because lora_A is cut by inputs like the weight."""
         return sum_over_ranks(low_rank, self.ranks)
 
     def leave(self, y: Tensor) -> Tensor:
@@ -73,17 +71,17 @@ class RowPartition(Partition):
         return sum_over_ranks(y, self.ranks)
 
     def input_randomness(self) -> AbstractContextManager[None]:
-        """Each rank has other columns of the input, so each draws its own numbers."""
+        """Different numbers on each rank, because each has different columns of the input."""
         return own_randomness(self.ranks.rank)
 
 
 class CutVocabulary(VocabularyPartition):
-    """Of an embedding that holds the rows of some tokens; the other ranks have the others.
+    """Partition of an embedding whose rows are divided among the ranks.
 
     Args:
-        ranks: that share the vocabulary.
-        first_token: of this rank's rows.
-        num_tokens: rows of this rank.
+        ranks: the ranks that share the vocabulary.
+        first_token: token of this rank's first row.
+        num_tokens: number of this rank's rows.
     """
 
     def __init__(self, ranks: TensorParallelGroup, first_token: int, num_tokens: int) -> None:
@@ -92,18 +90,18 @@ class CutVocabulary(VocabularyPartition):
         self.num_tokens = num_tokens
 
     def look_up(self, tokens: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
-        """[N] -> [N, D]: each rank looks up its own tokens, and the sum has all of them."""
+        """[N] -> [N, D]: each rank looks up the tokens that it has, and the sum over the ranks has all of them."""
         rows = tokens - self.first_token
         elsewhere = (rows < 0) | (rows >= self.num_tokens)
         found = lookup(rows.masked_fill(elsewhere, 0))
         return sum_over_ranks(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.ranks)
 
     def enter(self, x: Tensor) -> Tensor:
-        """The hidden states before the head; their gradients are added up."""
+        """The hidden states before the head; their gradient is summed over the ranks."""
         return copy_to_ranks(x, self.ranks)
 
     def leave(self, y: Tensor) -> Tensor:
-        """The logits of all ranks, [..., V]. Training never calls this: see vocabulary_loss.py."""
+        """The logits of all ranks, [..., V]. Training does not call this, see vocabulary_loss.py."""
         return gather_last_dim(y, self.ranks)
 
 
@@ -113,8 +111,8 @@ def cut_model(model: BloomForCausalLM, mesh: Mesh) -> None:
     The parameters of an adapter stay whole; cut_adapter divides them.
 
     Args:
-        model: whole, with or without an adapter; may be on the meta device.
-        mesh: the ranks; where its tp axis has one rank, nothing changes.
+        model: the whole model, with or without an adapter; may be on the meta device.
+        mesh: the ranks; if its tp axis has one rank, nothing changes.
 
     Raises:
         ConfigError: the model cannot be divided among so many ranks.
@@ -131,14 +129,14 @@ def cut_model(model: BloomForCausalLM, mesh: Mesh) -> None:
 
 
 def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
-    """Reduce the adapter of a model to this rank's part, after cut_model.
+    """Reduce the adapter of a model, if it has one, to this rank's part.
 
     Args:
-        model: divided except for its adapter; one without an adapter stays as it is.
+        model: a model after cut_model.
         mesh: the same as in cut_model.
 
     Raises:
-        ConfigError: a layer of the adapter's own cannot be divided among so many ranks.
+        ConfigError: a layer of the adapter cannot be divided among so many ranks.
     """
     if mesh.degrees.tp == 1:
         return
@@ -155,7 +153,7 @@ def tp_group(mesh: Mesh) -> TensorParallelGroup:
 
 
 def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None:
-    """The ranks among which a model is divided; None for a whole one."""
+    """The ranks among which a model is divided; None if it is whole."""
     partition = model.transformer.word_embeddings.partition
     return partition.ranks if isinstance(partition, CutVocabulary) else None
 
@@ -171,8 +169,8 @@ def _cut(model: nn.Module, ranks: TensorParallelGroup, *, of_base: bool) -> None
             continue
         if tensor.shape[part.dim] % ranks.degree:
             raise ConfigError(
-                f"{name} of the adapter has the shape {list(tensor.shape)}, which {ranks.degree} tensor-parallel ranks "
-                "cannot divide; choose a width of its layers that they can"
+                f"{name} of the adapter has the shape {list(tensor.shape)}, which cannot be divided among "
+                f"{ranks.degree} tensor-parallel ranks; choose another width of its layers"
             )
         own = part.of(tensor.detach()).clone(memory_format=torch.contiguous_format)
         if isinstance(tensor, nn.Parameter):

@@ -1,13 +1,12 @@
-"""What ranks send in a training step, computed from the shape of the model, and the minimum that they must send.
+"""What ranks send in a training step, computed from the shape of the model, and the least that any program must send.
 
-The payload of a collective is the tensor that it sums or completes. Sent bytes are those that leave a rank: on a ring
-of k ranks an all-reduce sends 2 (k - 1) / k of the payload, an all-gather or a reduce-scatter half of that, and no
-algorithm sends less (Patarasuk and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002).
+The payload of a collective is the tensor that it sums or completes. A rank of a ring of k ranks sends 2 (k - 1) / k of
+the payload for an all-reduce, and half of that for an all-gather or a reduce-scatter; no algorithm sends less
+(Patarasuk and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002).
 
-Tensor parallelism needs at least two all-reduces of [N, D] per block forward and two backward, another one for the
-embedding and one of [M, D] for the head, in the format of the matrix products, and three fp32 numbers for each
-supervised token. FSDP must gather each weight once forward, and again backward if it was freed, and sum each gradient
-once.
+Tensor parallelism must exchange, in the format of the matrix products, two all-reduces of [N, D] per block forward and
+two backward, one of [N, D] for the embedding and one of [M, D] for the head; and three fp32 numbers for each supervised
+token. FSDP must gather each weight once forward, and again backward if it was freed, and sum each gradient once.
 
 Shapes: N packed tokens, M supervised ones, D hidden, L blocks, P virtual tokens.
 """
@@ -29,16 +28,16 @@ class Traffic:
     """The collectives of one kind in a whole step."""
 
     what: str
-    """Their purpose, in a few words."""
+    """Purpose, in a few words."""
     operation: Operation
     axis: str
     """An axis of the mesh, or "all" for all ranks."""
     num_ranks: int
     """Ranks along that axis."""
     payload_bytes: int
-    """Size of the tensors that are summed or completed."""
+    """Size of the tensors that are summed or completed, in a step."""
     least_bytes: int
-    """The part of it that every program must exchange."""
+    """Size of the tensors that any program must exchange for this purpose."""
 
     @property
     def sent_bytes(self) -> float:
@@ -47,25 +46,25 @@ class Traffic:
 
     @property
     def least_sent_bytes(self) -> float:
-        """Bytes that each rank must send."""
+        """Bytes that each rank must at least send."""
         return sent_bytes(self.operation, self.least_bytes, self.num_ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """How fast a rank computes and sends."""
+    """Speeds at which a rank computes and sends."""
 
     flops_per_second: float
-    """Speed that matrix products reach."""
+    """Speed of matrix products."""
     node_bytes_per_second: float
-    """From one rank to another of the same machine, in one direction."""
+    """Between two ranks of one machine, in one direction."""
     network_bytes_per_second: float
-    """From a rank to one of another machine."""
+    """Between ranks of different machines, in one direction."""
     ranks_per_node: int
     """Ranks of a machine."""
 
     def bytes_per_second(self, axis: str, degrees: Degrees) -> float:
-        """Speed along an axis: that of the network if a group of ranks along it spans several machines."""
+        """Speed along an axis: the network's, if a group of ranks along the axis spans machines."""
         span = {"tp": degrees.tp, "dp_shard": degrees.tp * degrees.dp_shard}.get(axis, degrees.world_size)
         fits = span <= self.ranks_per_node and (self.ranks_per_node % span == 0 or degrees.world_size == span)
         return self.node_bytes_per_second if fits else self.network_bytes_per_second
@@ -73,23 +72,23 @@ class Links:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step, by cause."""
+    """Time of a step in seconds, by cause."""
 
     computing: float
     """Matrix products."""
     tensor_parallelism: float
-    """Exchanges for which a product waits."""
+    """Exchanges that a matrix product waits for."""
     data_parallelism: float
     """Exchanges that may overlap with computing."""
 
     @property
     def shortest(self) -> float:
-        """With as much overlap as possible."""
+        """Time with the greatest possible overlap."""
         return max(self.computing + self.tensor_parallelism, self.data_parallelism)
 
     @property
     def longest(self) -> float:
-        """Without any overlap."""
+        """Time without any overlap."""
         return self.computing + self.tensor_parallelism + self.data_parallelism
 
 
@@ -105,10 +104,10 @@ def step_traffic(
     """Everything that a rank exchanges in a step.
 
     Args:
-        model: whole, with its adapter, in the format its weights will have; may be on the meta device.
+        model: the whole model with its adapter, in the dtype that its weights will have; may be on the meta device.
         degrees: ranks along each axis.
-        load: of a step on this rank's copy of the model.
-        label_smoothing: whether the loss uses it and so exchanges a fourth number for each supervised token.
+        load: the work of one rank in a step.
+        label_smoothing: whether the loss uses it, which adds a fourth number for each supervised token.
     """
     found = []
     if degrees.tp > 1:
@@ -120,9 +119,9 @@ def step_traffic(
     if degrees.dp > 1:
         axes = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
         counts = 2 * _INT64 + _FP32  # tokens, tokens with a label, loss
-        found += [_scalars("counts and loss", axis, size, counts) for axis, size in axes.items() if size > 1]
+        found += [_all_reduce("counts and loss", axis, k, counts, counts) for axis, k in axes.items() if k > 1]
     if degrees.world_size > 1:
-        found.append(_scalars("gradient norm", "all", degrees.world_size, _FP64))
+        found.append(_all_reduce("gradient norm", "all", degrees.world_size, _FP64, _FP64))
     return found
 
 
@@ -130,15 +129,15 @@ def step_time(traffic: Sequence[Traffic], degrees: Degrees, links: Links, flops:
     """How long a step takes at given speeds.
 
     Args:
-        traffic: of the step.
+        traffic: everything that a rank exchanges in the step.
         degrees: ranks along each axis.
         links: the speeds.
-        flops: of the step on one copy of the model, which its tensor-parallel ranks share.
+        flops: operations of the step for one copy of the model, which its tensor-parallel ranks share.
     """
     seconds = {"tp": 0.0, "dp": 0.0}
     for item in traffic:
         if item.axis == "all":
-            continue  # a single number costs a latency, which is unknown here
+            continue  # the time of a single number is latency, which is unknown here
         speed = links.bytes_per_second(item.axis, degrees)
         seconds["tp" if item.axis == "tp" else "dp"] += item.sent_bytes / speed
     return StepTime(
@@ -173,21 +172,14 @@ def _tensor_parallel(model: BloomForCausalLM, tp: int, load: Workload, label_smo
         "prefix": (prefix * stream, prefix * stream),
     }
     return [
-        Traffic(
-            what=what,
-            operation="all-reduce",
-            axis="tp",
-            num_ranks=tp,
-            payload_bytes=payload * load.accumulation,
-            least_bytes=least * load.accumulation,
-        )
+        _all_reduce(what, "tp", tp, payload * load.accumulation, least * load.accumulation)
         for what, (payload, least) in items.items()
         if payload
     ]
 
 
 def _prefix_numel(model: BloomForCausalLM) -> int:
-    """Elements of the virtual tokens' keys and values, whose gradients are added up; a projection's sums too."""
+    """Number of elements that a prefix exchanges: gradients of its keys and values, and the sums of a projection."""
     prefix = cast(Any, model.transformer.prefix)
     if prefix is None:
         return 0
@@ -211,55 +203,39 @@ def _sharded(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> list[
             exact_once += exact * parameter.itemsize
         learned += padded * GRADIENT_BYTES * parameter.requires_grad
         exact_learned += exact * GRADIENT_BYTES * parameter.requires_grad
-    shared: dict[str, Any] = {"axis": "dp_shard", "num_ranks": degrees.dp_shard}
-    gathers = {
-        "weights forward": (once + twice, exact_once + exact_twice),
-        "weights backward": (twice, exact_twice),
-    }
-    found = [
-        Traffic(
+
+    def shared(what: str, operation: Operation, payload: int, least: int) -> Traffic:
+        return Traffic(
             what=what,
-            operation="all-gather",
+            operation=operation,
+            axis="dp_shard",
+            num_ranks=degrees.dp_shard,
             payload_bytes=payload * load.accumulation,
-            least_bytes=least * load.accumulation,
-            **shared,
+            least_bytes=least,
         )
-        for what, (payload, least) in gathers.items()
-        if payload
-    ]
-    found.append(
-        Traffic(
-            what="gradients",
-            operation="reduce-scatter",
-            payload_bytes=learned * load.accumulation,
-            least_bytes=exact_learned,
-            **shared,
-        )
-    )
+
+    times = load.accumulation
+    found = [shared("weights forward", "all-gather", once + twice, (exact_once + exact_twice) * times)]
+    if twice:
+        found.append(shared("weights backward", "all-gather", twice, exact_twice * times))
+    found.append(shared("gradients", "reduce-scatter", learned, exact_learned))
     if degrees.dp_replicate > 1:
-        found.append(_replicated(model, degrees, load.accumulation))
+        found.append(_replicated(model, degrees, times))
     return found
 
 
 def _replicated(model: BloomForCausalLM, degrees: Degrees, times: int) -> Traffic:
     learned = [item for item in model.named_parameters() if item[1].requires_grad]
     payload = sum(rank_numel(name, parameter, degrees) for name, parameter in learned) * GRADIENT_BYTES
-    return Traffic(
-        what="gradients of replicas",
-        operation="all-reduce",
-        axis="dp_replicate",
-        num_ranks=degrees.dp_replicate,
-        payload_bytes=payload * times,
-        least_bytes=payload,
-    )
+    return _all_reduce("gradients of replicas", "dp_replicate", degrees.dp_replicate, payload * times, payload)
 
 
-def _scalars(what: str, axis: str, num_ranks: int, num_bytes: int) -> Traffic:
+def _all_reduce(what: str, axis: str, num_ranks: int, payload_bytes: int, least_bytes: int) -> Traffic:
     return Traffic(
         what=what,
         operation="all-reduce",
         axis=axis,
         num_ranks=num_ranks,
-        payload_bytes=num_bytes,
-        least_bytes=num_bytes,
+        payload_bytes=payload_bytes,
+        least_bytes=least_bytes,
     )

@@ -1,15 +1,15 @@
-"""The head and the cross entropy in one: logits exist for a few rows at a time, and only where there is a label.
+"""Head and cross entropy in one: logits exist for one chunk of rows at a time, and only for rows with a label.
 
-The gradients are computed in the forward pass, while a chunk's logits exist, so nothing is computed twice. With logits
-z, softmax p, label y and smoothing s, d loss / d z = p - (1 - s) onehot(y) - s / V, which replaces z in place; then d
-loss / d hidden = dz @ W and d loss / d W = dz.T @ hidden. A frozen head costs no weight gradient.
+The gradients are computed in the forward pass, while the logits of a chunk exist, so nothing is computed twice. With
+logits z, softmax p, label y and smoothing s, d loss / d z = p - (1 - s) onehot(y) - s / V, which replaces z in place.
+Then d loss / d hidden = dz @ W and d loss / d W = dz.T @ hidden; the latter is not computed for a frozen head.
 
-Where tensor-parallel ranks share the vocabulary, each has the logits of its own tokens only. For each row they exchange
-the maximum, the sum of exponentials, the label's logit and (with smoothing) the sum of logits. They add up
-d loss / d hidden of each chunk while the next one is computed.
+If tensor-parallel ranks share the vocabulary, each has the logits of its own tokens. For each row they exchange the
+maximum, the sum of exponentials, the logit of the label and (with smoothing) the sum of logits. They sum
+d loss / d hidden of a chunk while the next chunk is computed.
 
-Numerics: softmax, loss and the weight's gradient are fp32 (fp64 for fp64 inputs); under autocast and for half-precision
-inputs only the matrix products are in half. torch.nn.functional.cross_entropy on whole logits is the oracle.
+Softmax, loss and the weight's gradient are fp32 (fp64 for fp64 inputs); only the matrix products are in half precision,
+under autocast and for half-precision inputs. torch.nn.functional.cross_entropy on whole logits is the oracle.
 
 Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared).
 """
@@ -47,24 +47,24 @@ def linear_cross_entropy(
     Args:
         hidden: [M, D].
         weight: [V, D]; without requires_grad no gradient is computed for it.
-        labels: [M] int64, IGNORE_INDEX where a row has none; such rows cost nothing.
+        labels: [M] int64, IGNORE_INDEX for rows without a label, which cost nothing.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
         replaced: rows that stand in for some of the weight's, and get a gradient if they require one.
-        scale: factor of the loss, such as the loss scale / tokens of the step. It costs nothing here; applied
-            afterwards it would cost a pass over the weight's gradient.
+        scale: factor of the loss, for example loss scale / tokens of the step. It costs nothing here; multiplying the
+            result would cost a pass over the weight's gradient.
         label_smoothing: as in torch.nn.functional.cross_entropy.
-        max_chunk_bytes: size that a chunk's logits may take.
-        ranks: those that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the
-            same on each, and so are the loss and hidden's gradient. None: the weight is whole.
-        gradient_memory: tensors that are not needed any more. One that fits is removed from the list and becomes the
-            weight's gradient, for which new memory is allocated otherwise.
+        max_chunk_bytes: largest size of a chunk of logits.
+        ranks: the ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same
+            hidden and labels, and get the same loss and gradient of hidden. None: the weight is whole.
+        gradient_memory: tensors that are not needed any more. One of the right shape is removed from the list and
+            becomes the weight's gradient; without one, memory is allocated.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
     """
     hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
-        # part of the graph like any other loss, with the same gradients, all of them zero
+        # a zero that depends on the same tensors as any other loss, so that their gradients exist
         learned = [weight[:1]] if weight.requires_grad else []
         learned += [] if replaced is None else [replaced.rows]
         return sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0
@@ -77,7 +77,7 @@ def linear_cross_entropy(
 
 
 def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
-    """Replace z [C, V] by exp(z - row_max); [C, 1] sums."""
+    """Replace z [C, V] by exp(z - row_max) and return the sum of each row, [C, 1]."""
     return z.sub_(row_max).exp_().sum(dim=1, keepdim=True)
 
 
@@ -88,15 +88,15 @@ class _Target:
     column: Tensor
     """[C, 1] int64; 0 where another rank has the label."""
     is_here: Tensor | None
-    """[C, 1] bool: whether this rank has the label; None: it has all of them."""
+    """[C, 1] bool: whether this rank has the label; None: it has all labels."""
 
     def pick(self, z: Tensor) -> Tensor:
-        """[C, V] -> [C, 1]: each label's element; 0 where another rank has it."""
+        """[C, V] -> [C, 1]: the element of each label; 0 if another rank has it."""
         picked = z.gather(1, self.column)
         return picked if self.is_here is None else picked.masked_fill(~self.is_here, 0.0)
 
     def add(self, z: Tensor, values: Tensor) -> None:
-        """Add values [C, 1] to each label's element of z [C, V]."""
+        """Add values [C, 1] to the elements of the labels in z [C, V]."""
         z.scatter_add_(1, self.column, values if self.is_here is None else values * self.is_here)
 
 
@@ -111,7 +111,7 @@ class _Vocabulary:
         """Tokens of the whole vocabulary."""
 
     def locate(self, labels: Tensor) -> _Target:
-        """Find labels, [C, 1] ids."""
+        """The places of labels, [C, 1] ids."""
         if self.ranks is None:
             return _Target(labels, None)
         column = labels - self.first
@@ -124,7 +124,7 @@ class _Vocabulary:
         return own if self.ranks is None else self.ranks.max(own)
 
     def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Add up each of several [C, 1] over the ranks, in one exchange."""
+        """Sum several [C, 1] over the ranks in one exchange."""
         if self.ranks is None:
             return parts
         return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)

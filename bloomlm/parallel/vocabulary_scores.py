@@ -1,11 +1,11 @@
-"""Log-probabilities of given next tokens, and whether they are the likeliest, without all logits in memory.
+"""Log-probabilities of given tokens, and whether each is the likeliest token, without all logits in memory.
 
-The vocabulary is processed in blocks. For each row only the largest logit so far, its token, the sum of exponentials
-relative to it and the label's logit are kept (online softmax, https://arxiv.org/abs/1805.02867). A block's logits stay
-in the processor's cache until they are summed, and the memory does not grow with the vocabulary.
+The vocabulary is processed in blocks, whose logits stay in the processor's cache until they are summed. For each row
+only four numbers are kept (online softmax, https://arxiv.org/abs/1805.02867): the largest logit so far, its token, the
+sum of exponentials relative to it, and the logit of the label.
 
 There are no gradients. Softmax is fp32 (fp64 for fp64 models); the product with the head is in the precision of the
-model, or of autocast. torch.log_softmax on whole logits is the oracle.
+model or of autocast. torch.log_softmax on whole logits is the oracle.
 
 Shapes: M rows, D hidden, V vocabulary (this rank's part of it, where ranks share it).
 """
@@ -22,11 +22,11 @@ from bloomlm.parallel.collectives import TensorParallelGroup
 IGNORE_INDEX = -100
 """The label of a position from which nothing is predicted."""
 _CPU_BLOCK_ELEMENTS = 2**21
-"""Logits of a block on a CPU: 8 MiB in fp32, which fit into the cache."""
+"""Number of logits of a block on a CPU: 8 MiB in fp32, which fit into the cache."""
 _GPU_BLOCK_ELEMENTS = 2**26
-"""Logits of a block on a GPU, where small products are slow."""
+"""Number of logits of a block on a GPU, where small products are slow."""
 _FEWEST_COLUMNS = 1024
-"""Fewest columns of a block, so that its product is fast with many rows too."""
+"""Smallest number of columns of a block, so that its product is fast with many rows too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,11 @@ class LabelScores:
     """One entry for each row."""
 
     log_probs: Tensor
-    """[M] natural logarithm of the label's probability."""
+    """[M]: natural logarithm of the probability of the label."""
     likeliest: Tensor
-    """[M] int64: the likeliest token; of equally likely ones that with the lowest id."""
+    """[M] int64: the likeliest token; if several are equally likely, the one with the lowest id."""
     is_likeliest: Tensor
-    """[M] bool: the label is that token."""
+    """[M] bool: whether the label is that token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class TokenScore:
     loss: Tensor
     """Cross entropy, scalar fp32."""
     num_correct: Tensor
-    """Rows whose likeliest token is the label, scalar int64."""
+    """Number of rows whose likeliest token is the label, scalar int64."""
 
 
 @torch.no_grad()
@@ -70,9 +70,9 @@ def score_labels(
         labels: [M] int64, ids of the whole vocabulary.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
         replaced: rows that stand in for some of the weight's.
-        ranks: those that share the vocabulary, each with an equal part of the weight's rows; hidden and labels are the
-            same on each, and so is the result. None: the weight is whole.
-        block_columns: tokens of a block; None: as many as suit the device.
+        ranks: the ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same
+            hidden and labels, and get the same result. None: the weight is whole.
+        block_columns: number of tokens of a block; None: a number that suits the device.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     row_max = torch.full((len(labels),), -torch.inf, dtype=dtype, device=hidden.device)
@@ -118,10 +118,10 @@ def score_tokens(
     Args:
         hidden: [M, D].
         weight: [V, D].
-        labels: [M] int64, IGNORE_INDEX where a row has none.
+        labels: [M] int64, IGNORE_INDEX for rows without a label.
         weight_scale: [V] where the weight is int8.
         replaced: rows that stand in for some of the weight's.
-        ranks: those that share the vocabulary, as in linear_cross_entropy; each gets the whole result.
+        ranks: the ranks that share the vocabulary, as in score_labels.
     """
     hidden, labels = labelled_rows(hidden, labels)
     scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, replaced=replaced, ranks=ranks)
@@ -142,6 +142,6 @@ def _block_columns(num_rows: int, device: torch.device) -> int:
 
 
 def _pick(z: Tensor, columns: Tensor) -> Tensor:
-    """[M, C], [M] -> [M]: the element of each row in its column; 0 where the block does not have that column."""
+    """[M, C], [M] -> [M]: the element of each row in the given column; 0 if the block does not have that column."""
     is_here = (columns >= 0) & (columns < z.shape[1])
     return z.gather(1, columns.masked_fill(~is_here, 0)[:, None]).squeeze(1).masked_fill(~is_here, 0.0)

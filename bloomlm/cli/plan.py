@@ -27,7 +27,7 @@ from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.meter import StepFlops
 from bloomlm.training.precision import precision_from_flags
-from bloomlm.training.resolve import Machine, adapter_of, degrees_of, resolve_setup
+from bloomlm.training.resolve import Machine, adapter_from_flags, degrees_of, resolve_setup
 
 CONFIG_FILE = "config.json"
 DEVICE_GIGABYTES = (40, 80, 141)
@@ -117,7 +117,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     precision = precision_from_flags(
         fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=training.scale_loss
     )
-    adapter = adapter_of(training)
+    adapter = adapter_from_flags(training)
     model = _meta_model(model_config, adapter, precision.weights_dtype)
     predicting = _meta_model(model_config, adapter, DTYPES[config.dtype])
     length = config.src_length + config.tgt_length

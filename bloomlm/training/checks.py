@@ -1,7 +1,7 @@
-"""What the flags of a run mean together: which combinations are refused, which flags do nothing, which are filled in.
+"""Checks of flags against each other: some combinations are refused, some flags do nothing, some values follow.
 
-Each function gets the flags as far as they are resolved, and adds a line to `notices` for the user where a flag does
-nothing or something was decided. All raise ConfigError for flags that cannot be used together, with the reason.
+Each function gets the flags as resolved so far. It raises ConfigError, with the reason, for flags that cannot be used
+together, and adds a line to `notices` for each flag that does nothing and each value that it decides.
 """
 
 from dataclasses import replace
@@ -11,9 +11,9 @@ from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig, default_of
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
-"""What finetune_generation.py has always learned when no data is named; the name on the Hugging Face hub."""
+"""The data set, on the Hugging Face hub, that finetune_generation.py has always used if none is named."""
 
-# Flags that act only where another one is on.
+# Flags that act only if another one is given.
 _LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "train_new_tokens")
 _PREFIX_FLAGS = ("num_prefix_tokens", "prefix_projection")
 LOSS_METRICS = ("eval_loss", "eval_ppl")
@@ -24,17 +24,11 @@ _DECODING_FLAGS = ("num_beams", "length_penalty", "top_k", "top_p", "select_topk
 
 
 def check_parallelism(config: TrainingConfig, degrees: Degrees, notices: list[str]) -> None:
-    """How the processes divide the work.
-
-    Args:
-        config: the flags.
-        degrees: of all processes of the job, as the flags divide them.
-        notices: may get lines.
-    """
+    """Check how the processes divide the work; `degrees` is how the flags divide all processes of the job."""
     if config.pipeline_parallel_degree not in (-1, 1):
         raise ConfigError(
-            f"--pipeline_parallel_degree {config.pipeline_parallel_degree}: bloomlm does not spread blocks over "
-            "processes; leave the flag out, and divide the model by --tensor_parallel_degree and --sharding stage3"
+            f"--pipeline_parallel_degree {config.pipeline_parallel_degree}: bloomlm has no pipeline parallelism; leave "
+            "the flag out, and divide the model by --tensor_parallel_degree and --sharding stage3"
         )
     alone = {
         "--base_quantization int8": config.base_quantization == "int8",
@@ -43,24 +37,26 @@ def check_parallelism(config: TrainingConfig, degrees: Degrees, notices: list[st
     }
     processes = degrees.world_size
     if processes > 1 and (given := [flag for flag, is_given in alone.items() if is_given]):
-        raise ConfigError(f"{', '.join(given)}: for one process only, and here are {processes}; leave it out")
+        raise ConfigError(f"{', '.join(given)}: needs a single process, and there are {processes}; leave it out")
     if config.sharding and degrees.dp_shard == 1:
         raise ConfigError(
-            f"--sharding {config.sharding} shares weights and optimizer out among data-parallel processes, and here "
-            f"is one ({processes} / tensor_parallel_degree {degrees.tp} / sharding_parallel_degree "
-            f"{config.sharding_parallel_degree}); leave it out, or start more with --num_processes"
+            f"--sharding {config.sharding} divides weights and optimizer state among data-parallel processes, and "
+            f"there is one ({processes} / tensor_parallel_degree {degrees.tp} / sharding_parallel_degree "
+            f"{config.sharding_parallel_degree}); leave it out, or start more processes with --num_processes"
         )
     if config.sharding == "stage1":
-        notices.append("--sharding stage1 is computed as stage2: the same numbers, with the gradients shared out too")
+        notices.append(
+            "--sharding stage1 is computed as stage2, which divides gradients too and gives the same numbers"
+        )
     if degrees.dp > 1:
         notices.append(
-            f"{degrees.dp} data-parallel processes: a step learns from as many times per_device_train_batch_size "
-            "examples"
+            f"{degrees.dp} data-parallel processes: a step learns from {degrees.dp} times "
+            "per_device_train_batch_size examples"
         )
 
 
 def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
-    """Whether to train and to evaluate, on which data, and for how long."""
+    """Decide whether to train and to evaluate, and on which data."""
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise ConfigError(f"--num_train_epochs is {config.num_train_epochs}; expected above 0, or give --max_steps")
     wants_eval = config.do_eval
@@ -74,101 +70,101 @@ def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
     if config.eval_file and not wants_eval and config.generate_num == 0:
         notices.append(f"--eval_file {config.eval_file} is not used, because --do_eval is False")
     if config.train_file and config.dataset_name_or_path:
-        raise ConfigError("--train_file and --dataset_name_or_path both bring examples to learn; give one of them")
+        raise ConfigError("--train_file and --dataset_name_or_path both name training examples; give one of them")
     dataset = config.dataset_name_or_path
     if not (config.train_file or config.eval_file or dataset):
         if config.do_generation:
-            raise ConfigError("no data named: give --train_file and --eval_file, or --dataset_name_or_path")
+            raise ConfigError("no data is named: give --train_file and --eval_file, or --dataset_name_or_path")
         dataset = DEFAULT_DATASET
         notices.append(
-            f"no data named, so {dataset} is fetched from the Hugging Face hub, as finetune_generation.py has "
-            "always done; --train_file names yours"
+            f"no data is named, so {dataset} is downloaded from the Hugging Face hub, as finetune_generation.py has "
+            "always done; --train_file names other data"
         )
     if wants_train and not (config.train_file or dataset):
-        raise ConfigError("--do_train needs examples to learn: give --train_file or --dataset_name_or_path")
+        raise ConfigError("--do_train needs training examples: give --train_file or --dataset_name_or_path")
     return replace(config, do_train=wants_train, do_eval=wants_eval, dataset_name_or_path=dataset)
 
 
 def resolve_device(config: TrainingConfig, notices: list[str], *, has_cuda: bool) -> TrainingConfig:
-    """Where to compute, and in which number formats."""
+    """Decide where to compute, and check the number formats."""
     device = config.device
     if device in ("gpu", "cuda") and not has_cuda:
         raise ConfigError(
-            f"--device {device}: PyTorch finds no GPU here; use --device cpu, or install a PyTorch built for CUDA"
+            f"--device {device}: PyTorch finds no GPU; use --device cpu, or install a PyTorch built for CUDA"
         )
     if config.fp16 and config.bf16:
-        raise ConfigError("--fp16 and --bf16 were both asked for; choose one (bf16 where the GPU has it)")
+        raise ConfigError("--fp16 and --bf16 are both given; choose one (bf16 if the GPU supports it)")
     on_cpu = device == "cpu" or (device == "auto" and not has_cuda)
     if on_cpu and (config.fp16 or config.bf16):
-        notices.append(f"--{'fp16' if config.fp16 else 'bf16'} on a CPU works, but is mostly slower than float32 there")
+        notices.append(f"--{'fp16' if config.fp16 else 'bf16'} works on a CPU, but is usually slower than float32")
     if config.torch_compile and on_cpu:
         raise ConfigError(
-            "--torch_compile on a CPU makes training 1.7 to 2.3 times slower, because compiled products go to MKL and "
-            "not to oneDNN; leave it out"
+            "--torch_compile makes training on a CPU 1.7 to 2.3 times slower, because compiled products use MKL and "
+            "not oneDNN; leave it out"
         )
     if not config.fp16:
         if config.scale_loss != default_of("scale_loss"):
             notices.append(f"--scale_loss {config.scale_loss:g} is not used: only --fp16 scales the loss")
         if config.fp16_opt_level == "O2" and not config.bf16:
-            notices.append("--fp16_opt_level O2 is not used: it says how --fp16 or --bf16 compute")
+            notices.append("--fp16_opt_level O2 is not used without --fp16 or --bf16")
     return replace(config, device="cpu" if on_cpu else "gpu")
 
 
 def check_optimizer(config: TrainingConfig, notices: list[str], *, has_bitsandbytes: bool) -> None:
-    """Whether the optimizer can run on the resolved device."""
+    """Check that the optimizer can run on the resolved device."""
     if config.optim != "adamw_8bit" or not config.do_train:
         return
     if not has_bitsandbytes:
         raise ConfigError("--optim adamw_8bit needs: pip install 'bloomlm[optim8bit]'")
     if config.device == "cpu":
         notices.append(
-            "--optim adamw_8bit on a CPU saves memory and costs time: an update takes tens of times as long as with "
-            "--optim adamw; --gradient_accumulation_steps makes updates rarer"
+            "--optim adamw_8bit on a CPU saves memory but makes an update tens of times slower than --optim adamw; "
+            "--gradient_accumulation_steps makes updates rarer"
         )
 
 
 def check_adapters(config: TrainingConfig, notices: list[str]) -> None:
-    """Which adapter learns, and what is done with it."""
+    """Check which adapter learns, and what is done with it."""
     if config.lora and config.prefix_tuning:
-        raise ConfigError("--lora and --prefix_tuning were both asked for; a model takes one adapter, choose one")
+        raise ConfigError("--lora and --prefix_tuning are both given; a model takes one adapter, choose one")
     if not config.do_train and (config.lora or config.prefix_tuning):
         raise ConfigError(
-            "--do_eval alone evaluates --model_name_or_path as it is; a fresh adapter would change nothing. Add "
-            "--do_train, or evaluate a trained adapter with `bloomlm predict --data_file`"
+            "--do_eval without --do_train evaluates --model_name_or_path, and a fresh adapter would change nothing. "
+            "Add --do_train, or evaluate a trained adapter with `bloomlm predict --data_file`"
         )
     if config.merge_weights and config.prefix_tuning:
         raise ConfigError(
-            "--merge_weights adds an adapter into the weights, which a prefix cannot be: its virtual tokens are no "
-            "weights. Leave it out; `bloomlm predict --prefix_path` uses the prefix as it is"
+            "--merge_weights adds an adapter to the weights, which is impossible for the virtual tokens of a prefix. "
+            "Leave it out; `bloomlm predict --prefix_path` uses the prefix as it is"
         )
     if config.base_quantization == "int8" and not config.lora:
         raise ConfigError(
-            "--base_quantization int8 rounds weights that do not learn, beside which --lora trains an adapter; add "
-            "--lora, or leave it out"
+            "--base_quantization int8 rounds the weights that do not learn, and without --lora all weights learn; "
+            "add --lora, or leave it out"
         )
     if config.merge_weights and not config.lora:
-        notices.append("--merge_weights is not used: without --lora the whole model is trained and written anyway")
+        notices.append("--merge_weights is not used: without --lora the whole model is trained and written")
     if config.prefix_layout is not None and not config.prefix_tuning:
-        raise ConfigError("--prefix_layout says how to read a prefix that another program began; add --prefix_tuning")
+        raise ConfigError("--prefix_layout says how to read a prefix of another program; add --prefix_tuning")
     if config.trained_tensor_parallel_degree is not None and not (config.lora or config.prefix_tuning):
         raise ConfigError(
-            "--trained_tensor_parallel_degree says how to read an adapter that another program began; add --lora or "
-            "--prefix_tuning. The ranks of a whole model are seen in its files"
+            "--trained_tensor_parallel_degree says how to read an adapter of another program; add --lora or "
+            "--prefix_tuning. For a whole model its files show the degree"
         )
     _note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
     _note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
 
 
 def resolve_evaluation_times(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
-    """When to evaluate during training."""
+    """Decide when to evaluate during training."""
     strategy = config.evaluation_strategy
     if not config.do_eval:
         if strategy != "no":
             raise ConfigError(f"--evaluation_strategy {strategy} and --do_eval False contradict each other")
         if config.load_best_model_at_end:
-            raise ConfigError("--load_best_model_at_end needs evaluations to find the best: add --do_eval")
+            raise ConfigError("--load_best_model_at_end needs evaluations to find the best checkpoint; add --do_eval")
         if config.eval_steps is not None:
-            notices.append("--eval_steps is not used: nothing is evaluated without --do_eval or --eval_file")
+            notices.append("--eval_steps is not used without --do_eval or --eval_file")
         return config
     if config.do_train and strategy == "no":
         strategy = "steps"
@@ -182,31 +178,31 @@ def resolve_evaluation_times(config: TrainingConfig, notices: list[str]) -> Trai
 
 
 def check_decoding(config: TrainingConfig, notices: list[str], *, has_metrics: bool) -> None:
-    """How answers are generated."""
+    """Check how answers are generated."""
     if config.min_tgt_length > config.tgt_length:
         raise ConfigError(f"--min_tgt_length {config.min_tgt_length} is above --tgt_length {config.tgt_length}")
     if config.do_generation and not config.do_eval:
-        raise ConfigError("--do_generation is part of the evaluation; it contradicts --do_eval False")
+        raise ConfigError("--do_generation is a part of evaluation and contradicts --do_eval False")
     if config.do_generation and not has_metrics:
         raise ConfigError("--do_generation computes ROUGE and BLEU, which need: pip install 'bloomlm[metrics]'")
     generates = config.do_generation or config.generate_num > 0
-    # older command lines always give min_tgt_length 0, which is the default and so never noted
+    # older command lines always give --min_tgt_length 0, which is the default and so causes no notice
     _note_unused(config, notices, (*_DECODING_FLAGS, "min_tgt_length"), generates, "--do_generation or --generate_num")
     searches_beams = (config.num_beams or 1) > 1
     samples = (config.top_k or 0) > 1 or (config.top_p or 0.0) > 0
     if not config.select_topk:
         if not config.top_p:
-            raise ConfigError("--select_topk False draws by --top_p alone; give --top_p, for example 0.9")
+            raise ConfigError("--select_topk False samples by --top_p alone; give --top_p, for example 0.9")
         if config.top_k:
             notices.append(f"--top_k {config.top_k} is not used: --select_topk is False")
     if searches_beams and samples:
-        raise ConfigError("--num_beams searches and --top_k or --top_p draw; give one kind of decoding")
+        raise ConfigError("--num_beams searches, but --top_k and --top_p sample; give one kind of decoding")
     if config.length_penalty is not None and not searches_beams and generates:
-        notices.append("--length_penalty is not used: it weighs the results of a beam search, --num_beams above 1")
+        notices.append("--length_penalty is not used: it acts in a beam search, with --num_beams above 1")
 
 
 def resolve_best_model(config: TrainingConfig) -> TrainingConfig:
-    """Which metric decides the best checkpoint, and whether that checkpoint will exist."""
+    """Decide which metric chooses the best checkpoint, and check that this checkpoint will exist."""
     if not config.do_eval:
         return config
     metric = config.metric_for_best_model or "eval_loss"
@@ -215,7 +211,7 @@ def resolve_best_model(config: TrainingConfig) -> TrainingConfig:
     if metric not in known:
         hint = "; it needs --do_generation" if metric in GENERATION_METRICS else ""
         raise ConfigError(
-            f"--metric_for_best_model {config.metric_for_best_model}{hint}; this run has {', '.join(known)}"
+            f"--metric_for_best_model {config.metric_for_best_model}{hint}; this run computes {', '.join(known)}"
         )
     greater = config.greater_is_better
     config = replace(
@@ -231,32 +227,34 @@ def resolve_best_model(config: TrainingConfig) -> TrainingConfig:
 def _check_best_is_saved(config: TrainingConfig) -> None:
     if config.save_strategy != config.evaluation_strategy:
         raise ConfigError(
-            f"--load_best_model_at_end needs a checkpoint of what was evaluated, but --save_strategy is "
-            f"{config.save_strategy} and --evaluation_strategy {config.evaluation_strategy}; give both the same"
+            f"--load_best_model_at_end needs a checkpoint for each evaluation, but --save_strategy is "
+            f"{config.save_strategy} and --evaluation_strategy is {config.evaluation_strategy}; they must be equal"
         )
     if config.save_strategy == "steps" and config.save_steps % (config.eval_steps or 1):
         raise ConfigError(
-            f"--load_best_model_at_end needs every checkpoint to be evaluated, but --save_steps {config.save_steps} "
-            f"is no multiple of --eval_steps {config.eval_steps}"
+            f"--load_best_model_at_end needs an evaluation for each checkpoint, but --save_steps {config.save_steps} "
+            f"is not a multiple of --eval_steps {config.eval_steps}"
         )
 
 
 def check_unused(config: TrainingConfig, notices: list[str]) -> None:
-    """Flags that would change nothing beside the others."""
+    """Check for other flags that would change nothing."""
     if not config.packing:
         raise ConfigError(
-            "--packing False would compute pads and change nothing else: losses and gradients of packed examples are "
-            "those of padded ones. Leave the flag out"
+            "--packing False would only waste time on padding: packed and padded examples have the same losses and "
+            "gradients. Leave the flag out"
         )
     size = config.per_device_train_batch_size
     if config.max_tokens_per_batch is not None and size != default_of("per_device_train_batch_size"):
         notices.append(f"--per_device_train_batch_size {size} is not used: --max_tokens_per_batch counts tokens")
     if config.task_name is not None:
-        notices.append(f"--task_name {config.task_name} is not used; --dataset_name_or_path or --train_file name data")
+        notices.append(
+            f"--task_name {config.task_name} is not used: --dataset_name_or_path or --train_file name the data"
+        )
     if config.dataloader_num_workers > 0:
-        notices.append("--dataloader_num_workers is not used: batches are cut from tokens that are already in memory")
+        notices.append("--dataloader_num_workers is not used: batches are slices of tokens that are in memory already")
     if config.warmup_steps > 0 and config.warmup_ratio > 0:
-        notices.append("--warmup_ratio is not used: --warmup_steps is given too, and wins")
+        notices.append("--warmup_ratio is not used: --warmup_steps is given too and overrides it")
     is_constant = config.lr_scheduler_type.startswith("constant")
     if is_constant and config.lr_decay_ratio != default_of("lr_decay_ratio"):
         notices.append(f"--lr_decay_ratio is not used: --lr_scheduler_type {config.lr_scheduler_type} does not decay")
@@ -265,13 +263,13 @@ def check_unused(config: TrainingConfig, notices: list[str]) -> None:
             "--lr_scheduler_type constant has no warm-up; use constant_with_warmup, or leave the warm-up out"
         )
     if config.overwrite_output_dir and config.resume_from_checkpoint:
-        raise ConfigError("--overwrite_output_dir removes what --resume_from_checkpoint would go on from; choose one")
+        raise ConfigError("--overwrite_output_dir removes the checkpoint of --resume_from_checkpoint; choose one")
     if config.resume_from_checkpoint and not config.do_train:
-        raise ConfigError("--resume_from_checkpoint goes on training; add --do_train")
+        raise ConfigError("--resume_from_checkpoint resumes training; add --do_train")
 
 
 def _note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
-    """Note those of the named flags that are given and do nothing, where `acts` is false for lack of `needed`."""
+    """Add a notice about those of the named flags that are given, if they do not act because `needed` is missing."""
     given = [f"--{name}" for name in names if getattr(config, name) != default_of(name)]
     if given and not acts:
         notices.append(f"{', '.join(given)}: not used without {needed}")

@@ -1,7 +1,7 @@
 """The flags of `bloomlm finetune`, under the names that PaddleNLP's finetune_generation.py gave them.
 
-Each field declares its own range. What the flags mean together is decided in resolve.py, where they end: all that runs
-after it works with the values of run_plan.py.
+Each field declares its range. resolve.py checks the flags together and turns them into the values of run_plan.py, with
+which all later code works.
 """
 
 from dataclasses import dataclass, fields
@@ -23,7 +23,7 @@ class TrainingConfig(Flags):
         "training examples: .jsonl, .json or .csv with src/tgt, instruction/output, prompt/completion, ... in each row")
     eval_file: str | None = flag("data", None, "evaluation examples, in the same formats")
     dataset_name_or_path: str | None = flag("data", None,
-        "both of these: builtin:dates, a directory with train.json and dev.json, or a data set on the hub")
+        "a data set with both: builtin:dates, a directory with train.json and dev.json, or a name on the hub")
     prompt_template: str | None = flag("data", None,
         r"builds the prompt of each row from its fields, e.g. '{instruction}\n{input}\nAnswer:'")
     src_length: int = flag("data", 512, "maximum tokens of a prompt; a longer one loses its end", minimum=1)
@@ -38,29 +38,30 @@ class TrainingConfig(Flags):
     max_steps: int = flag("training", -1, "steps of the run; above 0 it overrides num_train_epochs")
     per_device_train_batch_size: int = flag("training", 8, "examples of a training batch", minimum=1)
     max_tokens_per_batch: int | None = flag("training", None,
-        "size of a batch in tokens instead of examples; a longer example forms a batch of its own", minimum=1)
+        "size of a batch in tokens instead of examples; a longer example forms a batch alone", minimum=1)
     packing: bool = flag("training", True,
-        "examples lie side by side without padding; always on, because it does not change results")
+        "put examples one after another without padding; always on, because results are the same")
     gradient_accumulation_steps: int = flag("training", 1,
-        "batches of one step: the effect of a batch this many times as large, in the memory of one", minimum=1)
+        "batches of one step: the effect of a batch this many times as large, with the memory of one", minimum=1)
     learning_rate: float = flag("training", 5e-5,
-        "the peak; try 1e-4 to 1e-3 with --lora, 1e-2 with --prefix", minimum=0)
+        "peak of the learning rate; try 1e-4 to 1e-3 with --lora, 1e-2 with --prefix", minimum=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = flag("training", "linear",
-        "course of the learning rate after the warm-up")
+        "how the learning rate changes after the warm-up")
     warmup_ratio: float = flag("training", 0.0,
         "fraction of the steps during which the learning rate rises from 0", minimum=0, maximum=1)
-    warmup_steps: int = flag("training", 0, "the same in steps; above 0 it overrides warmup_ratio", minimum=0)
+    warmup_steps: int = flag("training", 0,
+        "number of steps during which it rises; above 0 it overrides warmup_ratio", minimum=0)
     lr_decay_ratio: float = flag("training", 0.1,
-        "where linear and cosine end, as a fraction of the peak", minimum=0, maximum=1)
+        "final learning rate of linear and cosine, as a fraction of the peak", minimum=0, maximum=1)
     weight_decay: float = flag("training", 0.0,
-        "AdamW's decay of the weights in each step; biases and layer norms have none", minimum=0)
+        "AdamW's decay of the weights; biases and layer norms are not decayed", minimum=0)
     label_smoothing: float = flag("training", 0.0,
-        "probability spread over the whole vocabulary", minimum=0, below=1)
+        "probability that is spread over the whole vocabulary in the targets", minimum=0, below=1)
     max_grad_norm: float = flag("training", 1.0,
-        "largest norm of the gradients; longer ones are scaled down to it; 0 turns this off", minimum=0)
-    adam_beta1: float = flag("training", 0.9, "AdamW: decay of the mean of the gradients", minimum=0, below=1)
+        "largest norm of the gradients, to which larger ones are scaled down; 0 turns this off", minimum=0)
+    adam_beta1: float = flag("training", 0.9, "AdamW: decay of the mean gradient", minimum=0, below=1)
     adam_beta2: float = flag("training", 0.999,
-        "AdamW: decay of the mean of the squared gradients", minimum=0, below=1)
+        "AdamW: decay of the mean squared gradient", minimum=0, below=1)
     adam_epsilon: float = flag("training", 1e-8, "AdamW: added to the denominator", above=0)
     optim: Literal["adamw", "adamw_8bit"] = flag("training", "adamw",
         "adamw_8bit keeps AdamW's two moments in 8 bits each, a quarter of their memory (needs bloomlm[optim8bit])")
@@ -72,15 +73,15 @@ class TrainingConfig(Flags):
     fp16: bool = flag("precision and memory", False, "compute in float16, with loss scaling")
     bf16: bool = flag("precision and memory", False, "compute in bfloat16")
     fp16_opt_level: Literal["O1", "O2"] = flag("precision and memory", "O1",
-        "with fp16 or bf16: O1 keeps float32 weights, O2 halves them and updates float32 copies")
+        "with fp16 or bf16: O1 keeps float32 weights, O2 has 16-bit weights and updates float32 copies")
     scale_loss: float = flag("precision and memory", 32768.0, "with fp16: initial loss scale")
     recompute: bool = flag("precision and memory", False,
-        "compute activations again in the backward pass instead of keeping them: a third slower, far less memory")
+        "compute activations again in the backward pass instead of keeping them: a third slower, much less memory")
     torch_compile: bool = flag("precision and memory", False, "on a GPU: fuse small operations with torch.compile")
 
     lora: bool = flag("adapters", False, "train a LoRA adapter instead of the whole model")
     r: int = flag("adapters", 4,
-        "LoRA: rank of the update; a higher one learns more and takes more memory", aliases=("lora_rank",))
+        "LoRA: rank of the update; a higher rank learns more and takes more memory", aliases=("lora_rank",))
     lora_alpha: float | None = flag("adapters", None,
         "LoRA: the update is scaled by lora_alpha / r  [default: 2r]")
     lora_dropout: float = flag("adapters", 0.0, "LoRA: dropout on the input of the update", minimum=0, below=1)
@@ -91,7 +92,7 @@ class TrainingConfig(Flags):
     train_new_tokens: bool = flag("adapters", False,
         "LoRA: also train the rows of the embedding that `bloomlm extend` added")
     base_quantization: Literal["none", "int8"] = flag("adapters", "none",
-        "LoRA: int8 keeps the frozen weights rounded to 8 bits, in a quarter of float32's memory")
+        "LoRA: int8 rounds the frozen weights to 8 bits, a quarter of the memory of float32")
     merge_weights: bool = flag("adapters", False,
         "LoRA: also write the model with the adapter merged in, to output_dir/merged")
     prefix_tuning: bool = flag("adapters", False, "train virtual tokens instead of the model", aliases=("prefix",))
@@ -100,12 +101,12 @@ class TrainingConfig(Flags):
 
     do_eval: bool | None = flag("evaluation", None, "evaluate  [default: True if --eval_file is given]")
     evaluation_strategy: Literal["no", "steps", "epoch"] = flag("evaluation", "no",
-        "when to evaluate during training; with --do_eval, no means steps")
+        "when to evaluate during training; with --do_eval, `no` means steps")
     eval_steps: int | None = flag("evaluation", None,
         "steps between evaluations  [default: logging_steps]", minimum=1)
     per_device_eval_batch_size: int = flag("evaluation", 8, "examples of an evaluation batch", minimum=1)
     do_generation: bool = flag("evaluation", False,
-        "also generate an answer to each prompt: exact match, ROUGE, BLEU (needs bloomlm[metrics])")
+        "also generate answers and score them: exact match, ROUGE, BLEU (needs bloomlm[metrics])")
     generate_num: int = flag("evaluation", 0,
         "at the end, write this many generated answers with their references to infer_result.json", minimum=0)
     min_tgt_length: int = flag("evaluation", 0, "generation: minimum tokens before </s>", minimum=0)
@@ -119,11 +120,11 @@ class TrainingConfig(Flags):
         "generation: above 0, sample from the most likely tokens of this total probability", minimum=0, maximum=1)
     select_topk: bool = flag("evaluation", True, "generation: False ignores top_k and samples by top_p alone")
     no_repeat_ngram_size: int | None = flag("evaluation", None,
-        "generation: no sequence of this many tokens occurs twice  [default: 0, off]", minimum=0)
+        "generation: no sequence of this many tokens may occur twice  [default: 0, off]", minimum=0)
 
     output_dir: str = flag("checkpoints", REQUIRED, "directory for everything the run writes")
     overwrite_output_dir: bool = flag("checkpoints", False,
-        "start from the beginning and remove what an earlier run left there")
+        "remove what an earlier run left in output_dir, and start from the beginning")
     resume_from_checkpoint: str | None = flag("checkpoints", None,
         "checkpoint-N to resume from, PaddleNLP's too  [default: the newest in output_dir, if there is one]")
     prefix_layout: PrefixLayoutName | None = same_flag(ModelFlags, "prefix_layout", section="checkpoints")
@@ -133,27 +134,27 @@ class TrainingConfig(Flags):
     save_steps: int = flag("checkpoints", 500,
         "steps between checkpoints; the last step is always saved", minimum=1)
     save_total_limit: int | None = flag("checkpoints", None, "checkpoints to keep  [default: all]", minimum=1)
-    load_best_model_at_end: bool = flag("checkpoints", False, "end with the best checkpoint, not the last")
+    load_best_model_at_end: bool = flag("checkpoints", False, "the result is the best checkpoint and not the last")
     metric_for_best_model: str | None = flag("checkpoints", None,
-        "decides the best: eval_loss, eval_accuracy, eval_exact_match, ...  [default: eval_loss]")
+        "metric of the best checkpoint: eval_loss, eval_accuracy, eval_exact_match, ...  [default: eval_loss]")
     greater_is_better: bool | None = flag("checkpoints", None,
-        "direction of that metric  [default: the usual one of the metric]")
+        "whether a greater metric is better  [default: depends on the metric]")
     max_shard_size: str = flag("checkpoints", "5GB", "largest weight file; a larger model is split into several")
 
     tensor_parallel_degree: int = flag("parallelism", -1,
         "processes that compute one copy of the model together, each a part of every layer  [default: 1]")
     pipeline_parallel_degree: int = flag("parallelism", -1,
-        "accepted for compatibility with PaddleNLP; 1 or -1, as bloomlm does not spread blocks over processes")
+        "accepted for compatibility with PaddleNLP; 1 or -1, because bloomlm has no pipeline parallelism")
     sharding_parallel_degree: int = flag("parallelism", -1,
-        "copies of the model that share their state among themselves  [default: all, with --sharding]")
+        "copies of the model that divide their state among themselves  [default: all, with --sharding]")
     sharding: Literal["", "stage1", "stage2", "stage3"] = flag("parallelism", "",
-        "divide optimizer and gradients among the copies (stage2), and weights too (stage3)")
+        "divide optimizer state and gradients among the copies (stage2), and weights too (stage3)")
 
-    logging_steps: int = flag("reporting", 500, "steps from one line of metrics to the next", minimum=1)
+    logging_steps: int = flag("reporting", 500, "steps between two lines of metrics", minimum=1)
     report_to: Literal["all", "tensorboard", "none"] = flag("reporting", "all",
-        "in addition to metrics.jsonl, which is always written; all means TensorBoard if it is installed")
+        "where metrics go besides metrics.jsonl; all means TensorBoard if it is installed")
     profile: bool = flag("reporting", False,
-        "write profile/ for steps 3 to 5: a Chrome trace and a table of the ten most costly operations")
+        "profile steps 3 to 5 into profile/: a Chrome trace and a table of the ten most costly operations")
     disable_tqdm: bool = flag("reporting", False, "print plain lines instead of a progress bar")
     # fmt: on
 
@@ -162,5 +163,5 @@ _DEFAULTS = {item.name: item.default for item in fields(TrainingConfig)}
 
 
 def default_of(name: str) -> object:
-    """The value of a flag that is not given."""
+    """The default value of a flag."""
     return _DEFAULTS[name]

@@ -1,7 +1,6 @@
-"""From flags to a RunPlan: refuses flags that cannot act, fills in what depends on other flags, and says so.
+"""Turns flags into a RunPlan: checks them together and fills in values that depend on other flags.
 
-Pure: what the machine offers is passed in. Resolving flags that were resolved already changes nothing, so that run.yaml
-gives the same run again.
+The result depends on flags and machine alone. Resolving resolved flags changes nothing, so run.yaml repeats a run.
 """
 
 import importlib.util
@@ -52,16 +51,16 @@ from bloomlm.training.step import StepConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run can use here."""
+    """What a run can use on this machine; passed to `resolve`, so that tests can describe any machine."""
 
     has_cuda: bool
     has_tensorboard: bool
     has_matplotlib: bool
     has_metrics: bool
-    """ROUGE and BLEU can be computed."""
+    """Whether ROUGE and BLEU can be computed."""
     has_bitsandbytes: bool = False
     world_size: int = 1
-    """Processes of the job."""
+    """Number of processes of the job."""
 
     @classmethod
     def here(cls) -> "Machine":
@@ -77,14 +76,10 @@ class Machine:
 
 
 def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
-    """Check the flags together, fill in what was left open, and turn them into a plan.
-
-    Args:
-        config: as given.
-        machine: what there is.
+    """Check the flags, fill in values that depend on others, and make the plan.
 
     Raises:
-        ConfigError: flags that cannot be used, or not together, with the reason.
+        ConfigError: flags cannot be used, or not together; the message says why.
     """
     notices: list[str] = []
     config = _resolve_flags(config, machine, notices)
@@ -99,7 +94,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             recompute=config.recompute,
             compiles_blocks=config.torch_compile,
         ),
-        adapter=adapter_of(config),
+        adapter=adapter_from_flags(config),
         trains_new_tokens=config.train_new_tokens and config.lora,
         precision=precision_from_flags(
             fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=config.scale_loss
@@ -121,14 +116,10 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
 
 
 def resolve_setup(config: TrainingConfig, machine: Machine) -> tuple[TrainingConfig, tuple[str, ...]]:
-    """The part of `resolve` that needs no data and no device: processes and adapters.
-
-    Args:
-        config: as given.
-        machine: its world_size counts.
+    """The part of `resolve` that needs neither data nor device: processes and adapters.
 
     Returns:
-        The flags with what was left open filled in, and notices.
+        The flags with values filled in, and notices for the user.
 
     Raises:
         ConfigError: as in `resolve`.
@@ -140,11 +131,7 @@ def resolve_setup(config: TrainingConfig, machine: Machine) -> tuple[TrainingCon
 
 
 def degrees_of(config: TrainingConfig, num_processes: int) -> Degrees:
-    """How the flags divide the processes of a job.
-
-    Raises:
-        ConfigError: they cannot be divided so.
-    """
+    """How the flags divide the processes of a job; raises ConfigError if that is impossible."""
     return degrees_from_flags(
         num_processes,
         tensor_parallel_degree=config.tensor_parallel_degree,
@@ -153,12 +140,8 @@ def degrees_of(config: TrainingConfig, num_processes: int) -> Degrees:
     )
 
 
-def adapter_of(config: TrainingConfig) -> Adapter:
-    """What the flags let learn.
-
-    Raises:
-        ConfigError: an adapter that cannot be built.
-    """
+def adapter_from_flags(config: TrainingConfig) -> Adapter:
+    """The adapter that the flags describe; raises ConfigError if it is impossible."""
     if config.lora:
         kind = DoraConfig if config.use_dora else LoraConfig
         return kind(
@@ -196,11 +179,11 @@ def _resolve_reports(config: TrainingConfig, machine: Machine, notices: list[str
     if config.report_to == "tensorboard" and not machine.has_tensorboard:
         raise ConfigError("--report_to tensorboard needs: pip install 'bloomlm[tensorboard]'")
     if config.do_train and not machine.has_matplotlib:
-        notices.append("no loss picture: it needs pip install 'bloomlm[plots]'; metrics.jsonl has the numbers")
+        notices.append("no loss picture, which needs pip install 'bloomlm[plots]'; metrics.jsonl has the numbers")
     if config.report_to != "all":
         return config
     if config.do_train and not machine.has_tensorboard:
-        notices.append("no TensorBoard files: they need pip install 'bloomlm[tensorboard]'")
+        notices.append("no TensorBoard files, which need pip install 'bloomlm[tensorboard]'")
     return replace(config, report_to="tensorboard" if machine.has_tensorboard else "none")
 
 
@@ -265,7 +248,7 @@ def _evaluation_plan(config: TrainingConfig) -> EvaluationPlan:
 
 
 def _decoding(config: TrainingConfig) -> GenerationConfig:
-    """Greedy decoding, unless the flags ask for a beam search or for sampling."""
+    """Greedy decoding unless the flags ask for a beam search or for sampling."""
     top_k = config.top_k or 0 if config.select_topk else 0
     top_p = config.top_p or 0.0
     strategy: Strategy = Greedy()
@@ -273,7 +256,7 @@ def _decoding(config: TrainingConfig) -> GenerationConfig:
         penalty = 1.0 if config.length_penalty is None else config.length_penalty
         strategy = BeamSearch(num_beams=config.num_beams, length_penalty=penalty)
     elif top_k > 1 or top_p > 0:
-        # as a flag, 0 means off; in Sampling the top_p that keeps all tokens is 1.0
+        # as a flag, top_p 0 means off; in Sampling, 1.0 keeps all tokens
         strategy = Sampling(top_k=top_k, top_p=top_p or 1.0, seed=config.seed)
     return GenerationConfig(
         strategy=strategy,

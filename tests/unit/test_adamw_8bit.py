@@ -167,7 +167,7 @@ def test_half_precision_weights_learn_on_their_copies(tmp_path: Path) -> None:
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bloomlm\[optim8bit\]"):
         resolve(flags(tmp_path, optim="adamw_8bit"), dataclasses.replace(CPU, has_bitsandbytes=False))
-    with pytest.raises(ConfigError, match="--optim adamw_8bit: for one process only, and here are 2"):
+    with pytest.raises(ConfigError, match="--optim adamw_8bit: needs a single process, and there are 2"):
         resolve(flags(tmp_path, optim="adamw_8bit"), dataclasses.replace(CPU, world_size=2))
     write_full(tmp_path / "checkpoint-3")
     with pytest.raises(ConfigError, match="moments in float32, which --optim adamw_8bit cannot go on with"):
@@ -178,5 +178,5 @@ def test_its_price_on_a_cpu_is_told(tmp_path: Path) -> None:
     def notices(machine: Machine) -> str:
         return "\n".join(resolve(flags(tmp_path, optim="adamw_8bit", device="auto"), machine).notices)
 
-    assert "an update takes" in notices(CPU)
+    assert "an update tens of times slower" in notices(CPU)
     assert "adamw_8bit" not in notices(dataclasses.replace(CPU, has_cuda=True))

@@ -74,7 +74,7 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
     assert (found.do_train, found.do_eval, found.evaluation_strategy, found.eval_steps) == (True, True, "steps", 1000)
     assert found.dataset_name_or_path == DEFAULT_DATASET and any(DEFAULT_DATASET in note for note in notes)
     assert found.device == ("gpu" if machine.has_cuda else "cpu")
-    assert any("fp16 on a CPU" in note for note in notes) is not machine.has_cuda
+    assert any("fp16 works on a CPU" in note for note in notes) is not machine.has_cuda
     assert len(notes) == (1 if machine.has_cuda else 2)
 
 
@@ -82,26 +82,26 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
     ("options", "reason"),
     [
         ({"tensor_parallel_degree": 4}, "tensor_parallel_degree 4 with 1 process.*--num_processes"),
-        ({"pipeline_parallel_degree": 2}, "does not spread blocks over processes"),
+        ({"pipeline_parallel_degree": 2}, "has no pipeline parallelism"),
         ({"sharding_parallel_degree": 0}, "sharding_parallel_degree is 0"),
         ({"sharding": "stage2"}, "here is one .*--num_processes"),
         ({"fp16": True, "bf16": True}, "choose one"),
         ({"lora": True, "prefix_tuning": True}, "one adapter"),
-        ({"prefix_tuning": True, "merge_weights": True}, "virtual tokens are no weights"),
+        ({"prefix_tuning": True, "merge_weights": True}, "impossible for the virtual tokens of a prefix"),
         ({"torch_compile": True}, "times slower"),
         ({"base_quantization": "int8"}, "add --lora"),
         ({"base_quantization": "int8", "prefix_tuning": True}, "add --lora"),
         ({"device": "gpu"}, "--device cpu"),
         ({"do_train": False}, "nothing to do"),
         ({"do_eval": True, "do_train": False, "lora": True}, "fresh adapter"),
-        ({"train_file": None, "eval_file": "e.jsonl"}, "examples to learn"),
-        ({"train_file": None, "do_generation": True}, "no data named"),
-        ({"dataset_name_or_path": "builtin:dates"}, "both bring"),
+        ({"train_file": None, "eval_file": "e.jsonl"}, "needs training examples"),
+        ({"train_file": None, "do_generation": True}, "no data is named"),
+        ({"dataset_name_or_path": "builtin:dates"}, "both name"),
         ({"evaluation_strategy": "epoch", "do_eval": False}, "contradict"),
         ({"do_generation": True, "do_eval": False}, "contradicts"),
         ({"load_best_model_at_end": True}, "add --do_eval"),
-        ({"load_best_model_at_end": True, "evaluation_strategy": "epoch"}, "give both the same"),
-        ({"load_best_model_at_end": True, "do_eval": True, "eval_steps": 30, "save_steps": 50}, "no multiple"),
+        ({"load_best_model_at_end": True, "evaluation_strategy": "epoch"}, "they must be equal"),
+        ({"load_best_model_at_end": True, "do_eval": True, "eval_steps": 30, "save_steps": 50}, "not a multiple"),
         ({"do_eval": True, "metric_for_best_model": "rouge1"}, "it needs --do_generation|this run has"),
         ({"do_eval": True, "metric_for_best_model": "eval_bleu4"}, "it needs --do_generation"),
         ({"do_generation": True, "select_topk": False}, "give --top_p"),
@@ -118,7 +118,7 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
         ({"tgt_length": 10, "min_tgt_length": 11}, "min_tgt_length 11 is above"),
         ({"adam_epsilon": 0.0}, "adam_epsilon"),
-        ({"packing": False}, "would compute pads and change nothing else"),
+        ({"packing": False}, "would only waste time on padding"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
     ],
 )
@@ -133,7 +133,7 @@ def test_what_serves_one_process_only_is_refused_among_several() -> None:
         "--base_quantization int8": {"base_quantization": "int8", "lora": True},
         "--torch_compile": {"torch_compile": True},
     }.items():
-        with pytest.raises(ConfigError, match=f"{flag}: for one process only, and here are 2"):
+        with pytest.raises(ConfigError, match=f"{flag}: needs a single process, and there are 2"):
             resolved(several, **options)
         assert resolved(GPU, **options).device == "gpu"
 

@@ -1,1 +1,1 @@
-"""Fine-tuning: one step and one loop for full, LoRA and prefix tuning."""
+"""Fine-tuning: one step and one loop for full tuning and every kind of adapter."""

@@ -1,4 +1,4 @@
-"""An evaluation during or after training: loss and token accuracy, and the scores of generated answers on request."""
+"""Evaluation during and after training: loss, token accuracy, and on request the scores of generated answers."""
 
 import time
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from bloomlm.training.run_plan import EvaluationPlan
 
 
 class Evaluator:
-    """Evaluates a model in its current state.
+    """Evaluates a model in its current state; every rank must make each call, and gets the whole result.
 
     Args:
         model: may be in training.
-        tokenizer: turns answers into text.
-        examples: to evaluate on, at least one.
+        tokenizer: decodes answers.
+        examples: at least one example.
         plan: batch size and decoding.
-        precision: of the loss, as in training; answers are generated in the precision of the weights.
-        mesh: the ranks among which the model is divided, all of which must evaluate; each gets the whole result.
+        precision: number formats for the loss; answers are generated in the precision of the weights.
+        mesh: the ranks among which the model is divided.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Evaluator:
         return self._examples[0].source_text
 
     def run(self) -> dict[str, Any]:
-        """The metrics of the whole set; names begin with eval_."""
+        """Metrics over all examples; their names begin with eval_."""
         start = time.perf_counter()
-        # one pass without shuffling, so each evaluation has a loader of its own
+        # a new loader each time, because every evaluation makes one pass over the examples
         batches = BatchLoader(
             self._examples,
             self._plan.batch_size,
@@ -78,7 +78,7 @@ class Evaluator:
         return metrics
 
     def answer_rows(self, count: int) -> list[dict[str, str]]:
-        """Prompt, target and generated answer of the first examples, under the names of infer_result.json."""
+        """Prompt, target and generated answer of the first examples, with the keys of infer_result.json."""
         examples = [self._examples[index] for index in range(min(count, len(self._examples)))]
         return [
             {"instruction": example.source_text, "answer": example.target_text, "output": answer}

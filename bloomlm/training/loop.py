@@ -1,6 +1,6 @@
 """The loop around the steps: when to log, evaluate and save, and how a run ends.
 
-What logging, evaluating and saving mean is up to the callbacks; they may use the trainer, which is between two steps.
+Callbacks do the logging, evaluating and saving. They are called between two steps and may use the trainer.
 """
 
 import resource
@@ -25,24 +25,24 @@ SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long a run is and when its callbacks are called: after every so many steps, and after the last."""
+    """The length of a run, and the numbers of steps between calls of each callback, which also follow the last step."""
 
     max_steps: int
-    """Steps of the whole run; step.steps_per_epoch turns epochs into steps."""
+    """Steps of the whole run."""
     logging_steps: int = 500
     """Steps between two calls of on_log."""
     eval_steps: int | None = None
     """Steps between two calls of on_evaluate; None: never."""
     save_steps: int | None = 500
-    """Steps between two calls of on_save; None: only when SIGTERM comes."""
+    """Steps between two calls of on_save; None: only after SIGTERM."""
 
     def saves_after(self, step: int) -> bool:
-        """Whether on_save is called after a step, even if SIGTERM does not come."""
+        """Whether on_save is called after a step without SIGTERM."""
         return _due(step, self.save_steps, self.max_steps)
 
 
 class Callbacks(Protocol):
-    """What happens between steps. After one step they are called in this order."""
+    """What happens between steps; after a step the methods are called in this order."""
 
     def on_step(self, result: StepResult) -> None:
         """After every step."""
@@ -57,7 +57,7 @@ class Callbacks(Protocol):
         ...
 
     def on_save(self, step: int) -> None:
-        """After every save_steps and on SIGTERM: write checkpoint-STEP."""
+        """After every save_steps, and after SIGTERM: write checkpoint-STEP."""
         ...
 
 
@@ -65,9 +65,9 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
     """Run the remaining steps, until config.max_steps or SIGTERM.
 
     Args:
-        trainer: fresh, or after load_state.
-        config: length of the run and when to call the callbacks.
-        callbacks: log, evaluate, save.
+        trainer: a new trainer, or one after load_state.
+        config: the length of the run, and when to call the callbacks.
+        callbacks: what to do between steps.
 
     Raises:
         TrainingError: see Trainer.run_step.
@@ -102,7 +102,7 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory use so far: torch's on the accelerator, or the resident set of the process."""
+    """Largest memory use so far: torch's memory on a GPU, or the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -133,7 +133,7 @@ def sigterm_requests() -> Iterator[list[int]]:
 
 @dataclass(kw_only=True)
 class _Stopwatch:
-    """Steps, tokens and time since the stopwatch was started."""
+    """Sums of steps, tokens and time."""
 
     steps: int = 0
     tokens: int = 0

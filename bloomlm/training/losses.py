@@ -34,8 +34,8 @@ def batch_loss(
         model: in training mode.
         batch: on the model's device.
         precision: number formats.
-        scale: known before the forward pass, so that gradients computed there include it.
-        label_smoothing: probability spread over the whole vocabulary.
+        scale: factor of the loss. The gradients are computed in the forward pass and include it.
+        label_smoothing: probability that is spread over the whole vocabulary.
         gradient_memory: see linear_cross_entropy.
     """
     with precision.autocast(batch.tokens.device.type):
@@ -61,29 +61,29 @@ class EvalResult:
     loss: float
     """Mean cross entropy, without label smoothing."""
     token_accuracy: float
-    """Fraction of the tokens to which the model gives the highest probability."""
+    """Fraction of the tokens that are the likeliest by the model."""
     num_supervised_tokens: int
-    """Tokens with a label."""
+    """Number of tokens with a label."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss), or infinity if that is too large for a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def evaluate_loss(
     model: BloomForCausalLM, batches: Iterable[Batch], precision: Precision, mesh: Mesh = ALONE
 ) -> EvalResult:
-    """Loss and token accuracy; every token has the same weight, whatever batch it is in.
+    """Mean loss and token accuracy over the supervised tokens of all batches.
 
     Args:
-        model: in evaluation mode during the call, afterwards as before.
-        batches: with at least one supervised token in all. The caller must limit an endless loader.
-        precision: as in training.
-        mesh: the ranks; each data-parallel one has its own batches, as many as the others. All get the same result.
+        model: switched to evaluation mode during the call.
+        batches: a finite number of batches.
+        precision: number formats, as in training.
+        mesh: the ranks. Each data-parallel rank passes equally many batches of its own; all get the same result.
 
     Raises:
-        TrainingError: no batch holds a token with a label.
+        TrainingError: no token has a label.
     """
     device = next(model.parameters()).device
     was_training = model.training

@@ -1,8 +1,8 @@
-"""Measures a run: its arithmetic, padding and memory, and where the time of a few steps goes (--profile).
+"""Measures a run: arithmetic, padding, memory, and (with --profile) the time of operations in a few steps.
 
-Only the matrix products that training needs are counted, not what recompute computes a second time, nor gradients that
-a frozen weight does not need. Source: the PaLM paper, https://arxiv.org/abs/2204.02311, appendix B, here extended to
-supervised positions, documents of different lengths and frozen weights.
+Counted are the matrix products that training needs, without what recompute computes a second time. Source: the PaLM
+paper, https://arxiv.org/abs/2204.02311, appendix B, extended to supervised positions, documents of different lengths
+and frozen weights.
 
 Shapes: N packed tokens, M supervised ones, T tokens of a document, P virtual tokens, D hidden, V vocabulary.
 """
@@ -59,7 +59,7 @@ class StepFlops:
         self._per_supervised = 2 * config.vocab_size * config.hidden_size * (2 + embedding.requires_grad)
 
     def recomputed(self, lengths: Sequence[int]) -> int:
-        """Operations of a batch that recompute repeats: the forward pass of the blocks."""
+        """Operations of a batch that recompute repeats, which are the forward pass of the blocks."""
         pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
         return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs
 
@@ -67,26 +67,26 @@ class StepFlops:
         """Operations of a batch.
 
         Args:
-            lengths: tokens of each document (T).
-            num_supervised_tokens: positions that have a label (M).
+            lengths: number of tokens of each document (T).
+            num_supervised_tokens: number of positions that have a label (M).
         """
         pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
         return self._per_token * sum(lengths) + self._per_pair * pairs + self._per_supervised * num_supervised_tokens
 
 
 class BatchMeter:
-    """Counts batches as they are handed out, and leaves them as they are."""
+    """Passes batches on and counts their operations, tokens and padding."""
 
     def __init__(self, batches: Batches, flops: StepFlops) -> None:
         self._batches = batches
         self._flops = flops
         self.num_flops = 0
-        """Of all batches so far."""
+        """Floating-point operations of all batches so far."""
         self.num_tokens = 0
         self.num_padded_tokens = 0
-        """Tokens of the same batches if each were padded to its longest example."""
+        """Number of tokens if each batch were padded to its longest example."""
         self.fetch_seconds = 0.0
-        """Time that steps spent waiting for their batches."""
+        """Time that steps spent waiting for batches."""
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -114,11 +114,11 @@ class BatchMeter:
         self._batches.load_state_dict(state)
 
     def metrics(self, train_seconds: float, peak_flops_per_second: float) -> dict[str, float]:
-        """The measurements, under their names in train_results.json.
+        """The measurements, by their names in train_results.json.
 
         Args:
-            train_seconds: time in steps.
-            peak_flops_per_second: the highest speed of matrix products on this machine.
+            train_seconds: time spent in steps.
+            peak_flops_per_second: highest speed of matrix products on this machine.
         """
         speed = self.num_flops / train_seconds if train_seconds > 0 else 0.0
         avoided = 1.0 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
@@ -132,13 +132,13 @@ class BatchMeter:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
-    """Operations per second of a large square matrix product, the best of several.
+    """Floating-point operations per second of a large square matrix product, the best of several.
 
     Args:
-        device: to measure.
-        dtype: of the product.
-        size: rows and columns.
-        repeats: products that are timed, after one that is not.
+        device: device to measure.
+        dtype: dtype of the product.
+        size: number of rows and columns.
+        repeats: number of timed products; one more comes first and is not timed.
     """
     x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -154,16 +154,11 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 
 
 
 def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on this rank, and the rest of the peak: activations and the program.
-
-    Args:
-        trainer: of the run.
-        peak_memory_bytes: as the loop measured it.
-    """
+    """Bytes of weights, gradients and optimizer state on this rank, and the rest of the peak (peak_memory_bytes)."""
     learned = trainer.learned.optimized.values()
     sizes = {
         "weights": sum(_held_bytes(p) for p in trainer.model.parameters()),
-        # those of half-precision weights are accumulated in fp32
+        # fp32, also for weights in half precision
         "gradients": sum(_held_bytes(p) for p in learned),
         "optimizer": sum(_state_bytes(trainer.optimizer.state[p]) for p in learned)
         + sum(_held_bytes(master) for _, master in trainer.learned.masters),
@@ -172,13 +167,11 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
 
 
 class StepProfiler:
-    """Profiles some steps after the first two, as a Chrome trace and a table of the most costly operations.
-
-    A run that ends earlier has no profile.
+    """Profiles steps 3 to 5 into a Chrome trace and a table of the most costly operations, unless a run ends earlier.
 
     Args:
         directory: where the files are written.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
@@ -201,7 +194,7 @@ class StepProfiler:
         self._profile.__exit__(kind, error, trace)
 
     def step(self) -> None:
-        """Note that a step has ended."""
+        """Tell the profiler that a step has ended."""
         self._profile.step()
 
     def _write(self, finished: profile) -> None:
@@ -216,7 +209,7 @@ def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:
 
 
 def _held_bytes(tensor: torch.Tensor) -> int:
-    """Bytes on this rank: a DTensor of FSDP reports the size of the whole."""
+    """Bytes on this rank, while nbytes of FSDP's DTensor is the size of the whole."""
     return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
 
 

@@ -1,4 +1,4 @@
-"""AdamW for fine-tuning, and learning-rate schedules as pure functions of the step."""
+"""AdamW with fp32 or 8-bit moments, and learning-rate schedules as pure functions of the step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from bloomlm.errors import ConfigError
 
 BLOCK_VALUES = 256
-"""Values that share a scale; the kernels of bitsandbytes support no other number."""
+"""8-bit moments: values that share a scale; the kernels of bitsandbytes support no other number."""
 MIN_VALUES = 4096
-"""Moments of smaller parameters (biases, norms) stay in fp32, as in bitsandbytes: they take hardly any memory."""
+"""8-bit moments: smaller parameters (biases, norms) keep fp32 moments, as in bitsandbytes, which take little memory."""
 PIECE_VALUES = 2**20
-"""Values updated at once. On a CPU the kernel makes five fp32 copies of its input, on a GPU it counts in 32 bits; the
-embedding of a large model is too large for either. A piece consists of whole blocks, so results are the same."""
+"""8-bit moments: values that are updated at once. The embedding of a large model is too large for the kernels, which
+make five fp32 copies of their input on a CPU, and count in 32 bits on a GPU. A piece consists of whole blocks, so the
+results are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +25,19 @@ class AdamWConfig:
     """AdamW without its learning rate."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay of the matrices; biases and norms have none."""
+    """Decoupled weight decay of matrices; biases and layer norms are not decayed."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of the running mean of the gradient."""
     beta2: float = 0.999
-    """Decay of the squared gradient's running mean."""
+    """Decay of the running mean of the squared gradient."""
     epsilon: float = 1e-8
     """Added to the denominator."""
     optim: str = "adamw"
-    """A name in OPTIMIZERS, which decides the format of the moments."""
+    """A name in OPTIMIZERS; decides the format of the moments."""
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay acts on the parameter of this name; it does not act on biases and layer norms."""
+    """Whether a parameter is decayed, as all are except biases and layer norms."""
     module_name, _, kind = name.rpartition(".")
     return kind != "bias" and not module_name.endswith(("layernorm", "ln_f"))
 
@@ -45,8 +46,8 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig)
     """AdamW whose state exists from the start, so that a saved state can be read into it.
 
     Args:
-        parameters: name -> fp32 parameter that learns (LearnedParameters.optimized).
-        config: everything but the learning rate, which is set at each step.
+        parameters: name -> fp32 parameter (LearnedParameters.optimized).
+        config: everything except the learning rate, which is set at each step.
     """
     decayed = [p for name, p in parameters.items() if is_decayed(name)]
     others = [p for name, p in parameters.items() if not is_decayed(name)]
@@ -62,7 +63,7 @@ def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> to
         [dict(group) for group in groups], lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
     for parameter in (parameter for group in groups for parameter in group["params"]):
-        # the state that AdamW itself creates at its first step
+        # the state that AdamW creates at its first step
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -72,13 +73,17 @@ def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> to
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose whole state exists from the start as tensors, so that it is saved and read as any other.
+    """AdamW with moments of one byte per value instead of four, rounded and updated by the kernels of bitsandbytes.
 
-    State of a parameter: "step"; "exp_avg" and "exp_avg_sq" in fp32, or for a large one "exp_avg_codes" and
-    "exp_avg_sq_codes" (uint8, of its shape) with "exp_avg_scales" and "exp_avg_sq_scales" (fp32, one a block).
+    A block of values shares a scale, and a byte selects one of 256 unevenly spaced values between -1 and 1 (0 and 1 for
+    squares). Source: Dettmers et al., 8-bit optimizers via block-wise quantization, https://arxiv.org/abs/2110.02861.
+
+    The state of a parameter consists of tensors that exist from the start: "step"; and "exp_avg" and "exp_avg_sq" in
+    fp32, or for a large parameter "exp_avg_codes" and "exp_avg_sq_codes" (uint8, its shape) with "exp_avg_scales" and
+    "exp_avg_sq_scales" (fp32, one for each block).
 
     Args:
-        groups: of fp32 parameters on one device, each group with its weight_decay.
+        groups: groups of fp32 parameters on one device, each with its weight_decay.
         betas: decays of the two means.
         epsilon: added to the denominator.
     """
@@ -143,7 +148,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 sq_codes,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                beta3=0.0,  # like alpha, only for other optimizers
+                beta3=0.0,  # beta3 and alpha belong to other optimizers
                 alpha=0.0,
                 eps=group["eps"],
                 step=int(state["step"]),
@@ -157,7 +162,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    # on the CPU, wherever the parameter is: the kernels take the count as a Python number
+    # always on the CPU, because the kernels take the count as a Python number
     state = {"step": torch.zeros((), dtype=torch.float32)}
     for moment in ("exp_avg", "exp_avg_sq"):
         if parameter.numel() < MIN_VALUES:
@@ -177,11 +182,11 @@ OPTIMIZERS: dict[str, Callable[[Sequence[Mapping[str, Any]], AdamWConfig], torch
     "adamw": _fused_adamw,
     "adamw_8bit": _adamw_8bit,
 }
-"""optim -> AdamW with fp32 moments, or with 8-bit ones (extra optim8bit)."""
+"""optim -> AdamW with fp32 moments, or with 8-bit moments (extra optim8bit)."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name ("optimizer/NAME/exp_avg"), sharing its memory."""
+    """The state of the optimizer by names ("optimizer/PARAMETER/exp_avg"), sharing its memory."""
     return {
         f"optimizer/{name}/{key}": value
         for name, parameter in parameters.items()
@@ -190,23 +195,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Make the next update use this learning rate."""
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def linear_decay(progress: float, lr_decay_ratio: float) -> float:
-    """Straight line from 1 at progress 0 to lr_decay_ratio at 1."""
+    """A straight line from 1 at progress 0 to lr_decay_ratio at progress 1."""
     return 1.0 - (1.0 - lr_decay_ratio) * progress
 
 
 def cosine_decay(progress: float, lr_decay_ratio: float) -> float:
-    """Half a period of a cosine, from 1 at progress 0 to lr_decay_ratio at 1."""
+    """Half a period of a cosine from 1 at progress 0 to lr_decay_ratio at progress 1."""
     return lr_decay_ratio + (1.0 - lr_decay_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def no_decay(progress: float, lr_decay_ratio: float) -> float:
-    """1 throughout."""
+    """1 at every progress."""
     return 1.0
 
 
@@ -216,30 +221,30 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "constant": no_decay,
     "constant_with_warmup": no_decay,
 }
-"""lr_scheduler_type -> factor of the learning rate at a progress from 0 to 1 after the warm-up."""
+"""lr_scheduler_type -> function of the progress after the warm-up (0 to 1) that gives a factor of the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate of each step: a linear rise over warmup_steps, then a decay until the end of the run.
+    """The learning rate of each step: a linear rise during the warm-up, then a decay until the end of the run.
 
-    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w, so that the first update of a
-    warm-up has 0, and learning_rate * decay((k - w) / (T - w)) afterwards.
+    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w (0 for the first step), and
+    learning_rate * decay((k - w) / (T - w)) for later steps.
     """
 
     learning_rate: float
-    """The peak."""
+    """Peak."""
     max_steps: int
     """Steps of the run (T)."""
     warmup_steps: float = 0.0
-    """Length of the rise (w), which need not be a whole number."""
+    """Length of the warm-up (w), which need not be a whole number."""
     lr_decay_ratio: float = 0.1
-    """Where the decay ends, as a fraction of the peak."""
+    """Final learning rate, as a fraction of the peak."""
     decay: Callable[[float, float], float] = linear_decay
     """One of SCHEDULES."""
 
     def __call__(self, step: int) -> float:
-        """Learning rate of the update number step, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * step / max(1.0, self.warmup_steps)
         decay_steps = self.max_steps - self.warmup_steps
@@ -252,19 +257,19 @@ class ScheduleConfig:
     """A schedule for a run whose length is not known yet.
 
     Raises:
-        ConfigError: an unknown type, or a number out of its range.
+        ConfigError: unknown type, or a number out of its range.
     """
 
     learning_rate: float
-    """The peak."""
+    """Peak."""
     lr_scheduler_type: str = "linear"
     """A name in SCHEDULES."""
     warmup_steps: int = 0
     """Length of the warm-up; above 0 it overrides warmup_ratio."""
     warmup_ratio: float = 0.0
-    """The same as a fraction of the run."""
+    """Length of the warm-up as a fraction of the run."""
     lr_decay_ratio: float = 0.1
-    """Where linear and cosine end, as a fraction of the peak."""
+    """Final learning rate of linear and cosine, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         if self.lr_scheduler_type not in SCHEDULES:
@@ -272,7 +277,7 @@ class ScheduleConfig:
             raise ConfigError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; expected one of {expected}")
         if not 0.0 <= self.warmup_ratio <= 1.0 or self.warmup_steps < 0:
             raise ConfigError(
-                f"warmup_ratio is {self.warmup_ratio} and warmup_steps {self.warmup_steps}; expected 0 to 1 and at "
+                f"warmup_ratio is {self.warmup_ratio} and warmup_steps is {self.warmup_steps}; expected 0 to 1, and at "
                 "least 0"
             )
         if not 0.0 <= self.lr_decay_ratio <= 1.0:

@@ -1,10 +1,10 @@
-"""The directory of a run: whether it may be used, which checkpoint to resume from, run.yaml, and the final model.
+"""The directory of a run: checks, the choice of a checkpoint to resume from, and what is written there.
 
 output_dir/
     run.yaml               the resolved flags, which --config reads
-    metrics.jsonl, runs/   the log, from the first step on
-    checkpoint-N/          weights or adapter, tokenizer, training state
-    ...                    at the end: the model or adapter itself, results, picture
+    metrics.jsonl, runs/   the log, written from the first step on
+    checkpoint-N/          weights or adapter, tokenizer, log, and the state of training
+    ...                    at the end: the model or adapter, results, picture
 """
 
 import logging
@@ -46,9 +46,9 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.yaml"
 MERGED_DIRECTORY = "merged"
 
-# Files that exist before the first checkpoint: a run killed that early starts again.
+# Files that may exist before the first checkpoint; a run that was killed by then starts from the beginning.
 _EARLY_NAMES = re.compile(r"run\.yaml|metrics\.jsonl|runs|\..*|.*\.log")
-# Everything a run writes, which --overwrite_output_dir may remove.
+# Everything that a run writes and that --overwrite_output_dir removes.
 _OWN_NAMES = re.compile(
     r"run\.yaml|metrics\.jsonl|runs|merged|loss\.png|infer_result\.json|trainer_state\.json"
     r"|(train|eval|all)_results\.json|checkpoint-\d+|prefix_projection\.safetensors"
@@ -59,7 +59,7 @@ _WEIGHT_NAMES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
     r"|prefix_projection\.safetensors"
 )
-# Flags that may differ between two starts of one run without changing what it computes.
+# Flags that may differ when a run resumes, because they do not change what it learns.
 _FREE_FLAGS = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "report_to", "logging_steps"),
     *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "evaluation_strategy", "merge_weights"),
@@ -68,28 +68,28 @@ _FREE_FLAGS = {
 
 
 def prepare(output: OutputPlan, *, trains: bool) -> Path | None:
-    """Make sure that the run may use its directory.
+    """Create the directory if necessary, and find the checkpoint to resume from.
 
     Args:
-        output: of the run.
-        trains: whether it has a use for a checkpoint.
+        output: the directory, and the flags that say how to use it.
+        trains: whether the run trains, and so may resume.
 
     Returns:
-        The checkpoint to resume from; None to start at the beginning.
+        The checkpoint to resume from; None: start from the beginning.
 
     Raises:
-        ConfigError: the directory holds other files, or the chosen checkpoint is none.
-        CheckpointError: that checkpoint is damaged, or the directory cannot be written.
+        ConfigError: the directory holds other files, or the chosen checkpoint does not exist.
+        CheckpointError: that checkpoint is damaged, or the directory cannot be created.
     """
     directory = output.directory
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"--output_dir {directory} is a file; expected a directory, or a name for a new one")
+        raise ConfigError(f"--output_dir {directory} is a file; expected a directory or a new name")
     if output.overwrites:
         _remove_own(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"--output_dir {directory} cannot be made: {error}") from error
+        raise CheckpointError(f"--output_dir {directory} cannot be created: {error}") from error
     if output.overwrites or not trains:
         return None
     if output.resume_from is not None:
@@ -104,7 +104,7 @@ def prepare(output: OutputPlan, *, trains: bool) -> Path | None:
 
 def write_run_file(config: TrainingConfig) -> None:
     """Write the resolved flags to run.yaml, under the headings of --help."""
-    lines = ["# The flags of this run. The same run again: bloomlm finetune --config run.yaml --output_dir OTHER"]
+    lines = ["# The flags of this run. To repeat it: bloomlm finetune --config run.yaml --output_dir OTHER"]
     section = None
     for item in fields(config):
         if item.metadata["section"] != section:
@@ -115,7 +115,7 @@ def write_run_file(config: TrainingConfig) -> None:
 
 
 def changed_flags(config: TrainingConfig) -> str | None:
-    """The flags in which a resumed run differs from its beginning, in words; None if no difference matters."""
+    """The flags that a resumed run has changed since its beginning, in words; None if no change matters."""
     path = Path(config.output_dir) / RUN_FILE
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -131,15 +131,15 @@ def changed_flags(config: TrainingConfig) -> str | None:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints.
+    """Writes checkpoints: what was learned, the tokenizer, the log, and everything that is needed to resume.
 
     Args:
-        trainer: the run.
+        trainer: model and state of training.
         tokenizer: written beside the weights.
-        history: written too; knows the best checkpoint.
-        output: where they go, and how many are kept.
-        base_model: the model that an adapter belongs to.
-        structure: an adapter that another program began, noted in checkpoints; None: the run's flags describe it.
+        history: the log; it knows which checkpoint is the best.
+        output: where checkpoints are written, and how many are kept.
+        base_model: the model to which an adapter belongs, for the adapter's files.
+        structure: an adapter that another program began, which checkpoints record; None: the flags describe it.
     """
 
     def __init__(
@@ -160,10 +160,12 @@ class CheckpointWriter:
         self._structure = structure
 
     def save(self, step: int) -> None:
-        """Write checkpoint-STEP, then remove those beyond the limit, but never the best if the run ends with it.
+        """Write checkpoint-STEP, then remove the oldest checkpoints beyond the limit.
+
+        The best checkpoint is kept if the run will end with it.
 
         Raises:
-            CheckpointError: it cannot be written; older ones are untouched.
+            CheckpointError: the checkpoint cannot be written; older ones are unchanged.
         """
         mesh, output = self._trainer.mesh, self._output
         with one_directory(checkpoint_directory(output.directory, step), mesh) as directory:
@@ -179,7 +181,7 @@ class CheckpointWriter:
             prune_checkpoints(output.directory, output.save_total_limit, kept)
 
     def write_learned(self, directory: Path) -> None:
-        """Write the whole model, or its adapter, and the tokenizer into a directory; every rank must call this."""
+        """Write the model, or its adapter, and the tokenizer into a directory; every rank must call this."""
         model, mesh = self._trainer.model, self._trainer.mesh
         if adapter_of(model) is None:
             write_model(
@@ -198,17 +200,17 @@ class CheckpointWriter:
 
 
 def install(output_dir: Path, write: Callable[[Path], None], mesh: Mesh = ALONE) -> None:
-    """Put the files of the final model into output_dir, beside what is there.
+    """Put the files of the final model into output_dir beside the other files.
 
-    They are written to another directory first, so a full disk leaves an older model as it was.
+    They are first written to another directory, so an older model stays complete if the disk is full.
 
     Args:
-        output_dir: of the run.
-        write: writes the files into a directory.
-        mesh: the ranks, all of which must come here.
+        output_dir: directory of the run.
+        write: writes the files into the directory that it is given.
+        mesh: the ranks; all of them must call this.
 
     Raises:
-        CheckpointError: they cannot be written.
+        CheckpointError: the files cannot be written.
     """
     aside = output_dir / ".final"
     with one_directory(atomic_directory(aside), mesh) as directory:
@@ -217,16 +219,16 @@ def install(output_dir: Path, write: Callable[[Path], None], mesh: Mesh = ALONE)
         return
     try:
         new = {path.name for path in aside.iterdir()}
-        # configurations last: where they exist, so do the weights
+        # configurations come last, so that the weights exist wherever a configuration does
         for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".json"):
             path.replace(output_dir / path.name)
         for path in output_dir.iterdir():
             if _WEIGHT_NAMES.fullmatch(path.name) and path.name not in new:
-                path.unlink()  # left by an earlier run with another kind of model or number of files
+                path.unlink()  # of an earlier run with another kind of model or number of files
         aside.rmdir()
         sync(output_dir)
     except OSError as error:
-        raise CheckpointError(f"the final model cannot be put into {output_dir}: {error}") from error
+        raise CheckpointError(f"the final model cannot be moved into {output_dir}: {error}") from error
 
 
 def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
@@ -238,18 +240,18 @@ def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:
         raise CheckpointError(f"--resume_from_checkpoint {chosen} is damaged: {damage}")
     if theirs := [path.name for path in _foreign_checkpoints(output_dir) if checkpoint_step(path) > step]:
         raise ConfigError(
-            f"--output_dir {output_dir} holds {', '.join(theirs)} of another program's run, which this one, going "
-            f"on from {chosen}, would reach and replace; name another --output_dir"
+            f"--output_dir {output_dir} holds {', '.join(theirs)} of another program, which this run would replace "
+            f"after resuming from {chosen}; name another --output_dir"
         )
     later = [path for path in complete_checkpoints(output_dir) if checkpoint_step(path) > step]
     if not later:
         return chosen
     if checkpoint_path(output_dir, step).resolve() != chosen.resolve():
-        # this run began from a checkpoint elsewhere and has written later ones here
-        logger.warning("going on from %s, which this run wrote after --resume_from_checkpoint %s", later[-1], chosen)
+        # the run began from a checkpoint elsewhere and has already written later ones here
+        logger.warning("resuming from %s, which this run wrote after --resume_from_checkpoint %s", later[-1], chosen)
         return later[-1]
     for path in later:
-        logger.warning("%s is removed, because the run goes back to %s", path, chosen)
+        logger.warning("removing %s, because the run goes back to %s", path, chosen)
         shutil.rmtree(path)
     return chosen
 
@@ -267,7 +269,7 @@ def _refuse_foreign(output_dir: Path) -> None:
     if found:
         listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise ConfigError(
-            f"--output_dir {output_dir} holds {listed}, but no checkpoint to go on from. Name another directory, or "
+            f"--output_dir {output_dir} holds {listed}, but no checkpoint to resume from. Name another directory, or "
             "give --overwrite_output_dir to remove what an earlier run left there"
         )
 

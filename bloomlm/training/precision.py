@@ -1,7 +1,7 @@
 """The number formats of a run, and what keeps training in half precision accurate.
 
-O1: fp32 weights, autocast computes the matrix products in half precision. O2: weights in half precision, and the
-optimizer updates fp32 master weights. fp16 adds a dynamic loss scale, so that small gradients do not vanish.
+O1 has fp32 weights, and autocast computes matrix products in half precision. O2 has weights in half precision, and the
+optimizer updates fp32 master weights. fp16 adds a dynamic loss scale, so that small gradients do not become zero.
 """
 
 import math
@@ -22,7 +22,7 @@ class Precision:
     compute_dtype: torch.dtype = torch.float32
     """Format of the matrix products: float32, bfloat16 or float16."""
     half_weights: bool = False
-    """O2: the model's own weights are in compute_dtype too."""
+    """O2: whether the weights of the model are in compute_dtype too."""
     initial_loss_scale: float = 32768.0
     """Initial value of fp16's dynamic loss scale."""
 
@@ -32,7 +32,7 @@ class Precision:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """The format to load the model in."""
+        """The format in which the model is loaded."""
         return self.compute_dtype if self.half_weights else torch.float32
 
     @property
@@ -48,19 +48,13 @@ class Precision:
 
 
 def precision_from_flags(*, fp16: bool, bf16: bool, fp16_opt_level: str, scale_loss: float) -> Precision:
-    """The precision that the flags ask for.
-
-    Args:
-        fp16: compute in float16.
-        bf16: compute in bfloat16.
-        fp16_opt_level: "O1" (fp32 weights) or "O2" (weights in half precision); for bf16 too.
-        scale_loss: initial loss scale of fp16.
+    """The precision that the flags describe; fp16_opt_level acts with bf16 too.
 
     Raises:
-        ConfigError: both formats, or an unknown level.
+        ConfigError: both formats are given, or the level is unknown.
     """
     if fp16 and bf16:
-        raise ConfigError("fp16 and bf16 were both asked for; choose one")
+        raise ConfigError("fp16 and bf16 are both given; choose one")
     if fp16_opt_level not in ("O1", "O2"):
         raise ConfigError(f"fp16_opt_level is {fp16_opt_level!r}; expected O1 or O2")
     if not (fp16 or bf16):
@@ -73,7 +67,7 @@ def precision_from_flags(*, fp16: bool, bf16: bool, fp16_opt_level: str, scale_l
 
 
 class LossScale:
-    """The dynamic loss scale of fp16: halved after an overflow, doubled after growth_interval good steps in a row.
+    """The dynamic loss scale of fp16, halved after an overflow and doubled after growth_interval good steps in a row.
 
     Source: Micikevicius et al., Mixed precision training, https://arxiv.org/abs/1710.03740, section 3.2.
     """
@@ -85,7 +79,7 @@ class LossScale:
 
     @property
     def at_minimum(self) -> bool:
-        """Whether the scale cannot fall further, so that another overflow has a different cause."""
+        """Whether the scale cannot fall further, so that an overflow must have another cause."""
         return self.value <= 1.0
 
     def update(self, *, overflow: bool) -> None:
@@ -101,23 +95,25 @@ class LossScale:
 
 
 def reason_to_skip(loss: float, grad_norm: float) -> str | None:
-    """Why a step must not update the weights: a value that is not finite; None: it may."""
+    """Why a step must not update the weights, which is a value that is not finite; None if it may."""
     values = {"loss": loss, "gradient norm": grad_norm}
     return next((f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
 
 
 class LearnedParameters:
-    """What the optimizer updates: the model's trainable parameters, or fp32 masters of those in half precision.
+    """What the optimizer updates: the parameters that learn, or fp32 masters of those in half precision.
 
-    A master takes its parameter's gradient as soon as autograd has computed it. So the gradients of many microbatches
-    add up in fp32, and never all half-precision gradients exist at once.
+    A half-precision gradient is added to its master's as soon as autograd has computed it. So the gradients of
+    microbatches add up in fp32, and the half-precision gradients never exist all at once.
+
+    Args:
+        named_parameters: model.named_parameters(); parameters that do not require a gradient are left out.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Args: named_parameters: as of model.named_parameters(); those that do not require a gradient are left out."""
         self.optimized: dict[str, nn.Parameter] = {}
         self.masters: list[tuple[nn.Parameter, nn.Parameter]] = []
-        """(parameter of the model, its fp32 master)."""
+        """Pairs of a parameter of the model and its fp32 master."""
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 continue
@@ -130,11 +126,11 @@ class LearnedParameters:
             self.masters.append((parameter, master))
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that exist, of the masters where there are some."""
+        """The existing gradients of optimized parameters."""
         return [p.grad for p in self.optimized.values() if p.grad is not None]
 
     def named_gradients(self) -> dict[str, Tensor]:
-        """The same by the name of their parameter."""
+        """The existing gradients by the names of their parameters."""
         return {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
 
     def scale_gradients(self, factor: float) -> None:
@@ -151,7 +147,7 @@ class LearnedParameters:
 
 
 class _gradient_mover:
-    """Hook that adds a half-precision gradient to its master's fp32 one and frees it."""
+    """Hook that adds a half-precision gradient to the fp32 gradient of its master, and frees it."""
 
     def __init__(self, master: nn.Parameter) -> None:
         self.master = master

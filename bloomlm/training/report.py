@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it runs: metrics.jsonl, the screen, TensorBoard."""
+"""Where the numbers of a run go while it runs: metrics.jsonl, screen and TensorBoard."""
 
 import json
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ TENSORBOARD_DIRECTORY = "runs"
 
 
 class Reporter:
-    """Writes down and shows what happens in a run.
+    """Writes and shows the numbers of a run.
 
     Args:
-        output_dir: of the run.
-        history: the log so far; entries are added to it.
+        output_dir: directory of the run.
+        history: the log so far, to which entries are added.
         console: where progress is shown.
-        show_bar: whether a terminal gets a bar instead of lines.
-        use_tensorboard: whether event files are written to output_dir/runs.
-        writes_files: False on ranks whose numbers another rank writes.
+        show_bar: whether a terminal shows a bar instead of lines.
+        use_tensorboard: whether TensorBoard's files are written to output_dir/runs.
+        writes_files: whether this rank writes files.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Reporter:
             self._tensorboard = _open_tensorboard(output_dir, history.global_step)
 
     def on_step(self, result: StepResult) -> None:
-        """Note a step; one that left the weights as they were gets an entry of its own."""
+        """Record a step; a step that did not update the weights gets an entry in the log."""
         self.history.global_step = result.step
         self._display.advance(result.step)
         if result.skipped is not None:
@@ -78,7 +78,7 @@ class Reporter:
         self._add_scalars("train", entry)
 
     def add_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics (eval_...) of an evaluation after the current step."""
+        """Write the metrics (eval_...) of the evaluation after the current step."""
         entry: Entry = {"step": self.history.global_step, "epoch": round(self.history.epoch, 4), **metrics}
         self._add(entry)
         self._display.show_evaluation(entry)
@@ -89,7 +89,7 @@ class Reporter:
         self._display.say(message)
 
     def close(self) -> None:
-        """End the display and close the files; may be called twice."""
+        """End the display and close the files; may be called repeatedly."""
         self._display.stop()
         if self._metrics is not None:
             self._metrics.close()
@@ -112,11 +112,14 @@ class Reporter:
 
 
 class MetricsFile:
-    """metrics.jsonl, opened so that it continues the log of a run after a step.
+    """metrics.jsonl, opened to continue after a step.
+
+    Lines of later steps belong to work that was lost and will be done again. They are dropped, and so is a last line
+    that a crash cut off; so no step occurs twice.
 
     Args:
         path: the file, which need not exist.
-        step: steps done; lines of later steps, and a last line that a crash cut off, are dropped.
+        step: number of steps done.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
@@ -130,13 +133,13 @@ class MetricsFile:
         """Append one line and flush it, so that others can follow the file.
 
         Raises:
-            CheckpointError: the file cannot be written, for example because the disk is full.
+            CheckpointError: the line cannot be written, for example because the disk is full.
         """
         try:
             self._file.write(json.dumps(plain(entry)) + "\n")
             self._file.flush()
         except OSError as error:
-            raise CheckpointError(f"{self._file.name} cannot be written: {error}; checkpoints are untouched") from error
+            raise CheckpointError(f"{self._file.name} cannot be written: {error}; checkpoints are unchanged") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -144,12 +147,12 @@ class MetricsFile:
 
 
 class ProgressDisplay:
-    """A progress bar with the newest numbers on a terminal, a line for each entry of the log anywhere else.
+    """Shows a progress bar with the newest numbers on a terminal, and lines anywhere else.
 
     Args:
         console: where to show them.
-        max_steps: steps of the whole run.
-        step: steps done before.
+        max_steps: number of steps of the whole run.
+        step: number of steps that are done already.
         show_bar: False shows lines on a terminal too.
     """
 
@@ -175,7 +178,7 @@ class ProgressDisplay:
             self._progress.update(self._task, completed=step)
 
     def show_log(self, entry: Mapping[str, Any]) -> None:
-        """Show an entry of the training log."""
+        """Show an entry of the log."""
         if self._progress is not None:
             numbers = (
                 f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
@@ -194,13 +197,13 @@ class ProgressDisplay:
         self._print(message)
 
     def stop(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def _print(self, line: str) -> None:
-        # soft_wrap: an entry stays one line in a file, which has no width
+        # soft_wrap keeps an entry on one line in a file, which has no width
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -241,5 +244,5 @@ def _belongs_before(line: str, step: int) -> bool:
 def _open_tensorboard(output_dir: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
-    # purge_step: drops what an interrupted run drew after its last checkpoint
+    # purge_step drops what an interrupted run wrote after its last checkpoint
     return SummaryWriter(str(output_dir / TENSORBOARD_DIRECTORY), purge_step=step + 1 if step else None)

@@ -1,4 +1,4 @@
-"""The numbers of a run: what steps, the loop and the whole run report, the log, and the files of results at the end."""
+"""The numbers of a run: what a step, the loop and the whole run report, the log, and the files of results."""
 
 import json
 import math
@@ -24,21 +24,21 @@ class StepResult:
     """What one step did."""
 
     step: int
-    """Steps done, this one included."""
+    """Number of steps done, this one included."""
     loss: float
-    """Mean over the step's supervised tokens."""
+    """Mean over the supervised tokens of the step."""
     learning_rate: float
-    """Of this update."""
+    """Learning rate of this update."""
     grad_norm: float
-    """Global norm before clipping, without the loss scale."""
+    """Norm of all gradients before clipping, without the loss scale."""
     num_tokens: int
-    """Tokens that went through the model."""
+    """Number of tokens."""
     num_supervised_tokens: int
-    """Those of them that had a label."""
+    """Number of tokens that have a label."""
     skipped: str | None
-    """Why the weights were left as they were; None: they were updated."""
+    """Why the weights were not updated; None if they were."""
     step_seconds: float
-    """Wall time."""
+    """Wall time of the step."""
 
 
 @dataclass(kw_only=True)
@@ -46,15 +46,14 @@ class Totals:
     """Sums over steps; saved in checkpoints."""
 
     loss: float = 0.0
-    """Sum over the supervised tokens of the steps that updated the weights."""
+    """Sum of the losses of supervised tokens, over the steps that updated the weights."""
     loss_tokens: int = 0
-    """Number of those tokens."""
+    """Number of tokens in that sum."""
     tokens: int = 0
-    """Tokens through the model."""
     supervised_tokens: int = 0
-    """Those with a label."""
+    """Number of tokens that have a label, over all steps."""
     skipped_steps: int = 0
-    """Steps that left the weights as they were."""
+    """Number of steps that did not update the weights."""
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
@@ -68,38 +67,38 @@ class Totals:
 
     @property
     def mean_loss(self) -> float:
-        """Per supervised token; NaN without any."""
+        """Mean loss per supervised token; NaN if there is none."""
         return self.loss / self.loss_tokens if self.loss_tokens else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLog:
-    """An entry of the log; sums and means are over the steps since the last entry."""
+    """An entry of the log. Sums and means are over the steps since the last entry."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     epoch: float
-    """Epochs done."""
+    """Number of epochs done."""
     loss: float
-    """Mean over supervised tokens of the steps that updated the weights; NaN where none did."""
+    """Mean over the supervised tokens of steps that updated the weights; NaN if none did."""
     learning_rate: float
-    """Of the last step."""
+    """Learning rate of the last step."""
     grad_norm: float
-    """Of the last step, before clipping."""
+    """Norm of the gradients of the last step before clipping."""
     tokens_per_second: float
-    """Tokens through the model per second in steps; evaluating and saving are not counted."""
+    """Speed in steps, without the time of evaluating and saving."""
     num_supervised_tokens: int
-    """Tokens with a label."""
+    """Number of tokens that have a label."""
     total_tokens: int
-    """Tokens through the model since the run began."""
+    """Number of tokens since the run began."""
     skipped_steps: int
-    """Steps that left the weights as they were."""
+    """Number of steps that did not update the weights."""
     loss_scale: float | None
-    """In fp16; None in other formats."""
+    """Loss scale of fp16; None in other formats."""
     peak_memory_bytes: int
-    """Largest use so far: the accelerator's memory, or the process's on a CPU."""
+    """Largest use so far of the GPU's memory, or on a CPU of the memory of the process."""
     eta_seconds: float
-    """Time that the remaining steps take at this speed."""
+    """Time of the remaining steps at this speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,33 +106,33 @@ class TrainResult:
     """How the loop ended."""
 
     step: int
-    """Steps done since the run began."""
+    """Number of steps done since the run began."""
     interrupted: bool
-    """SIGTERM came: the current step was finished and saved; exit with SIGTERM_EXIT_CODE."""
+    """Whether SIGTERM ended the loop after a step that was saved; then exit with SIGTERM_EXIT_CODE."""
     train_loss: float
     """Mean over the supervised tokens of the whole run."""
     train_seconds: float
-    """Time in steps, of this process."""
+    """Time that this process spent in steps."""
     num_steps: int
-    """Steps of this process."""
+    """Number of steps of this process."""
     num_tokens: int
-    """Tokens through the model, of this process."""
+    """Number of tokens in the steps of this process."""
     total_tokens: int
-    """Tokens through the model since the run began."""
+    """Number of tokens since the run began."""
     peak_memory_bytes: int
     """As in StepLog."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
-    """What a run produced, and where it lies."""
+    """What a run produced, and where it is."""
 
     output_dir: Path
-    """Holds the trained model or adapter, results and checkpoints."""
+    """Holds the model or adapter, results and checkpoints."""
     step: int
-    """Steps done since the run began."""
+    """Number of steps done since the run began."""
     interrupted: bool
-    """SIGTERM came: everything is saved, and the same call resumes the run."""
+    """Whether SIGTERM ended the run; then everything is saved, and the same call resumes it."""
     train_metrics: dict[str, Any] | None = None
     """The content of train_results.json; None if the run did not train."""
     eval_metrics: dict[str, Any] | None = None
@@ -148,25 +147,25 @@ class FinetuneResult:
 
 @dataclass(kw_only=True)
 class History:
-    """The log of a run, in the shape that transformers' Trainer writes."""
+    """The log of a run, with the fields of trainer_state.json that transformers' Trainer writes."""
 
     max_steps: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     num_train_epochs: float
-    """Passes through the examples in these steps."""
+    """Number of passes through the examples in these steps."""
     global_step: int = 0
-    """Steps done."""
+    """Number of steps done."""
     epoch: float = 0.0
-    """Epochs done."""
+    """Number of epochs done."""
     best_metric: float | None = None
-    """The best value so far of the metric that decides which checkpoint is the best."""
+    """Best value so far of the metric that chooses the best checkpoint."""
     best_model_checkpoint: str | None = None
-    """Name of the best checkpoint's directory."""
+    """Name of the directory of the best checkpoint."""
     log_history: list[Entry] = field(default_factory=list)
     """All entries, oldest first."""
 
     def note_best(self, value: float, step: int, *, greater_is_better: bool) -> bool:
-        """Take a step as the best if its metric is better than that of all steps before; NaN never is."""
+        """Record a step as the best if its metric is better than those of earlier steps, and return whether it is."""
         better = self.best_metric is None or (
             value > self.best_metric if greater_is_better else value < self.best_metric
         )
@@ -176,7 +175,7 @@ class History:
         return True
 
     def evaluation_of(self, step: int) -> Entry | None:
-        """The entry of the evaluation after a step; None if there was none."""
+        """The log entry of the evaluation after a step; None if there was none."""
         return next((e for e in reversed(self.log_history) if e["step"] == step and "eval_loss" in e), None)
 
     def write(self, directory: Path) -> None:
@@ -185,10 +184,10 @@ class History:
         write_json(directory / STATE_FILE, values)
 
     def read_logged(self, checkpoint: Path) -> None:
-        """Continue the log of a checkpoint; the length of the run stays that of this run.
+        """Take over the log of a checkpoint, but not the length of its run.
 
         Raises:
-            CheckpointError: its trainer_state.json cannot be read.
+            CheckpointError: trainer_state.json cannot be read.
         """
         path = checkpoint / STATE_FILE
         try:
@@ -196,13 +195,13 @@ class History:
             logged = {name: values[name] for name in vars(self) if name not in ("max_steps", "num_train_epochs")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read: {error!r}; remove {checkpoint} to go on before it"
+                f"{path} cannot be read: {error!r}; remove {checkpoint} to resume from an earlier checkpoint"
             ) from error
         vars(self).update(logged)
 
 
 def plain(value: Any) -> Any:
-    """The same value with null in place of NaN and infinities, which JSON does not have."""
+    """A copy of a value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -211,17 +210,17 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically, keys sorted."""
+    """Write a JSON file atomically, with sorted keys."""
     atomic_write(path, json.dumps(plain(values), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def train_metrics(result: TrainResult, epoch: float, num_examples: int) -> dict[str, float]:
-    """The numbers of train_results.json, under the names that transformers' Trainer gives them.
+    """The numbers of train_results.json, by the names that transformers' Trainer uses.
 
     Args:
-        result: of the loop.
-        epoch: epochs done.
-        num_examples: examples this process learned from, each counted once for every epoch.
+        result: result of the loop.
+        epoch: number of epochs done.
+        num_examples: number of examples that this process learned from, each counted once for every epoch.
     """
     seconds = result.train_seconds
     per_second = 1 / seconds if seconds > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Resuming from a checkpoint: one of our own, or one that another program wrote.
+"""Resuming from a checkpoint of bloomlm or of another program.
 
-From the other program's it takes weights, AdamW's moments, step and loss scale, and tells the user so. The order of the
-examples is this program's own, continued after the same number of steps.
+From another program's checkpoint come the weights, AdamW's moments, step and loss scale, about which the user is told.
+The order of the examples is that of bloomlm after the same number of steps.
 """
 
 import math
@@ -33,31 +33,31 @@ from bloomlm.training.run_plan import RunPlan
 from bloomlm.training.step import Trainer
 
 SAME_RATE = 1e-5
-"""Relative difference of learning rates that rounding explains."""
+"""Relative difference of learning rates that rounding can explain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """What a run resumes from; empty for a fresh one."""
+    """What a run resumes from; empty for a fresh run."""
 
     checkpoint: Path | None = None
-    """The checkpoint-N."""
+    """Directory of the checkpoint."""
     imported: ImportedRun | None = None
-    """The content of the checkpoint, if another program wrote it."""
+    """Content of the checkpoint, if another program wrote it."""
     structure: RecordedAdapter | None = None
-    """An adapter that another program began, which our own checkpoints note."""
+    """Structure of an adapter that another program began; bloomlm's checkpoints record it too."""
 
 
 def read_resume_point(plan: RunPlan, source: Path, checkpoint: Path | None) -> ResumePoint:
-    """Read what a run resumes from, and compare the plan with it.
+    """Read what a run resumes from, and check the plan against it.
 
     Args:
-        plan: of the run.
+        plan: plan of the run.
         source: directory of the model that the plan names.
-        checkpoint: to resume from; None: a fresh run.
+        checkpoint: checkpoint to resume from; None: a fresh run.
 
     Raises:
-        ConfigError: flags that contradict the checkpoint, or say how to read files that are not there.
+        ConfigError: flags contradict the checkpoint, or say how to read files that do not exist.
         CheckpointError: files of the checkpoint are missing or damaged.
     """
     run, structure, adapter = None, None, plan.adapter
@@ -71,8 +71,8 @@ def read_resume_point(plan: RunPlan, source: Path, checkpoint: Path | None) -> R
         _check_flags(adapter, structure, checkpoint)
     elif plan.reading.adapter_flags:
         raise ConfigError(
-            f"{' and '.join(f'--{name}' for name in plan.reading.adapter_flags)}: how to read an adapter that another "
-            "program began, and this run goes on from none; leave it out, or name its checkpoint-N as "
+            f"{' and '.join(f'--{name}' for name in plan.reading.adapter_flags)}: says how to read an adapter that "
+            "another program began, and this run resumes from none; leave it out, or name the checkpoint by "
             "--resume_from_checkpoint"
         )
     return ResumePoint(checkpoint=checkpoint, imported=run, structure=structure)
@@ -83,15 +83,15 @@ def _read_foreign_run(plan: RunPlan, source: Path, checkpoint: Path) -> Imported
     optimizer = plan.training.optimizer
     if optimizer.optim == "adamw_8bit":
         raise ConfigError(
-            f"{checkpoint} is another program's and holds AdamW's moments in float32, which --optim adamw_8bit "
-            "cannot go on with; leave it out"
+            f"{checkpoint} of another program holds AdamW's moments in float32, with which --optim adamw_8bit cannot "
+            "continue; leave it out"
         )
     model_config = read_config(checkpoint if plan.adapter.trains_base else source)
     return read_foreign_run(checkpoint, model_config, adam_beta1=optimizer.beta1, reading=plan.reading)
 
 
 def with_recorded_adapter(plan: RunPlan, resume_point: ResumePoint) -> RunPlan:
-    """The plan with an adapter that another program began as it was recorded, in the terms of the flags."""
+    """The plan; if another program began the adapter, with that adapter as the program recorded it."""
     if resume_point.structure is None:
         return plan
     # the fields of an adapter have the names of the flags
@@ -100,15 +100,15 @@ def with_recorded_adapter(plan: RunPlan, resume_point: ResumePoint) -> RunPlan:
 
 
 def restore_resume_point(trainer: Trainer, history: History, resume_point: ResumePoint) -> tuple[str, ...]:
-    """Bring a fresh trainer and log to the state in which the checkpoint was written.
+    """Give a fresh trainer and log the state that they had when the checkpoint was written.
 
     Args:
-        trainer: of the same model, adapter and data; of the same precision unless another program wrote it.
-        history: of the run.
-        resume_point: what it resumes from.
+        trainer: has the same model, adapter and data; and the same precision if bloomlm wrote the checkpoint.
+        history: log of the run.
+        resume_point: what the run resumes from.
 
     Returns:
-        One line about each thing that was, or was not, taken from another program's checkpoint.
+        Lines that say what was, and what was not, taken from another program's checkpoint.
 
     Raises:
         CheckpointError, TrainingError: the checkpoint does not fit.
@@ -121,21 +121,21 @@ def restore_resume_point(trainer: Trainer, history: History, resume_point: Resum
         return ()
     _restore_imported(trainer, resume_point.imported, resume_point.checkpoint)
     history.global_step, history.epoch = trainer.step, trainer.epoch
-    # its evaluations are left out, because they attended to padding
+    # without its evaluations, whose numbers depend on padding
     names = ("step", "epoch", "loss", "learning_rate")
     history.log_history = [{n: entry[n] for n in names if n in entry} for entry in resume_point.imported.losses]
     return tuple(_lines(trainer, resume_point.imported, resume_point.checkpoint))
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Bring a trainer to the state in which a checkpoint was written.
+    """Give a trainer the state that it had when a checkpoint was written.
 
     Args:
-        trainer: of the same model, adapter, precision, data and seed.
-        checkpoint: complete.
+        trainer: has the same model, adapter, precision, data and seed.
+        checkpoint: a complete checkpoint of bloomlm.
 
     Raises:
-        CheckpointError, TrainingError: it does not fit.
+        CheckpointError, TrainingError: the checkpoint does not fit.
     """
     if adapter_of(trainer.model) is None:
         _read_weights(trainer, checkpoint)
@@ -171,29 +171,29 @@ def _restore_imported(trainer: Trainer, state: ImportedRun, checkpoint: Path) ->
 
 
 def _check_kind(adapter: Adapter, kind: str | None, checkpoint: Path) -> None:
-    """Refuse flags that let something else learn than the checkpoint did: an adapter of a kind, or None for all."""
+    """Check that the checkpoint holds what learns in this run: a kind of adapter, or (None) the whole model."""
     given = adapter.training_flag
     if given == kind:
         return
     if kind is not None:
         name = "LoRA" if kind == "lora" else "prefix"
-        raise ConfigError(f"{checkpoint} holds a {name} adapter; to go on training it give --{kind}")
+        raise ConfigError(f"{checkpoint} holds a {name} adapter; to continue training it, give --{kind}")
     raise ConfigError(
-        f"{checkpoint} holds a whole model; to go on training it leave out --{given}. To train an adapter of it, give "
-        "it as --model_name_or_path instead of --resume_from_checkpoint"
+        f"{checkpoint} holds a whole model; to continue training it, leave out --{given}. To train an adapter for it, "
+        "give it as --model_name_or_path instead of --resume_from_checkpoint"
     )
 
 
 def _check_flags(adapter: Adapter, structure: RecordedAdapter, checkpoint: Path | None) -> None:
-    """Refuse a flag that was given and contradicts the adapter's own configuration, which decides."""
+    """Refuse a flag that is given and contradicts the adapter's own configuration."""
     default = type(adapter)()
     for name, recorded in structure.flags.items():
         given = getattr(adapter, name)
         is_same = set(given) == set(recorded) if isinstance(recorded, tuple) else given == recorded
         if not is_same and given != getattr(default, name):
             raise ConfigError(
-                f"--{name} is {given}, and the adapter in {checkpoint} was begun with {recorded}; leave the flag out "
-                "to go on, or start anew in another --output_dir"
+                f"--{name} is {given}, but the adapter in {checkpoint} began with {recorded}; leave the flag out to "
+                "continue, or start a new run in another --output_dir"
             )
 
 
@@ -209,7 +209,7 @@ def _check_names(what: str, found: Mapping[str, Any], learned: Iterable[str], ch
 
 
 def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> None:
-    """Copy a stored tensor into a parameter; of one that is divided among ranks, this rank's part."""
+    """Copy a stored tensor, or this rank's part of it, into a parameter."""
     if stored.shape != tuple(target.shape):
         raise CheckpointError(
             f"{checkpoint}: {name} or its moments have shape {list(stored.shape)}; expected {list(target.shape)}"
@@ -223,10 +223,7 @@ def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> No
 
 
 def _position(trainer: Trainer, step: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The position after this many steps in this program's order of the examples.
-
-    It counts examples: the fraction of them that the epoch's batches contained so far.
-    """
+    """The position in the data after this many steps, counted in examples of the current epoch."""
     accumulation = trainer.config.gradient_accumulation_steps
     epoch, steps = divmod(step, trainer.steps_per_epoch)
     position = steps * accumulation * data["num_examples"] // len(trainer.batches)
@@ -245,19 +242,19 @@ def _lines(trainer: Trainer, state: ImportedRun, checkpoint: Path) -> Iterable[s
     if not state.exp_avg:
         yield (
             f"warning: {checkpoint} has no optimizer state, so AdamW's moments begin at zero; only weights, step and "
-            "learning rate go on, and the losses will not be those of the recorded run"
+            "learning rate continue, and the losses will differ from those of the recorded run"
         )
     rate, recorded = trainer.schedule(state.step), state.learning_rate
     if recorded is None or math.isclose(rate, recorded, rel_tol=SAME_RATE):
         return
     if math.isclose(trainer.schedule(state.updates), recorded, rel_tol=SAME_RATE):
         yield (
-            f"the learning rate of the next step is {rate:g} and not {recorded:g}: {state.step - state.updates} steps "
-            "that fp16 skipped count for the schedule here, and did not there"
+            f"the learning rate of the next step is {rate:g} and not {recorded:g}, because the schedule of bloomlm "
+            f"counts {state.step - state.updates} steps that fp16 skipped"
         )
         return
     steps = "" if state.max_steps is None else f" and --max_steps {state.max_steps}"
     yield (
-        f"warning: these flags give the next step the learning rate {rate:g}, the checkpoint recorded {recorded:g}; "
-        f"to follow its schedule give the flags of the recorded run{steps}"
+        f"warning: with these flags the learning rate of the next step is {rate:g}, but the checkpoint recorded "
+        f"{recorded:g}; to follow its schedule, give the flags of the recorded run{steps}"
     )

@@ -1,4 +1,4 @@
-"""What a run will do, as small frozen values. `resolve` makes them from the flags; everything below it reads them."""
+"""What a run will do, as frozen values that `resolve` makes from the flags and all later code reads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +18,29 @@ from bloomlm.training.step import StepConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
-    """The model to start from, and how it computes."""
+    """Which model to start from, and how it computes."""
 
     name_or_path: str
     """builtin:NAME, a directory, or a name on the Hugging Face hub."""
     device: torch.device
-    """Where it lies."""
+    """Where the model computes."""
     int8: bool
-    """The weights that do not learn are rounded to 8 bits."""
+    """Whether the weights that do not learn are rounded to 8 bits."""
     recompute: bool
-    """Activations are computed again in the backward pass instead of kept."""
+    """Whether the backward pass computes activations again."""
     compiles_blocks: bool
-    """torch.compile fuses the small operations of each block."""
+    """Whether torch.compile fuses the small operations of each block."""
 
     @property
     def name_for_adapter(self) -> str:
-        """The base model in an adapter's files: a directory by its full path, so that PEFT finds it from anywhere."""
+        """Name of the base model in an adapter's files; a directory has its full path there, so that PEFT finds it."""
         path = Path(self.name_or_path).expanduser()
         return str(path.resolve()) if path.is_dir() else self.name_or_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPlan:
-    """Where the examples are and how they become tokens."""
+    """Where the examples are, and how they become tokens."""
 
     dataset_name_or_path: str | None
     """A data set with several splits."""
@@ -49,17 +49,17 @@ class DataPlan:
     eval_file: str | None
     """A file with the evaluation split."""
     prompt_template: str | None
-    """Builds prompts from the fields of rows; None: the form of the rows decides."""
+    """Builds prompts from the fields of rows; None: prompts follow from the form of the rows."""
     src_length: int
-    """Maximum tokens of a prompt."""
+    """Maximum number of tokens of a prompt."""
     tgt_length: int
-    """Maximum tokens of a target, </s> included."""
+    """Maximum number of tokens of a target, </s> included."""
     show_progress: bool
-    """A bar while tokenising."""
+    """Whether a bar is shown while texts are tokenised."""
 
     @property
     def name(self) -> str:
-        """The data as messages name it."""
+        """Name of the data in messages."""
         return self.dataset_name_or_path or self.train_file or self.eval_file or "the data"
 
 
@@ -70,18 +70,18 @@ class ParallelPlan:
     degrees: Degrees
     """Ranks along each axis."""
     reshard_after_forward: bool
-    """Ranks that share weights gather each block's again for the backward pass (stage 3)."""
+    """Whether FSDP gathers the weights of each block again for the backward pass (stage 3)."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """How often something happens in training: every so many steps, or once an epoch."""
+    """How often something happens in training."""
 
     steps: int | None
-    """None: once an epoch."""
+    """Number of steps; None: one epoch."""
 
     def in_steps(self, steps_per_epoch: int) -> int:
-        """The interval in steps of a run whose epoch has this many."""
+        """The interval in steps, for a run with this many steps per epoch."""
         return steps_per_epoch if self.steps is None else self.steps
 
 
@@ -90,43 +90,43 @@ class TrainingPlan:
     """How the model learns."""
 
     batch_size: int | TokenBudget
-    """Examples or tokens of a microbatch."""
+    """Size of a microbatch, in examples or tokens."""
     num_train_epochs: float
-    """Passes through the examples, where max_steps does not say the length of the run."""
+    """Length of the run in passes through the examples, unless max_steps is given."""
     max_steps: int | None
-    """Steps of the run."""
+    """Length of the run in steps."""
     step: StepConfig
-    """What turns gradients into an update."""
+    """How gradients become an update."""
     optimizer: AdamWConfig
     """AdamW without its learning rate."""
     schedule: ScheduleConfig
     """The learning rate, for a run of any length."""
     logging_steps: int
-    """Steps between two entries of the log."""
+    """Number of steps between two entries of the log."""
     evaluate_every: Interval | None
     """None: never during training."""
     save_every: Interval | None
-    """None: a checkpoint is written only when the run is stopped."""
+    """None: a checkpoint is written only after SIGTERM."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What is measured, and which checkpoint is the best."""
+    """How a model is evaluated, and how the best checkpoint is chosen."""
 
     evaluates: bool
     """Whether the evaluation examples are scored."""
     batch_size: int
-    """Examples computed at once."""
+    """Number of examples that are computed at once."""
     scores_answers: bool
-    """An evaluation generates answers too, and compares them with the targets."""
+    """Whether an evaluation also generates answers and compares them with the targets."""
     decoding: GenerationConfig
     """How answers are generated."""
     num_written_answers: int
-    """Answers written to a file at the end of the run."""
+    """Number of answers that are written to a file at the end of the run."""
     best_metric: str
-    """The metric that decides which checkpoint is the best."""
+    """The metric that chooses the best checkpoint."""
     greater_is_better: bool
-    """Its direction."""
+    """Whether a greater value of that metric is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +134,19 @@ class OutputPlan:
     """What is written where, and what a run resumes from."""
 
     directory: Path
-    """Holds everything that the run writes."""
+    """Directory for everything that the run writes."""
     overwrites: bool
-    """What an earlier run left there is removed."""
+    """Whether files of an earlier run are removed."""
     resume_from: Path | None
-    """A checkpoint-N chosen by the user; None: the newest in the directory, if there is one."""
+    """A checkpoint that the user chose; None: the newest in the directory, if there is one."""
     save_total_limit: int | None
-    """Checkpoints to keep; None: all."""
+    """Number of checkpoints to keep; None: all."""
     ends_with_best: bool
-    """The run ends with its best checkpoint instead of its last step."""
+    """Whether the result is the best checkpoint and not the last step."""
     merges_adapter: bool
-    """The model with its adapter merged in is written too."""
+    """Whether the model with its adapter merged into it is written too."""
     max_shard_size_bytes: int
-    """Largest weight file."""
+    """Largest size of a weight file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +154,11 @@ class ReportPlan:
     """What a run shows."""
 
     show_bar: bool
-    """A progress bar on a terminal."""
+    """Whether a terminal shows a progress bar."""
     use_tensorboard: bool
-    """TensorBoard's event files are written."""
+    """Whether TensorBoard's files are written."""
     profile: bool
-    """The time of a few steps is profiled."""
+    """Whether a few steps are profiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,24 +166,24 @@ class RunPlan:
     """A whole run."""
 
     flags: TrainingConfig
-    """As resolved, for run.yaml and for telling what changed when a run resumes; nothing else reads them."""
+    """The resolved flags, which only run.yaml and the list of changes of a resumed run use."""
     notices: tuple[str, ...]
-    """One line for each flag that does nothing, and each thing that was decided for the user."""
+    """One line for each flag that does nothing, and each value that was decided for the user."""
     seed: int
-    """Of the adapter's fresh weights."""
+    """Seed of the initial weights of an adapter."""
     model: ModelPlan
     adapter: Adapter
     """What learns."""
     trains_new_tokens: bool
-    """With the adapter learn the rows of the embedding that were added to the model; LoRA only."""
+    """Whether rows that were added to the embedding learn together with a LoRA adapter."""
     precision: Precision
     """Number formats."""
     parallelism: ParallelPlan
     data: DataPlan
     training: TrainingPlan | None
-    """None: the model is evaluated as it is."""
+    """None: the model is only evaluated."""
     evaluation: EvaluationPlan
     output: OutputPlan
     report: ReportPlan
     reading: ForeignReading
-    """How files of another program are to be read, where they do not say."""
+    """How to read files of another program that do not say it themselves."""

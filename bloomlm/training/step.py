@@ -1,10 +1,10 @@
-"""One training step, the same for full, LoRA and prefix tuning: they differ only in what requires a gradient.
+"""One training step. It is the same for full tuning and all adapters, which differ in what requires a gradient.
 
-A step is an update of the weights from gradient_accumulation_steps microbatches. All of them are fetched before the
-first one runs, so that each is weighted by its supervised tokens: accumulating gives the update of the large batch.
-An epoch's last step takes the microbatches that are left. Every step seeds dropout from (seed, step), so a run that
-resumes from a checkpoint does not need the random state of the steps before it. Knows nothing of files: Trainer.state
-and Trainer.load_state exchange values.
+A step updates the weights from gradient_accumulation_steps microbatches. All are fetched before the first one is
+computed, so that the loss is the mean over their supervised tokens, as for one large batch. The last step of an epoch
+takes the microbatches that are left. Every step seeds dropout from (seed, step), so a run that resumes does not need
+the random state of earlier steps. Nothing here reads or writes files: Trainer.state and Trainer.load_state exchange
+values.
 """
 
 import logging
@@ -31,19 +31,19 @@ from bloomlm.training.results import StepResult, Totals
 logger = logging.getLogger(__name__)
 
 MAX_NON_FINITE_STEPS = 10
-"""This many NaN or infinite losses in a row end the run."""
+"""A run ends after this many NaN or infinite losses in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What turns gradients into an update."""
+    """How gradients become an update."""
 
     gradient_accumulation_steps: int = 1
-    """Microbatches of a step."""
+    """Number of microbatches of a step."""
     max_grad_norm: float = 1.0
-    """Global norm that gradients are clipped to; 0 turns this off."""
+    """Norm to which the gradients are clipped; 0 turns clipping off."""
     label_smoothing: float = 0.0
-    """Probability spread over the whole vocabulary, in training only."""
+    """Probability that is spread over the whole vocabulary in the targets."""
     seed: int = 42
     """Seed of dropout."""
 
@@ -52,17 +52,16 @@ class Trainer:
     """The state of a run between two steps: model, optimizer, position in the data.
 
     Args:
-        model: with its adapter applied, in precision.weights_dtype, on its device; exactly the parameters that require
-            a gradient learn.
-        batches: the microbatches.
+        model: the model with its adapter, in precision.weights_dtype; parameters that require a gradient learn.
+        batches: this rank's microbatches.
         optimizer: AdamW without its learning rate.
         schedule: learning rate of each step.
         precision: number formats.
-        config: what turns gradients into an update.
-        mesh: the ranks among which model, batches or both are divided already; all of them make every call.
+        config: how gradients become an update.
+        mesh: the ranks among which model and batches are divided; every rank must make each call.
 
     Raises:
-        TrainingError: nothing in the model learns.
+        TrainingError: no parameter requires a gradient.
     """
 
     def __init__(
@@ -84,43 +83,43 @@ class Trainer:
         self.config = config
         self.step = 0
         self.totals = Totals()
-        """Since the run began, including the time before an interruption."""
+        """Sums since the run began, including steps of earlier processes."""
         self.window = Totals()
-        """Since the last log."""
+        """Sums since the last log."""
         self.device = next(model.parameters()).device
         self.learned = LearnedParameters(model.named_parameters())
         if not self.learned.optimized:
             raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
-        # a half-precision gradient moves to its master the moment autograd has it, so autograd has to add the rows
+        # a gradient that moves to its master at once cannot be summed in place, so autograd adds the rows
         model.transformer.word_embeddings.choose_gradient(in_place=not self.learned.masters)
         self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
         self.non_finite_steps = 0
-        """NaN or infinite losses in a row."""
+        """Number of NaN or infinite losses in a row."""
         self._epoch: Iterator[Batch] = iter(())
 
     @property
     def epoch(self) -> float:
-        """Epochs done."""
+        """Number of epochs done."""
         return self.step / self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of a whole epoch."""
+        """Number of steps of a whole epoch."""
         return steps_per_epoch(len(self.batches), self.config.gradient_accumulation_steps)
 
     def run_step(self) -> StepResult:
-        """One update of the weights.
+        """Update the weights once.
 
         Raises:
-            TrainingError: the tenth NaN or infinite loss in a row, or a step without any supervised token.
+            TrainingError: the tenth NaN or infinite loss in a row, or a step without supervised tokens.
         """
         start = time.perf_counter()
         microbatches = self._next_microbatches()
         num_tokens, num_supervised_tokens = self._count_tokens(microbatches)
         if num_supervised_tokens == 0:
-            raise TrainingError(f"step {self.step + 1}: its examples have no token to learn; check the targets")
+            raise TrainingError(f"step {self.step + 1}: its examples have no supervised token; check the targets")
         torch.manual_seed(step_seed(self.config.seed, self.step, self.mesh.dp_rank))
         learning_rate = self.schedule(self.step)
         loss, grad_norm = self._accumulate_gradients(microbatches, num_supervised_tokens)
@@ -145,14 +144,14 @@ class Trainer:
         return result
 
     def start_window(self) -> None:
-        """Begin the sums since the last log anew."""
+        """Set the sums since the last log to zero."""
         self.window = Totals()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that a later process needs to resume and that the weight files of a checkpoint do not hold.
+        """What a later process needs to resume, besides the weight files of a checkpoint.
 
         Returns:
-            Tensors by name, sharing the run's memory, and values for JSON.
+            Tensors by name, which share the memory of the run, and values for JSON.
         """
         tensors = {
             key: value if value.dim() == 0 else global_tensor(name, value, self.mesh)
@@ -175,19 +174,19 @@ class Trainer:
         return tensors, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Resume where a saved run stood.
+        """Continue from a saved state.
 
         Args:
-            tensors: the tensors of this trainer's own state(), after what was saved has been read into them.
-            values: as saved.
+            tensors: the tensors of this trainer's state(), into which the saved tensors have been read.
+            values: the saved values.
 
         Raises:
-            TrainingError: the saved run had another seed, or other data.
+            TrainingError: the saved run had another seed or other data.
         """
         if values["seed"] != self.config.seed:
             raise TrainingError(
-                f"the saved run had seed {values['seed']}, this one has {self.config.seed}, so it cannot go on where "
-                "that stopped. Use the same seed, or start in a new output_dir"
+                f"the saved run had seed {values['seed']}, this one has {self.config.seed}, so it cannot continue it. "
+                "Use the same seed, or a new output_dir"
             )
         self.batches.load_state_dict(values["data"])
         self._epoch = iter(())
@@ -201,7 +200,7 @@ class Trainer:
 
     @property
     def _saves_learned(self) -> bool:
-        """Full tuning in fp32 finds its weights in the checkpoint's own files; all else is kept here, exactly."""
+        """Whether state() holds what was learned; full tuning in fp32 reads it from the weight files instead."""
         return bool(self.learned.masters) or len(self.learned.optimized) < len(list(self.model.parameters()))
 
     def _next_microbatches(self) -> list[Batch]:
@@ -216,7 +215,7 @@ class Trainer:
         return microbatches
 
     def _count_tokens(self, microbatches: list[Batch]) -> tuple[int, int]:
-        """Tokens of the step, and those of them with a label, over all data-parallel ranks."""
+        """Number of tokens and of supervised tokens of the step, over all data-parallel ranks."""
         with_label = sum(batch.num_supervised_tokens for batch in microbatches)
         if self.mesh.degrees.dp == 1:
             return sum(len(batch.tokens) for batch in microbatches), with_label
@@ -226,7 +225,7 @@ class Trainer:
         return total, with_label
 
     def _accumulate_gradients(self, microbatches: list[Batch], num_supervised_tokens: int) -> tuple[float, float]:
-        """Compute the gradients of the step's loss times the loss scale; returns loss and gradient norm without it."""
+        """Compute gradients, which include the loss scale; return loss and gradient norm, which do not."""
         self.model.train()
         loss_scale = self._loss_scale_value
         total = torch.zeros((), device=self.device)
@@ -248,9 +247,9 @@ class Trainer:
         return loss, grad_norm
 
     def _drop_gradients(self) -> None:
-        """Keep the memory of the largest one for the next step: allocating and clearing it anew takes longer."""
+        """Drop gradients, but keep the memory of the largest one, because new memory costs time in the next step."""
         gradient = self.model.transformer.word_embeddings.weight.grad
-        # under FSDP it is a DTensor, whose shard cannot hold the whole weight's gradient
+        # under FSDP it is a DTensor, whose shard is too small for the gradient of the whole weight
         self._gradient_memory[:] = [gradient] if type(gradient) is Tensor else []
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -264,8 +263,8 @@ class Trainer:
         self.learned.copy_to_model()
 
     def _note(self, skipped: str | None, loss: float) -> None:
-        """Adjust the loss scale, and report and count values that are not finite."""
-        # a finite loss with infinite gradients means that the loss scale was too large, which happens now and then
+        """Adjust the loss scale; report and count values that are not finite."""
+        # a finite loss with infinite gradients means that the loss scale was too large, which is normal
         overflow = self.loss_scale is not None and not self.loss_scale.at_minimum and math.isfinite(loss)
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=skipped is not None)
@@ -288,10 +287,10 @@ class Trainer:
 
 
 def step_seed(seed: int, step: int, dp_rank: int = 0) -> int:
-    """Seed of the random numbers of update number step, counted from 0, on a data-parallel rank."""
+    """Seed of the random numbers of a step, counted from 0, on a data-parallel rank."""
     return (seed * 1_000_003 + step + dp_rank * 0x9E3779B1) % 2**63
 
 
 def steps_per_epoch(batches_per_epoch: int, gradient_accumulation_steps: int) -> int:
-    """Steps of an epoch; the last one may hold fewer microbatches."""
+    """Number of steps of an epoch, the last of which may have fewer microbatches."""
     return -(-batches_per_epoch // gradient_accumulation_steps)

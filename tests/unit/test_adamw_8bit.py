@@ -170,7 +170,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--optim adamw_8bit: needs a single process, and there are 2"):
         resolve(flags(tmp_path, optim="adamw_8bit"), dataclasses.replace(CPU, world_size=2))
     write_full(tmp_path / "checkpoint-3")
-    with pytest.raises(ConfigError, match="moments in float32, which --optim adamw_8bit cannot go on with"):
+    with pytest.raises(ConfigError, match="moments in float32, with which --optim adamw_8bit cannot continue"):
         read_resume_point(resolve(flags(tmp_path, optim="adamw_8bit"), CPU), tmp_path, tmp_path / "checkpoint-3")
 
 

@@ -230,7 +230,7 @@ def test_a_run_goes_on_and_its_checkpoints_too(
     assert (out / final).read_bytes() == first
     if "full" not in name:
         other, flag = (PREFIX, "--lora") if "lora" in name else (LORA, "--prefix_tuning")
-        with pytest.raises(ConfigError, match=f"checkpoint-6 holds a .* to go on training it give {flag}"):
+        with pytest.raises(ConfigError, match=f"checkpoint-6 holds a .* to continue training it, give {flag}"):
             finetune(flags(material, checkpoint, out, **other))
 
 
@@ -285,11 +285,11 @@ def broken(directory: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("write_checkpoint", "options", "error", "message"),
     [
-        (write_lora, {}, ConfigError, r"checkpoint-3 holds a LoRA adapter; to go on training it give --lora"),
-        (write_lora, PREFIX, ConfigError, "holds a LoRA adapter; to go on training it give --lora"),
-        (write_prefix, LORA, ConfigError, "holds a prefix adapter; to go on training it give --prefix_tuning"),
-        (write_full, LORA, ConfigError, "holds a whole model; to go on training it leave out --lora"),
-        (write_lora, {**LORA, "r": 8}, ConfigError, r"--r is 8, and the adapter in .*checkpoint-3 was begun with 3"),
+        (write_lora, {}, ConfigError, r"checkpoint-3 holds a LoRA adapter; to continue training it, give --lora"),
+        (write_lora, PREFIX, ConfigError, "holds a LoRA adapter; to continue training it, give --lora"),
+        (write_prefix, LORA, ConfigError, "holds a prefix adapter; to continue training it, give --prefix_tuning"),
+        (write_full, LORA, ConfigError, "holds a whole model; to continue training it, leave out --lora"),
+        (write_lora, {**LORA, "r": 8}, ConfigError, r"--r is 8, but the adapter in .*checkpoint-3 began with 3"),
         (write_lora, {**LORA, "lora_alpha": 7.0}, ConfigError, r"--lora_alpha is 7.0, .* begun with 6"),
         (
             write_lora,
@@ -349,11 +349,11 @@ def test_moments_of_other_parameters_are_refused(material: Path, tmp_path: Path)
 
 
 def test_flags_for_paddles_adapters_need_one(material: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="this run goes on from none"):
+    with pytest.raises(ConfigError, match="this run resumes from none"):
         finetune(flags(material, None, tmp_path / "new", **PREFIX, prefix_layout="old"))
     ours = tmp_path / "ours"
     finetune(flags(material, None, ours, **LORA, max_steps=1))
-    with pytest.raises(ConfigError, match="this run goes on from none"):
+    with pytest.raises(ConfigError, match="this run resumes from none"):
         finetune(flags(material, None, ours, **LORA, trained_tensor_parallel_degree=2))
 
 

@@ -157,9 +157,6 @@ def own_randomness(rank: int) -> Iterator[None]:
 
     They depend on that state, so recomputation draws the same numbers again. After the block the generator continues as
     if it had drawn one number.
-
-    Args:
-        rank: number of this process among the ranks.
     """
     # CPU generators use 32 bits of a seed, so all 32 bits must depend on both numbers
     seed = (int(torch.randint(2**32, ())) + rank * 0x9E3779B1) % 2**32

@@ -191,10 +191,7 @@ def whole_shape(name: str, tensor: Tensor, mesh: Mesh) -> tuple[int, ...]:
 def global_tensor(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
     """The same memory as a DTensor that knows its place in the whole, so a saved state can be read with other degrees.
 
-    Args:
-        name: name of the parameter that the tensor is cut like.
-        tensor: this rank's part.
-        mesh: the ranks.
+    `name` is the parameter that the tensor is cut like.
     """
     if mesh.is_alone:
         return tensor
@@ -215,13 +212,7 @@ def global_tensor(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
 
 
 def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
-    """The place of this rank's part of a parameter in the whole.
-
-    Args:
-        name: name of the parameter.
-        tensor: this rank's part; may be on the meta device.
-        mesh: the ranks.
-    """
+    """The place of `tensor`, this rank's part of a parameter, in the whole parameter."""
     part = tp_part(name, mesh.tp_rank, mesh.degrees.tp)
     bounds = [part.bounds(size * part.count) if dim == part.dim else (0, size) for dim, size in enumerate(tensor.shape)]
     if isinstance(tensor, DTensor):
@@ -231,12 +222,7 @@ def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
 
 
 def holding(parameter: Tensor, local: Tensor) -> Tensor:
-    """A tensor with new content of this rank, of the same kind as a parameter (plain, or FSDP's DTensor).
-
-    Args:
-        parameter: the parameter that it replaces.
-        local: this rank's content, a plain tensor.
-    """
+    """This rank's new content of a parameter, `local`, in the form of the parameter (plain, or FSDP's DTensor)."""
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(

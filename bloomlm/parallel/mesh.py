@@ -115,12 +115,7 @@ class Mesh:
 
     @classmethod
     def over_all_ranks(cls, degrees: Degrees, device_type: str) -> "Mesh":
-        """Arrange the ranks of the default process group; every rank must call this.
-
-        Args:
-            degrees: number of ranks along each axis.
-            device_type: "cpu" or "cuda", the device of exchanged tensors.
-        """
+        """Arrange the ranks of the default process group, whose tensors are on device_type; every rank must call this."""
         shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)
         return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=AXES))
 

@@ -129,11 +129,7 @@ def cut_model(model: BloomForCausalLM, mesh: Mesh) -> None:
 
 
 def cut_adapter(model: BloomForCausalLM, mesh: Mesh) -> None:
-    """Reduce the adapter of a model, if it has one, to this rank's part.
-
-    Args:
-        model: a model after cut_model.
-        mesh: the same as in cut_model.
+    """Reduce the adapter of a model after cut_model, if it has one, to this rank's part.
 
     Raises:
         ConfigError: a layer of the adapter cannot be divided among so many ranks.

@@ -20,13 +20,7 @@ from bloomlm.training.run_plan import EvaluationPlan
 class Evaluator:
     """Evaluates a model in its current state; every rank must make each call, and gets the whole result.
 
-    Args:
-        model: may be in training.
-        tokenizer: decodes answers.
-        examples: at least one example.
-        plan: batch size and decoding.
-        precision: number formats for the loss; answers are generated in the precision of the weights.
-        mesh: the ranks among which the model is divided.
+    Answers are generated in the precision of the weights, while the loss is computed in `precision`.
     """
 
     def __init__(

@@ -55,9 +55,6 @@ __all__ = ["FinetuneResult", "finetune"]
 def finetune(config: TrainingConfig) -> FinetuneResult:
     """Fine-tune and evaluate a model; if output_dir holds checkpoints, resume from the newest.
 
-    Args:
-        config: the flags.
-
     Raises:
         ConfigError: flags that cannot be used.
         CheckpointError, DataError: files that cannot be read or written.
@@ -79,10 +76,6 @@ def finetune(config: TrainingConfig) -> FinetuneResult:
 
 class TrainingRun:
     """A run that trains, from its first step to its last file. The loop calls its on_... methods.
-
-    Args:
-        setup: model, examples and everything else that has been loaded.
-        training: how the model learns.
 
     Raises:
         CheckpointError, TrainingError: the checkpoint to resume from does not fit.

@@ -64,11 +64,6 @@ class Callbacks(Protocol):
 def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainResult:
     """Run the remaining steps, until config.max_steps or SIGTERM.
 
-    Args:
-        trainer: a new trainer, or one after load_state.
-        config: the length of the run, and when to call the callbacks.
-        callbacks: what to do between steps.
-
     Raises:
         TrainingError: see Trainer.run_step.
     """

@@ -64,12 +64,7 @@ class StepFlops:
         return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs
 
     def of(self, lengths: Sequence[int], num_supervised_tokens: int) -> int:
-        """Operations of a batch.
-
-        Args:
-            lengths: number of tokens of each document (T).
-            num_supervised_tokens: number of positions that have a label (M).
-        """
+        """Operations of a batch with documents of these lengths (T) and a number of supervised tokens (M)."""
         pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
         return self._per_token * sum(lengths) + self._per_pair * pairs + self._per_supervised * num_supervised_tokens
 
@@ -114,12 +109,7 @@ class BatchMeter:
         self._batches.load_state_dict(state)
 
     def metrics(self, train_seconds: float, peak_flops_per_second: float) -> dict[str, float]:
-        """The measurements, by their names in train_results.json.
-
-        Args:
-            train_seconds: time spent in steps.
-            peak_flops_per_second: highest speed of matrix products on this machine.
-        """
+        """The measurements, by their names in train_results.json; see measure_peak_flops."""
         speed = self.num_flops / train_seconds if train_seconds > 0 else 0.0
         avoided = 1.0 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
         return {
@@ -132,14 +122,7 @@ class BatchMeter:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations per second of a large square matrix product, the best of several.
-
-    Args:
-        device: device to measure.
-        dtype: dtype of the product.
-        size: number of rows and columns.
-        repeats: number of timed products; one more comes first and is not timed.
-    """
+    """Floating-point operations per second of a product of square matrices [size, size], the best of several."""
     x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     with torch.no_grad():
@@ -167,12 +150,7 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
 
 
 class StepProfiler:
-    """Profiles steps 3 to 5 into a Chrome trace and a table of the most costly operations, unless a run ends earlier.
-
-    Args:
-        directory: where the files are written.
-        device: device of the model.
-    """
+    """Profiles steps 3 to 5, if a run has so many, into a Chrome trace and a table of the most costly operations."""
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         self.directory = directory

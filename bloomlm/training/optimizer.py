@@ -45,9 +45,7 @@ def is_decayed(name: str) -> bool:
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.Optimizer:
     """AdamW whose state exists from the start, so that a saved state can be read into it.
 
-    Args:
-        parameters: name -> fp32 parameter (LearnedParameters.optimized).
-        config: everything except the learning rate, which is set at each step.
+    `parameters` maps names to fp32 parameters (LearnedParameters.optimized). The learning rate is set at each step.
     """
     decayed = [p for name, p in parameters.items() if is_decayed(name)]
     others = [p for name, p in parameters.items() if not is_decayed(name)]

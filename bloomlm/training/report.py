@@ -130,11 +130,7 @@ class MetricsFile:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one line and flush it, so that others can follow the file.
-
-        Raises:
-            CheckpointError: the line cannot be written, for example because the disk is full.
-        """
+        """Append one line and flush it, so that others can follow the file; raises CheckpointError if it cannot."""
         try:
             self._file.write(json.dumps(plain(entry)) + "\n")
             self._file.flush()
@@ -186,25 +182,22 @@ class ProgressDisplay:
             )
             self._progress.update(self._task, numbers=numbers)
         else:
-            self._print(log_line(entry, self._max_steps))
+            self.say(log_line(entry, self._max_steps))
 
     def show_evaluation(self, entry: Mapping[str, Any]) -> None:
         """Show an evaluation as a line, above the bar if there is one."""
-        self._print(evaluation_line(entry, self._max_steps))
+        self.say(evaluation_line(entry, self._max_steps))
 
     def say(self, message: str) -> None:
         """Show a line."""
-        self._print(message)
+        # soft_wrap keeps a line whole in a file, which has no width
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-    def _print(self, line: str) -> None:
-        # soft_wrap keeps an entry on one line in a file, which has no width
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def log_line(entry: Mapping[str, Any], max_steps: int) -> str:

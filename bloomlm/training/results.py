@@ -217,10 +217,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def train_metrics(result: TrainResult, epoch: float, num_examples: int) -> dict[str, float]:
     """The numbers of train_results.json, by the names that transformers' Trainer uses.
 
-    Args:
-        result: result of the loop.
-        epoch: number of epochs done.
-        num_examples: number of examples that this process learned from, each counted once for every epoch.
+    `num_examples` counts the examples that this process learned from, once for every epoch.
     """
     seconds = result.train_seconds
     per_second = 1 / seconds if seconds > 0 else 0.0

@@ -53,7 +53,7 @@ def read_resume_point(plan: RunPlan, source: Path, checkpoint: Path | None) -> R
 
     Args:
         plan: plan of the run.
-        source: directory of the model that the plan names.
+        source: directory of the model to start from.
         checkpoint: checkpoint to resume from; None: a fresh run.
 
     Raises:
@@ -102,10 +102,7 @@ def with_recorded_adapter(plan: RunPlan, resume_point: ResumePoint) -> RunPlan:
 def restore_resume_point(trainer: Trainer, history: History, resume_point: ResumePoint) -> tuple[str, ...]:
     """Give a fresh trainer and log the state that they had when the checkpoint was written.
 
-    Args:
-        trainer: has the same model, adapter and data; and the same precision if bloomlm wrote the checkpoint.
-        history: log of the run.
-        resume_point: what the run resumes from.
+    The trainer must have the same model, adapter and data; and the same precision if bloomlm wrote the checkpoint.
 
     Returns:
         Lines that say what was, and what was not, taken from another program's checkpoint.
@@ -130,9 +127,7 @@ def restore_resume_point(trainer: Trainer, history: History, resume_point: Resum
 def restore(trainer: Trainer, checkpoint: Path) -> None:
     """Give a trainer the state that it had when a checkpoint was written.
 
-    Args:
-        trainer: has the same model, adapter, precision, data and seed.
-        checkpoint: a complete checkpoint of bloomlm.
+    The trainer must have the same model, adapter, precision, data and seed; bloomlm must have written the checkpoint.
 
     Raises:
         CheckpointError, TrainingError: the checkpoint does not fit.

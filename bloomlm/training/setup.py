@@ -56,13 +56,9 @@ class RunSetup:
 
 
 def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh) -> RunSetup:
-    """Load everything that the plan names, and print what was found.
+    """Load everything that the plan names, and print what was found; every rank must call this.
 
-    Args:
-        plan: plan of the run.
-        checkpoint: checkpoint to resume from; None: a fresh run.
-        console: where to print.
-        mesh: the ranks; all of them must call this.
+    A checkpoint is what the run resumes from; None begins a fresh run.
 
     Raises:
         ConfigError: flags that contradict the checkpoint or the data.
@@ -98,12 +94,7 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
 
 
 def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> RunPlan:
-    """The plan with an adapter that also trains the added rows of the model's embedding, if the plan asks for it.
-
-    Args:
-        plan: plan of the run.
-        source: directory of the model to start from.
-        resume_point: what the run resumes from.
+    """The plan with an adapter that also trains the added rows of the embedding of the model in `source`, if wanted.
 
     Raises:
         ConfigError: the model has no added rows, or another program began the adapter.
@@ -128,13 +119,9 @@ def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> R
 
 
 def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: Mesh = ALONE) -> BloomForCausalLM:
-    """The model with its adapter. Without an adapter, a run that resumes reads the model from its checkpoint.
+    """The model with its adapter, divided among the ranks.
 
-    Args:
-        plan: plan of the run.
-        source: directory of the model to start from.
-        resume_point: what the run resumes from.
-        mesh: the ranks to divide the model among.
+    It is read from the directory `source`, or from the checkpoint of a run that resumes and trains the whole model.
     """
     device = plan.model.device
     generator = torch.Generator(device).manual_seed(plan.seed)
@@ -180,15 +167,7 @@ def load_batches(training: TrainingPlan, examples: Examples, mesh: Mesh = ALONE)
 def build_trainer(
     training: TrainingPlan, model: BloomForCausalLM, batches: Batches, precision: Precision, mesh: Mesh = ALONE
 ) -> Trainer:
-    """The trainer before its first step, with a schedule for the length of this run.
-
-    Args:
-        training: how the model learns.
-        model: the model with its adapter.
-        batches: this rank's batches.
-        precision: number formats.
-        mesh: the ranks among which the model is divided.
-    """
+    """The trainer before its first step, with a schedule for the length of this run."""
     per_epoch = steps_per_epoch(len(batches), training.step.gradient_accumulation_steps)
     max_steps = training.max_steps or max(1, math.ceil(training.num_train_epochs * per_epoch))
     return Trainer(
@@ -231,10 +210,6 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
 
     If the run evaluates and the data has no evaluation split, the last 5 % of the training examples, at most 1000, are
     evaluated and not trained on.
-
-    Args:
-        plan: plan of the run.
-        tokenizer: tokenizer of the model.
 
     Raises:
         ConfigError, DataError: see resolve_splits and load_examples.

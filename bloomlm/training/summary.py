@@ -70,14 +70,7 @@ def run_title(plan: RunPlan) -> str:
 
 
 def print_summary(console: Console, plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -> None:
-    """Print the numbers, the files and the next commands of a finished run.
-
-    Args:
-        console: where to print.
-        plan: plan of the run.
-        outcome: result of the run.
-        example_prompt: the prompt of an example, shown in a command.
-    """
+    """Print the numbers and the files of a finished run, and commands that use them with an example's prompt."""
     numbers = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     for name, value in {**_train_rows(plan, outcome), **_eval_rows(outcome.eval_metrics)}.items():
         numbers.add_row(name, value)

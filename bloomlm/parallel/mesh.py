@@ -115,7 +115,7 @@ class Mesh:
 
     @classmethod
     def over_all_ranks(cls, degrees: Degrees, device_type: str) -> "Mesh":
-        """Arrange the ranks of the default process group, whose tensors are on device_type; every rank must call this."""
+        """Arrange the ranks of the default process group, with tensors on device_type; every rank must call this."""
         shape = (degrees.dp_replicate, degrees.dp_shard, degrees.tp)
         return cls(degrees, init_device_mesh(device_type, shape, mesh_dim_names=AXES))
 

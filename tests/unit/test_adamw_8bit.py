@@ -1,4 +1,4 @@
-"""--optim adamw_8bit: AdamW's values and losses within what rounding the moments explains, for a quarter of the bytes."""
+"""--optim adamw_8bit differs from AdamW only by the rounding of moments, and needs a quarter of the memory."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from bloomlm.training.resume import read_resume_point
 from tests.unit.test_paddle_finetune import write_full
 
 LARGE, SMALL = "h.0.mlp.dense_h_to_4h.weight", "h.0.mlp.dense_h_to_4h.bias"
-SHAPES = {LARGE: (50, 101), SMALL: (101,)}  # 5,050 values are 19 whole blocks and a part of one
+SHAPES = {LARGE: (50, 101), SMALL: (101,)}  # 5,050 values are 19 whole blocks and part of another
 CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True, has_bitsandbytes=True)
 
 
@@ -29,7 +29,7 @@ def bitsandbytes() -> Any:
 
 
 def gradients(step: int) -> dict[str, Tensor]:
-    """Of very different sizes from value to value, as real ones are."""
+    """Gradients whose values have very different sizes, like real ones."""
     generator = torch.Generator().manual_seed(step)
     return {
         name: torch.randn(shape, generator=generator) * 10 ** torch.rand(shape, generator=generator).mul(4).sub(4)
@@ -51,8 +51,8 @@ def updated(optim: str, num_steps: int) -> tuple[dict[str, nn.Parameter], dict[s
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-def test_the_first_update_is_adamws() -> None:
-    """The moments that it uses were zero before it, so nothing was rounded yet."""
+def test_the_first_update_equals_that_of_adamw() -> None:
+    """It starts from moments that are zero, so nothing has been rounded yet."""
     (found, _), (expected, _) = updated("adamw_8bit", 1), updated("adamw", 1)
     for name in SHAPES:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -69,7 +69,7 @@ def test_moments_are_rounded_to_the_nearest_of_256_values(bitsandbytes: Any) -> 
             assert scale == pytest.approx(block.abs().max().item(), rel=1e-6)
         values = bitsandbytes.functional.create_dynamic_map(signed=signed)
         nearest = (exact / of_block - values[:, None]).abs().amin(dim=0)
-        # on a CPU the kernel finds it in a table of finite steps, so it may miss the nearest by a little
+        # on a CPU the kernel uses a table with finite steps, so it may narrowly miss the nearest value
         torch.testing.assert_close((exact / of_block - values[codes.long()]).abs(), nearest, rtol=0, atol=1e-4)
         torch.testing.assert_close(
             found[f"optimizer/{SMALL}/{moment}"], expected[f"optimizer/{SMALL}/{moment}"], rtol=1e-6, atol=0
@@ -79,7 +79,7 @@ def test_moments_are_rounded_to_the_nearest_of_256_values(bitsandbytes: Any) -> 
 @pytest.mark.usefixtures("bitsandbytes")
 def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, whole_state = updated("adamw_8bit", 4)
-    monkeypatch.setattr("bloomlm.training.optimizer.PIECE_VALUES", 1024)  # four and a part
+    monkeypatch.setattr("bloomlm.training.optimizer.PIECE_VALUES", 1024)  # four whole pieces and part of another
     pieces, pieces_state = updated("adamw_8bit", 4)
     assert all(torch.equal(pieces[name], whole[name]) for name in SHAPES)
     assert all(torch.equal(pieces_state[name], whole_state[name]) for name in whole_state)
@@ -105,7 +105,7 @@ def flags(output_dir: Path, **options: Any) -> TrainingConfig:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, FinetuneResult]]:
-    """Both optimizers on the built-in model."""
+    """A run with each optimizer on the built-in model."""
     pytest.importorskip("bitsandbytes", reason="the extra optim8bit is not installed; most of it is for GPUs")
     directory = tmp_path_factory.mktemp("runs")
     return {
@@ -118,10 +118,10 @@ def losses(output_dir: Path) -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def test_losses_stay_near_adamws(runs: dict[str, tuple[Path, FinetuneResult]]) -> None:
+def test_losses_are_close_to_those_of_adamw(runs: dict[str, tuple[Path, FinetuneResult]]) -> None:
     plain, rounded = (losses(runs[optim][0]) for optim in ("adamw", "adamw_8bit"))
-    # a moment is off by 0.7% of its block's largest at most, now up and now down, and so is an update's length: of what
-    # the loss has fallen (3.4) less than a part of that can differ; found were 0.03%
+    # a moment is wrong by at most 0.7% of the largest in its block, with varying sign, and so is the size of an update;
+    # the losses then differ by less than that fraction of the decrease of the loss (3.4); measured were 0.03%
     fallen = plain[0] - sum(plain[-5:]) / 5
     assert rounded[:2] == pytest.approx(plain[:2], rel=1e-4), "the first update is the same"
     assert max(abs(a - b) for a, b in zip(plain, rounded, strict=True)) < 0.003 * fallen
@@ -130,16 +130,16 @@ def test_losses_stay_near_adamws(runs: dict[str, tuple[Path, FinetuneResult]]) -
 
 def test_memory_is_a_quarter(runs: dict[str, tuple[Path, FinetuneResult]]) -> None:
     sizes = {optim: (result.train_metrics or {})["memory_bytes"]["optimizer"] for optim, (_, result) in runs.items()}
-    # a byte instead of 4, and 4 bytes of scale for 256 values; biases and norms are 1% of this model
+    # one byte instead of four, and four bytes of scale for 256 values; biases and norms are 1% of this model
     assert 0.25 + 1 / 256 < sizes["adamw_8bit"] / sizes["adamw"] < 0.27
     files = {
         optim: sum(path.stat().st_size for path in (directory / "checkpoint-30" / "training_state").glob("*.distcp"))
         for optim, (directory, _) in runs.items()
     }
-    assert files["adamw_8bit"] < 0.3 * files["adamw"]  # torch's format adds 1 to 2 kB a tensor
+    assert files["adamw_8bit"] < 0.3 * files["adamw"]  # torch's format adds 1 to 2 kB for each tensor
 
 
-def test_a_run_goes_on_to_the_same_bits(runs: dict[str, tuple[Path, FinetuneResult]], tmp_path: Path) -> None:
+def test_a_resumed_run_gives_the_same_bits(runs: dict[str, tuple[Path, FinetuneResult]], tmp_path: Path) -> None:
     whole, out = runs["adamw_8bit"][0], tmp_path / "out"
     shutil.copytree(whole / "checkpoint-15", out / "checkpoint-15")
     result = finetune(flags(out, optim="adamw_8bit"))
@@ -157,10 +157,10 @@ def test_the_other_optimizers_checkpoint_is_refused(
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-def test_half_precision_weights_learn_on_their_copies(tmp_path: Path) -> None:
+def test_half_precision_weights_have_fp32_masters(tmp_path: Path) -> None:
     for optim in ("adamw", "adamw_8bit"):
         finetune(flags(tmp_path / optim, optim=optim, bf16=True, fp16_opt_level="O2", max_steps=10))
-    # a weight that rounds to the other neighbour in bf16 is off by 0.4%
+    # a weight that rounds to the other neighbour in bf16 differs by 0.4%
     assert losses(tmp_path / "adamw_8bit") == pytest.approx(losses(tmp_path / "adamw"), rel=0.02)
 
 
@@ -174,7 +174,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         read_resume_point(resolve(flags(tmp_path, optim="adamw_8bit"), CPU), tmp_path, tmp_path / "checkpoint-3")
 
 
-def test_its_price_on_a_cpu_is_told(tmp_path: Path) -> None:
+def test_its_cost_on_a_cpu_is_reported(tmp_path: Path) -> None:
     def notices(machine: Machine) -> str:
         return "\n".join(resolve(flags(tmp_path, optim="adamw_8bit", device="auto"), machine).notices)
 

@@ -68,7 +68,7 @@ def test_report_counts_the_cuts(tmp_path, caplog):
     whole = load(tmp_path / "a.jsonl", src_length=4, tgt_length=4)
     assert (whole.report.num_sources_cut, whole.report.num_targets_cut) == (0, 0)
     assert str(whole.report).endswith("3 examples, none cut")
-    assert caplog.records == []  # nothing to warn of
+    assert caplog.records == []  # no warning
     assert whole[1].tokens.tolist() == [THE, _THE, _THE, _THE, ZH, ZH, ZH, EOS]
     assert whole[2].tokens.tolist() == [ZH, THE, EOS, _THE, EOS]
 
@@ -96,13 +96,13 @@ def test_many_rows_keep_their_order(tmp_path, monkeypatch):
         assert (one.source_text, one.target_text) == (f"the {i}", str(i))
 
 
-def test_second_time_comes_from_the_cache_mapped(tmp_path, cache, monkeypatch):
+def test_the_second_load_maps_the_cache(tmp_path, cache, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl")
     first = load(path)
     assert not first.report.from_cache
     files = list(cache.rglob("*"))
-    assert [file.suffix for file in files if file.is_file()] == [".safetensors"]  # and no temporary file
-    # Same bytes under another name, without tokenising.
+    assert [file.suffix for file in files if file.is_file()] == [".safetensors"]  # no temporary file is left
+    # a file with the same bytes and another name is not tokenised again
     monkeypatch.setattr(bloomlm.data.examples, "_tokenise", None)
     second = load(write_rows(tmp_path / "b.jsonl"))
     assert second.report.from_cache
@@ -126,7 +126,7 @@ def test_cache_file_is_a_safetensors_file(tmp_path, cache):
 @pytest.mark.parametrize(
     "options", [{"src_length": 2}, {"tgt_length": 2}, {"prompt_template": "{src}!"}, {"tokenizer": "another"}]
 )
-def test_another_setting_is_another_cache_entry(tmp_path, options):
+def test_other_settings_have_another_cache_entry(tmp_path, options):
     path = write_rows(tmp_path / "a.jsonl")
     load(path)
     tokenizer = make_tokenizer()
@@ -140,7 +140,7 @@ def test_another_setting_is_another_cache_entry(tmp_path, options):
     assert load(path).report.from_cache
 
 
-def test_another_content_is_another_cache_entry(tmp_path):
+def test_other_content_has_another_cache_entry(tmp_path):
     path = write_rows(tmp_path / "a.jsonl")
     load(path)
     write_rows(path, [*ROWS[:2], {"src": "中", "tgt": "the</s>"}])
@@ -148,7 +148,7 @@ def test_another_content_is_another_cache_entry(tmp_path):
     assert load(path)[2].target_text == "the</s>"
 
 
-def test_other_code_is_another_cache_entry(tmp_path, monkeypatch):
+def test_other_code_has_another_cache_entry(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl")
     load(path)
     monkeypatch.setattr("tokenizers.__version__", "999")
@@ -181,7 +181,7 @@ def damage_middle(file: Path) -> None:
         lambda file: file.write_bytes((2).to_bytes(8, "little") + b"{}"),
     ],
 )
-def test_damaged_cache_is_made_again(tmp_path, cache, caplog, damage):
+def test_a_damaged_cache_is_written_again(tmp_path, cache, caplog, damage):
     path = write_rows(tmp_path / "a.jsonl")
     load(path)
     (file,) = cache.rglob("*.safetensors")

@@ -91,7 +91,7 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def reproducible(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries without what the clock and the machine decide."""
+    """Entries without the values that depend on time and machine."""
     timed = ("seconds", "per_second", "runtime", "memory_bytes")
     return [{name: value for name, value in entry.items() if not name.endswith(timed)} for entry in log]
 
@@ -122,7 +122,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_what_is_written_is_what_was_evaluated(kind: str, material: Path, tmp_path: Path) -> None:
+def test_the_written_model_is_the_evaluated_model(kind: str, material: Path, tmp_path: Path) -> None:
     options, weights_file, path_flag = ADAPTERS[kind]
     out = tmp_path / "out"
     result = finetune(flags(material, out, **options))
@@ -135,7 +135,7 @@ def test_what_is_written_is_what_was_evaluated(kind: str, material: Path, tmp_pa
     assert [entry["step"] for entry in evaluations] == [2, 4, 6]
     for name in ("eval_loss", "eval_ppl", "eval_accuracy"):
         assert result.eval_metrics[name] == evaluations[-1][name]
-    # the written files, read as a user reads them, give the very loss that was reported
+    # the written files, read as a user would, give the reported loss
     base = out if path_flag is None else material / "model"
     loaded = bloomlm.load(base, **({f"{path_flag}_path": out} if path_flag else {}))
     examples = load_examples(material / "dev.jsonl", loaded.tokenizer, src_length=512, tgt_length=8)
@@ -162,7 +162,7 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("crash_at", [1, 5])
-def test_a_crashed_run_goes_on_to_the_same_end(
+def test_a_crashed_run_resumes_to_the_same_result(
     kind: str, crash_at: int, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, weights_file, _ = ADAPTERS[kind]
@@ -184,12 +184,12 @@ def test_a_crashed_run_goes_on_to_the_same_end(
     assert result.step == 6
     assert_same_file(broken / weights_file, whole / weights_file)
     assert reproducible(metrics(broken)) == reproducible(metrics(whole))
-    done_again = finetune(flags(material, broken, **options))  # nothing is left to do
+    done_again = finetune(flags(material, broken, **options))  # all steps are done already
     assert (done_again.train_metrics, done_again.eval_metrics) == (result.train_metrics, result.eval_metrics)
     assert_same_file(broken / weights_file, whole / weights_file)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(
+def test_sigterm_saves_and_the_same_command_resumes(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -219,7 +219,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 def test_the_best_checkpoint_is_the_result(kind: str, material: Path, tmp_path: Path) -> None:
     options, weights_file, _ = ADAPTERS[kind]
     out = tmp_path / "out"
-    # the loss falls, so with the direction turned round the first evaluation is the best
+    # the loss falls, so the first evaluation is the best if greater is better
     options = {**options, "greater_is_better": True, "save_total_limit": 1}
     result = finetune(flags(material, out, load_best_model_at_end=True, **options))
     evaluations = {entry["step"]: entry["eval_loss"] for entry in metrics(out) if "eval_loss" in entry}
@@ -252,7 +252,7 @@ def test_answers_come_from_the_prompts_alone(material: Path, tmp_path: Path) -> 
     ]
 
 
-def test_drawn_answers_do_not_depend_on_the_batch_size(material: Path, tmp_path: Path) -> None:
+def test_sampled_answers_do_not_depend_on_the_batch_size(material: Path, tmp_path: Path) -> None:
     answers = []
     for batch_size in (1, 3):
         out = tmp_path / str(batch_size)
@@ -263,7 +263,7 @@ def test_drawn_answers_do_not_depend_on_the_batch_size(material: Path, tmp_path:
     assert answers[0] == answers[1] and len(set(answers[0])) == 3
 
 
-def test_no_weight_file_of_an_earlier_end_stays(material: Path, tmp_path: Path) -> None:
+def test_weight_files_of_an_earlier_result_are_removed(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finetune(flags(material, out, max_steps=2))
     finetune(flags(material, out, max_steps=3, max_shard_size="20KB"))
@@ -274,7 +274,7 @@ def test_no_weight_file_of_an_earlier_end_stays(material: Path, tmp_path: Path) 
         assert torch.equal(whole[name], tensor), name
 
 
-def test_every_number_reaches_the_trainer(material: Path, tmp_path: Path) -> None:
+def test_every_flag_reaches_the_trainer(material: Path, tmp_path: Path) -> None:
     config = flags(
         material,
         tmp_path,
@@ -314,7 +314,7 @@ def test_every_number_reaches_the_trainer(material: Path, tmp_path: Path) -> Non
     assert trainer.batches.state_dict()["seed"] == 7 and len(trainer.batches) == 4
 
 
-def test_the_merged_model_speaks_like_model_and_adapter(material: Path, tmp_path: Path) -> None:
+def test_the_merged_model_answers_like_model_and_adapter(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = finetune(flags(material, out, lora=True, merge_weights=True))
     assert result.merged_path == out / "merged"
@@ -325,7 +325,7 @@ def test_the_merged_model_speaks_like_model_and_adapter(material: Path, tmp_path
     assert (merged.model(ids) - base).abs().max() > 1e-3
 
 
-def test_an_adapter_learned_on_an_int8_base_goes_on_serves_and_merges_with_the_plain_one(
+def test_an_adapter_trained_on_an_int8_base_works_with_the_original_base(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -394,7 +394,7 @@ def test_evaluation_alone(material: Path, tmp_path: Path) -> None:
     assert written == {"run.yaml", "metrics.jsonl", "eval_results.json", "all_results.json"}
 
 
-def test_last_examples_are_held_out_where_there_are_no_others(
+def test_the_last_examples_are_held_out_without_an_evaluation_file(
     material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     result = finetune(flags(material, tmp_path / "out", eval_file=None, do_eval=True, do_train=True, max_steps=-1))
@@ -407,7 +407,7 @@ def test_last_examples_are_held_out_where_there_are_no_others(
     assert sum(entry.get("supervised_tokens", 0) for entry in metrics(tmp_path / "out")) == 3 * learned
 
 
-def test_epochs_decide_when_to_evaluate_and_save(material: Path, tmp_path: Path) -> None:
+def test_evaluating_and_saving_once_an_epoch(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options: dict[str, Any] = {"evaluation_strategy": "epoch", "save_strategy": "epoch", "eval_steps": None}
     finetune(flags(material, out, max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2, **options))
@@ -417,7 +417,7 @@ def test_epochs_decide_when_to_evaluate_and_save(material: Path, tmp_path: Path)
     assert metrics(out)[-1]["epoch"] == 1.5
 
 
-def test_other_peoples_files_are_left_alone(material: Path, tmp_path: Path) -> None:
+def test_files_of_others_are_kept(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
@@ -435,11 +435,11 @@ def test_other_peoples_files_are_left_alone(material: Path, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         finetune(flags(material, tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         finetune(flags(material, tmp_path / "file" / "below"))
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(
+def test_a_checkpoint_that_cannot_be_written_leaves_earlier_ones(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -484,7 +484,7 @@ def test_going_back_to_a_checkpoint(material: Path, tmp_path: Path) -> None:
         finetune(flags(material, elsewhere, lora=True, resume_from_checkpoint=chosen))
 
 
-def test_changed_flags_are_told_when_going_on(
+def test_changed_flags_are_reported_on_resuming(
     material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -513,7 +513,7 @@ def test_batches_by_tokens_and_profile(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = finetune(flags(material, out, max_steps=-1, num_train_epochs=2.0, max_tokens_per_batch=40, profile=True))
     assert result.train_metrics is not None
-    # 15 examples of at most 24 positions, so 32 places: one or two of them fit into a batch
+    # 15 examples of at most 24 positions, rounded up to 32 in a plan: a batch holds one or two of them
     assert 2 * 8 <= result.step <= 2 * 15
     assert {path.name for path in (out / "profile").iterdir()} == {"trace.json", "operations.txt"}
     assert 0 < result.train_metrics["model_flops_utilisation"] < 1

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, start again: the weights are those of the run that was left alone, bit for bit.
+"""A run that SIGKILL ends at any moment and that starts again has the weights of an undisturbed run, bit for bit.
 
 The test starts this file as a program, which imports torch once and forks a process for every attempt.
 """
@@ -40,7 +40,7 @@ from tests.unit.test_loop import V, some_examples
 ADAPTERS: dict[str, Adapter] = {"full": FullTuning(), "lora": LoraConfig(r=2, lora_dropout=0.2)}
 MAX_STEPS = 40
 NUM_KILLS = 12
-"""More on a machine that is busy and so does not get far."""
+"""More attempts on a busy machine, where each does fewer steps."""
 
 
 def build_model(adapter_name: str, checkpoint: Path | None) -> BloomForCausalLM:
@@ -77,7 +77,7 @@ class Saver:
 
 
 def attempt(adapter_name: str, output_dir: Path) -> None:
-    """Start, or go on from the newest checkpoint, and write the learned weights at the end."""
+    """Start, or resume from the newest checkpoint, and write the learned weights at the end."""
     checkpoint = newest_checkpoint(output_dir)
     trainer = Trainer(
         build_model(adapter_name, checkpoint),
@@ -91,7 +91,7 @@ def attempt(adapter_name: str, output_dir: Path) -> None:
         tensors, _ = trainer.state()
         trainer.load_state(tensors, load_training_state(checkpoint, tensors))
     train(trainer, LoopConfig(max_steps=MAX_STEPS, save_steps=3), Saver(trainer, output_dir))
-    prune_checkpoints(output_dir, 2)  # the last kill may have come between the last save and its pruning
+    prune_checkpoints(output_dir, 2)  # the last kill may have come after the last save and before its pruning
     with atomic_directory(output_dir / "final") as directory:
         torch.save(dict(trainer.model.named_parameters()), directory / "weights.pt")
 
@@ -109,9 +109,11 @@ def fork_attempt(adapter_name: str, output_dir: Path) -> int:
 
 
 def main(adapter_name: str, directory: Path) -> None:
-    """Run once undisturbed, then once killed again and again; print the steps that each attempt began from."""
+    """Do one run undisturbed and one that is killed again and again; print the step at which each attempt began."""
     torch.set_num_threads(1)
-    attempt(adapter_name, directory / "warm")  # whatever is imported at the first step is imported before the forks
+    attempt(
+        adapter_name, directory / "warm"
+    )  # so that modules which the first step imports are imported before the forks
     start = time.monotonic()
     _, status = os.waitpid(fork_attempt(adapter_name, directory / "whole"), 0)
     if status != 0:
@@ -134,7 +136,7 @@ def main(adapter_name: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter_name", ["full", "lora"])
-def test_killed_and_started_again_gives_the_same_weights(adapter_name: str, tmp_path: Path) -> None:
+def test_a_killed_and_restarted_run_gives_the_same_weights(adapter_name: str, tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "tests.unit.test_kill_resume", adapter_name, str(tmp_path)],
         cwd=Path(__file__).parents[2],
@@ -146,7 +148,7 @@ def test_killed_and_started_again_gives_the_same_weights(adapter_name: str, tmp_
     )
     assert process.returncode == 0, process.stderr
     began_from = [int(line) for line in process.stdout.split()]
-    assert len(set(began_from)) >= 3, began_from  # it was killed, and went on, at several places
+    assert len(set(began_from)) >= 3, began_from  # it was killed and resumed at several steps
     whole, killed = (torch.load(tmp_path / run / "final" / "weights.pt") for run in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     for name, expected in whole.items():

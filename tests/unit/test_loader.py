@@ -35,16 +35,16 @@ def test_collate_packs_and_shifts():
     assert IGNORE_INDEX == -100
 
 
-def test_collate_without_source_learns_all_but_the_first():
+def test_collate_without_source_learns_all_tokens_but_the_first():
     batch = collate([example(7, 8, 2, source=0)])
     assert (batch.tokens.tolist(), batch.labels.tolist()) == ([7, 8], [8, 2])
     assert batch.num_supervised_tokens == 2
 
 
-def test_loss_of_a_batch_is_that_of_whole_padded_examples():
-    # The slow way: every example whole, logits of position i against token i + 1, the source masked.
+def test_loss_of_a_packed_batch_equals_that_of_padded_examples():
+    # the oracle: whole padded examples, logits of position i with token i + 1, source tokens masked
     examples = [example(5, 6, 7, 8, 2, source=2), example(9, 1, 2, source=1)]
-    table = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))  # "logits" by token: a bigram model
+    table = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))  # logits of a bigram model, by token
     batch = collate(examples)
     packed = torch.nn.functional.cross_entropy(table[batch.tokens], batch.labels, reduction="sum")
     whole = torch.tensor(0.0)
@@ -55,7 +55,7 @@ def test_loss_of_a_batch_is_that_of_whole_padded_examples():
     torch.testing.assert_close(packed, whole)
 
 
-def test_batch_moves():
+def test_a_batch_moves_to_a_device():
     batch = collate(numbered(2)).to("meta")
     assert isinstance(batch, Batch)
     assert batch.tokens.device.type == batch.labels.device.type == "meta"
@@ -72,7 +72,7 @@ def test_epoch_in_order_keeps_the_short_last_batch():
 
 def test_shuffle_by_value():
     loader = BatchLoader(numbered(8), 4, shuffle=True, seed=42)
-    # PCG64 of SeedSequence([42, 0]) and [42, 1], sorted: the same on every machine and with every numpy.
+    # sorted draws of PCG64 with SeedSequence([42, 0]) and [42, 1], equal on every machine and numpy
     assert order(loader) == [[4, 1, 3, 6], [0, 7, 2, 5]]
     assert order(loader) == [[1, 2, 5, 3], [6, 0, 4, 7]]
 
@@ -103,7 +103,7 @@ def test_resumes_after_any_batch(stop):
     for batch in batches(first):
         seen.append(batch)
         if len(seen) == stop:
-            state = json.loads(json.dumps(first.state_dict()))  # as it is while the batch is in use
+            state = json.loads(json.dumps(first.state_dict()))  # the state while the batch is in use
             break
     second = BatchLoader(examples, 2, shuffle=True, seed=3)
     second.load_state_dict(state)
@@ -113,7 +113,7 @@ def test_resumes_after_any_batch(stop):
 
 
 class OfLengths(list):
-    """Example i has the given number of tokens, all of them i."""
+    """Examples with the given numbers of tokens; all tokens of example i are i."""
 
     def __init__(self, lengths):
         super().__init__(example(*[number] * length, source=1) for number, length in enumerate(lengths))
@@ -141,7 +141,7 @@ def test_token_budget_holds_and_loses_nothing():
 
 
 def test_token_budget_by_hand():
-    # positions 39, 16, 17, 15, 100: classes 48, 16, 32, 16, 112; the last is longer than a batch
+    # positions 39, 16, 17, 15, 100 have classes 48, 16, 32, 16, 112; the last example is longer than a batch
     loader = BatchLoader(OfLengths([40, 17, 18, 16, 101]), TokenBudget(64), shuffle=False)
     assert batches_of(loader) == [[0, 1], [2, 3], [4]]
 
@@ -206,7 +206,7 @@ def test_batches_of_a_file(tmp_path):
     rows = [{"src": "the the", "tgt": "and"}, {"src": "中", "tgt": "the"}]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for _ in range(2):  # tokenised, then mapped from the cache
+    for _ in range(2):  # first tokenised, then mapped from the cache
         examples = load_examples(path, make_tokenizer(), src_length=8, tgt_length=8, cache_dir=tmp_path)
         (batch,) = BatchLoader(examples, 8, shuffle=False)
         assert batch.tokens.tolist() == [261, 262, 264, 269, 261]

@@ -32,7 +32,7 @@ from tests.tiny_checkpoint import learned_tensors
 
 V = 40
 LENGTHS = [(3, 9), (5, 2), (1, 4), (6, 12), (2, 2), (4, 7), (2, 10), (7, 3)]
-"""Source and target tokens of the examples: means of means differ from the mean over tokens."""
+"""Source and target lengths, chosen so that a mean of means differs from the mean over all tokens."""
 FP16_O1 = Precision(compute_dtype=torch.float16)
 
 
@@ -100,7 +100,7 @@ def assert_equal_weights(found: dict[str, Tensor], expected: dict[str, Tensor], 
 
 
 def recorded_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """Filled by the next update with the gradients that the optimizer sees."""
+    """A dictionary that the next update fills with the gradients that the optimizer sees."""
     seen: dict[str, Tensor] = {}
 
     def step() -> None:
@@ -111,7 +111,7 @@ def recorded_gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def oracle_gradients(model: BloomForCausalLM, examples: Sequence[Example]) -> tuple[float, dict[str, Tensor]]:
-    """Each example alone through the plain forward pass and cross entropy, averaged over supervised tokens."""
+    """Mean loss over supervised tokens and its gradients, from logits and cross entropy of one example at a time."""
     total, count = torch.zeros(()), 0
     for example in examples:
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
@@ -130,7 +130,7 @@ def oracle_gradients(model: BloomForCausalLM, examples: Sequence[Example]) -> tu
     "adapter", [FullTuning(), LoraConfig(r=2), PrefixConfig(num_prefix_tokens=3, prefix_projection=True)]
 )
 @pytest.mark.parametrize("batch_size", [8, 3])
-def test_gradients_are_those_of_each_example_alone(
+def test_gradients_equal_those_of_single_examples(
     adapter: Adapter, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(adapter)
@@ -149,9 +149,9 @@ def test_gradients_are_those_of_each_example_alone(
     assert result.num_tokens == sum(source + target - 1 for source, target in LENGTHS)
 
 
-def test_accumulating_is_the_large_batch() -> None:
+def test_accumulation_equals_one_large_batch() -> None:
     large, small = tiny_model(), tiny_model()
-    # the gradient of the key's bias is rounding alone, which AdamW with its usual epsilon would blow up
+    # the gradient of the key's bias is only rounding error, which AdamW with its usual epsilon would amplify
     options = {"examples": some_examples(3), "epsilon": 1e-3}
     trainers = [
         some_trainer(large, batch_size=8, **options),
@@ -174,7 +174,7 @@ def test_recompute_changes_nothing() -> None:
     assert_equal_weights(weights(recomputed), weights(plain))
 
 
-def test_an_epochs_last_step_takes_what_is_left() -> None:
+def test_the_last_step_of_an_epoch_takes_the_remaining_batches() -> None:
     trainer = some_trainer(tiny_model(), batch_size=3, gradient_accumulation_steps=2)
     supervised = [trainer.run_step().num_supervised_tokens for _ in range(4)]
     targets = [target for _, target in LENGTHS]
@@ -195,7 +195,7 @@ def test_clipping(max_grad_norm: float, monkeypatch: pytest.MonkeyPatch) -> None
     assert_equal_weights(seen, {name: g * factor for name, g in expected.items()}, 2e-6)
 
 
-def test_the_loss_scale_is_taken_out_of_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_do_not_include_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     _, expected = oracle_gradients(model, some_examples()[:4])
     trainer = some_trainer(model, precision=FP16_O1, max_grad_norm=0.5)
@@ -206,7 +206,7 @@ def test_the_loss_scale_is_taken_out_of_the_gradients(monkeypatch: pytest.Monkey
     assert_equal_weights(seen, {name: g * 0.5 / exact_norm for name, g in expected.items()}, 3e-3)
 
 
-def test_only_the_adapter_moves() -> None:
+def test_only_the_adapter_changes() -> None:
     for adapter in (LoraConfig(r=2), PrefixConfig(num_prefix_tokens=2)):
         model = tiny_model(adapter)
         before = weights(model)
@@ -217,7 +217,7 @@ def test_only_the_adapter_moves() -> None:
         assert moved == set(learned_tensors(model))
 
 
-def test_learning_rate_of_the_step_is_used() -> None:
+def test_each_step_uses_its_learning_rate() -> None:
     model = tiny_model()
     before = weights(model)
     trainer = some_trainer(model)
@@ -268,8 +268,8 @@ def test_half_precision_follows_fp32(dtype: torch.dtype, half_weights: bool) -> 
     assert all(p.dtype is precision.weights_dtype for p in half.parameters())
 
 
-def test_o2_keeps_updates_below_half_precision() -> None:
-    """With a learning rate under half a bf16 step, weights move only because fp32 masters collect the updates."""
+def test_o2_keeps_updates_smaller_than_half_precision_can_represent() -> None:
+    """Updates smaller than half a step of bf16 change the weights, because fp32 masters add them up."""
     model = tiny_model().bfloat16()
     trainer = some_trainer(
         model, precision=Precision(compute_dtype=torch.bfloat16, half_weights=True), learning_rate=4e-4
@@ -291,7 +291,9 @@ def poison(model: BloomForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("precision", [Precision(), FP16_O1])
-def test_nan_loss_is_named_skipped_and_fatal_after_ten(precision: Precision, caplog: pytest.LogCaptureFixture) -> None:
+def test_nan_losses_skip_steps_and_the_tenth_ends_the_run(
+    precision: Precision, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model()
     trainer = some_trainer(model, precision=precision)
     good = trainer.run_step()
@@ -310,7 +312,7 @@ def test_nan_loss_is_named_skipped_and_fatal_after_ten(precision: Precision, cap
     assert trainer.totals.mean_loss == pytest.approx(good.loss)
 
 
-def test_one_good_step_ends_the_row() -> None:
+def test_a_finite_loss_resets_the_count_of_nan_losses() -> None:
     model = tiny_model()
     trainer = some_trainer(model)
     bias = model.transformer.ln_f.bias.detach().clone()
@@ -323,7 +325,7 @@ def test_one_good_step_ends_the_row() -> None:
     assert trainer.non_finite_steps == 0
 
 
-def test_nothing_to_learn_is_refused() -> None:
+def test_a_run_without_anything_to_learn_is_refused() -> None:
     model = tiny_model()
     model.requires_grad_(False)
     with pytest.raises(TrainingError, match="no parameter"):
@@ -343,7 +345,7 @@ def test_nothing_to_learn_is_refused() -> None:
         (FullTuning(), dataclasses.replace(FP16_O1, initial_loss_scale=2.0**20)),
     ],
 )
-def test_going_on_is_bit_identical(adapter: Adapter, precision: Precision) -> None:
+def test_resuming_is_bit_identical(adapter: Adapter, precision: Precision) -> None:
     def fresh(seed: int) -> Trainer:
         model = tiny_model(adapter, dropout=0.1, seed=seed).to(precision.weights_dtype)
         return some_trainer(model, batch_size=3, gradient_accumulation_steps=2, shuffle=True, precision=precision)
@@ -356,8 +358,8 @@ def test_going_on_is_bit_identical(adapter: Adapter, precision: Precision) -> No
             saved = {name: t.clone() for name, t in tensors.items()}
             saved_weights = weights(whole.model)
     resumed = fresh(9)
-    resumed.run_step()  # leaves nothing behind, not even an epoch begun
-    with torch.no_grad():  # what a checkpoint's weight files restore: frozen weights, and fp32 fully tuned ones
+    resumed.run_step()  # must have no effect after load_state, not even an epoch that has begun
+    with torch.no_grad():  # a checkpoint's weight files restore frozen weights, and weights of full tuning in fp32
         for name, parameter in resumed.model.named_parameters():
             if f"learned/{name}" not in saved:
                 parameter.copy_(saved_weights[name])
@@ -382,7 +384,7 @@ def test_another_seed_is_refused_on_resuming() -> None:
 
 
 class Recorder:
-    """Callbacks that write down what was called."""
+    """Callbacks that record their calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -411,7 +413,7 @@ class Recorder:
         self.calls.append(f"save {step}")
 
 
-def test_callbacks_are_called_when_due() -> None:
+def test_callbacks_are_called_at_their_intervals() -> None:
     recorder = Recorder()
     trainer = some_trainer(tiny_model(), batch_size=3)
     result = train(trainer, LoopConfig(max_steps=5, logging_steps=2, eval_steps=4, save_steps=3), recorder)
@@ -450,16 +452,16 @@ def test_sigterm_saves_and_ends(save_steps: int | None, expected: list[str]) -> 
         result = train(trainer, LoopConfig(max_steps=8), recorder)
         assert recorder.calls == [*expected, "save 5"]
         assert result.interrupted and result.step == 5
-        assert received == []  # repeats, even during the saving, change nothing
+        assert received == []  # repeated signals have no effect, even while saving
         recorder.kill_at, recorder.kills_while_saving = None, 0
         assert not train(trainer, LoopConfig(max_steps=8), recorder).interrupted
         os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]  # the handler outside is back
+        assert received == [signal.SIGTERM]  # the earlier handler is restored
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_evaluation_counts_tokens_not_batches() -> None:
+def test_evaluation_weights_tokens_and_not_batches_equally() -> None:
     model = tiny_model().train()
     examples = some_examples()
     expected, _ = oracle_gradients(model.eval(), examples)

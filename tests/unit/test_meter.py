@@ -1,4 +1,4 @@
-"""Counts of arithmetic against torch's own counter, padding and memory by hand."""
+"""Operations compared with torch's counter; padding and memory compared with numbers worked out by hand."""
 
 import json
 from pathlib import Path
@@ -64,10 +64,10 @@ def learning(adapter: Adapter) -> BloomForCausalLM:
     ],
     ids=["full", "qkv", "all", "last", "prefix"],
 )
-def test_flops_are_those_of_the_products_that_torch_counts(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_equal_those_that_torch_counts(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     model = learning(adapter).train()
     batch = make_batch()
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # whose products the counter does not know
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # the counter does not know the products of oneDNN
     in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: 2 * left[0] * left[1] * right[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         batch_loss(model, batch, Precision(), scale=1.0).backward()
@@ -79,7 +79,7 @@ def test_flops_are_those_of_the_products_that_torch_counts(adapter: Adapter, mon
     assert StepFlops(model).of(LENGTHS, NUM_SUPERVISED) - attention == counted
 
 
-def test_meter_counts_what_it_hands_out() -> None:
+def test_meter_counts_batches_as_they_are_yielded() -> None:
     flops = StepFlops(learning(FullTuning()))
     inner = OneBatch()
     meter = BatchMeter(inner, flops)
@@ -123,8 +123,8 @@ def test_memory_by_kind() -> None:
     }
     half = learning(FullTuning()).to(torch.bfloat16)
     kinds = memory_by_kind(make_trainer(half, Precision(compute_dtype=torch.bfloat16, half_weights=True)), 0)
-    assert (kinds["weights"], kinds["gradients"]) == (2 * size, 4 * size)  # gradients are collected in fp32
-    assert kinds["optimizer"] == 12 * size + steps  # fp32 weights too
+    assert (kinds["weights"], kinds["gradients"]) == (2 * size, 4 * size)  # gradients add up in fp32
+    assert kinds["optimizer"] == 12 * size + steps  # moments and fp32 weights
     assert kinds["activations and the rest"] == 0
 
 

@@ -1,4 +1,4 @@
-"""AdamW's groups and update, and the learning rate of each step, against numbers worked out by hand."""
+"""AdamW's groups and updates, and learning rates, compared with numbers worked out by hand."""
 
 import math
 
@@ -35,8 +35,8 @@ def test_weight_decay_acts_on_matrices_only() -> None:
     assert not is_decayed("transformer.prefix.transform.0.bias")
 
 
-def test_updates_are_those_of_adamw() -> None:
-    """Two updates against the formula of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101."""
+def test_updates_equal_those_of_adamw() -> None:
+    """Two updates compared with the formula of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101."""
     parameters = {
         "h.dense.weight": nn.Parameter(torch.tensor([2.0])),
         "h.dense.bias": nn.Parameter(torch.tensor([2.0])),
@@ -64,7 +64,7 @@ def test_updates_are_those_of_adamw() -> None:
     assert optimizer.defaults["fused"] is True
 
 
-def test_state_in_place_changes_no_update() -> None:
+def test_preallocated_state_changes_no_update() -> None:
     weights = [nn.Parameter(torch.tensor([0.3, -0.7])) for _ in range(2)]
     ours = build_optimizer({"w.weight": weights[0]}, AdamWConfig())
     plain = torch.optim.AdamW([weights[1]], weight_decay=0.0, fused=True)
@@ -102,7 +102,7 @@ def test_schedule_ends_at_the_ratio() -> None:
         assert schedule(10) == schedule(11) == pytest.approx(0.2)
 
 
-def test_warmup_steps_win_over_warmup_ratio() -> None:
+def test_warmup_steps_override_warmup_ratio() -> None:
     assert ScheduleConfig(learning_rate=1.0, warmup_steps=2, warmup_ratio=0.5).over(10).warmup_steps == 2
     ratio = ScheduleConfig(learning_rate=1.0, warmup_ratio=0.25).over(10)
     assert ratio.warmup_steps == 2.5

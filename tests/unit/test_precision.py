@@ -65,7 +65,7 @@ def test_masters_add_gradients_in_fp32_and_keep_small_updates() -> None:
     learned = LearnedParameters([("w", weight)])
     master = learned.optimized["w"]
     assert master.dtype is torch.float32
-    # in bf16, 1 + 2**-9 is 1 again: eight additions would be lost one by one
+    # in bf16, 1 + 2**-9 rounds to 1, so each of eight additions would be lost
     (weight * 1.0).backward()
     for _ in range(8):
         (weight * 2.0**-9).backward()

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go."""
+"""The numbers of a run in its log, on the screen, in TensorBoard, in files of results and in a picture."""
 
 import io
 import json
@@ -122,7 +122,7 @@ def test_a_terminal_gets_a_bar_and_evaluations_above_it(tmp_path: Path) -> None:
     assert "step 5/8  epoch" not in text
 
 
-def test_going_on_leaves_no_step_twice(tmp_path: Path) -> None:
+def test_resuming_repeats_no_step_in_the_log(tmp_path: Path) -> None:
     history = History(max_steps=8, num_train_epochs=2.0)
     reporter, _ = reporter_in(tmp_path, history)
     for step in (1, 2, 3, 4):
@@ -133,7 +133,7 @@ def test_going_on_leaves_no_step_twice(tmp_path: Path) -> None:
             history.note_best(1.5, 2, greater_is_better=False)
             history.write(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "lo')  # killed while writing
+        file.write('{"step": 1, "lo')  # the process was killed while it wrote
     resumed = History(max_steps=10, num_train_epochs=2.5)
     resumed.read_logged(tmp_path)
     assert (resumed.global_step, resumed.max_steps, resumed.best_metric) == (2, 10, 1.5)
@@ -177,7 +177,7 @@ def test_best_follows_the_direction_and_never_nan() -> None:
     assert [step for step, value in values if greater.note_best(value, step, greater_is_better=True)] == [2, 6]
 
 
-def test_metrics_file_starts_empty_and_drops_rubbish(tmp_path: Path) -> None:
+def test_metrics_file_starts_empty_and_drops_incomplete_lines(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     MetricsFile(path, step=0).close()
     assert path.read_text() == ""
@@ -283,7 +283,7 @@ def planned(**options: Any) -> RunPlan:
     return resolve(TrainingConfig(**{"output_dir": "out", **options}), machine)
 
 
-def test_summary_says_what_where_and_next() -> None:
+def test_summary_shows_numbers_files_and_commands() -> None:
     shown = io.StringIO()
     plan = planned(model_name_or_path="builtin:tiny", dataset_name_or_path="builtin:dates", lora=True)
     print_summary(Console(file=shown, width=100), plan, outcome(), "Date: 3 Mai\nISO:")

@@ -102,7 +102,7 @@ def test_template_fills_any_fields():
 
 def test_template_reads_the_escapes_of_a_shell():
     assert PromptTemplate(r"{a}\n\tb\\n\q").fill(row(a="x")) == "x\n\tb\\n\\q"
-    assert PromptTemplate("{a}").fill(row(a=r"x\n")) == r"x\n"  # only the template's own text
+    assert PromptTemplate("{a}").fill(row(a=r"x\n")) == r"x\n"  # only the text of the template has escapes
 
 
 def test_template_takes_a_missing_input_as_empty():
@@ -212,7 +212,7 @@ def test_damaged_files_say_line_and_reason(tmp_path, name, content, message):
         fields_of(tmp_path / name)
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_files_with_another_ending_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"ends in \.jsonl, \.json, \.csv, not in '\.txt'"):
         FileRows(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(No such file or directory\)"):
@@ -242,7 +242,7 @@ def test_fingerprint_of_a_file_follows_bytes_and_kind(tmp_path):
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
-def test_directory_of_paddlenlp(tmp_path):
+def test_a_directory_as_for_paddlenlp(tmp_path):
     write_split(tmp_path / "train.json", "train")
     write_split(tmp_path / "dev.json", "dev")
     splits = open_dataset(str(tmp_path))
@@ -263,7 +263,7 @@ def test_directory_with_other_names(tmp_path):
         open_dataset(str(tmp_path))
 
 
-def test_data_sets_that_are_not_there(tmp_path):
+def test_missing_data_sets_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"it has no split; expected train\.jsonl"):
         open_dataset(str(tmp_path))
     with pytest.raises(DataError, match="nowhere: no such directory"):
@@ -321,7 +321,7 @@ def test_hub_data_set(monkeypatch):
     assert splits.train.fingerprint() == open_dataset("pairs").train.fingerprint() != splits.dev.fingerprint()
 
 
-def test_hub_errors_are_ours(monkeypatch):
+def test_hub_errors_become_data_errors(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def load_dataset(name, configuration):
@@ -346,7 +346,7 @@ def test_hub_rows_of_any_type_have_a_fingerprint():
 # --- the page of the documentation --------------------------------------------------------------------------------
 
 
-def test_the_files_of_the_documentation_are_as_it_says(tmp_path):
+def test_the_examples_of_the_documentation_are_read(tmp_path):
     page = (Path(__file__).parents[2] / "docs/data-formats.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", page, flags=re.MULTILINE | re.DOTALL))
     for name, content in files.items():

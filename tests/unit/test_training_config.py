@@ -1,4 +1,4 @@
-"""The flags of fine-tuning: PaddleNLP's command lines parse, and what flags mean together."""
+"""The flags of fine-tuning: PaddleNLP's command lines, and what flags mean together."""
 
 import dataclasses
 import importlib.resources
@@ -27,7 +27,7 @@ CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_met
 GPU = dataclasses.replace(CPU, has_cuda=True)
 BARE = Machine(has_cuda=False, has_tensorboard=False, has_matplotlib=False, has_metrics=False)
 
-# The flags that PaddleNLP's page gives for one card; the adapter's own come after them.
+# The flags that PaddleNLP's documentation gives for one GPU, to which tests add those of an adapter.
 PADDLENLP_FLAGS = """--model_name_or_path bigscience/bloom-560m --num_train_epochs 2 --learning_rate 3e-4
     --warmup_ratio 0.06 --weight_decay 0.1 --label_smoothing 0.1 --save_steps 1000 --logging_steps 1 --eval_steps 1000
     --output_dir ./checkpoints/bloom-560m --src_length 500 --tgt_length 100 --min_tgt_length 0
@@ -127,7 +127,7 @@ def test_what_cannot_act_is_refused_with_the_reason(options: dict[str, Any], rea
         resolved(**options)
 
 
-def test_what_serves_one_process_only_is_refused_among_several() -> None:
+def test_flags_for_one_process_are_refused_for_several() -> None:
     several = dataclasses.replace(GPU, world_size=2)
     for flag, options in {
         "--base_quantization int8": {"base_quantization": "int8", "lora": True},
@@ -172,7 +172,7 @@ def test_missing_extras_are_named_before_training() -> None:
         ({"do_eval": True, "evaluation_strategy": "epoch", "eval_steps": 3}, "--eval_steps is not used"),
     ],
 )
-def test_what_does_nothing_is_said(options: dict[str, Any], words: str) -> None:
+def test_flags_that_do_nothing_are_reported(options: dict[str, Any], words: str) -> None:
     assert words in notices(**options)
 
 
@@ -271,14 +271,14 @@ def test_a_run_that_only_evaluates_has_no_training() -> None:
     assert plan.training is None and plan.adapter == FullTuning()
 
 
-def test_flags_end_where_they_are_resolved() -> None:
+def test_only_resolve_reads_the_flags() -> None:
     directory = Path(str(importlib.resources.files("bloomlm.training")))
     users = {path.stem for path in directory.glob("*.py") if "TrainingConfig" in path.read_text(encoding="utf-8")}
-    # run_plan carries them for output_dir, which writes run.yaml and compares it when a run resumes
+    # run_plan keeps the flags for output_dir, which writes run.yaml and compares it when a run resumes
     assert users == {"config", "checks", "resolve", "finetune", "run_plan", "output_dir"}
 
 
-def test_every_flag_teaches() -> None:
+def test_every_flag_has_a_help_text() -> None:
     for item in dataclasses.fields(TrainingConfig):
         assert 10 < len(item.metadata["help"]) < 125, item.name
         assert item.metadata["help"].isascii() and item.metadata["section"]

@@ -50,7 +50,7 @@ def test_a_layout_that_the_files_leave_open_is_asked_for() -> None:
 
 
 def test_how_to_read_paddle_files_is_refused_for_others(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="which says how texts are cut"):
+    with pytest.raises(CheckpointError, match="which says how texts are split"):
         bloomlm.load("builtin:tiny", paddle_tokenization=True)
     with pytest.raises(AdapterError, match="trained_tensor_parallel_degree"):
         bloomlm.load("builtin:tiny", lora_path=tmp_path, trained_tensor_parallel_degree=2)

@@ -331,7 +331,7 @@ def test_a_run_without_anything_to_learn_is_refused() -> None:
     with pytest.raises(TrainingError, match="no parameter"):
         some_trainer(model)
     example = dataclasses.replace(some_examples()[0], num_source_tokens=len(some_examples()[0].tokens))
-    with pytest.raises(TrainingError, match="step 1: its examples have no token"):
+    with pytest.raises(TrainingError, match="step 1: its examples have no supervised token"):
         some_trainer(tiny_model(), examples=[example]).run_step()
 
 

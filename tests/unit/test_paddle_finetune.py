@@ -266,13 +266,13 @@ def test_another_schedule_is_told(material: Path, tmp_path: Path, capsys: pytest
     write_full(tmp_path / "checkpoint-3")
     finetune(flags(material, tmp_path / "checkpoint-3", tmp_path / "out", max_steps=5))
     told = capsys.readouterr().err
-    assert "the learning rate 0.0023, the checkpoint recorded 0.00275" in told
+    assert "the learning rate of the next step is 0.0023, but the checkpoint recorded 0.00275" in told
     assert "give the flags of the recorded run and --max_steps 6" in told
     # at this rate the recorded one is that of two updates, and the third step was skipped
     rate = RATE / (1 - 0.9 * UPDATES / MAX_STEPS)
     finetune(flags(material, tmp_path / "checkpoint-3", tmp_path / "other", learning_rate=rate))
     told = capsys.readouterr().err
-    assert "is 0.00216071 and not 0.00275: 1 steps that fp16 skipped count for the schedule here" in told
+    assert "is 0.00216071 and not 0.00275, because the schedule of bloomlm counts 1 steps that fp16 skipped" in told
     assert "warning" not in told
 
 
@@ -290,15 +290,15 @@ def broken(directory: Path, *names: str) -> Path:
         (write_prefix, LORA, ConfigError, "holds a prefix adapter; to continue training it, give --prefix_tuning"),
         (write_full, LORA, ConfigError, "holds a whole model; to continue training it, leave out --lora"),
         (write_lora, {**LORA, "r": 8}, ConfigError, r"--r is 8, but the adapter in .*checkpoint-3 began with 3"),
-        (write_lora, {**LORA, "lora_alpha": 7.0}, ConfigError, r"--lora_alpha is 7.0, .* begun with 6"),
+        (write_lora, {**LORA, "lora_alpha": 7.0}, ConfigError, r"--lora_alpha is 7.0, .* began with 6"),
         (
             write_lora,
             {**LORA, "target_modules": ("query_key_value", "dense")},
             ConfigError,
-            r"--target_modules is .* begun with \('query_key_value',\)",
+            r"--target_modules is .* began with \('query_key_value',\)",
         ),
         (write_prefix, {**PREFIX, "num_prefix_tokens": 7}, ConfigError, r"num_prefix_tokens is 7, .* with 6"),
-        (write_full, {"trained_tensor_parallel_degree": 2}, ConfigError, "ranks of a whole model are seen in its"),
+        (write_full, {"trained_tensor_parallel_degree": 2}, ConfigError, "For a whole model its files show the degree"),
         (write_lora, {**LORA, "prefix_layout": "old"}, ConfigError, "add --prefix_tuning"),
         (
             lambda directory: write_prefix(directory, multi_query_group_num=None),
@@ -360,7 +360,7 @@ def test_flags_for_paddles_adapters_need_one(material: Path, tmp_path: Path) -> 
 def test_later_checkpoints_of_paddlenlps_are_not_replaced(material: Path, tmp_path: Path) -> None:
     write_full(tmp_path / "checkpoint-3")
     write_full(tmp_path / "checkpoint-5")
-    with pytest.raises(ConfigError, match=r"holds checkpoint-5 of another program's run, which this one"):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-5 of another program, which this run would replace"):
         finetune(flags(material, tmp_path / "checkpoint-3", tmp_path))
     write_full(tmp_path / "mine")
     with pytest.raises(ConfigError, match="expected a directory named checkpoint-STEP"):
@@ -368,7 +368,7 @@ def test_later_checkpoints_of_paddlenlps_are_not_replaced(material: Path, tmp_pa
 
 
 def test_paddle_tokenization(material: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds tokenizer\.json, which says how texts are cut"):
+    with pytest.raises(CheckpointError, match=r"holds tokenizer\.json, which says how texts are split"):
         finetune(flags(material, None, tmp_path / "out", paddle_tokenization=True))
     model = tmp_path / "model"
     shutil.copytree(material / "model", model)

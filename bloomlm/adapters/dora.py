@@ -64,6 +64,16 @@ class DoraLinear(LoRALinear):
             squares = torch.cat([updated.square().sum(1) for _, updated in self.updated_rows(whole)])
             return self.partition.leave(squares).sqrt()
 
+    @property
+    def num_weight_products(self) -> int:
+        """2 with dropout, because x and the dropped x are multiplied with the weight."""
+        return 2 if self.config.lora_dropout else 1
+
+    @property
+    def pass_flops(self) -> int:
+        """The product of lora_B and lora_A for the norms."""
+        return 2 * self.weight.numel() * len(self.lora_A)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
         dropped = self.dropped(x)

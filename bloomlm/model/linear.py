@@ -160,6 +160,16 @@ class Linear(nn.Linear):
         """Matrices of a low-rank update beside the weight, in the order of their products; () without an update."""
         return ()
 
+    @property
+    def num_weight_products(self) -> int:
+        """Number of products with the weight in a forward pass of training."""
+        return 1
+
+    @property
+    def pass_flops(self) -> int:
+        """Operations of an update in a forward pass, without gradient, whose number does not depend on the tokens."""
+        return 0
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         partition = self.partition

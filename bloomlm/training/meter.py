@@ -38,7 +38,7 @@ class StepFlops:
         config = model.config
         self._num_virtual = model.transformer.num_virtual_tokens
         embedding = model.transformer.word_embeddings.weight
-        self._per_token = self._forward_per_token = 0
+        self._per_token = self._forward_per_token = self._per_pass = 0
         # the gradient of a layer's input is needed if something before the layer learns
         needs_input_gradient = model.transformer.word_embeddings.learns
         for block in model.transformer.h:
@@ -46,8 +46,10 @@ class StepFlops:
                 if not isinstance(module, Linear):
                     continue
                 passes = 1 + needs_input_gradient + module.weight.requires_grad
-                self._per_token += 2 * module.weight.numel() * passes
-                self._forward_per_token += 2 * module.weight.numel()
+                weight_flops = 2 * module.weight.numel() * module.num_weight_products
+                self._per_token += weight_flops * passes
+                self._forward_per_token += weight_flops
+                self._per_pass += module.pass_flops
                 for number, matrix in enumerate(module.update_matrices):
                     # the gradient of what comes from a matrix that learns is always needed
                     self._per_token += 2 * matrix.numel() * (2 + (needs_input_gradient or number > 0))
@@ -61,12 +63,13 @@ class StepFlops:
     def recomputed(self, lengths: Sequence[int]) -> int:
         """Operations of a batch that recompute repeats, which are the forward pass of the blocks."""
         pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
-        return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs
+        return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs + self._per_pass
 
     def of(self, lengths: Sequence[int], num_supervised_tokens: int) -> int:
         """Operations of a batch with documents of these lengths (T) and a number of supervised tokens (M)."""
         pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
-        return self._per_token * sum(lengths) + self._per_pair * pairs + self._per_supervised * num_supervised_tokens
+        per_tokens = self._per_token * sum(lengths) + self._per_supervised * num_supervised_tokens
+        return per_tokens + self._per_pair * pairs + self._per_pass
 
 
 class BatchMeter:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
+from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.data.loader import Batch
@@ -61,8 +62,10 @@ def learning(adapter: Adapter) -> BloomForCausalLM:
         LoraConfig(r=3, target_modules=BLOCK_LINEARS),
         LoraConfig(r=2, target_modules=("dense_4h_to_h",)),
         PrefixConfig(num_prefix_tokens=4),
+        DoraConfig(r=2),
+        DoraConfig(r=3, target_modules=BLOCK_LINEARS, lora_dropout=0.5),
     ],
-    ids=["full", "qkv", "all", "last", "prefix"],
+    ids=["full", "qkv", "all", "last", "prefix", "dora", "dora with dropout"],
 )
 def test_flops_equal_those_that_torch_counts(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     model = learning(adapter).train()

@@ -1,1 +1,1 @@
-"""From a checkpoint to a program that runs without the model's code: trace, quantise, compile, compare."""
+"""From a model to a program that runs without the model's code: trace, quantise, compile, compare."""

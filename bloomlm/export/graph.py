@@ -1,11 +1,11 @@
-"""BLOOM's forward pass as two pure functions of weights, cache and tokens: what is traced, compiled and shipped.
+"""BLOOM's forward pass as pure functions of weights, cache and tokens, which are traced, compiled and shipped.
 
-It states the arithmetic of bloomlm.model once more, because a program needs other shapes: weights of all blocks stacked
-(so that a program has some twenty inputs, memory-mapped, and not hundreds), a cache that is an input and is written in
-place, tensors where the model has Python numbers. The tests and every export compare the two by value.
+It states the arithmetic of bloomlm.model a second time, because a program needs other shapes: weights stacked over the
+blocks, a cache that is an input and is written in place, and tensors where the model has Python numbers. The tests and
+every export compare the two by value.
 
-The cache has rows, each filled as [virtual tokens][tokens] from its first slot on; a call is told which of them it
-continues. ALiBi sees distances only, so the number of a slot serves as position.
+The cache has rows, each filled as [virtual tokens][tokens] from its first slot on; a call names the rows that it
+continues. ALiBi depends on distances only, so the number of a slot serves as the position.
 
 Shapes: R rows of the cache, B rows of a call, S slots that the longest of these uses (the new tokens' included),
 M slots of the cache, N packed new tokens, L blocks, H heads, K head_dim, D hidden, V vocabulary, C position columns.
@@ -25,26 +25,26 @@ from bloomlm.model.config import BloomConfig
 _BLOCK_ELEMENTS = 2**21
 """Elements that many_rows decodes at a time: 8 MiB in fp32, which stay in a processor's caches until they are used."""
 _PAD_SCORE = -1.0e5
-"""The score of a pad: beside any real key its share of the softmax is 0 in fp32."""
+"""The score of a pad; beside any real score its softmax is 0 in fp32."""
 
 Weights = Mapping[str, Tensor]
 Multiply = Callable[[Tensor, Tensor], Tensor]
-"""x W^T of fp32 tensors, by a library: [N, in], [out, in] -> [N, out]."""
+"""A library's x W^T in fp32: [N, in], [out, in] -> [N, out]."""
 Decode = Callable[[Parts], Tensor]
-"""From the encoded matrix to the matrix in fp32."""
+"""From an encoded matrix to the matrix in fp32."""
 Product = Callable[[Tensor, Parts], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Graph(nn.Module):
-    """What prefill and decode_step share.
+    """The common part of the functions.
 
     Args:
         config: the model's shape.
-        weights: how matrices are kept.
-        linear: x W^T with a block's matrix.
-        head: x W^T with the vocabulary's, [B, D] -> [B, V].
+        weights: how matrices are stored.
+        linear: x W^T with a matrix of a block.
+        head: x W^T with the word embedding, [B, D] -> [B, V].
     """
 
     def __init__(self, config: BloomConfig, weights: WeightFormat, *, linear: Product, head: Product) -> None:
@@ -58,9 +58,9 @@ class Graph(nn.Module):
         """From ids [N] to hidden states [N, D] before the last norm.
 
         Args:
-            tokens: ids.
-            weights: all of them.
-            attend: queries, keys and values of the new tokens, [N, H, K] each, and the block's number -> [N, D].
+            tokens: [N] int64.
+            weights: all weights; see weight_entries.
+            attend: from queries, keys and values of the new tokens, [N, H, K] each, and the block's number to [N, D].
         """
         embedding = {name: part[tokens] for name, part in parts_of(weights, EMBEDDING).items()}
         x = self._norm(self.weights.decode(embedding), weights, "word_embeddings_layernorm")
@@ -111,13 +111,13 @@ class Prefill(Graph):
 
         Args:
             tokens: [N] int64 ids of all prompts, one after another.
-            prompts: [N] int64 prompt of each, 0 .. B - 1.
-            slots: [N] int64 slot of each.
+            prompts: [N] int64 number of each token's prompt, 0 .. B - 1.
+            slots: [N] int64 slot of each token.
             last: [B] int64 place among the N of each prompt's last token.
             rows: [B] int64 row of the cache that each prompt goes to.
             used: [S] int64, 0 .. S - 1.
-            cache: keys of block 0, values of block 0, keys of block 1, ...: [R, H, M, K] fp32 each. The rows hold
-                virtual tokens' and earlier tokens', and numbers behind them; they receive the new ones.
+            cache: keys of block 0, values of block 0, keys of block 1, ...: [R, H, M, K] fp32 each. The rows hold the
+                virtual and the earlier tokens, and finite numbers behind them; they receive the new tokens.
             weights: see weight_entries.
         """
         num_slots, head_dim = used.shape[0], self.config.head_dim
@@ -132,7 +132,7 @@ class Prefill(Graph):
             keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
             queries = torch.zeros_like(keys)
             queries[prompts, :, slots] = query
-            # no token sees what lies behind the end of a shorter row, because that comes later
+            # slots behind the end of a shorter row come later than its tokens, so the causal mask hides them
             out = F.scaled_dot_product_attention(
                 _beside(queries, query_side),
                 _beside(keys, key_side),
@@ -150,8 +150,8 @@ class DecodeStep(Graph):
     """Appends one token to each of some rows.
 
     Args:
-        attention: slot_attention, or what computes the same.
-        others: as Graph's.
+        attention: slot_attention, or an operator that computes the same.
+        args, others: the arguments of Graph.
     """
 
     def __init__(self, *args: Any, attention: Attention, **others: Any) -> None:
@@ -167,13 +167,13 @@ class DecodeStep(Graph):
         cache: Sequence[Tensor],
         weights: Weights,
     ) -> Tensor:
-        """The logits [B, V] of the token after it.
+        """The logits [B, V] after each token.
 
         Args:
             tokens: [B] int64.
-            rows: [B] int64 row of each, all different.
-            slots: [B] int64 slot of each, which is the number of slots that its row used before.
-            used, cache, weights: as Prefill's.
+            rows: [B] int64 row of each token, all different.
+            slots: [B] int64 slot of each token, which is the number of slots that its row used before.
+            used, cache, weights: see Prefill.
         """
         torch._check(used.shape[0] <= cache[0].shape[2])
 
@@ -188,21 +188,21 @@ class DecodeStep(Graph):
 class Step(Graph):
     """Prefill and decode_step in one, for runtimes whose functions cannot write into their inputs.
 
-    It takes new tokens for every row and gives the cache back with theirs behind it.
+    It takes new tokens for every row, and returns the cache with their keys and values appended.
     """
 
-    def __init__(self, config: BloomConfig, weights: WeightFormat, *, linear: Product, head: Product) -> None:
-        super().__init__(config, weights, linear=linear, head=head)
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
         self.tensors: dict[str, Tensor | list[Tensor]] = {}
-        """The weights, those of the blocks as lists; they become constants of the traced function."""
+        """The weights, as lists where every block has one; they become constants of the traced function."""
 
     def forward(self, tokens: Tensor, starts: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The logits [B, V] after the last token, and the cache with all of them.
+        """The logits [B, V] after the last token, and the cache with all tokens.
 
         Args:
-            tokens: [B, T] int64 new tokens, pads on the left where `starts` says so.
-            starts: [B] int64 first slot of each row that is no pad, among the cache's and the new ones.
-            cache: as Prefill's, [B, H, S, K] each; S may be 0.
+            tokens: [B, T] int64 new tokens, padded on the left.
+            starts: [B] int64 first slot of each row without pads, counted over the cache and the new tokens.
+            cache: see Prefill; [B, H, S, K] each, S may be 0.
         """
         num_rows, num_new = tokens.shape
         head_dim = self.config.head_dim
@@ -232,12 +232,11 @@ def slot_attention(
 
     Args:
         query: [B, H, K].
-        keys: [R, H, M, K].
-        values: [R, H, M, K].
-        slopes: [H] of ALiBi.
+        keys, values: [R, H, M, K] each.
+        slopes: [H] slopes of ALiBi.
         rows: [B] int64 row of each token.
         slots: [B] int64 slot of each token.
-        used: [S] int64, 0 .. S - 1, S being the largest of slots + 1.
+        used: [S] int64, 0 .. S - 1, where S is the largest of slots + 1.
     """
     num_slots, head_dim = used.shape[0], query.shape[2]
     keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
@@ -255,7 +254,7 @@ def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F
         x: [N, in].
         parts: the encoded matrix.
         decode: decodes a block of at most _BLOCK_ELEMENTS elements.
-        multiply: the product with a decoded block.
+        multiply: multiplies with a decoded block.
     """
     if parts["weight"].dtype is torch.float32:
         return multiply(x, parts["weight"])
@@ -268,7 +267,7 @@ def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F
 
 
 def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:
-    """The tensors that stand for one matrix."""
+    """The tensors of one encoded matrix; with layer, those of one block."""
     names = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" in weights}
     return {suffix: weights[full] if layer is None else weights[full][layer] for suffix, full in names.items()}
 

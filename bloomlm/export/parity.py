@@ -16,7 +16,7 @@ from torch import Tensor
 from bloomlm.errors import ProgramError
 from bloomlm.generation.language_model import LanguageModel
 
-# Written for this comparison. How well a model predicts them does not matter; both sides have to agree.
+# Written for this comparison. A model need not predict them well; both sides have to agree.
 TEXTS = (
     "The lighthouse stood at the end of a long breakwater, and every evening the keeper walked out to it "
     "with a can of oil, a loaf of bread and the newspaper of the day before. In winter the waves came over "
@@ -61,7 +61,7 @@ class Parity:
     largest_difference: float
     """Largest absolute difference of a logit."""
     equal_tokens: float
-    """Share of positions at which both have the same likeliest token."""
+    """Share of positions at which both sides have the same likeliest token."""
     clear_tokens_differ: int
     """Positions at which the tokens differ although the model's two best logits are further apart than twice the
     largest difference there."""
@@ -89,7 +89,7 @@ class Parity:
 
 
 def comparison_tokens(encoded: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
-    """Prompts of unequal length, and the tokens that are forced after them.
+    """Prompts of unequal length, and the tokens that follow them.
 
     Args:
         encoded: ids of TEXTS.
@@ -103,13 +103,13 @@ def comparison_tokens(encoded: Sequence[Sequence[int]]) -> tuple[list[list[int]]
 
 
 def compare(model: LanguageModel, program: LanguageModel, prompts: Sequence[Sequence[int]], forced: Tensor) -> Parity:
-    """Run both sides over the same tokens.
+    """Run a model and a program over the same tokens.
 
     Args:
-        model: the one that was exported.
-        program: what was exported from it.
+        model: the model that was exported.
+        program: the program's model.
         prompts: B lists of ids.
-        forced: [B, F] ids that follow them.
+        forced: [B, F] ids that follow the prompts.
     """
     tally = _Tally()
     steps = forced.shape[1]

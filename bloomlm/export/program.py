@@ -31,11 +31,11 @@ class ExportResult:
     files: Mapping[str, int]
     """Name -> bytes."""
     is_compiled: bool
-    """Whether there was a compiler."""
+    """Whether the program was compiled, for which there must be a compiler."""
     parity: Parity | None
-    """The comparison with the model; None where it was not asked for or not possible."""
+    """The comparison with the model; None where it was not wanted or not possible."""
     not_compared: str | None
-    """Why a comparison was not possible: what runs the program is not installed."""
+    """Why a comparison was not possible: the library that runs the program is missing. None otherwise."""
 
 
 def export_program(
@@ -51,23 +51,24 @@ def export_program(
     verify: bool = True,
     on_stage: OnStage = lambda stage, share: None,
 ) -> ExportResult:
-    """Write a model, its adapter folded in, as a program.
+    """Write a model as a program, its adapter included.
 
     Args:
-        model: in eval mode on the CPU; LoRA is added in, a prefix becomes the beginning of every cache.
-        tokenizer: written beside it.
-        path: directory and prefix, e.g. inference/bloom; an older program of this name is replaced.
-        source: what the model is called.
+        model: in eval mode on the CPU. LoRA is merged, and a prefix becomes the beginning of every cache.
+        tokenizer: written beside the program.
+        path: directory and prefix, for example inference/bloom; an older program of this name is replaced.
+        source: name or path of the model.
         format: a key of export.formats.FORMATS.
-        dtype: precision of the matrices; None: the model's, or float32 where the format keeps no other.
-        quantization: none, int8 or int4, as far as the format has them.
-        max_new_tokens: tokens that the program generates unless told otherwise.
-        verify: compare with the model where what runs the program is installed, and refuse a program that differs.
+        dtype: precision of the matrices; None: the model's, or float32 where the format does not have that.
+        quantization: one of export.weights.QUANTIZATIONS that the format has.
+        max_new_tokens: default number of tokens that the program generates.
+        verify: compare the program with the model, if the library that runs it is installed, and refuse it if they
+            differ.
         on_stage: receives the progress.
 
     Raises:
         ProgramError: the program differs from the model, or cannot be compiled or written.
-        ConfigError, CheckpointError: the model cannot be kept in this format, precision or quantisation.
+        ConfigError, CheckpointError: the model cannot be stored in this format, precision or quantisation.
     """
     form = FORMATS[format]
     job = ExportJob(
@@ -90,7 +91,7 @@ def export_program(
 
 @contextmanager
 def _staged(path: Path) -> Iterator[Path]:
-    """A directory to fill, whose files then move to path's directory; after an error nothing is left of it."""
+    """A temporary directory, whose files move to path's directory at the end; after an error it is deleted."""
     if path.name in ("tokenizer", "tokenizer_config", "special_tokens_map", "config") or path.is_dir():
         raise ProgramError(
             f"--output_path {path} is {'a directory' if path.is_dir() else 'the name of a file beside it'}; give a "
@@ -106,7 +107,7 @@ def _staged(path: Path) -> Iterator[Path]:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Replace the files of an older program, the manifest last; other files whose names begin alike stay."""
+    """Replace the files of an older program, the manifest last. Other files with the same prefix stay."""
     manifest = path.with_name(f"{path.name}.json")
     try:
         older = [manifest.name, *Manifest.read(manifest).files]
@@ -150,7 +151,7 @@ def _write_tokenizer(job: ExportJob, directory: Path) -> str:
     """Write the tokenizer's files; returns its fingerprint.
 
     Raises:
-        ProgramError: other programs where this one goes have another tokenizer, which these files would replace.
+        ProgramError: the directory holds a program with another tokenizer, which would be replaced.
     """
     job.tokenizer.save(directory)
     fingerprint = Tokenizer.from_directory(directory).fingerprint
@@ -195,7 +196,7 @@ def _compare(
 
 
 def _limits(job: ExportJob, form: ExportFormat) -> str:
-    """Key, in parity.LIMITS, of what the program must keep to."""
+    """The key in parity.LIMITS of the program's limits."""
     if job.quantization != "none":
         return job.quantization
     # a model in 16 bits rounds every activation, whatever its program does

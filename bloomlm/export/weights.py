@@ -1,4 +1,4 @@
-"""How an exported program stores its weights: each matrix in fp32, 16 bits, int8 or int4, and all of them in one file.
+"""How an exported program stores its weights: each matrix in fp32, 16 bits, int8 or int4, and all in one file.
 
 A WeightFormat encodes a matrix as one or two tensors and decodes it. In the file every tensor is stacked over the
 blocks, so that a program has some twenty inputs and not hundreds. The file is written one matrix at a time: the weights
@@ -128,7 +128,7 @@ class Int4:
         }
 
     def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
-        """Round to integers from -8 to 7, with the one of a few scales that has the least squared error."""
+        """Round to integers from -8 to 7, with the scale of the least squared error among a few."""
         num_out, num_in = matrix.shape
         shapes = self.entries(num_out, num_in)
         parts = {key: torch.empty(entry.shape, dtype=entry.dtype) for key, entry in shapes.items()}
@@ -151,19 +151,12 @@ class Int4:
 
 
 def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
-    """The format that the flags ask for.
-
-    Args:
-        quantization: one of QUANTIZATIONS.
-        dtype: precision without quantisation.
-    """
-    if quantization == "none":
-        return Plain(dtype)
-    return Int8() if quantization == "int8" else Int4()
+    """The format for one of QUANTIZATIONS; without quantisation, plain numbers of a dtype."""
+    return format_of({"int8": torch.int8, "int4": torch.uint8}.get(quantization, dtype))
 
 
 def format_of(dtype: torch.dtype) -> WeightFormat:
-    """The format whose weights have this dtype."""
+    """The format whose stored numbers have a dtype."""
     if dtype is torch.int8:
         return Int8()
     return Int4() if dtype is torch.uint8 else Plain(dtype)
@@ -222,13 +215,13 @@ def write_weights(
 
     Args:
         path: a new file.
-        model: with LoRA, which is added in, with a prefix, whose keys and values are kept, or plain.
+        model: the model; updates of an adapter are merged, and a prefix's keys and values are stored.
         weights: how matrices are stored.
-        entries: what weight_entries returns for the model.
+        entries: the result of weight_entries for the model.
         on_parameter: called after each parameter of the model.
 
     Raises:
-        CheckpointError: a weight cannot be stored this way, or the file cannot be written.
+        CheckpointError: a weight cannot be stored in this format, or the file cannot be written.
     """
     header, starts = build_header(entries, {"format": "pt"})
     try:
@@ -258,7 +251,7 @@ def virtual_tokens(model: BloomForCausalLM) -> Tensor | None:
 def named_tensors(
     model: BloomForCausalLM, weights: WeightFormat, on_parameter: Callable[[], None] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a program but the virtual tokens, as NAME or NAME@BLOCK, blocks in order."""
+    """Every tensor of a program except virtual tokens, named NAME or NAME@BLOCK, blocks in order."""
     yield SLOPES, torch.tensor(head_slopes(model.config.n_head))
     for name, parameter in merged_parameters(model, torch.float32):
         *_, module, kind = name.split(".")

@@ -55,7 +55,7 @@ class Manifest:
     tokenizer: str
     """Fingerprint of its tokenizer, which programs in one directory share."""
     max_new_tokens: int
-    """Tokens to generate unless told otherwise."""
+    """Default number of tokens to generate."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """pt2: name -> [dtype, shape] of every tensor in the weights file, in the order of the program's inputs."""
     instruction_set: str | None = None
@@ -95,9 +95,9 @@ class Manifest:
                 f"{path} is of version {values.get('version')}, this bloomlm runs version {VERSION}; export the "
                 "program again with this bloomlm, or run it with the one that made it"
             )
-        # with wrong sizes compiled code would write outside of its memory
+        # with wrong sizes, compiled code would write outside its memory
         if values.pop("checksum", None) != manifest_checksum(values):
-            raise ProgramError(f"{path} is damaged or was edited: its checksum is not its own; copy it again")
+            raise ProgramError(f"{path} is damaged or was edited: its checksum does not match; copy it again")
         del values["kind"], values["version"]
         try:
             manifest = cls(**values)
@@ -115,8 +115,8 @@ class Manifest:
 
         Args:
             directory: where they lie.
-            hash_file: from a file's name, whether the checksum of the whole file is compared; for other files, the
-                size and the checksum of the beginning.
+            hash_file: from a file's name, whether the checksum of the whole file is compared, or only the size and the
+                checksum of the beginning.
 
         Raises:
             ProgramError: a file is missing, cut short or changed.
@@ -127,12 +127,12 @@ class Manifest:
                 size = path.stat().st_size
                 if size != entry["bytes"]:
                     raise ProgramError(
-                        f"{path} holds {size} bytes, {entry['bytes']} were written: cut short, or of another export; "
+                        f"{path} holds {size} bytes, {entry['bytes']} were written: cut short, or from another export; "
                         "copy all files of the program again"
                     )
                 whole = hash_file(name)
                 if sha256(path, None if whole else _HEAD_BYTES) != entry["sha256" if whole else "head_sha256"]:
-                    raise ProgramError(f"{path} is damaged: its checksum is not the one written; copy it again")
+                    raise ProgramError(f"{path} is damaged: its checksum has changed; copy it again")
             except OSError as error:
                 raise ProgramError(
                     f"{path} cannot be read ({error.strerror}); copy all files of the program"
@@ -140,7 +140,7 @@ class Manifest:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """The size of a file in bytes, its checksum, and the checksum of its beginning."""
+    """The size of a file in bytes, its checksum and the checksum of its beginning."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path), "head_sha256": sha256(path, _HEAD_BYTES)}
 
 

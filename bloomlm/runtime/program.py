@@ -1,4 +1,4 @@
-"""Program: an exported model with its tokenizer, for texts."""
+"""Program: an exported model with its tokenizer, which completes texts."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,8 +17,8 @@ class Program:
     """An exported program, opened.
 
     Args:
-        path: directory and prefix, as given to bloomlm export: inference/bloom.
-        backend: what runs it; "auto" takes the one of its format.
+        path: directory and prefix, as given to bloomlm export, for example inference/bloom.
+        backend: the library that runs it; "auto" takes the one for its format.
         verify_weights: read all weights and compare their checksums first.
 
     Raises:
@@ -55,9 +55,9 @@ class Program:
 
         Args:
             prompts: one text or several.
-            batch_size: prompts computed at once; it changes the speed only.
-            src_length: most tokens of a prompt; the end of a longer one is dropped. None: no cut.
-            options: see bloomlm.GenerationConfig.from_options; max_new_tokens is the program's own by default.
+            batch_size: number of prompts computed at once; it changes the speed only.
+            src_length: the most tokens of a prompt; the end of a longer one is dropped. None: no cut.
+            options: see bloomlm.GenerationConfig.from_options; the manifest has the default of max_new_tokens.
 
         Returns:
             num_return_sequences completions of the first prompt, then of the second, and so on.
@@ -79,7 +79,7 @@ class Program:
         num_done: int = 0,
         on_token: OnToken | None = None,
     ) -> Iterator[Completion]:
-        """Complete prompts batch by batch; see completion.complete."""
+        """Complete prompts batch by batch; see bloomlm.generation.generate.complete."""
         return complete(
             partial(generate, self.model),
             self.tokenizer,

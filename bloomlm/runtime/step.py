@@ -1,7 +1,7 @@
-"""What the onnx and openvino formats share: a function of new tokens and a cache, which returns the grown cache.
+"""The common part of the onnx and openvino formats: a function of new tokens and a cache, which returns the new cache.
 
-Prompts are read one by one, without pads. Rows are decoded together, padded on the left: the function takes their
-caches as one, which is put together anew only when other rows take part than in the step before.
+Prompts are read one by one, without pads. Rows are decoded together: their caches are padded on the left and joined.
+The joined cache is kept from step to step while the same rows take part.
 
 Shapes: B rows, T new tokens, S slots in use, L blocks, H heads, K head_dim, P virtual tokens, V vocabulary.
 """
@@ -25,35 +25,24 @@ Run = Callable[[list[Array]], list[Array]]
 
 
 def virtual_file(prefix: str) -> str:
-    """Name of the file of a prefix adapter's keys and values."""
+    """Name of the file with a prefix adapter's keys and values."""
     return f"{prefix}.virtual.safetensors"
 
 
 def input_names(num_blocks: int) -> list[str]:
-    """What the function takes."""
+    """Names of the function's inputs."""
     return ["tokens", "starts", *(f"past.{index}" for index in range(2 * num_blocks))]
 
 
 def output_names(num_blocks: int) -> list[str]:
-    """What it gives."""
+    """Names of the function's outputs."""
     return ["logits", *(f"present.{index}" for index in range(2 * num_blocks))]
 
 
 class StepModel:
-    """A program of these formats, with the calls of LanguageModel."""
+    """A program with the interface of LanguageModel, given its loaded function; see ProgramFormat.open."""
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str, run: Run) -> None:
-        """Read the virtual tokens.
-
-        Args:
-            manifest: of the program, its files checked.
-            directory: where it lies.
-            prefix: its name.
-            run: the function, loaded by its runtime.
-
-        Raises:
-            ProgramError: the virtual tokens cannot be read.
-        """
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.special_tokens.get("eos_token_id")
@@ -61,7 +50,7 @@ class StepModel:
         self._virtual = _read_virtual(directory / virtual_file(prefix), manifest)
 
     def open_rows(self, num_rows: int, num_tokens: int) -> "StepRows":
-        """Rows for num_rows sequences; their memory grows with them, so num_tokens is not needed."""
+        """Room for num_rows sequences. Their memory grows with them, so num_tokens is not needed."""
         return StepRows(self._run, self._virtual, num_rows)
 
 
@@ -72,9 +61,9 @@ class StepRows:
         self._run = run
         self._virtual = virtual
         self._caches: list[list[Array] | None] = [None] * num_rows
-        """Keys and values of each row by block, [H, S, K] each; None: the row is free."""
+        """Keys and values by block of each row, [H, S, K] each; None: the row is free."""
         self._joined: tuple[list[int], Array, list[Array]] | None = None
-        """Rows of the last step, the first slots [B] of theirs that are no pads, and their caches [B, H, S, K]."""
+        """The rows of the last step, their first slots without pads [B], and their joined caches [B, H, S, K]."""
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to rows, one after another; see ModelRows."""
@@ -101,17 +90,17 @@ class StepRows:
         return torch.from_numpy(logits)
 
     def copy_row(self, source: int, target: int) -> None:
-        """Make the target row equal to the source row; they share memory, which no step writes into."""
+        """Make the target row equal to the source row; they share memory, because no step writes into it."""
         self._caches[target] = self._caches[source]
         self._joined = None
 
     def free(self, row: int) -> None:
-        """Forget what a row holds."""
+        """Let a row be used for another sequence."""
         self._caches[row] = None
         self._joined = None
 
     def _join(self, rows: Sequence[int]) -> tuple[Array, list[Array]]:
-        """The caches of rows, padded on the left, and where each begins."""
+        """The first slots of rows without pads [B], and their caches, padded on the left [B, H, S, K]."""
         caches = [cache for cache in (self._caches[row] for row in rows) if cache is not None]
         assert len(caches) == len(rows), "a row that takes a step is free"
         lengths = [cache[0].shape[1] for cache in caches]
@@ -127,7 +116,7 @@ class StepRows:
 
 
 def _read_virtual(path: Path, manifest: Manifest) -> list[Array]:
-    """The cache before a prompt: virtual tokens' keys and values by block, [1, H, P, K]; P may be 0."""
+    """The cache of a free row: keys and values of virtual tokens by block, [1, H, P, K] each; P may be 0."""
     if not manifest.num_virtual_tokens:
         shape = (1, manifest.n_head, 0, manifest.head_dim)
         return [np.zeros(shape, dtype=np.float32) for _ in range(2 * manifest.n_layer)]

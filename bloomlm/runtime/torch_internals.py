@@ -1,4 +1,4 @@
-"""The private parts of PyTorch that programs need; no other file imports from torch._inductor or torch._C.
+"""The private parts of PyTorch that programs need. No other file imports from torch._inductor or torch._C.
 
 | here | private names | what for |
 |---|---|---|
@@ -8,9 +8,9 @@
 | onednn_takes_inputs | torch._inductor's tables of lowerings | oneDNN's product with weights that are inputs |
 | find_compiler | torch._inductor.config.cpp.cxx | the C++ compiler that PyTorch would call |
 
-Where a PyTorch has no such loader or compiler, open_package and compile_package raise ProgramError; where its compiler
-has no such option, c_function_options returns None and programs call libraries instead. Importing torch._inductor takes
-a second, so every import is inside its function.
+If a PyTorch lacks the loader or the compiler, open_package and compile_package raise ProgramError. If its compiler
+lacks the option for C functions, c_function_options returns None, and programs call libraries instead. Importing
+torch._inductor takes a second, so every import is inside its function.
 """
 
 import shutil
@@ -28,14 +28,14 @@ from bloomlm.errors import ProgramError, first_line
 
 
 def open_package(path: Path, name: str) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Load a compiled function: from a list of all its input tensors, contiguous ones, to its outputs.
+    """Load a compiled function: from a list of all its input tensors, which must be contiguous, to its outputs.
 
     Args:
         path: a package that compile_package wrote.
-        name: of the function in it.
+        name: name of the function in the package.
 
     Raises:
-        ProgramError: it cannot be loaded.
+        ProgramError: the function cannot be loaded.
     """
     try:
         from torch._C._aoti import AOTIModelPackageLoader
@@ -59,8 +59,8 @@ def compile_package(
     Args:
         functions: traced functions by name, with example inputs.
         path: the package to write.
-        instruction_set: what to compile for, as GCC's -march names it.
-        options: more options of the compiler, such as those of c_function_options.
+        instruction_set: the instruction set, as GCC's -march names it.
+        options: more options of the compiler, for example from c_function_options.
         on_share: called after each function with the share of them that is done.
 
     Raises:
@@ -89,10 +89,10 @@ def c_function_options(operators: Sequence[Any], source: str) -> Mapping[str, An
 
     Args:
         operators: overloads of custom operators, such as torch.ops.bloomlm.attend.default.
-        source: C++ that defines aoti_torch_cpu_NAME with C linkage for each of them.
+        source: C++ that defines aoti_torch_cpu_NAME with C linkage for each operator.
 
     Returns:
-        The options; None where this PyTorch has none for it.
+        The options; None if this PyTorch has no such option.
     """
     from torch._inductor import config
 
@@ -111,8 +111,8 @@ def c_function_options(operators: Sequence[Any], source: str) -> Mapping[str, An
 def onednn_takes_inputs() -> Iterator[None]:
     """Let the compiler accept oneDNN's product with any weight.
 
-    The compiler itself inserts that operator for weights that are constants of a program, and refuses others where it
-    meets it. A program's weights are inputs, because they lie in a mapped file.
+    The compiler inserts this operator itself for weights that are constants of a program, and accepts no other weights.
+    Our weights are inputs of the program, because they are in a mapped file.
     """
     from torch._inductor import mkldnn_lowerings  # noqa: F401  (registers the operator's lowering)
     from torch._inductor.ir import TensorBox

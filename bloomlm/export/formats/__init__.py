@@ -1,4 +1,4 @@
-"""The formats of exported programs: one file for each, and this table. bloomlm.runtime.formats has the other side."""
+"""The formats of exported programs: one file for each, and their table. bloomlm.runtime.formats opens the programs."""
 
 from collections.abc import Mapping
 
@@ -9,4 +9,4 @@ from bloomlm.export.formats.openvino import OPENVINO
 from bloomlm.export.formats.pt2 import PT2
 
 FORMATS: Mapping[str, ExportFormat] = {form.name: form for form in (PT2, ONNX, OPENVINO, GGUF)}
-"""By name."""
+"""Name -> format."""

@@ -1,4 +1,4 @@
-"""What the table of formats says of each: what it can hold, how it is written, and what it is compared by."""
+"""A row in the table of formats: what the format can hold, how it is written, and the limits of the comparison."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -26,27 +26,27 @@ class ExportJob:
     model: BloomForCausalLM
     """In eval mode on the CPU, with or without an adapter."""
     tokenizer: Tokenizer
-    """Written beside it."""
+    """Written beside the program."""
     path: Path
-    """Where it goes: directory and prefix."""
+    """Directory and prefix of the program."""
     source: str
-    """What the model is called."""
+    """Name or path of the model."""
     dtype: torch.dtype
     """Precision of the matrices without quantisation."""
     quantization: str
     """One of QUANTIZATIONS."""
     max_new_tokens: int
-    """Tokens that it generates unless told otherwise."""
+    """Default number of tokens that the program generates."""
     on_stage: OnStage
     """Receives the progress."""
 
     @property
     def prefix(self) -> str:
-        """Name of the program, with which its files' names begin."""
+        """The beginning of the names of the program's files."""
         return self.path.name
 
     def count_parameters(self) -> Callable[[], None]:
-        """A function to be called after each parameter that is written; it reports the progress."""
+        """A function to call after each parameter that is written, which reports the progress."""
         total, done = sum(1 for _ in self.model.parameters()), itertools.count(1)
         self.on_stage("weights", 0.0)
         return lambda: self.on_stage("weights", min(1.0, next(done) / total))
@@ -57,32 +57,32 @@ class ExportFormat:
     """One format of exported programs."""
 
     name: str
-    """As the runtime's table has it."""
+    """The key in both tables."""
     write: Callable[[ExportJob, Path], Mapping[str, Any]]
-    """Write the program's files into a directory that has the tokenizer's; returns this format's own manifest fields.
+    """Write the program's files into a directory with the tokenizer; returns the manifest fields of this format.
 
     Raises ProgramError where a library is missing or the format has no place for the model.
     """
     dtypes: tuple[torch.dtype, ...] = _FLOATS
-    """Precisions that it keeps matrices in."""
+    """Precisions in which it can store matrices."""
     quantizations: tuple[str, ...] = QUANTIZATIONS
-    """Those of QUANTIZATIONS that it has."""
+    """The ones of QUANTIZATIONS that it has."""
     has_virtual_tokens: bool = True
     """Whether it has a place for a prefix adapter."""
     float32_limits: str = "float32"
-    """Key, in parity.LIMITS, of what a program in float32 must keep to."""
+    """The key in parity.LIMITS for programs in float32."""
 
     def stored_dtype(self, model: BloomForCausalLM, dtype: torch.dtype | None, quantization: str) -> torch.dtype:
-        """The precision that matrices are kept in.
+        """The precision in which matrices are stored.
 
         Args:
-            model: to be written.
-            dtype: the precision asked for; None: the model's where the format has it, else float32.
-            quantization: the one asked for.
+            model: the model to write.
+            dtype: the wanted precision; None: the model's where the format has it, else float32.
+            quantization: the wanted quantisation.
 
         Raises:
-            ConfigError: the format has no such precision or quantisation.
-            ProgramError: it has no place for the model's adapter.
+            ConfigError: the format does not have the precision or the quantisation.
+            ProgramError: the format has no place for the model's adapter.
         """
         if quantization not in self.quantizations or dtype not in (None, *self.dtypes):
             names = " or ".join(str(kept).removeprefix("torch.") for kept in self.dtypes)

@@ -1,8 +1,8 @@
 """The gguf format, for llama.cpp and the programs built on it; written by the `gguf` package, a matrix at a time.
 
-llama.cpp keeps all queries of a block, then all keys, then all values; BLOOM keeps them head by head. llama.cpp reads
-the tokenizer's vocabulary and merges from the same file. Names and keys are from the `gguf` package's tables and from
-the BLOOM graph of llama.cpp.
+llama.cpp stores all queries of a block, then all keys, then all values; BLOOM stores them head by head. llama.cpp reads
+the tokenizer's vocabulary and merges from the same file. Names and keys come from the tables of the `gguf` package and
+from the BLOOM graph of llama.cpp.
 
 Shapes: H heads, K head_dim, D hidden.
 """
@@ -46,7 +46,7 @@ _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BLOCK_SIZE = 32
 """Neighbouring weights that share a scale in Q8_0 and Q4_0."""
 _CONTEXT_TOKENS = 2048
-"""Length of BLOOM's training sequences: the file must name a length, although ALiBi does not limit it."""
+"""Length of BLOOM's training sequences. The file must give a length, although ALiBi does not limit it."""
 
 
 def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
@@ -55,8 +55,9 @@ def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
     tokenizer = json.loads((directory / TOKENIZER_FILE).read_bytes())
     _check(job.model, tokenizer, job.quantization)
     kind = gguf.GGMLQuantizationType[_QUANTIZED.get(job.quantization) or _PLAIN[job.dtype]]
+    file_type = "ALL_F32" if kind.name == "F32" else f"MOSTLY_{kind.name}"
     writer = gguf.GGUFWriter(directory / gguf_file(job.prefix), "bloom")
-    _add_sizes(writer, job.model.config, Path(job.source).name, gguf.LlamaFileType[_file_type(kind.name)])
+    _add_sizes(writer, job.model.config, Path(job.source).name, gguf.LlamaFileType[file_type])
     _add_tokenizer(writer, gguf.TokenType, tokenizer, job.model.config)
     _add_tensor_infos(writer, gguf, job.model, kind)
     writer.write_header_to_file()
@@ -101,13 +102,12 @@ def _check(model: BloomForCausalLM, tokenizer: Mapping[str, Any], quantization: 
     patterns = [step.get("pattern", {}).get("Regex") for step in steps.get("pretokenizers", [steps])]
     if BLOOM_WORDS not in patterns or tokenizer.get("model", {}).get("type") != "BPE":
         raise ProgramError(
-            "the tokenizer does not split texts as BLOOM's does, and llama.cpp would split them so; "
-            "export it as --format pt2"
+            "the tokenizer does not split texts as BLOOM's does, but llama.cpp would; export it as --format pt2"
         )
 
 
 def _add_tensor_infos(writer: Any, gguf: Any, model: BloomForCausalLM, kind: Any) -> None:
-    """Announce the name, shape and type of every tensor, which come before the data."""
+    """Add the names, shapes and types of all tensors, which the file holds before their data."""
     for name, parameter in model.named_parameters():
         if not is_of_base(name):
             continue
@@ -121,7 +121,7 @@ def _add_tensor_infos(writer: Any, gguf: Any, model: BloomForCausalLM, kind: Any
 
 
 def _form(gguf: Any, tensor: Tensor, kind: Any) -> Any:
-    """The type that a tensor is kept in: matrices in `kind`, vectors in fp32."""
+    """The type of a stored tensor: `kind` for matrices, fp32 for vectors."""
     return kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
 
 
@@ -172,10 +172,10 @@ def _laid_out(name: str, tensor: Tensor, config: BloomConfig) -> Tensor:
 
 
 def _q4_0(name: str, matrix: Tensor) -> np.ndarray[Any, Any]:
-    """A matrix in Q4_0, with smaller errors than the library's, whose scales always span the largest weight of a group.
+    """A matrix in Q4_0. The library's scales always span the largest weight of a group, which has larger errors.
 
-    A group of 32 neighbours is a scale in float16 and 16 bytes; byte j holds weights j (low half) and j + 16, plus 8
-    each.
+    A group of 32 neighbours is a scale in float16 and 16 bytes. Byte j holds weight j in the low half and weight j + 16
+    in the high half, each plus 8.
     """
     rows = []
     for block in row_blocks(matrix):
@@ -186,7 +186,3 @@ def _q4_0(name: str, matrix: Tensor) -> np.ndarray[Any, Any]:
         low, high = (numbers + 8).to(torch.uint8).transpose(1, 2).chunk(2, dim=2)
         rows.append(torch.cat((scales[..., None].view(torch.uint8), low | high << 4), dim=2).flatten(1))
     return torch.cat(rows).numpy()
-
-
-def _file_type(kind: str) -> str:
-    return {"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")

@@ -1,6 +1,6 @@
 """The onnx format, written by torch.onnx.
 
-Matrices stay in fp32, because runtimes of ONNX quantise with tools of their own.
+Matrices stay in fp32, because ONNX runtimes have their own tools for quantisation.
 """
 
 from collections.abc import Mapping
@@ -27,15 +27,10 @@ _MOST = 1 << 24
 
 
 def write_onnx(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
-    """Write PREFIX.onnx and its weights beside it.
-
-    Args:
-        directory: where to.
-        prefix: name of the program.
-        model: plain, with LoRA, which is added in, or with a prefix, which is left out.
+    """Write PREFIX.onnx and its weights into a directory; a prefix adapter's virtual tokens are not part of them.
 
     Raises:
-        ProgramError: a library that torch.onnx needs is missing, or it cannot write the model.
+        ProgramError: a library that torch.onnx needs is missing.
     """
     try:
         import onnx  # noqa: F401
@@ -85,7 +80,7 @@ def _example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def write_virtual_tokens(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
-    """Write the keys and values that a prefix adapter puts before every prompt; nothing without one."""
+    """Write the keys and values that a prefix adapter puts before every prompt; nothing without such an adapter."""
     virtual = virtual_tokens(model)
     if virtual is not None:
         write_safetensors(directory / virtual_file(prefix), {VIRTUAL: virtual}, {})

@@ -1,6 +1,6 @@
 """The openvino format: the ONNX file, converted by OpenVINO.
 
-Matrices stay in fp32, because OpenVINO quantises with tools of its own.
+Matrices stay in fp32, because OpenVINO has its own tools for quantisation.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""The pt2 format: traced functions over one weights file, and a package of them compiled where there is a compiler.
+"""The pt2 format: traced functions, one weights file, and a package of compiled functions where there is a compiler.
 
 Shapes: R rows of the cache, B of them in a call, S slots in use, M slots of the cache, N packed tokens.
 """
@@ -29,7 +29,7 @@ from bloomlm.runtime.torch_internals import compile_package, find_compiler, oned
 _LOG = logging.getLogger(__name__)
 
 _MOST = 1 << 24
-"""Upper bound of the dynamic sizes, which tracing asks for; programs themselves have none."""
+"""Upper bound of the dynamic sizes, which tracing requires; programs accept larger sizes."""
 
 
 def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
@@ -66,9 +66,9 @@ def trace_all(
 
     Args:
         config: the model's shape.
-        weights: how matrices are kept.
-        tensors: the weights, in the order that programs take them.
-        for_compiler: take the products that are the fastest here; else F.linear for all, which every PyTorch has.
+        weights: how matrices are stored.
+        tensors: the weights, in the order of the program's inputs.
+        for_compiler: use the fastest products of this machine; otherwise F.linear, which every PyTorch has.
     """
     has_kernels = for_compiler and compiler_options() is not None
     library = partial(
@@ -99,7 +99,7 @@ def compile_functions(
     Args:
         traced: functions by name, traced for the compiler.
         path: the package to write.
-        level: the instruction set that it may need.
+        level: the instruction set to compile for.
         on_share: called after each function with the share of them that is done.
 
     Raises:
@@ -110,7 +110,7 @@ def compile_functions(
 
 
 def _fastest_product() -> Multiply:
-    """oneDNN's product where the model itself multiplies with it (see model/linear.py)."""
+    """oneDNN's product, if the model itself uses that (see model/linear.py), or F.linear."""
     return product if uses_onednn(torch.zeros(1, 1), torch.zeros(1, 1)) else F.linear
 
 

@@ -1,1 +1,1 @@
-"""C++ for what a decoding step spends its time with: one file an operation, with the operators in Python."""
+"""C++ for the operations that dominate a decoding step, one file for each, and the operators in Python."""

@@ -11,7 +11,7 @@
 
 namespace bloomlm {
 
-constexpr int64_t kInt8Parts = 4;  // of a row, each with a scale of its own
+constexpr int64_t kInt8Parts = 4;  // parts of a row, each with its own scale
 
 // The number that 16 bits of a bfloat16 stand for.
 inline float bfloat16(uint16_t bits) {

@@ -1,9 +1,9 @@
-"""The operators of compiled programs: each in Python, as its own oracle, and their C++ for the compiler.
+"""The operators of compiled programs: in Python, which the tests compare with, and in C++ for the compiler.
 
 The compiler's own loops convert a matrix to fp32 once for every row of activations, and on AVX2 one number at a time.
 Libraries read a weight that is not packed for them at a fraction of the memory's speed. The C++ in this directory reads
-weights and cache once, at that speed (docs/decisions/programs.md has the measurements). It becomes part of each
-function of a package: the compiler accepts declarations of C functions for operators that it does not know, and is
+weights and cache once, at the memory's speed; docs/decisions/programs.md has the measurements. It becomes part of each
+function of a package: for operators that it does not know, the compiler accepts declarations of C functions, and it is
 given their definitions instead.
 
 Shapes are those of graph.py.
@@ -23,12 +23,12 @@ from bloomlm.runtime.formats.pt2 import instruction_set
 from bloomlm.runtime.torch_internals import c_function_options
 
 _SOURCES = ("vectors.h", "tensors.h", "matrix.h", "few_rows.cpp", "decoded.cpp", "attend.cpp")
-"""Headers before the files that include them: they are joined into one text."""
+"""The files in the order in which they are joined into one text: headers before the files that include them."""
 
 
 @torch.library.custom_op("bloomlm::decoded", mutates_args=())
 def decoded(weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The matrix [out, in] in fp32 that a weight and its scale stand for."""
+    """The matrix [out, in] in fp32 that a weight and its scale encode."""
     parts = {"weight": weight} if scale is None else {"weight": weight, "scale": scale}
     return format_of(weight.dtype).decode(parts).clone()
 
@@ -45,7 +45,7 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("bloomlm::attend", mutates_args=())
 def attend(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """slot_attention as an operator, which reads no slot behind a row's own."""
+    """slot_attention as an operator; the C++ reads only the slots that each row uses."""
     used = torch.arange(int(slots.max()) + 1, device=slots.device)
     return slot_attention(query, keys, values, slopes, rows, slots, used)
 
@@ -67,13 +67,13 @@ def _attend_shape(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, r
 
 
 def few_rows_of(x: Tensor, parts: Parts) -> Tensor:
-    """few_rows with the parts of a matrix."""
+    """few_rows with the tensors of an encoded matrix."""
     out: Tensor = few_rows(x, parts["weight"], parts.get("scale"))
     return out
 
 
 def decoded_of(parts: Parts) -> Tensor:
-    """decoded with the parts of a matrix."""
+    """decoded with the tensors of an encoded matrix."""
     out: Tensor = decoded(parts["weight"], parts.get("scale"))
     return out
 
@@ -87,10 +87,7 @@ def attend_of(
 
 
 def compiler_options() -> Mapping[str, Any] | None:
-    """Options that make the compiler use the C++ here.
-
-    None where that is impossible: PyTorch is too old to accept C functions for operators, or there is no AVX2.
-    """
+    """Options that make the compiler use this C++; None if PyTorch cannot do so or the processor has no AVX2."""
     if instruction_set() not in ("x86-64-v3", "x86-64-v4"):
         return None
     operators = [getattr(torch.ops.bloomlm, name).default for name in ("few_rows", "decoded", "attend")]
@@ -98,7 +95,7 @@ def compiler_options() -> Mapping[str, Any] | None:
 
 
 def _cpp_source() -> str:
-    """All of the C++ as one text, without the includes of one another."""
+    """All of the C++ as one text, without the includes of its own headers."""
     directory = files("bloomlm.export.kernels")
     lines = [line for name in _SOURCES for line in directory.joinpath(name).read_text(encoding="utf-8").splitlines()]
     return "\n".join(line for line in lines if not line.startswith('#include "'))

@@ -1,4 +1,4 @@
-"""The formats of exported programs: one file for each, and this table. bloomlm.export.formats has the other side."""
+"""The formats of exported programs: one file for each, and their table. bloomlm.export.formats writes the programs."""
 
 from collections.abc import Mapping
 
@@ -9,4 +9,4 @@ from bloomlm.runtime.formats.openvino import OPENVINO
 from bloomlm.runtime.formats.pt2 import PT2
 
 FORMATS: Mapping[str, ProgramFormat] = {form.name: form for form in (PT2, ONNX, OPENVINO, GGUF)}
-"""By name."""
+"""Name -> format."""

@@ -1,4 +1,4 @@
-"""What the table of formats says of each: its names, its files, and how a program in it is opened."""
+"""A row in the table of formats: the format's names and files, and how a program is opened."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ class ProgramFormat:
     name: str
     """In manifests and in --format."""
     backend: str
-    """Name, in --backend, of what runs it."""
+    """Name in --backend."""
     large_file: Callable[[str], str]
-    """Prefix -> name of the file with the weights, which is read whole only where that is asked for."""
+    """Prefix -> name of the weights file, whose full checksum is compared on request only."""
     open: Callable[[Manifest, Path, str], LanguageModel]
-    """Open the program that a manifest describes, its files checked, given their directory and prefix.
+    """Open a program, given its manifest, directory and prefix, after its files have been checked.
 
-    Raises ProgramError where the files do not fit, BackendMissingError where what runs them is not installed.
+    Raises ProgramError where the files do not fit the manifest or cannot be loaded, BackendMissingError where the
+    library that runs them is not installed.
     """

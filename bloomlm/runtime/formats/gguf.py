@@ -1,6 +1,6 @@
 """The gguf format, run by llama.cpp through the C functions that llama-cpp-python declares.
 
-llama.cpp has one pool of cache cells. A row here is one of its sequences; a copied row shares the cells of its source.
+llama.cpp has one pool of cache cells. A row here is a sequence there; a copied row shares the cells of its source.
 
 Shapes: B rows, V vocabulary.
 """
@@ -25,7 +25,7 @@ from bloomlm.runtime.manifest import Manifest
 _LOG = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = 512
-"""Tokens that are read at once."""
+"""Number of tokens that are computed at once."""
 _LEVEL_ERROR = 3
 _ALL = -1
 """Every position of a sequence."""
@@ -45,20 +45,9 @@ class _Token:
 
 
 class LlamaCppModel:
-    """A program of this format, with the calls of LanguageModel."""
+    """A gguf program with the interface of LanguageModel; see ProgramFormat.open."""
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
-        """Map the file.
-
-        Args:
-            manifest: of the program, its files checked.
-            directory: where it lies.
-            prefix: its name.
-
-        Raises:
-            ProgramError: llama.cpp cannot load the file, or finds another model in it.
-            BackendMissingError: llama-cpp-python is not installed.
-        """
         self.library, self._messages = _library()
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.special_tokens.get("eos_token_id")
@@ -72,7 +61,7 @@ class LlamaCppModel:
         found = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.handle))
         if found != manifest.vocab_size:
             raise ProgramError(
-                f"{path} is of a model with {found} ids, and the program has {manifest.vocab_size}; "
+                f"{path} holds a model with {found} ids, and the program has {manifest.vocab_size}; "
                 "copy all files of the program again"
             )
 
@@ -80,8 +69,8 @@ class LlamaCppModel:
         """Allocate memory for num_rows sequences of at most num_tokens tokens each, all rows free.
 
         Raises:
-            GenerationError: llama.cpp continues fewer sequences at once.
-            ProgramError: it has no memory for them.
+            GenerationError: llama.cpp cannot continue so many sequences at once.
+            ProgramError: there is not enough memory.
         """
         return LlamaCppRows(self, num_rows, num_tokens)
 
@@ -91,7 +80,7 @@ class LlamaCppModel:
 
 
 class LlamaCppRows:
-    """Rows, each a sequence of a context."""
+    """Rows, which are sequences of a llama.cpp context."""
 
     def __init__(self, model: LlamaCppModel, num_rows: int, num_tokens: int) -> None:
         self._context = _Context(model, num_rows, num_rows * num_tokens)
@@ -114,18 +103,18 @@ class LlamaCppRows:
         return self.prefill(rows, tokens[:, None].tolist())
 
     def copy_row(self, source: int, target: int) -> None:
-        """Make the target row equal to the source row; they share the cells of what both have read."""
+        """Make the target row equal to the source row; they share the cells of their common tokens."""
         self._context.copy(source, target)
         self._lengths[target] = self._lengths[source]
 
     def free(self, row: int) -> None:
-        """Forget what a row holds."""
+        """Let a row be used for another sequence."""
         self._context.remove(row)
         self._lengths[row] = 0
 
 
 class _Context:
-    """llama.cpp's context: cells, and the sequences that use them."""
+    """A llama.cpp context: cache cells, and the sequences that use them."""
 
     def __init__(self, model: LlamaCppModel, num_sequences: int, num_cells: int) -> None:
         library = model.library
@@ -144,7 +133,7 @@ class _Context:
         parameters.type_k = parameters.type_v = library.GGML_TYPE_F32
         parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.no_perf = True
-        self._model = model  # which must outlive it
+        self._model = model  # must outlive the context
         self.handle = library.llama_init_from_model(model.handle, parameters)
         if not self.handle:
             raise ProgramError(f"llama.cpp has no room for {num_cells} tokens: {model.last_message()}")
@@ -152,16 +141,16 @@ class _Context:
         self._memory = library.llama_get_memory(self.handle)
 
     def read(self, tokens: Sequence[_Token]) -> Tensor:
-        """Compute tokens; returns the logits [B, V] after those that want them, in their order."""
+        """Compute tokens; returns the logits [B, V] of the tokens with wants_logits, in their order."""
         logits = [row for chunk in _chunks(tokens) for row in self._read_chunk(chunk)]
         return torch.from_numpy(np.stack(logits))
 
     def remove(self, sequence: int) -> None:
-        """Give a sequence's cells back."""
+        """Free a sequence's cells."""
         self._model.library.llama_memory_seq_rm(self._memory, sequence, _ALL, _ALL)
 
     def copy(self, source: int, target: int) -> None:
-        """Let a sequence hold what another one holds."""
+        """Make a sequence equal to another one."""
         self.remove(target)
         self._model.library.llama_memory_seq_cp(self._memory, source, target, _ALL, _ALL)
 
@@ -181,7 +170,7 @@ class _Context:
             raise ProgramError(f"llama.cpp cannot compute the batch (code {code}): {self._model.last_message()}")
         shape = (self._model.vocab_size,)
         wanted = [place for place, token in enumerate(tokens) if token.wants_logits]
-        # copies: the next call overwrites them
+        # copies, because the next call overwrites the logits
         return [
             np.ctypeslib.as_array(library.llama_get_logits_ith(self.handle, place), shape).copy() for place in wanted
         ]
@@ -194,14 +183,14 @@ def _chunks(tokens: Sequence[_Token]) -> Iterator[Sequence[_Token]]:
 
 _messages: list[str] = []
 _callbacks: list[Any] = []
-"""Kept here because llama.cpp calls it until the process ends."""
+"""The callback for messages, which llama.cpp may call until the process ends."""
 
 
 def _library() -> tuple[Any, list[str]]:
     """llama.cpp's functions, and the list that holds its last error message."""
     try:
         from llama_cpp import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # the package is there, and its library does not load
+    except (ImportError, OSError, RuntimeError) as error:  # the library of an installed package may not load
         raise BackendMissingError(
             f"backend llama_cpp needs llama-cpp-python ({error}); install it with pip install 'bloomlm[llama_cpp]', "
             "which compiles llama.cpp and takes some minutes"

@@ -12,12 +12,12 @@ from bloomlm.runtime.step import Array, StepModel, input_names
 
 
 def onnx_file(prefix: str) -> str:
-    """Name of the function's file."""
+    """Name of the file with the function."""
     return f"{prefix}.onnx"
 
 
 def weights_file(prefix: str) -> str:
-    """Name of the file that torch.onnx writes its weights into."""
+    """Name of the file with the weights, as torch.onnx names it."""
     return f"{prefix}.onnx.data"
 
 
@@ -33,7 +33,7 @@ def _open(manifest: Manifest, directory: Path, prefix: str) -> LanguageModel:
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no base class in common
+    except Exception as error:  # onnxruntime's errors have no common base class
         raise ProgramError(f"{path} cannot be loaded by onnxruntime: {first_line(error)}") from error
     names = input_names(manifest.n_layer)
 

@@ -13,12 +13,12 @@ from bloomlm.runtime.step import StepModel
 
 
 def openvino_file(prefix: str) -> str:
-    """Name of the function's file."""
+    """Name of the file with the function."""
     return f"{prefix}.xml"
 
 
 def weights_file(prefix: str) -> str:
-    """Name of the file that OpenVINO writes its weights into."""
+    """Name of the file with the weights, as OpenVINO names it."""
     return f"{prefix}.bin"
 
 
@@ -33,9 +33,9 @@ def _open(manifest: Manifest, directory: Path, prefix: str) -> LanguageModel:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     try:
         request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-    except Exception as error:  # OpenVINO's errors have no base class in common
+    except Exception as error:  # OpenVINO's errors have no common base class
         raise ProgramError(f"{path} cannot be loaded by OpenVINO: {first_line(error)}") from error
-    # copies, because the arrays that OpenVINO returns are memory that the next step overwrites
+    # copies, because the next step overwrites the memory of the arrays that OpenVINO returns
     return StepModel(
         manifest, directory, prefix, lambda given: [np.array(part) for part in request.infer(given).values()]
     )

@@ -1,4 +1,4 @@
-"""What one rank does for all: open a directory that they write together, and raise its errors on every rank."""
+"""What the main rank does for all, such as creating a directory for them; its errors are raised on every rank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def one_directory(context: AbstractContextManager[Path], mesh: Mesh) -> Iterator[Path]:
     """Enter a context that yields a directory (atomic_directory, ...) on the main rank, and give its path to all ranks.
 
-    The context ends when every rank is done, with an error if any of them had one; no rank continues before that.
+    The context ends when every rank is done, with an error if any rank had one; no rank continues before that.
 
     Args:
         context: used on the main rank only.
@@ -58,7 +58,7 @@ def fail_together(error: Exception | None, mesh: Mesh) -> None:
     """Raise an error on every rank if one of them has one.
 
     Args:
-        error: of this rank.
+        error: the error of this rank, if any.
         mesh: the ranks, all of which must call this.
 
     Raises:
@@ -95,7 +95,7 @@ def on_main(action: Callable[[], T], mesh: Mesh) -> T:
 
 
 def main_first(action: Callable[[], T], mesh: Mesh) -> T:
-    """Do the same on every rank, on the main rank before the others, which then find the files that it wrote.
+    """Do the same on every rank, first on the main rank, so that the others find the files that it has written.
 
     Raises:
         CheckpointError: the error of another rank; errors of this rank are raised unchanged.

@@ -109,7 +109,7 @@ class CompletionFlags(Flags):
         """How to complete the prompts.
 
         Args:
-            max_new_tokens: the verb's own flag, whose default differs.
+            max_new_tokens: the value of that flag, which each verb declares with its own default.
 
         Raises:
             GenerationError: a value out of range, or a flag without effect under the strategy.
@@ -142,7 +142,7 @@ class CompletionFlags(Flags):
 
 
 class ResultFile(ResumableResults):
-    """A JSONL file of completions that appears when it is complete; a stopped run goes on after its last whole prompt.
+    """A JSONL file of completions that appears when it is complete; a stopped run resumes after its last whole prompt.
 
     Args:
         path: the file to write; an existing one is replaced at the end.
@@ -161,7 +161,7 @@ class ResultFile(ResumableResults):
             while len(found) < len(self.done):
                 found.append(Completion(**self.done[len(found)]))
         self.completions = found[: len(found) // lines_per_prompt * lines_per_prompt]
-        """The completions so far, beginning with those of prompts that a stopped run completed."""
+        """The completions so far; the first ones may come from a stopped run."""
 
     def write(self, completion: Completion) -> None:
         """Add one completion, and flush it to the file of unfinished results."""

@@ -60,7 +60,7 @@ def convert(config: ConvertConfig) -> None:
 
     Raises:
         ConfigError: flags that contradict each other, or do not apply to the input.
-        CheckpointError: files that cannot be read or written; AdapterError: those of an adapter.
+        CheckpointError: files that cannot be read or written; AdapterError: files of an adapter.
     """
     directory, output = resolve_source(config.input).directory, Path(config.output)
     _check_apart(directory, output)

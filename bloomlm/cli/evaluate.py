@@ -174,7 +174,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     device = find_device(flags.device if flags.model_dir is None else "cpu")
     degrees = degrees_from_flags(world_size(), tensor_parallel_degree=flags.tensor_parallel_degree)
     if degrees.world_size > 1 and device.index is not None:
-        raise ConfigError(f"--device {flags.device}: every process takes a GPU of its own; give gpu or cpu")
+        raise ConfigError(f"--device {flags.device}: every process uses another GPU; give gpu or cpu")
     with joined_ranks(degrees, device.type) as mesh:
         messages = Console(stderr=True, highlight=False, markup=False, quiet=not mesh.is_main)
         with EvaluationDisplay(messages, logging_steps=flags.logging_steps) as display:

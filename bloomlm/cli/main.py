@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `bloomlm` and exit with 0 (done), 2 (an error that the user can correct) or 130 (interrupted).
 
     Args:
-        arguments: the words after `bloomlm`; None: those of this process.
+        arguments: the words after `bloomlm`; None: the arguments of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _exit_with(group, words or ["--help"], "bloomlm")

@@ -30,7 +30,7 @@ def merge(config: MergeConfig) -> None:
 
     Raises:
         ConfigError: the output is the input, or --max_shard_size is no size.
-        CheckpointError: files that cannot be read or written; AdapterError: those of the adapter.
+        CheckpointError: files that cannot be read or written; AdapterError: files of the adapter.
     """
     output = Path(config.output_path)
     if output.resolve() == Path(config.model_name_or_path).resolve():

@@ -98,7 +98,7 @@ class Flag:
 def config_command(
     name: str, config_class: type[C], run: Callable[[C], None], *, help: str, has_ranks: bool = False
 ) -> click.Command:
-    """Build the command whose flags are the fields of `config_class`.
+    """Build a command with a flag for each field of `config_class`.
 
     Args:
         name: the verb.

@@ -26,7 +26,7 @@ class Prompts:
 
 
 def read_prompts(prompt: Sequence[str], data_file: str | None, prompt_template: str | None) -> Prompts | None:
-    """Read the prompts that the flags name, or those of a pipe.
+    """Read the prompts from the flags or from a pipe.
 
     Args:
         prompt: the texts of --prompt.

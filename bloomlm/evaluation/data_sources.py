@@ -204,7 +204,7 @@ def _fetch(name: str, repository: str, configuration: str, split: str) -> list[s
 
 
 def _wiki_file(rows: Iterable[str]) -> str:
-    """Join the rows to the original file, whose blank lines hold a space."""
+    """Join the rows into the original file, in which blank lines contain a space."""
     return "".join(row or " \n" for row in rows)
 
 

@@ -2,8 +2,8 @@
 
 The observations (examples, documents, windows) are treated as a sample of a larger population. The standard error of a
 statistic follows from the influence of each observation, which is how much the statistic changes with it (the delta
-method). A report keeps the influences, because those of two models on the same observations can be subtracted one by
-one; the error of the difference is then far smaller than the error of either model.
+method). A report keeps the influences. If two models saw the same observations, their influences are subtracted one by
+one, and the error of the difference is far smaller than the error of either model.
 
 Source: delta method and ratio estimator, e.g. Cochran, Sampling Techniques, chapter 6.
 """

@@ -142,7 +142,7 @@ def last_word_plan(
     """The plan of LAMBADA: score the last word of each passage.
 
     Args:
-        definition: of the metrics.
+        definition: the definition of the metrics.
         pairs: ids of the context and of the last word of each passage.
         seq_length: most tokens that the model sees; a longer context is cut at its beginning.
         metrics: computes the metrics from the scores of the words.

@@ -1,1 +1,1 @@
-"""Files that appear complete or not at all (atomic.py), and results that a stopped run goes on from (resumable.py)."""
+"""Files that appear complete or not at all (atomic.py), and results that survive a stopped run (resumable.py)."""

@@ -1,8 +1,8 @@
 """Files and directories that appear complete or not at all, even if the process is killed or the disk fills up.
 
 Everything is first written under a temporary name that ends in .bloomlm-tmp, flushed to the disk, and then renamed.
-While it is being written it is locked (flock), so that the next writer can recognise and remove what a killed process
-left behind.
+The writer holds a lock (flock) on it meanwhile; the next writer removes temporary files without a lock, which a killed
+process has left behind.
 """
 
 import ctypes
@@ -26,11 +26,11 @@ RENAME_EXCHANGE = 2
 def atomic_directory(final: Path) -> Iterator[Path]:
     """Fill a temporary directory, then put it in its final place, replacing what was there.
 
-    Where the file system can exchange two names (Linux) there is no moment without a complete directory of this name;
-    elsewhere the old one is first renamed to NAME.bloomlm-old; if the process dies then, the next call puts it back.
+    Where the file system can exchange two names (Linux), there is a complete directory of this name at every moment.
+    Elsewhere the old one is first renamed to NAME.bloomlm-old; if the process dies then, the next call puts it back.
 
     Args:
-        final: its final place; missing parents are created.
+        final: the final place; missing parents are created.
 
     Yields:
         An empty directory beside it to write into. After an error it is removed, and `final` is unchanged.
@@ -151,7 +151,7 @@ def _make_locked(path: Path) -> tuple[Path, int]:
             if temporary.is_dir():
                 return temporary, lock
             os.close(lock)
-        # before it was locked, another process took it for one that a killed writer left behind
+        # Before it was locked, another process has removed it as left behind by a killed writer.
 
 
 def _put_back(final: Path) -> None:
@@ -167,7 +167,7 @@ def _put_back(final: Path) -> None:
 def _clean(directory: Path) -> None:
     """Remove temporary files and directories that killed writers left behind."""
     for left_over in directory.glob(f".*{TEMPORARY_SUFFIX}"):
-        with suppress(OSError):  # locked: its writer is alive; missing: another process removed it first
+        with suppress(OSError):  # it is locked, so its writer is alive, or another process has removed it first
             descriptor = os.open(left_over, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

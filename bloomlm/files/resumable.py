@@ -1,4 +1,4 @@
-"""Finished results of a long run, in JSON-lines files that grow beside its output: a stopped run continues from them.
+"""Finished results of a long run, in JSON-lines files beside its output, so that a stopped run can be resumed.
 
 Each result has a number. A line holds the number and the fields of the result:
 
@@ -21,13 +21,13 @@ Results = dict[int, dict[str, Any]]
 
 
 class ResumableResults:
-    """The finished results of a run, in hidden files named after its output and a fingerprint of what decides it.
+    """The finished results of a run, in hidden files named after its output and a fingerprint of its identity.
 
-    Several processes each write their own file; the next run reads all of them, on any number of processes.
+    Each process writes its own file; the next run reads all files, whatever its number of processes.
 
     Args:
-        output: the file that the run writes in the end, as given to --output_file.
-        identity: everything that decides the results, as text. A run with another identity does not use them.
+        output: the file that the run writes at its end, as given to --output_file.
+        identity: everything that decides the results, as text; only a run with the same identity reads them.
         writer: number of this process among those that write results; None: this one writes none.
         on_one: calls a function on one process alone and returns its result on all; every process calls it once.
 
@@ -47,7 +47,7 @@ class ResumableResults:
         self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._file: BinaryIO | None = None
         self.done = on_one(self._collect)
-        """Number -> result, from earlier runs."""
+        """Number -> result, from stopped runs."""
         if writer is not None:
             try:
                 self._file = self._path(writer).open("ab")
@@ -55,7 +55,7 @@ class ResumableResults:
                 raise self._cannot_write(error) from error
 
     def add(self, results: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write results; they are in the file when this returns."""
+        """Add results, and flush them to the file."""
         if self._file is None:
             return
         try:
@@ -65,10 +65,10 @@ class ResumableResults:
             raise self._cannot_write(error) from error
 
     def remove(self, *, of_all_runs: bool = False) -> None:
-        """Delete the files of all processes, once the output is written; one process does this.
+        """Delete the files of all processes after the output has been written; one process makes this call.
 
         Args:
-            of_all_runs: also those of runs with other identities and the same output.
+            of_all_runs: also delete the files of runs with other identities and the same output.
         """
         for path in self._paths("*" if of_all_runs else self._fingerprint):
             path.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ class ResumableResults:
             self._file.close()
 
     def _collect(self) -> Results:
-        """Read all files and join them in the first one."""
+        """Read all files, and merge them into the first one."""
         try:
             paths = self._paths(self._fingerprint)
             done: Results = {}
@@ -104,8 +104,8 @@ class ResumableResults:
 
     def _cannot_write(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"--output_file {self._output} cannot be written: {error.strerror or error}. What is finished is kept; the "
-            "same command continues from there"
+            f"--output_file {self._output} cannot be written: {error.strerror or error}. Finished results are kept; "
+            "the same command resumes the run"
         )
 
 
@@ -115,7 +115,7 @@ def _lines(results: Mapping[int, Mapping[str, Any]]) -> bytes:
 
 
 def _read(path: Path) -> Results:
-    """The results in a file, up to a line that was cut off or lost in a power failure."""
+    """The results in a file, up to a line that is incomplete because the process or the machine was stopped."""
     done: Results = {}
     with suppress(ValueError, TypeError, KeyError), path.open("rb") as file:
         for line in file:

@@ -9,7 +9,7 @@ are limited to 20.
 LAMBADA: an answer is right if every token of " " + last word is the likeliest one after the text before it.
 
 Source: PaddleNLP, examples/language_model/bloom/run_eval.py of May to July 2023, after Megatron-LM's zero-shot
-evaluation. The script crashed before its first batch; its numbers are those of its own functions.
+evaluation. The script crashed before its first batch; the numbers here are what its functions compute.
 """
 
 import math

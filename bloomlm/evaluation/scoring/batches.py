@@ -149,6 +149,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a GPU or a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # the errors of PyTorch's CPU allocator have no class of their own
+    # PyTorch's CPU allocator raises plain RuntimeErrors.
     message = str(error).lower()
     return any(words in message for words in ("not enough memory", "can't allocate memory", "out of memory"))

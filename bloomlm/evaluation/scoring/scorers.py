@@ -1,7 +1,7 @@
 """Scores windows with a BLOOM and its weights, or step by step with any language model, as exported programs are.
 
 EagerScorer packs windows without pads, the longest first, and computes the head at scored positions only. The common
-beginning of windows is computed once where that is exact, see shared_prefix.py. Sliding windows share no computation: a
+beginning of windows is computed once where that is exact; see shared_prefix.py. Sliding windows share no computation: a
 later window lacks the first tokens of the earlier one's context, which changes every hidden state above the first
 block. They only save the head at positions that are not scored. The order and the batches change nothing but the last
 bits of fp32.

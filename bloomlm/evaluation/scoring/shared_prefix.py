@@ -29,7 +29,7 @@ class Document:
 
     tokens: Tokens
     windows: tuple[int, ...]
-    """Numbers of the windows whose tokens are the beginning of these, or all of them."""
+    """Numbers of the windows that consist of these tokens or of their beginning."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,7 +87,7 @@ _UNSCORED = WindowScore(log_prob=0.0, num_scored=0, num_likeliest=0)
 
 
 class WindowScorer(ABC, Generic[M]):
-    """Scores windows in batches, which become smaller once memory has run out.
+    """Scores windows in batches, which become smaller when memory runs out.
 
     Args:
         model: to score with.

@@ -1,4 +1,4 @@
-"""Convert a model from any form that bloomlm reads to another one, one tensor at a time."""
+"""Convert a model between the formats that bloomlm reads and writes, one tensor at a time."""
 
 import os
 import zlib
@@ -26,20 +26,20 @@ T = TypeVar("T", Tensor, Tensor | Rows)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConversion:
-    """A model and the form to write it in; creating one reads no tensor."""
+    """A model and the files to write it in; creating one reads no tensor."""
 
     config: BloomConfig
-    """The model's."""
+    """The model's configuration."""
     reader: TensorReader
-    """Its tensors."""
+    """The model's tensors."""
     form: FileForm
-    """Files to write."""
+    """Format of the files to write."""
     dtype: torch.dtype
     """Precision to write."""
     tensor_parallel_degree: int = 1
-    """Ranks to cut the model for; more than 1 only in a form that is for ranks."""
+    """Number of ranks to cut the model for; more than 1 needs a format that supports ranks."""
     max_shard_size_bytes: int | None = None
-    """Of one file; None: 5 GB in Hugging Face's form, any size in one for ranks."""
+    """Largest size of one file; None: 5 GB in Hugging Face's format, no limit in the other."""
 
     @property
     def written_bytes(self) -> int:
@@ -63,15 +63,15 @@ def open_model_conversion(
     """Check that a model can be converted, before any tensor is read or written.
 
     Args:
-        directory: the model, in any form that bloomlm reads.
-        form: files to write.
-        dtype: precision to write; None: the one the model is stored in.
-        tensor_parallel_degree: ranks to cut it for; more than 1 only in a form that is for ranks.
-        max_shard_size_bytes: of one file; None: the default of the form.
+        directory: the model, in any format that bloomlm reads.
+        form: format of the files to write.
+        dtype: precision to write; None: the precision in which the model is stored.
+        tensor_parallel_degree: number of ranks to cut it for; more than 1 needs a format that supports ranks.
+        max_shard_size_bytes: largest size of one file; None: the default of the format.
 
     Raises:
-        CheckpointError: there is no model, or it is incomplete; or of mixed precision, and no dtype is given.
-        ConfigError: it cannot be divided among so many ranks, or files of this form are never cut for ranks.
+        CheckpointError: there is no model, it is incomplete, or it has mixed precision and no dtype is given.
+        ConfigError: the model cannot be divided among so many ranks, or the format does not support ranks.
     """
     config = read_config(directory)
     check_ranks(form, tensor_parallel_degree)
@@ -99,10 +99,10 @@ def open_model_conversion(
 
 
 def check_ranks(form: FileForm, tensor_parallel_degree: int) -> None:
-    """Refuse a number of ranks for a form whose files are never cut for ranks.
+    """Refuse more than one rank for a format that does not support ranks.
 
     Raises:
-        ConfigError: more than one rank was asked for.
+        ConfigError: the format does not support so many ranks.
     """
     if tensor_parallel_degree != 1 and not form.supports_ranks:
         for_ranks = next(other.value for other in FileForm if other.supports_ranks)
@@ -123,19 +123,19 @@ def convert_model(
 ) -> None:
     """Write a model's files, all of them or none.
 
-    In memory are a few blocks of one tensor, and the tensor itself where it can be neither mapped nor read row by row.
+    Memory holds a few blocks of one tensor, and the whole tensor where it can be neither mapped nor read row by row.
 
     Args:
-        conversion: what open_model_conversion gave.
-        directory: to write; replaced as a whole if it holds a model already.
+        conversion: from open_model_conversion.
+        directory: the directory to write; replaced as a whole if it holds a model already.
         tokenizer: written beside the weights.
-        verify: read the written files back from the disk, before they take their place, and compare checksums.
+        verify: read the written files back from the disk and compare checksums before they take their final place.
         report: called with a number of bytes after each write, written_bytes in total.
         report_verified: the same for bytes that were read back, verified_bytes in total.
 
     Raises:
-        CheckpointError: the directory holds something else or cannot be written, a tensor cannot be read, or what was
-            written reads back differently.
+        CheckpointError: the directory holds other files or cannot be written, a tensor cannot be read, or a written one
+            reads back differently.
     """
     checksums: dict[str, int] | None = {} if verify else None
     with output_directory(directory, conversion.written_bytes, tokenizer) as temporary:

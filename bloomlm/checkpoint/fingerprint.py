@@ -1,4 +1,4 @@
-"""A digest of what a model computes: the same weights give the same one, from any files and on any ranks."""
+"""A digest of a model: the same weights give the same digest, from any files and on any number of ranks."""
 
 import hashlib
 import math
@@ -12,14 +12,14 @@ from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 _SAMPLES = 256
-"""Elements of each parameter that count, so that 176B parameters need not be read twice."""
+"""Elements of each parameter that enter the digest, so that 176B parameters need not be read twice."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_fingerprint(model: BloomForCausalLM, mesh: Mesh = ALONE) -> str:
     """Hex digest of the configuration, the adapter's options, and evenly spread elements of every parameter.
 
-    Two training runs of one model differ in it; a change of single elements may go unnoticed.
+    Two training runs of one model have different digests; a change of a few elements may go unnoticed.
 
     Args:
         model: whole, or cut among ranks, all of which must call this.

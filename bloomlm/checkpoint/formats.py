@@ -1,6 +1,6 @@
-"""Whose files hold a model or a run, and whose are written: the rest of the package asks here and names no program.
+"""The formats of models and of other programs' runs; the rest of the package asks here and names no program.
 
-Adapters are found and read by adapters/load.py, which stands above this table.
+Adapters are found and read by adapters/load.py, which uses this table.
 """
 
 from collections.abc import Callable
@@ -53,24 +53,24 @@ MODEL_FORMATS: tuple[tuple[FindModel, OpenModel], ...] = (
     (huggingface.find_safetensors, huggingface.open_safetensors),
     (huggingface.find_torch, huggingface.open_torch),
 )
-"""(is it there?, open it), asked in this order."""
+"""(whether a directory holds the format, open it), in the order in which they are tried."""
 
 READING_OF_WRITTEN_PREFIX = ForeignReading(prefix_layout=PrefixLayout.NEW)
-"""How a prefix that was written for ranks is read again, because its files do not tell."""
+"""How to read a prefix back that was written for ranks, because its files do not record the layout."""
 
 
 class FileForm(Enum):
-    """Whose files to write."""
+    """The format of the files to write."""
 
     HUGGING_FACE = "hf"
     PADDLE = "paddle"
 
     @property
     def supports_ranks(self) -> bool:
-        """Whether such files can be cut for tensor-parallel ranks; Hugging Face's and PEFT's never are."""
+        """Whether these files can be cut for tensor-parallel ranks; Hugging Face's and PEFT's cannot."""
         return self is FileForm.PADDLE
 
 
 def find_model(directory: Path) -> bool:
-    """Whether a directory holds a model's weights, in whatever format."""
+    """Whether a directory holds a model's weights in any format."""
     return any(is_there(directory) for is_there, _ in MODEL_FORMATS)

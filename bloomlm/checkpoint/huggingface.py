@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: safetensors or pytorch_model.bin, whole or in shards, under BLOOM's published names.
 
-Some files lack the "transformer." before every name (they hold the bare model), some hold the tied head a second time,
-and some of 2022 hold the attention mask as a buffer.
+Some files lack the prefix "transformer." (they hold the bare model), some hold the tied head as a second copy, and some
+of 2022 hold the attention mask as a buffer.
 """
 
 import json
@@ -22,7 +22,7 @@ from bloomlm.parallel.layout import Bounds
 MODEL_PREFIX = "transformer."
 EMBEDDING = "transformer.word_embeddings.weight"
 HEAD = "lm_head.weight"
-# Buffers of the first releases of transformers' and Megatron's BLOOM: no parameters, rebuilt by every model.
+# Buffers of the first releases of BLOOM in transformers and Megatron; every model builds its own.
 BUFFERS = re.compile(r"\.self_attention\.(scale_mask_softmax\.causal_mask|masked_bias)$")
 HEAD_ROWS_COMPARED = 16_384
 
@@ -33,11 +33,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         """Unpickle the names; the tensors' bytes stay in the file.
 
-        Args:
-            path: the file.
-
         Raises:
-            CheckpointError: it is damaged, or holds other things than tensors.
+            CheckpointError: the file is damaged, or holds anything but tensors.
         """
         self._tensors = _torch_load(path)
         self.entries: Mapping[str, TensorEntry] = {
@@ -60,7 +57,7 @@ class HuggingFaceReader:
         """Join the files of one checkpoint.
 
         Raises:
-            CheckpointError: two tensors of one name, or a head that is not the embedding.
+            CheckpointError: two tensors have one name, or the head is not the embedding.
         """
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, tuple[TensorFile, str]] = {}
@@ -86,11 +83,11 @@ class HuggingFaceReader:
         return file.read(stored_name)
 
     def open(self, name: str) -> Tensor:
-        """One parameter; a mapped one takes no memory."""
+        """One parameter, mapped from its file."""
         return self.read(name)
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """The part of a parameter within bounds of every dimension; from safetensors no other byte is read."""
+        """The part of a parameter within bounds of every dimension; other bytes of a safetensors file are not read."""
         file, stored_name = self._places[name]
         if isinstance(file, SafetensorsFile):
             return file.read_box(stored_name, bounds)
@@ -99,7 +96,7 @@ class HuggingFaceReader:
     def _check_head(self, file: TensorFile, stored_name: str) -> None:
         """Ignore a head that equals the embedding; refuse another one."""
         if EMBEDDING not in self.entries:
-            return  # reported as missing when the model is built
+            return  # check_entries reports it as missing
         head, embedding = file.read(stored_name), self.read(EMBEDDING)
         problem = ""
         if head.shape != embedding.shape:
@@ -135,7 +132,7 @@ def open_torch(directory: Path, config: BloomConfig) -> HuggingFaceReader:
 
 
 def checkpoint_files(directory: Path, single_name: str) -> list[Path]:
-    """The single file if it exists, which transformers prefers too, otherwise the shards of the index."""
+    """The single file if it exists, as in transformers, otherwise the shards of the index."""
     if (directory / single_name).is_file():
         return [directory / single_name]
     index = directory / f"{single_name}.index.json"

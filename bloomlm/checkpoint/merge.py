@@ -1,4 +1,4 @@
-"""Write a model with its adapter merged into the weights as one plain Hugging Face directory."""
+"""Write a model with its adapter merged into the weights as a plain Hugging Face directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,22 +26,22 @@ def merge_to_directory(
     report: Report = no_report,
     mesh: Mesh = ALONE,
 ) -> None:
-    """Write a model with its adapter added into the weights; the model itself does not change.
+    """Write a model with its adapter merged into the weights; the model itself does not change.
 
-    One layer at a time is merged, so a model that load_model has mapped goes from file to file.
+    One layer at a time is merged, so a model that load_model has mapped is never in memory as a whole.
 
     Args:
         model: with an adapter that can be merged, or without one.
-        directory: where to; replaced as a whole if it holds a model already.
+        directory: the directory to write; replaced as a whole if it holds a model already.
         tokenizer: written beside the weights.
-        dtype: precision to write; None: the model's. Updates are added in fp32 and rounded once.
-        max_shard_size_bytes: as write_model's.
-        report: told the number of bytes whenever some more are written.
+        dtype: precision to write; None: the model's precision. Updates are added in fp32 and rounded once.
+        max_shard_size_bytes: as in write_model.
+        report: called with a number of bytes after each write.
         mesh: the ranks among which the model is divided; all of them must call this.
 
     Raises:
         AdapterError: the adapter cannot be merged, or the weights are int8, whose rounding is coarser than an update.
-        CheckpointError: the directory holds something else, or cannot be written.
+        CheckpointError: the directory holds other files, or cannot be written.
     """
     adapter = adapter_of(model)
     if adapter is not None and adapter.cannot_merge is not None:
@@ -63,16 +63,16 @@ def merge_to_directory(
 
 
 def merged_bytes(model: BloomForCausalLM, dtype: torch.dtype | None = None) -> int:
-    """Size of what merge_to_directory writes of a model's parameters."""
+    """Size of the parameters that merge_to_directory writes."""
     return model.config.num_parameters * (dtype or model.transformer.dtype).itemsize
 
 
 def merged_parameters(model: BloomForCausalLM, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """A plain model's parameters, the adapter added in, one at a time; those of one that cannot be merged are left out.
+    """A model's parameters with its adapter merged in, one at a time; an adapter that cannot be merged is left out.
 
     Args:
         model: with or without an adapter.
-        dtype: precision of a merged weight; None: that of the weight.
+        dtype: precision of a merged weight; None: the precision of the weight before merging.
 
     Yields:
         Published name and tensor.

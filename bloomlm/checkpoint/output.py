@@ -18,7 +18,7 @@ CONFIG_FILES = ("config.json", "adapter_config.json", "lora_config.json", "prefi
 
 
 class WritesItself(Protocol):
-    """A tokenizer, which is written into the same directory."""
+    """Something that is written beside a model, such as its tokenizer."""
 
     def save(self, directory: Path) -> None:
         """Write its files into an existing directory."""
@@ -34,15 +34,15 @@ def output_directory(final: Path, size_bytes: int, tokenizer: WritesItself | Non
     """Fill a directory with a model or an adapter; it appears whole or not at all, as atomic_directory says.
 
     Args:
-        final: its final place; an older model or adapter there is replaced.
-        size_bytes: of its tensors.
-        tokenizer: written beside them.
+        final: its final path; an older model or adapter there is replaced.
+        size_bytes: size of the tensors to be written.
+        tokenizer: written beside the tensors.
 
     Yields:
         An empty directory to write into.
 
     Raises:
-        CheckpointError: the directory holds other things, the disk is too full, or it cannot be written.
+        CheckpointError: the directory holds other files, the disk is too full, or it cannot be written.
     """
     check_replaceable(final)
     _check_space(final, size_bytes)
@@ -53,10 +53,10 @@ def output_directory(final: Path, size_bytes: int, tokenizer: WritesItself | Non
 
 
 def check_replaceable(directory: Path) -> None:
-    """Refuse to replace a directory that holds other things than the files of one model or adapter.
+    """Refuse to replace a directory that holds anything but the files of one model or adapter.
 
     Raises:
-        CheckpointError: the directory holds other things.
+        CheckpointError: the directory holds other files.
     """
     if not directory.is_dir() or not any(directory.iterdir()):
         return
@@ -85,7 +85,7 @@ def _check_space(directory: Path, size_bytes: int) -> None:
 class WriteBehind:
     """One thread that runs actions in order; at most one is pending, so little memory is held.
 
-    A context manager: all actions are done when it exits. The next call, or the exit, raises the error of an action.
+    As a context manager it waits for all actions when it exits. The next call or the exit raises an action's error.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class WriteBehind:
 
 
 class FileBehind:
-    """A binary file with the two methods that writers use, run in the thread."""
+    """A binary file whose seeks and writes run in the thread."""
 
     def __init__(self, file: BinaryIO, behind: WriteBehind) -> None:
         self._file, self._behind = file, behind

@@ -1,7 +1,7 @@
-"""From a name to a model: resolve, read config.json, check every tensor's name and shape, read them one by one.
+"""From a name to a model: find it, read config.json, check every tensor's name and shape, read them one by one.
 
-Nothing is allocated before the check; then one tensor at a time is read in the requested precision, so that the peak of
-memory is one copy of the model and one tensor of the file.
+Nothing is allocated before the check. Then one tensor at a time is read in the requested precision, so that the peak
+of memory is one copy of the model and one tensor of the file.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ def read_config(directory: Path) -> BloomConfig:
         directory: the checkpoint.
 
     Raises:
-        CheckpointError: there is none.
-        ConfigError: it is not JSON, or not a BLOOM model's.
+        CheckpointError: the directory has no config.json.
+        ConfigError: config.json is not JSON, or does not describe a BLOOM model.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -61,14 +61,14 @@ def read_config(directory: Path) -> BloomConfig:
 
 
 def open_reader(directory: Path, config: BloomConfig) -> TensorReader:
-    """Open a checkpoint's tensors in whatever format they are.
+    """Open a checkpoint's tensors in any of the formats.
 
     Args:
         directory: the checkpoint.
         config: its configuration.
 
     Raises:
-        CheckpointError: no weights, or damaged ones.
+        CheckpointError: the directory holds no weights, or damaged ones.
     """
     for is_there, open_format in MODEL_FORMATS:
         if is_there(directory):
@@ -96,14 +96,14 @@ def load_model(
 
     Args:
         name_or_path: builtin:NAME, a directory or a hub name.
-        dtype: precision of the parameters; None: as the checkpoint stores its embedding.
-        device: where they go.
-        revision: of a hub repository.
+        dtype: precision of the parameters; None: the precision in which the checkpoint stores its embedding.
+        device: device of the parameters.
+        revision: branch, tag or commit of a hub repository.
         memory_map: on the CPU and in the stored precision, let parameters be private mappings of the file, which are
             read when first used. Changing them never changes the file; but if another program truncates the file, the
             process dies. Long training runs pass False.
         int8: quantise the weights of the linear layers and the embedding as they are read (see model/quantized.py);
-            biases, norms and what is computed have dtype. Such a model learns through LoRA only.
+            biases, norms and activations have dtype. Such a model can be trained with LoRA only.
         mesh: the ranks to divide the model among (parallel/__init__.py); each reads its own parts only.
         install_adapter: on several ranks, called with the cut model on the meta device to add an adapter with weights.
         reshard_after_forward: as in shard_model.
@@ -150,7 +150,7 @@ def read_into_model(
         mesh: the ranks among which it is divided already; an adapter in it keeps its weights.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, misshapen or no floating-point numbers.
+        CheckpointError: tensors are missing or unknown, have another shape, or hold integers.
     """
     expected = {name: parameter for name, parameter in model.named_parameters() if is_of_base(name)}
     check_entries({name: whole_shape(name, p, mesh) for name, p in expected.items()}, reader.entries)
@@ -179,14 +179,15 @@ def read_own_parts(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give a divided model this rank's parts of its parameters, one after another; other parts are not read.
+    """Read this rank's parts of a divided model's parameters, one after another; other parts are not read.
 
     Args:
         parameters: name -> the parameter of the model, perhaps on the meta device.
         reader: the checkpoint.
         model: changed in place.
         mesh: the ranks.
-        dtype, device: of the new parameters.
+        dtype: precision of the new parameters.
+        device: device of the new parameters.
     """
     parts = {}
     for name, parameter in parameters.items():

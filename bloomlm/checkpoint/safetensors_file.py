@@ -1,8 +1,8 @@
 """One safetensors file, opened without reading its tensors.
 
 The safetensors package is not used because its tensors are views of one mapping of the whole file. Here every tensor
-has a storage of its own size (so that torch.save writes that tensor alone), a mapping lives only while a tensor uses it
-(so that a converted tensor leaves no pages in memory), and errors name the file and its size.
+has its own storage (so that torch.save writes that tensor alone), a mapping lives only while a tensor uses it (so that
+a converted tensor leaves no pages in memory), and errors name the file and its size.
 
 Source: the format, https://github.com/huggingface/safetensors#format: 8 bytes of header length, little endian;
 the header, JSON of name -> dtype, shape, data_offsets; the tensors' bytes without gaps.
@@ -205,7 +205,7 @@ def row_blocks(tensor: Tensor | Rows, dtype: torch.dtype) -> Iterator[Tensor]:
     """A tensor's rows in contiguous blocks of some megabytes in the precision to write, without a copy of the whole.
 
     Args:
-        tensor: of at least one dimension and of any strides; a transposed one is copied block by block, and only one
+        tensor: has at least one dimension and any strides; a transposed tensor is copied block by block, and only one
             block of Rows is in memory.
         dtype: precision of the blocks.
 
@@ -254,7 +254,7 @@ def _fill(descriptor: int, buffer: memoryview, position: int) -> None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """Numbers that differ after a file was replaced or written to."""
+    """Numbers that change when a file is replaced or written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""From builtin:NAME, a directory, or a name on the Hugging Face hub to a local directory.
+"""Find the local directory of builtin:NAME, of a directory, or of a name on the Hugging Face hub.
 
 The hub client reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE itself.
 """
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from bloomlm.errors import CheckpointError
 
 BUILTIN_PREFIX = "builtin:"
-# Configuration, indices, tokenizer; the model card and the weights of other frameworks stay where they are.
+# Configuration, indices, tokenizer; the model card and the weights of other frameworks are not downloaded.
 SMALL_FILES = ("*.json", "merges.txt", "vocab.txt")
 # Only the first kind that the repository has is fetched.
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -30,9 +30,9 @@ class Source:
     """A model or an adapter on this machine."""
 
     directory: Path
-    """Holds its files."""
+    """The directory of its files."""
     name: str
-    """What the user called it."""
+    """The name that the user gave."""
 
 
 def resolve_source(name: str, revision: str | None = None) -> Source:
@@ -43,7 +43,7 @@ def resolve_source(name: str, revision: str | None = None) -> Source:
         revision: branch, tag or commit of a hub repository; None: its main branch.
 
     Raises:
-        CheckpointError: there is nothing of that name; the message says what was tried.
+        CheckpointError: nothing of that name was found; the message says where it was looked for.
     """
     directory = Path(name).expanduser()
     if name.startswith(BUILTIN_PREFIX):

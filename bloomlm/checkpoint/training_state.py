@@ -50,7 +50,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     """The step of a checkpoint-N directory.
 
     Raises:
-        ConfigError: it has another name.
+        ConfigError: the directory has another name.
     """
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     if match is None:
@@ -64,13 +64,13 @@ def checkpoint_directory(output_dir: Path, step: int) -> Iterator[Path]:
 
     Args:
         output_dir: the run's directory; created if it is missing.
-        step: steps done.
+        step: number of steps done.
 
     Yields:
         An empty directory to write into.
 
     Raises:
-        CheckpointError: it cannot be written (disk full, no permission); older checkpoints are untouched.
+        CheckpointError: the checkpoint cannot be written; older checkpoints are untouched.
     """
     final = checkpoint_path(output_dir, step)
     try:
@@ -89,8 +89,8 @@ def save_training_state(
     """Write a run's state into a directory of checkpoint_directory.
 
     Args:
-        directory: to write into.
-        tensors: by name.
+        directory: the directory to write into.
+        tensors: name -> tensor.
         values: plain values that JSON can hold.
         mesh: the ranks, each of which writes its own parts.
 
@@ -124,13 +124,13 @@ def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict
 
     Args:
         checkpoint: a complete checkpoint-N directory.
-        tensors: by name, in the saved shapes; their content is replaced in place.
+        tensors: name -> tensor of the saved shape, whose content is replaced in place.
 
     Returns:
         The plain values.
 
     Raises:
-        CheckpointError: files cannot be read, or hold other tensors than asked for.
+        CheckpointError: files cannot be read, or hold other tensors.
     """
     if not (checkpoint / TENSORS_DIRECTORY / ".metadata").is_file():
         raise CheckpointError(f"{checkpoint} holds no training state; expected a directory {TENSORS_DIRECTORY} in it")
@@ -168,7 +168,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """How a checkpoint differs from its manifest, in words; None if it does not."""
+    """A description of how a checkpoint differs from its manifest; None if it does not."""
     try:
         files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         sizes = _file_sizes(checkpoint)
@@ -208,7 +208,7 @@ def prune_checkpoints(output_dir: Path, save_total_limit: int, best: Path | None
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename, then delete, so that no half-deleted directory has the name of a checkpoint if the process is killed."""
+    """Rename before deleting, so that a killed process leaves no half-deleted directory with a checkpoint's name."""
     condemned = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         checkpoint.rename(condemned)

@@ -25,7 +25,7 @@ from bloomlm.parallel.layout import whole_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 DEFAULT_SHARD_SIZE_BYTES = 5 * 10**9
-# Keys of config.json that describe other files, or what they held besides the parameters of BloomForCausalLM.
+# Keys of config.json that describe the files it was read from and do not hold for those that are written.
 OTHER_FILES_KEYS = ("architectures", "tensor_parallel_degree", "tensor_parallel_output", "tensor_parallel_rank")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
         text: a number and a unit: KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB (of 1024), or none for bytes.
 
     Raises:
-        ConfigError: it is not a size, or less than a byte.
+        ConfigError: the text is not a size, or is less than a byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
@@ -59,16 +59,16 @@ def write_model(
     """Write a model into an existing directory; use atomic_directory around it.
 
     Args:
-        directory: to write into.
+        directory: the directory to write into.
         config: the model's configuration, whose dtype is replaced by the written one.
-        tensors: every parameter once, under its published name, in any order; on several ranks no Rows.
-        dtype: precision to write; None: that of the first tensor, which all must have.
-        max_shard_size_bytes: most data in one file, unless it holds a single larger tensor.
+        tensors: (published name, tensor) of every parameter once, in any order; Rows are for one rank only.
+        dtype: precision to write; None: the precision of the first tensor, which the others must share.
+        max_shard_size_bytes: largest size of the data in one file; a larger tensor has a file of its own.
         report: called with a number of bytes after each write.
         mesh: the ranks that hold parts of the tensors, in the same order; one rank gathers and writes each file.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, misshapen or of mixed precision, or cannot be written.
+        CheckpointError: tensors are missing or unknown, differ in shape or precision, or cannot be written.
     """
     stream = iter(tensors)
     first = next(stream, None)
@@ -140,7 +140,7 @@ def plan_shards(entries: Mapping[str, TensorEntry], max_shard_size_bytes: int) -
 
     Args:
         entries: name -> shape and dtype.
-        max_shard_size_bytes: of data in one file.
+        max_shard_size_bytes: largest size of the data in one file.
 
     Returns:
         File name -> its entries; a single file is called model.safetensors.
@@ -212,7 +212,7 @@ class _ShardWriter:
         self._written.add(name)
 
     def check_complete(self) -> None:
-        """Refuse a model whose parameters were not all written."""
+        """Raise if some parameters were not written."""
         if missing := [name for name in self._places if name not in self._written]:
             raise CheckpointError(f"{len(missing)} parameters were not given to write: {name_some(missing)}")
 

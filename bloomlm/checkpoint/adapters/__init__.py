@@ -1,1 +1,1 @@
-"""Adapters on disk: PEFT's files, and the way from any files to a model."""
+"""Adapters on disk: reading and writing PEFT's files, and loading an adapter of any format into a model."""

@@ -1,4 +1,4 @@
-"""The shape of an adapter's base model, as far as the adapter's own files tell it."""
+"""The shape of an adapter's base model, as far as the adapter's own files record it."""
 
 import re
 import sys
@@ -12,23 +12,23 @@ from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, open_peft_weights, rea
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.model.config import BloomConfig
 
-# Name of a lora_A in any program's files -> block, kind of layer.
+# Matches the name of a lora_A in any program's files; its groups are the block and the kind of layer.
 LORA_A = re.compile(
     r"(?:^|\.)h\.(\d+)\.(?:self_attention|mlp)"
     r"\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.lora_A(?:\.weight)?$"
 )
 CUT_BY_INPUTS = ("dense", "dense_4h_to_h")
-MAX_BLOCKS = 1000  # BLOOM has 70 at most; a damaged name shall not ask for millions
+MAX_BLOCKS = 1000  # BLOOM has at most 70; a damaged name must not cause a model of millions
 
 
 def peft_base_config(directory: Path) -> BloomConfig:
-    """A configuration with the sizes that matter to an adapter; others, such as the number of heads of a LoRA, are 1.
+    """A configuration with the sizes that an adapter depends on; other sizes are 1, such as the heads for a LoRA.
 
     Args:
         directory: the adapter, in PEFT's files.
 
     Raises:
-        AdapterError: files are missing or damaged, or do not tell.
+        AdapterError: files are missing or damaged, or do not record the sizes.
     """
     values = read_adapter_config(directory / CONFIG_FILE)
     if "num_virtual_tokens" in values:
@@ -41,10 +41,10 @@ def peft_base_config(directory: Path) -> BloomConfig:
 
 
 def base_config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden_size: str, n_head: str) -> BloomConfig:
-    """From an adapter's own configuration, which has the sizes under these keys.
+    """The configuration from an adapter's own, in which the given keys hold the sizes.
 
     Raises:
-        AdapterError: it has not.
+        AdapterError: a size is missing or invalid.
     """
     try:
         return BloomConfig(
@@ -58,15 +58,15 @@ def base_config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden
 
 
 def lora_base_config(directory: Path, inputs: Mapping[str, int], *, num_ranks: int) -> BloomConfig:
-    """From a LoRA's tensors; its blocks are counted by the last one that has an update.
+    """The configuration from a LoRA's tensors, whose last block with an update is taken as the model's last.
 
     Args:
         directory: the adapter.
-        inputs: name of a tensor -> width of its inputs, of which a rank holds a part where the layer is cut by inputs.
-        num_ranks: whose tensors they are.
+        inputs: name of a tensor -> width of its inputs, a rank's share where the layer is cut by inputs.
+        num_ranks: number of ranks that the adapter is cut for.
 
     Raises:
-        AdapterError: they are not a LoRA's of BLOOM.
+        AdapterError: the tensors are not those of a LoRA of BLOOM.
     """
     n_layer = hidden_size = 0
     vocab_size = 1
@@ -83,10 +83,10 @@ def lora_base_config(directory: Path, inputs: Mapping[str, int], *, num_ranks: i
 
 
 def whole_number(values: Mapping[str, Any], key: str, place: Path) -> int:
-    """A number of at least 1 from a configuration.
+    """A whole number of at least 1 from a configuration.
 
     Raises:
-        AdapterError: it is missing or something else.
+        AdapterError: the value is missing or is anything else.
     """
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

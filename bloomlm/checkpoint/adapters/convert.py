@@ -1,7 +1,7 @@
 """Convert an adapter from PEFT's files or any of PaddleNLP's to PEFT's or to those of PaddleNLP 2.6.
 
 The adapter is first read as the plain adapter that computes the same; see paddle/lora.py and paddle/prefix.py. The base
-model is not needed, because the adapter's files tell the sizes that matter.
+model is not needed, because the adapter's files record the sizes that it depends on.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from bloomlm.model.config import BloomConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConversion:
-    """An adapter, and the files into which it is to be written."""
+    """An adapter, and the files to write it in."""
 
     adapter: PlainAdapter
     """The adapter, in the precision to write."""
     model_config: BloomConfig
     """Configuration of the base model, as far as it is known."""
     form: FileForm
-    """The files to write."""
+    """Format of the files to write."""
     tensor_parallel_degree: int = 1
-    """Number of ranks to cut the adapter for; more than 1 only in a form that is for ranks."""
+    """Number of ranks to cut the adapter for; more than 1 needs a format that supports ranks."""
     base_model_name_or_path: str | None = None
     """The base model's name, which PEFT's files record."""
 
@@ -56,15 +56,15 @@ def open_adapter_conversion(
 
     Args:
         directory: the adapter, in PEFT's files or in any that PaddleNLP wrote.
-        form: files to write.
-        dtype: precision to write; None: the one that each tensor is stored in.
-        tensor_parallel_degree: ranks to cut it for; more than 1 only in a form that is for ranks.
+        form: format of the files to write.
+        dtype: precision to write; None: each tensor keeps its precision.
+        tensor_parallel_degree: number of ranks to cut it for; more than 1 needs a format that supports ranks.
         base_model_name_or_path: its base model; None: its shape is taken from the adapter's own tensors.
-        reading: what PaddleNLP's files leave open.
+        reading: what PaddleNLP's files do not record.
 
     Raises:
-        AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
-        ConfigError: the form knows no ranks.
+        AdapterError: files are missing or damaged, do not fit the model, or do not record how they are to be read.
+        ConfigError: the format does not support ranks.
     """
     check_ranks(form, tensor_parallel_degree)
     if base_model_name_or_path is None:
@@ -90,15 +90,15 @@ def convert_adapter(
     """Write an adapter's files, all of them or none.
 
     Args:
-        conversion: what open_adapter_conversion gave.
-        directory: where to; replaced as a whole if it holds an adapter already.
-        tokenizer: written beside them.
-        verify: read the written files back from the disk, before they take their place, and compare every bit.
+        conversion: from open_adapter_conversion.
+        directory: the directory to write; replaced as a whole if it holds an adapter already.
+        tokenizer: written beside the adapter.
+        verify: read the written files back from the disk and compare every bit before they take their final place.
 
     Raises:
-        AdapterError: the form had no such adapter.
-        ConfigError: it cannot be divided among so many ranks.
-        CheckpointError: the directory holds something else or cannot be written, or what was written reads back
+        AdapterError: the format cannot hold the adapter.
+        ConfigError: the adapter cannot be divided among so many ranks.
+        CheckpointError: the directory holds other files or cannot be written, or a written tensor reads back
             differently.
     """
     size_bytes = sum(tensor.nbytes for tensor in conversion.adapter.tensors.values())

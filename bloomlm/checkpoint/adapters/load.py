@@ -22,10 +22,10 @@ def find_adapter(directory: Path) -> bool:
 
 
 def adapter_base_config(directory: Path) -> BloomConfig:
-    """The shape of an adapter's base model as far as the adapter's own files tell it; see base_config.py.
+    """The shape of an adapter's base model as far as the adapter's own files record it; see base_config.py.
 
     Raises:
-        AdapterError: files are missing or damaged, or do not tell.
+        AdapterError: files are missing or damaged, or do not record the sizes.
     """
     is_peft = (directory / CONFIG_FILE).is_file()
     return peft_base_config(directory) if is_peft else importer.adapter_base_config(directory)
@@ -43,11 +43,11 @@ def load_adapter(
     Args:
         model: the base model, without an adapter.
         directory: the adapter.
-        reading: what PaddleNLP's files leave open; only they may be given any.
+        reading: what PaddleNLP's files do not record; an error if the files are PEFT's.
         mesh: the ranks among which the model is cut (not sharded), each of which reads the adapter and takes its part.
 
     Raises:
-        AdapterError: files are missing, damaged or do not fit the model, or leave open what they mean.
+        AdapterError: files are missing or damaged, do not fit the model, or do not record how they are to be read.
     """
     adapter = read_adapter(directory, model.config, reading)
     # the model is divided already, so the base model's parameters that the adapter brings (biases) must be too

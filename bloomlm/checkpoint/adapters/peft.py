@@ -1,8 +1,8 @@
 """LoRA and prefix adapters in PEFT's files: adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps a prefix that was learned through a projection only as what the projection gives (prompt_embeddings), which
-cannot be trained further as it was. We write the same, so that PEFT opens it, and keep the projection itself beside it
-in prefix_projection.safetensors, from which our own training resumes.
+Of a prefix that was trained through a projection PEFT keeps only the output of the projection (prompt_embeddings), from
+which training cannot go on. The same is written here, so that PEFT opens it, and beside it the projection itself in
+prefix_projection.safetensors, from which bloomlm's own training resumes.
 
 Source: the files that peft 0.21 writes and its reading of them (LoraModel, PrefixEncoder, PeftModel.get_prompt).
 Shapes: R lora rank, P virtual tokens, L blocks, D hidden.
@@ -37,9 +37,9 @@ def save_adapter(model: BloomForCausalLM, directory: Path, base_model_name_or_pa
     """Write a model's adapter into an existing directory; use atomic_directory around it.
 
     Args:
-        model: with LoRA or a prefix.
-        directory: where to.
-        base_model_name_or_path: name of the base model, which PEFT's users load by it.
+        model: a model with an adapter.
+        directory: the directory to write into.
+        base_model_name_or_path: name of the base model, by which PEFT loads it; None: not recorded.
 
     Raises:
         AdapterError: the model has no adapter, or one that PEFT's files cannot hold.
@@ -65,7 +65,7 @@ def gather_adapter(model: BloomForCausalLM, mesh: Mesh) -> BloomForCausalLM:
     """Gather the adapter of a divided model into a model on the meta device, from which save_adapter writes it.
 
     Args:
-        model: with LoRA or a prefix.
+        model: a model with an adapter.
         mesh: the ranks; all of them must call this, and all get the adapter.
 
     Raises:
@@ -92,18 +92,18 @@ class PlainAdapter:
     config: Adapter
     """Its kind and options."""
     tensors: Mapping[str, Tensor]
-    """Its whole parameters under their names in the model."""
+    """Name in the model -> whole parameter."""
 
 
 def read_peft_adapter(directory: Path, model_config: BloomConfig) -> PlainAdapter:
-    """Read an adapter from PEFT's files or from ours.
+    """Read an adapter from PEFT's files, which bloomlm writes too.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors (or .bin).
-        model_config: of the base model.
+        model_config: configuration of the base model.
 
     Raises:
-        AdapterError: files are missing, damaged or do not fit the model, or hold what bloomlm cannot do.
+        AdapterError: files are missing or damaged, do not fit the model, or hold an unsupported kind of adapter.
     """
     values = read_adapter_config(directory / CONFIG_FILE)
     try:
@@ -169,7 +169,7 @@ def open_peft_weights(directory: Path) -> TensorFile:
         directory: the adapter.
 
     Raises:
-        CheckpointError: they are missing or damaged.
+        CheckpointError: the files are missing or damaged.
     """
     if (directory / WEIGHTS_FILE).is_file():
         return SafetensorsFile(directory / WEIGHTS_FILE)

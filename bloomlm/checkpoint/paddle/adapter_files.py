@@ -1,4 +1,4 @@
-"""The files of a PaddleNLP adapter of either kind: a JSON configuration and a state dict, whole or one a rank."""
+"""The files of a PaddleNLP adapter: a JSON configuration, and a state dict, whole or one for each rank."""
 
 import re
 import warnings
@@ -27,14 +27,14 @@ class PrefixLayout(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignReading:
-    """What the user knows about files of PaddleNLP that the files do not say."""
+    """What the user knows about PaddleNLP's files that the files do not record."""
 
     prefix_layout: PrefixLayout | None = None
-    """Of a prefix adapter: old until August 2023, new since then; None: as the files say."""
+    """Layout of a prefix adapter, which changed in August 2023; None: detect it from the files."""
     trained_tensor_parallel_degree: int | None = None
-    """Tensor-parallel ranks that trained an adapter; None: as the files say."""
+    """Number of tensor-parallel ranks that trained an adapter; None: detect it from the files."""
     tokenization: bool = False
-    """Read vocab.json and merges.txt as PaddleNLP did, which cut words like GPT-2's tokenizer and not like BLOOM's."""
+    """Whether vocab.json and merges.txt split words like GPT-2's tokenizer, as PaddleNLP did, and not like BLOOM's."""
 
     @classmethod
     def from_flags(
@@ -44,7 +44,7 @@ class ForeignReading:
         trained_tensor_parallel_degree: int | None = None,
         paddle_tokenization: bool = False,
     ) -> "ForeignReading":
-        """The value that three flags of these names stand for.
+        """The value for three command-line flags.
 
         Raises:
             ConfigError: there is no such prefix_layout.
@@ -60,7 +60,7 @@ class ForeignReading:
 
     @property
     def adapter_flags(self) -> tuple[str, ...]:
-        """Names of the given flags that say how to read an adapter."""
+        """Names of the given flags that apply to an adapter."""
         return tuple(
             name for name in ("prefix_layout", "trained_tensor_parallel_degree") if getattr(self, name) is not None
         )
@@ -74,13 +74,13 @@ class AdapterFiles:
     """The files of an adapter."""
 
     directory: Path
-    """Holds them."""
+    """The directory that holds them."""
     values: dict[str, Any]
     """Its JSON configuration."""
     states: list[PaddleState]
     """State dicts, one for each tensor-parallel rank or one for all."""
     trained_tp_degree: int | None
-    """Tensor-parallel ranks that trained it; None: its files do not say."""
+    """Number of tensor-parallel ranks that trained it; None: its files do not record it."""
 
 
 def read_adapter_files(
@@ -88,17 +88,17 @@ def read_adapter_files(
 ) -> AdapterFiles:
     """Open an adapter; no tensor is read.
 
-    The number of ranks that trained it is known if each rank's file is there (.tp00, .tp01, ...), or if the one file
-    names its variables: a single process writes their names, and merging loses them.
+    The number of ranks that trained it is known if each rank's file is there (.tp00, .tp01, ...), or if a single file
+    names its variables: a single process writes these names, and merging files loses them.
 
     Args:
         directory: the adapter.
         config_file: name of its JSON configuration.
         stem: name of its state dict, without the suffix.
-        reading: what the user knows of the ranks that trained it.
+        reading: may give the number of ranks that trained it.
 
     Raises:
-        AdapterError: files are missing or damaged, or contradict what the user says.
+        AdapterError: files are missing or damaged, or contradict `reading`.
     """
     values = read_adapter_config(directory / config_file)
     whole = directory / f"{stem}.pdparams"
@@ -135,10 +135,10 @@ def require_trained_degree(files: AdapterFiles, why: str) -> int:
 
     Args:
         files: the adapter.
-        why: what depends on it, for the message.
+        why: what depends on the number, for the error message.
 
     Raises:
-        AdapterError: neither its files nor the user said it.
+        AdapterError: neither the files nor the user gave it.
     """
     if files.trained_tp_degree is None:
         raise AdapterError(

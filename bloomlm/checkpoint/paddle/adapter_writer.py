@@ -1,4 +1,4 @@
-"""Write adapters in PaddleNLP 2.6's files: plain LoRA, and a prefix in the new layout; whole or one file a rank.
+"""Write adapters in PaddleNLP 2.6's files: a plain LoRA, or a prefix in the new layout; whole, or a file for each rank.
 
 Source: the files that PaddleNLP 2.6 wrote, and the configuration keys of its LoRAConfig and PrefixConfig.
 """
@@ -53,15 +53,15 @@ def write_paddle_adapter(
     """Write an adapter into an existing directory; use atomic_directory around it.
 
     Args:
-        directory: to write into.
+        directory: the directory to write into.
         adapter: a LoRA or a prefix.
-        model_config: of its base model.
-        tensor_parallel_degree: ranks on which PaddleNLP will run it; 1: one file for one device.
+        model_config: configuration of its base model.
+        tensor_parallel_degree: number of ranks on which PaddleNLP will run it; 1: one file for one device.
 
     Raises:
         AdapterError: PaddleNLP 2.6 has no such adapter.
-        ConfigError: it cannot be divided among so many ranks.
-        CheckpointError: it cannot be written.
+        ConfigError: the adapter cannot be divided among so many ranks.
+        CheckpointError: the files cannot be written.
     """
     try:
         write = _WRITERS.get(type(adapter.config))
@@ -116,7 +116,7 @@ def _write_lora(
 
 
 def _rank_and_alpha(config: LoraConfig, modules: list[str]) -> tuple[int, float]:
-    """The r and lora_alpha that all modules share, as PaddleNLP 2.6 needs it, which scales by lora_alpha / r."""
+    """The r and lora_alpha that all modules share; PaddleNLP 2.6 has one of each and scales by lora_alpha / r."""
     kinds = {(config.rank_of(module), config.scaling_of(module)): module for module in modules}
     if len(kinds) != 1:
         raise AdapterError(
@@ -136,7 +136,7 @@ def _lora_variable(name: str, modules: list[str]) -> str:
 
 
 def _trainable_bias(biases: list[str], modules: list[str]) -> str | None:
-    """The value that says which biases learn: those of layers with an update ("lora"), or all."""
+    """The value for the trained biases: "lora" if only layers with an update have any, otherwise "all"."""
     if not biases:
         return None
     return "lora" if all(name.removesuffix(".bias") in modules for name in biases) else "all"
@@ -149,7 +149,7 @@ def _write_prefix(
         raise ConfigError(f"{model_config.n_head} heads cannot be divided among {tp_degree} tensor-parallel ranks")
     head_shape = (model_config.n_layer, model_config.n_head, model_config.head_dim)
     arrangement = Arrangement(layout=PrefixLayout.NEW, tp_degree=tp_degree, head_shape=head_shape)
-    # for each of PaddleNLP's columns its column in the flat prefix
+    # position in the flat prefix of each of PaddleNLP's columns
     places = arrangement.columns().argsort()
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     own = dict(tensors)
@@ -193,7 +193,7 @@ def _with_width(config: PrefixConfig, model_config: BloomConfig) -> PrefixConfig
 def _write_pre_caches(
     path: Path, config: PrefixConfig, tensors: Mapping[str, Tensor], model_config: BloomConfig
 ) -> None:
-    """Write the keys and values, [L, 2, H, P, K], which PaddleNLP's predictor reads."""
+    """Write the keys and values [L, 2, H, P, K] for PaddleNLP's predictor."""
     with torch.device("meta"):
         encoder = PrefixEncoder(config, model_config)
     encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)

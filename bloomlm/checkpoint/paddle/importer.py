@@ -1,7 +1,7 @@
-"""The door to PaddleNLP's files: it recognises them, and returns what they hold as ordinary state.
+"""The public interface of this package: it recognises PaddleNLP's files, and returns their content as ordinary state.
 
-A model becomes a TensorReader under published names, an adapter a plain LoRA or prefix, a run an ImportedRun. No Paddle
-is needed, and nothing that a file says is executed. Code outside this package imports this module and the two writers.
+A model becomes a TensorReader under published names, an adapter a plain LoRA or prefix, a run an ImportedRun. Paddle is
+not needed, and no code in a file is executed. Other code imports only this module and the two writers.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ __all__ = [
     "read_run",
 ]
 VERSION_KEY = "paddlenlp_version"
-"""Key of PaddleNLP's config.json with the version that wrote it."""
+"""Key of config.json for the version of PaddleNLP that wrote it."""
 
 
 def find_adapter(directory: Path) -> bool:
@@ -66,12 +66,12 @@ def read_adapter(
 
     Args:
         directory: the adapter.
-        model_config: of the base model.
-        reading: what its files do not say.
+        model_config: configuration of the base model.
+        reading: what the files do not record.
 
     Raises:
-        AdapterError: there is no adapter or one of each kind, its files are missing or damaged, do not fit the model,
-            or do not say how they are to be read.
+        AdapterError: there is no adapter or one of each kind, or its files are missing or damaged, do not fit the model
+            or do not record how they are to be read.
     """
     return open_adapter(directory, model_config, reading).plain()
 
@@ -79,7 +79,7 @@ def read_adapter(
 def open_adapter(
     directory: Path, model_config: BloomConfig, reading: ForeignReading = AS_THE_FILES_TELL
 ) -> PaddleLora | PaddlePrefix:
-    """Interpret an adapter's files without reading a tensor; arguments and errors are those of read_adapter."""
+    """Interpret an adapter's files without reading a tensor; arguments and errors as in read_adapter."""
     is_lora, is_prefix = ((directory / name).is_file() for name in (LORA_CONFIG_FILE, PREFIX_CONFIG_FILE))
     if is_lora == is_prefix:
         found = "both" if is_lora else "neither"
@@ -87,7 +87,7 @@ def open_adapter(
     if is_prefix:
         return read_paddle_prefix(directory, model_config, reading)
     if reading.prefix_layout is not None:
-        raise AdapterError(f"{directory} holds a LoRA adapter; a prefix_layout means nothing to it")
+        raise AdapterError(f"{directory} holds a LoRA adapter, to which prefix_layout does not apply; leave it out")
     return read_paddle_lora(directory, model_config, reading)
 
 
@@ -95,7 +95,7 @@ def adapter_base_config(directory: Path) -> BloomConfig:
     """The shape of an adapter's base model; see adapters/base_config.py.
 
     Raises:
-        AdapterError: files are missing or damaged, or do not say it.
+        AdapterError: files are missing or damaged, or do not record it.
     """
     if (directory / PREFIX_CONFIG_FILE).is_file():
         values = read_adapter_config(directory / PREFIX_CONFIG_FILE)
@@ -112,13 +112,13 @@ def read_run(
     adam_beta1: float = 0.9,
     reading: ForeignReading = AS_THE_FILES_TELL,
 ) -> ImportedRun:
-    """Read the state of a run; a whole model's tensors are read when asked for.
+    """Read the state of a run; the tensors of a whole model stay unread.
 
     Args:
         directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
-        model_config: of the model, or of an adapter's base model.
-        adam_beta1: of the run; needed only where no file counts the steps.
-        reading: what an adapter's files do not say.
+        model_config: configuration of the model, or of an adapter's base model.
+        adam_beta1: the run's beta1; used only where no file records the number of steps.
+        reading: what an adapter's files do not record.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not fit the weights.

@@ -1,8 +1,8 @@
-"""How PaddleNLP names, orients and cuts BLOOM's parameters, and how the pieces of its ranks become whole tensors again.
+"""How PaddleNLP names, orients and cuts BLOOM's parameters, and how the pieces of its ranks are joined.
 
 Structured names ("bloom.h.0.mlp.dense_h_to_4h.weight") differ from the published ones by their prefix, which files of
-the bare model leave out. Variable names ("linear_2.w_0") are counted in the order in which the layers were built.
-A linear's weight is stored (in, out). Pieces are joined lazily: a slice reads from the ranks that hold it.
+the bare model leave out. Variable names ("linear_2.w_0") are numbered in the order in which the layers were built.
+A linear's weight is stored (in, out). Pieces are joined lazily: a slice reads only from the ranks that hold it.
 
 Shapes: D hidden, V vocabulary.
 """
@@ -46,14 +46,7 @@ class Cut:
 
 
 def model_cuts(config: BloomConfig) -> dict[str, Cut]:
-    """Every parameter of a model.
-
-    Args:
-        config: its shape.
-
-    Returns:
-        Published name -> its shape and cut, which is the same in PaddleNLP as here.
-    """
+    """Published name -> shape and cut of every parameter of a model; PaddleNLP cuts as bloomlm does."""
     d, ffn = config.hidden_size, config.ffn_size
     outputs_inputs = {
         "self_attention.query_key_value": (3 * d, d),
@@ -75,17 +68,17 @@ def model_cuts(config: BloomConfig) -> dict[str, Cut]:
 
 
 def published_name(stored_name: str) -> str:
-    """A structured name, with or without PaddleNLP's prefix, as a published one."""
+    """The published name for a structured name with or without PaddleNLP's prefix."""
     return MODEL_PREFIX + stored_name.removeprefix(PADDLE_PREFIX).removeprefix(MODEL_PREFIX)
 
 
 def stored_name(name: str) -> str:
-    """A published name as a structured one, with PaddleNLP's prefix."""
+    """The structured name, with PaddleNLP's prefix, for a published name."""
     return PADDLE_PREFIX + name.removeprefix(MODEL_PREFIX)
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether a parameter, under any of its names, is the weight of a linear layer and so stored (in, out)."""
+    """Whether a parameter, under any of its names, is the weight of a linear layer, which is stored (in, out)."""
     return any(name.endswith(f"{linear}.weight") for linear in LINEARS)
 
 
@@ -97,8 +90,8 @@ def published_tensors(tensors: Mapping[str, LazyTensor], source: str) -> dict[st
         source: name of the file in error messages.
 
     Raises:
-        CheckpointError: two tensors have one name, a linear's weight is not a matrix, or variable names are not those
-            of a BLOOM.
+        CheckpointError: two tensors have one name, a linear's weight is not a matrix, or the variable names are not
+            those of a BLOOM.
     """
     if tensors and all(VARIABLE.fullmatch(name) for name in tensors):
         names = structured_by_variable(tensors, source)
@@ -136,17 +129,17 @@ def modules_by_kind(n_layer: int) -> dict[str, list[str]]:
 
 
 def structured_by_variable(variables: Iterable[str], source: str) -> dict[str, str]:
-    """Name the variables of a BLOOM by the order of their numbers, which may start anywhere.
+    """Find the parameters of a BLOOM's variables by the order of their numbers, which may start anywhere.
 
     Args:
-        variables: "embedding_0.w_0", "linear_4.b_0", ...: all of a model's.
+        variables: all variables of a model: "embedding_0.w_0", "linear_4.b_0", ...
         source: name of the file in error messages.
 
     Returns:
         Variable name -> published name.
 
     Raises:
-        CheckpointError: the numbers of layers do not fit together.
+        CheckpointError: a BLOOM does not have these numbers of layers.
     """
     numbers: dict[str, set[int]] = {"embedding": set(), "layer_norm": set(), "linear": set()}
     found = [match for variable in variables if (match := VARIABLE.fullmatch(variable))]
@@ -180,12 +173,12 @@ class RankTensors:
 
 
 def check_ranks_complete(tp_ranks: list[int], source: str, tp_degree: int | None = None) -> None:
-    """Compare the ranks whose files were found with those that saved files.
+    """Raise unless the files of all tensor-parallel ranks were found.
 
     Args:
-        tp_ranks: found, sorted.
+        tp_ranks: ranks whose files were found, sorted.
         source: name of the checkpoint in error messages.
-        tp_degree: number of ranks by the configuration; None: it does not say, so that missing last ranks go unnoticed.
+        tp_degree: number of ranks in the configuration; None: unknown, so that missing last ranks go unnoticed.
 
     Raises:
         CheckpointError: some are missing, or there are too many.
@@ -204,27 +197,22 @@ def check_ranks_complete(tp_ranks: list[int], source: str, tp_degree: int | None
 
 
 def missing_numbers(found: Collection[int], count: int) -> list[int]:
-    """The first eight of the numbers below `count` that were not found.
-
-    Args:
-        found: numbers.
-        count: of any size, because it may come from a damaged file.
-    """
+    """The first eight numbers below `count` that are not in `found`; `count` may be huge, from a damaged file."""
     num_missing = count - sum(number < count for number in set(found))
     candidates = (number for number in itertools.count() if number not in found)
     return list(itertools.islice(candidates, max(0, min(num_missing, 8))))
 
 
 def join_ranks(ranks: list[RankTensors], config: BloomConfig, source: str) -> dict[str, LazyTensor]:
-    """The whole tensors of a model.
+    """Join the tensors of a model.
 
     Args:
-        ranks: all of them, in order.
-        config: the whole model's shape.
+        ranks: tensors of all ranks, in order.
+        config: configuration of the whole model.
         source: name of the checkpoint in error messages.
 
     Raises:
-        CheckpointError: the ranks do not make up the model that the configuration describes.
+        CheckpointError: together the ranks do not hold the model that the configuration describes.
     """
     tp_degree = len(ranks)
     _check_degree(ranks, config, source)
@@ -238,10 +226,10 @@ def join_ranks(ranks: list[RankTensors], config: BloomConfig, source: str) -> di
 
 
 def join_pieces(ranks: list[RankTensors], cuts: Mapping[str, Cut]) -> dict[str, LazyTensor]:
-    """Whole tensors from the ranks' pieces.
+    """Join the ranks' pieces of tensors.
 
     Args:
-        ranks: all of them, in order.
+        ranks: tensors of all ranks, in order.
         cuts: name -> whole shape, and the dimension along which the ranks divide it.
 
     Raises:
@@ -281,7 +269,7 @@ def _join_tensor(name: str, cut: Cut, ranks: list[RankTensors]) -> LazyTensor:
 
 
 def _check_degree(ranks: list[RankTensors], config: BloomConfig, source: str) -> None:
-    """Compare the number of files with the number of ranks that follows from a rank's part of the vocabulary."""
+    """Compare the number of files with the number of ranks that the rows of one rank's embedding imply."""
     embedding = ranks[0].tensors.get(EMBEDDING)
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
     if rows and config.vocab_size % rows == 0 and config.vocab_size // rows != len(ranks):

@@ -1,4 +1,4 @@
-"""PaddleNLP's LoRA adapters of all three eras, each as the plain LoRA that computes the same.
+"""PaddleNLP's LoRA adapters of three eras, each read as the plain LoRA that computes the same.
 
 | era | its configuration has | what is added to the weight [in, out] of a layer |
 |---|---|---|
@@ -6,11 +6,11 @@
 | M, to 2023-06-27 | enable_lora_list and head_dim | A_j @ B_j in the j-th third of each head's columns |
 | B and later | enable_lora_list null | A @ B |
 
-The thirds of era A are not BLOOM's queries, keys and values, whose columns are ordered by head; but they are what was
-trained, so they are what is read. k enabled slots make a plain LoRA of rank k * r whose lora_B is zero outside the
-blocks: y += scaling * x (A_1 ... A_k) blocks(B_1 ... B_k), with the adapter's own scaling lora_alpha / r.
+The thirds of era A are not BLOOM's queries, keys and values, whose columns are ordered by head; but they were trained
+this way and are read this way. k enabled slots make a plain LoRA of rank k * r whose lora_B is zero outside the blocks:
+y += scaling * x (A_1 ... A_k) blocks(B_1 ... B_k), with the scaling lora_alpha / r of the adapter.
 
-Shapes: R lora rank of the plain LoRA, r that of the adapter.
+Shapes: R lora rank of the plain LoRA, r lora rank of the adapter.
 """
 
 import re
@@ -54,7 +54,7 @@ class PaddleLora:
     """A LoRA adapter's files, interpreted but not read."""
 
     config: LoraConfig
-    """Of the plain LoRA; every module of its target_modules gets an update, which may be zero."""
+    """Configuration of the plain LoRA; every module of its target_modules gets an update, which may be zero."""
     blocks: Mapping[str, Blocks]
     """Published module name -> its blocks."""
     cuts: Mapping[str, Cut]
@@ -67,7 +67,7 @@ class PaddleLora:
 
     @property
     def recorded(self) -> RecordedLora:
-        """The adapter as it is trained further."""
+        """The adapter in the form in which training continues."""
         return RecordedLora(config=self.config, blocks=self.blocks)
 
     def plain(self) -> PlainAdapter:
@@ -79,13 +79,13 @@ class PaddleLora:
         return {name: held(tensor) for name, tensor in self._plain_tensors(self.stored).items()}
 
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
-        """Other tensors of the trained parameters, such as Adam's moments, joined and named as `weights`.
+        """Other tensors of the trained parameters, such as AdamW's moments, joined and named like `weights`.
 
         Args:
             ranks: the tensors of each rank, as stored and under PaddleNLP's names.
 
         Raises:
-            CheckpointError: they do not fit the adapter's parameters.
+            CheckpointError: the tensors do not fit the adapter's parameters.
         """
         stored = join_pieces([_renamed(rank) for rank in ranks], self.cuts)
         return {name: held(tensor) for name, tensor in self._plain_tensors(stored).items()}
@@ -108,8 +108,8 @@ def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: Foreig
 
     Args:
         directory: holds lora_config.json and lora_model_state.pdparams or its .tp00, .tp01, ... shards.
-        model_config: of the base model.
-        reading: the number of ranks that trained it matters for era A, and merged files do not say it.
+        model_config: configuration of the base model.
+        reading: may give the number of ranks that trained it, which era A needs and merged files do not record.
 
     Raises:
         AdapterError: the files are missing or damaged, do not fit the model, or lack the number of ranks.
@@ -140,16 +140,16 @@ def lora_cuts(
 ) -> dict[str, Cut]:
     """How PaddleNLP's ranks divide a LoRA.
 
-    Where a layer is cut by outputs its lora_B is cut, and where it is cut by inputs its lora_A; the other one is whole.
+    A layer that is cut by outputs has its lora_B cut, one that is cut by inputs its lora_A; the other one is whole.
 
     Args:
-        names: of the adapter's tensors; all but lora_A and lora_B are parameters of the model.
+        names: names of the adapter's tensors; all but lora_A and lora_B are parameters of the model.
         blocks: module name -> its blocks.
-        lora_rank: r.
-        cuts: of the model.
+        lora_rank: the adapter's r.
+        cuts: shapes and cuts of the model's parameters.
 
     Returns:
-        Parameter name -> shape and cut: of lora_A and lora_B as stored, of others as published.
+        Parameter name -> shape and cut, for lora_A and lora_B as stored, for others as published.
 
     Raises:
         CheckpointError: a tensor belongs neither to a LoRA nor to the model.
@@ -171,10 +171,10 @@ def lora_cuts(
 
 
 def refuse_unknown_variants(values: Mapping[str, Any], directory: Path) -> None:
-    """Refuse the variants of LoRA in later releases of PaddleNLP, which compute something else.
+    """Refuse the variants of LoRA of later releases of PaddleNLP, which compute something else.
 
     Raises:
-        AdapterError: the configuration asks for one of them.
+        AdapterError: the configuration enables one of them.
     """
     for key in ("rslora", "pissa", "lora_use_mixer", "use_mora", "lorapro", "do_qat"):
         if values.get(key):
@@ -196,7 +196,7 @@ def _modules(files: AdapterFiles) -> list[str]:
 
 
 def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[bool, ...]:
-    """The entry of enable_lora_list for a module: that of the last pattern of target_modules that matches it."""
+    """The entry of enable_lora_list for a module, chosen by the last pattern of target_modules that matches it."""
     enable_lists = values.get("enable_lora_list")
     if enable_lists is None:
         return (True,)
@@ -246,7 +246,7 @@ def _blocks(files: AdapterFiles, slots: tuple[bool, ...], outputs: int) -> Block
 
 
 def _renamed(rank: RankTensors) -> RankTensors:
-    """Under published names; all but lora_A and lora_B also in the published orientation."""
+    """A rank's tensors under published names; all but lora_A and lora_B also in the published orientation."""
     updates = {published_name(name): tensor for name, tensor in rank.tensors.items() if name.endswith(PARTS)}
     others = {name: tensor for name, tensor in rank.tensors.items() if not name.endswith(PARTS)}
     return RankTensors(rank.place, updates | published_tensors(others, rank.place))

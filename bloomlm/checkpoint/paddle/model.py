@@ -1,7 +1,7 @@
-"""Models in every form that PaddleNLP's BLOOM wrote, as a TensorReader; no Paddle needed.
+"""Read a model in each form that PaddleNLP wrote for BLOOM, as a TensorReader; Paddle is not needed.
 
-The forms, by priority where a directory holds several: model_state.pdparams or its shards with an
-index; model.safetensors in PaddleNLP's layout or its shards; the shards of tensor-parallel ranks, today's
+The forms, by priority where a directory holds several: model_state.pdparams or its shards with an index;
+model.safetensors in PaddleNLP's layout or its shards; the shards of tensor-parallel ranks, today's
 (model_state.tp00.pdparams) and those of before April 2023 (splits_mp_00_sharding_00/model_state_mp_00.pdparams);
 auto_dist0.pdparams; an exported program's .pdiparams.
 """
@@ -56,11 +56,7 @@ class PaddleReader:
     """The parameters of a PaddleNLP checkpoint under their published names, in the published orientation."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
-        """Make a reader of tensors that are not read yet.
-
-        Args:
-            tensors: published name -> tensor.
-        """
+        """Make a reader from published names and their tensors, which are not read."""
         self.tensors = tensors
         """Published name -> tensor, unread."""
         self.entries: Mapping[str, TensorEntry] = {
@@ -72,14 +68,14 @@ class PaddleReader:
         return self.tensors[name].read()
 
     def open(self, name: str) -> Tensor | Rows:
-        """One parameter, row by row where its rows lie so in its files."""
+        """One parameter, as Rows if its rows are contiguous in its files."""
         tensor = self.tensors[name]
         if not tensor.has_rows_together:
             return tensor.read()
         return Rows(tensor.shape, tensor.dtype, partial(tensor.read_slice, 0))
 
     def read_box(self, name: str, bounds: Bounds) -> Tensor:
-        """The part within bounds; if two dimensions are cut, one of them is read as a whole."""
+        """The part of a parameter within bounds; if they cut two dimensions, all of one dimension is read."""
         tensor = self.tensors[name]
         cut = [dim for dim, (start, stop) in enumerate(bounds) if stop - start < tensor.shape[dim]]
         if not cut:
@@ -92,7 +88,7 @@ class PaddleReader:
 
 
 def find_model(directory: Path) -> bool:
-    """Whether a directory holds a model in one of PaddleNLP's forms, and none in Hugging Face's, which would win."""
+    """Whether a directory holds a model in one of PaddleNLP's forms, and not in Hugging Face's, which wins."""
     forms = _find_forms(directory)
     if not forms:
         return False
@@ -114,7 +110,7 @@ def open_model(directory: Path, config: BloomConfig) -> PaddleReader:
         config: its configuration.
 
     Raises:
-        CheckpointError: there is none, files are missing or damaged, or the ranks do not fit together.
+        CheckpointError: there is no checkpoint, files are missing or damaged, or the ranks do not fit together.
     """
     forms = _find_forms(directory)
     if not forms:
@@ -144,8 +140,8 @@ def exported_config(directory: Path) -> BloomConfig | None:
         directory: holds a .pdiparams file and its .info; otherwise None is returned.
 
     Raises:
-        CheckpointError: it is damaged.
-        ConfigError: its size is none of the published ones, whose number of heads is known.
+        CheckpointError: the export is damaged.
+        ConfigError: the model has none of the published sizes, so its number of heads is unknown.
     """
     if next(directory.glob("*.pdiparams"), None) is None:
         return None
@@ -160,7 +156,7 @@ def exported_config(directory: Path) -> BloomConfig | None:
             return BloomConfig(vocab_size=vocab_size, hidden_size=hidden_size, n_layer=n_layer, n_head=published.n_head)
     raise ConfigError(
         f"{directory} has no config.json, and its export (hidden_size {hidden_size}, n_layer {n_layer}) is of no "
-        "published size, so that the number of heads is unknown; copy the config.json of the exported model there"
+        "published size, so the number of heads is unknown; copy the config.json of the exported model there"
     )
 
 
@@ -192,7 +188,7 @@ def _has_checkpoint(directory: Path, name: str) -> bool:
 
 
 def _rank_files(directory: Path, pattern: re.Pattern[str], glob: str) -> dict[int, list[Path]]:
-    """Rank -> its file; of several sharding groups, which hold the same weights, that of the first."""
+    """Rank -> its file, from the first sharding group if there are several, which hold the same weights."""
     files: dict[int, list[Path]] = {}
     for path in sorted(directory.glob(glob)):
         if match := pattern.fullmatch(str(path.relative_to(directory))):

@@ -39,18 +39,18 @@ def write_paddle_model(
     """Write a model into an existing directory; use atomic_directory around it.
 
     Args:
-        directory: to write into.
+        directory: the directory to write into.
         config: the model's configuration, whose dtype is replaced by the written one.
         tensors: every parameter once, under its published name and in the published orientation, in any order.
         dtype: precision to write.
-        tensor_parallel_degree: ranks to cut the model for; 1: it stays whole.
-        max_shard_size_bytes: most data in one file of a whole model, unless it holds a single larger tensor; None: one
-            file.
+        tensor_parallel_degree: number of ranks to cut the model for; 1: it stays whole.
+        max_shard_size_bytes: largest size of the data in one file of a whole model; a larger tensor has a file of its
+            own; None: one file.
         report: called with a number of bytes after each write, bytes_on_ranks in total.
 
     Raises:
-        ConfigError: the model cannot be divided among so many ranks, or both ranks and a size of files are given.
-        CheckpointError: tensors are missing, unknown or misshapen, or cannot be written.
+        ConfigError: the model cannot be divided among so many ranks, or both ranks and a file size are given.
+        CheckpointError: tensors are missing or unknown, have another shape, or cannot be written.
     """
     check_degree(config, tensor_parallel_degree)
     if tensor_parallel_degree > 1 and max_shard_size_bytes is not None:
@@ -76,7 +76,7 @@ def write_paddle_model(
 
 
 def check_degree(config: BloomConfig, tensor_parallel_degree: int) -> None:
-    """Refuse a number of ranks among which the model cannot be divided.
+    """Raise if a model cannot be divided among a number of ranks.
 
     Raises:
         ConfigError: the number does not divide the heads and the vocabulary.
@@ -92,7 +92,7 @@ def check_degree(config: BloomConfig, tensor_parallel_degree: int) -> None:
 
 
 def bytes_on_ranks(config: BloomConfig, dtype: torch.dtype, tensor_parallel_degree: int) -> int:
-    """Size of a model's tensors over all ranks, each of which has a copy of what is not cut."""
+    """Size of a model's tensors over all ranks, each of which has a copy of the tensors that are not cut."""
     cuts = model_cuts(config).values()
     numbers = sum(math.prod(cut.piece_shape(tensor_parallel_degree)) for cut in cuts) * tensor_parallel_degree
     return numbers * dtype.itemsize
@@ -145,7 +145,7 @@ class _ModelWriter:
             writer.write(stored_name(name), piece, self._dtype)
 
     def finish(self, variable_names: Mapping[str, str]) -> None:
-        """Complete all files; refuse a model whose parameters were not all written."""
+        """Complete all files; raise if some parameters were not written."""
         if self._left:
             missing = [name for name in self._cuts if name in self._left]
             raise CheckpointError(f"{len(missing)} parameters were not given to write: {name_some(missing)}")
@@ -156,7 +156,7 @@ class _ModelWriter:
 def _plan(
     cuts: Mapping[str, Cut], dtype: torch.dtype, tp_degree: int, max_shard_size_bytes: int | None
 ) -> dict[str, list[str]]:
-    """File name -> published names of what it holds."""
+    """File name -> published names of the tensors in it."""
     if tp_degree > 1:
         return {f"model_state.tp{tp_rank:02}.pdparams": list(cuts) for tp_rank in range(tp_degree)}
     if max_shard_size_bytes is None:

@@ -1,4 +1,4 @@
-"""Stand-ins for the six Python objects that Paddle's pickles name, and the meaning of their calls and states.
+"""Stand-ins for the six Python objects that Paddle's pickles name: the results of calling them and setting their state.
 
 Source: numpy's ndarray.__reduce__ and dtype.__reduce__; the pickler's form of bytes in protocol 2 and 3; paddle.save.
 """
@@ -63,7 +63,7 @@ class Span:
 
 
 class Text(str):
-    """A short text with its place in the file, because it may turn out to encode the bytes of an array."""
+    """A short text with its place in the file, because it may encode the bytes of an array."""
 
     span: Span
 
@@ -137,16 +137,16 @@ def set_state(target: object, state: object, stored: StoredFile) -> None:
 
 
 def plain_value(value: Any) -> Any:
-    """A value of a pickle with lazy tensors in place of the stand-ins, and nothing else but plain types.
+    """A value of a pickle as plain types, with lazy tensors in place of the stand-ins.
 
     Raises:
-        ValueError: a stand-in is left that stands for no value, or values are nested too deeply.
+        ValueError: a stand-in is left that is not a value, or values are nested too deeply.
     """
     return _plain(value, {}, 0)
 
 
 def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
-    """See plain_value; `done` has the results of the values that were met before, by their id."""
+    """As plain_value; `done` maps the id of each value that was converted before to its result."""
     if depth > MAX_DEPTH:
         raise ValueError(f"values are nested deeper than {MAX_DEPTH} levels, or inside themselves")
     if isinstance(value, Text):
@@ -174,7 +174,7 @@ def _place(
     shape: tuple[Any, ...], dtype: torch.dtype, fortran_order: bool, span: Span, stored: StoredFile
 ) -> LazyTensor:
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
-        raise ValueError(f"an array of shape {list(shape[: MAX_DIMENSIONS + 1])}")
+        raise ValueError(f"an array of shape {list(shape[: MAX_DIMENSIONS + 1])}, which is not valid")
     needed = math.prod(shape) * dtype.itemsize
     # a Latin-1 character takes one or two bytes in UTF-8
     longest = 2 * needed if isinstance(span, EncodedSpan) else needed

@@ -1,12 +1,12 @@
-"""PaddleNLP's prefix adapters: an encoder gives E [P, 2LD], and three things decide what it means.
+"""PaddleNLP's prefix adapters: an encoder computes E [P, 2LD], which becomes keys and values in one of several ways.
 
 E's columns are 2L slots, first the keys of all blocks, then the values, each of H heads. Until 2023-08-09 (old layout)
-the slot of a block, [P, H, K] in memory, was reread as keys [H, K, P] and values [H, P, K] by reshape, which mixes
-tokens, heads and columns; since then (new layout) it is transposed as one would expect. And where t tensor-parallel
-ranks trained, rank r took the r-th chunk of E's columns as 2L slots of its own H/t heads. The weights fit any of these,
-and each gives another model. pre_caches.npy does not tell them apart: both versions wrote it in the new layout.
+the slot of a block, [P, H, K] in memory, was reshaped to keys [H, K, P] and values [H, P, K], which mixes tokens, heads
+and columns; since then (new layout) it is transposed. If t tensor-parallel ranks trained the prefix, rank r took the
+r-th chunk of E's columns as 2L slots of its own H/t heads. The shapes of the weights are the same in all these cases,
+but the keys and values differ. pre_caches.npy does not tell the layouts apart: both were written there as the new one.
 
-All of this only permutes the numbers of E: Arrangement (recorded.py) brings them into the order [P, L, 2, H, K] of PEFT
+Each case only permutes the numbers of E. Arrangement (recorded.py) brings them into the order [P, L, 2, H, K] of PEFT
 and of PrefixEncoder.
 
 Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, t ranks, G width of the projection.
@@ -70,11 +70,11 @@ class PaddlePrefix:
     """A prefix adapter's files, interpreted but not read."""
 
     config: PrefixConfig
-    """Number of virtual tokens, and the projection of its training."""
+    """Number of virtual tokens, and the projection that it was trained with."""
     model_config: BloomConfig
-    """Of its base model."""
+    """Configuration of its base model."""
     arrangement: Arrangement
-    """What its numbers mean."""
+    """How its numbers become keys and values."""
     cuts: Mapping[str, Cut]
     """PaddleNLP's parameter name -> shape as stored and cut among ranks."""
     stored: Mapping[str, LazyTensor]
@@ -85,14 +85,14 @@ class PaddlePrefix:
 
     @property
     def recorded(self) -> RecordedPrefix:
-        """The adapter as it is trained further."""
+        """The adapter in the form in which training continues."""
         return RecordedPrefix(config=self.config, arrangement=self.arrangement)
 
     def plain(self) -> PlainAdapter:
         """The ordinary prefix that computes the same, its tensors in PEFT's order.
 
-        In the new layout a projection is kept, with its outputs in another order. The old layout mixes tokens, so no
-        projection gives the same; only the keys and values are kept, computed in fp32 and rounded once.
+        In the new layout a projection is kept, with its outputs in PEFT's order. The old layout mixes tokens, which no
+        projection can reproduce, so only the keys and values are kept, computed in fp32 and rounded once.
         """
         tensors = {name: tensor.read() for name, tensor in self.stored.items()}
         if self.arrangement.layout is PrefixLayout.OLD:
@@ -115,13 +115,13 @@ class PaddlePrefix:
         return {PREFIX + name: tensor for name, tensor in self.stored.items()}
 
     def join(self, ranks: list[RankTensors]) -> dict[str, LazyTensor]:
-        """Other tensors of the trained parameters, such as Adam's moments, joined and named as `weights`.
+        """Other tensors of the trained parameters, such as AdamW's moments, joined and named like `weights`.
 
         Args:
             ranks: the tensors of each rank, as stored and under PaddleNLP's names.
 
         Raises:
-            CheckpointError: they do not fit the encoder's parameters.
+            CheckpointError: the tensors do not fit the encoder's parameters.
         """
         return {PREFIX + name: tensor for name, tensor in _join(ranks, self.cuts).items()}
 
@@ -131,11 +131,12 @@ def read_paddle_prefix(directory: Path, model_config: BloomConfig, reading: Fore
 
     Args:
         directory: holds prefix_config.json and prefix_model_state.pdparams or its .tp00, .tp01, ... shards.
-        model_config: of the base model.
-        reading: its layout and the number of ranks that trained it, where the files do not say.
+        model_config: configuration of the base model.
+        reading: may give its layout and the number of ranks that trained it, where the files do not record them.
 
     Raises:
-        AdapterError: the files are missing or damaged, do not fit the model, or lack the layout or the number of ranks.
+        AdapterError: the files are missing or damaged, do not fit the model, or do not record the layout or the
+            number of ranks.
     """
     files = read_adapter_files(directory, PREFIX_CONFIG_FILE, PREFIX_STEM, reading)
     config = _prefix_config(files, model_config)
@@ -160,8 +161,8 @@ def prefix_cuts(config: PrefixConfig, model_config: BloomConfig) -> dict[str, Cu
     """How PaddleNLP's ranks divide a prefix: tokens of the embedding, outputs of one linear, inputs of the other.
 
     Args:
-        config: of the prefix; if it has a projection, with its width.
-        model_config: of the base model.
+        config: the prefix, with the width of its projection if it has one.
+        model_config: configuration of the base model.
 
     Returns:
         Stored name -> stored shape and cut.
@@ -184,8 +185,8 @@ def _detect_layout(files: AdapterFiles) -> PrefixLayout:
     if (files.directory / PAST_KEY_VALUES_FILE).is_file() or NEW_CONFIG_KEY not in files.values:
         return PrefixLayout.OLD
     raise AdapterError(
-        f"{files.directory}: {PREFIX_CONFIG_FILE} has {NEW_CONFIG_KEY}, which PaddleNLP writes since 2023-07-19, and "
-        "it changed how a prefix is laid out on 2023-08-09; nothing in the files tells the weeks between from later. "
+        f"{files.directory}: {PREFIX_CONFIG_FILE} has {NEW_CONFIG_KEY}, so PaddleNLP wrote it after 2023-07-19, but "
+        "the files do not record whether before 2023-08-09, when the layout of prefixes changed. "
         "Give --prefix_layout new (releases 2.6 and later) or --prefix_layout old (versions before 2023-08-09)"
     )
 

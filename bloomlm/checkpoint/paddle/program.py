@@ -1,4 +1,4 @@
-"""The weights of an exported Paddle program: consecutive tensors in .pdiparams, their names in .pdiparams.info.
+"""Read the weights of an exported Paddle program: consecutive tensors in .pdiparams, their names in .pdiparams.info.
 
 A tensor is: version (u32 0); number of LoD levels (u64) and each level (u64 size in bytes, data); version (u32 0); size
 of the description (i32); the description, a protobuf of data type (field 1) and dimensions (field 2); the numbers.
@@ -43,10 +43,10 @@ def read_program_weights(path: Path) -> dict[str, LazyTensor]:
         path: a .pdiparams file; its .pdiparams.info lies beside it.
 
     Returns:
-        Structured name (variable name where the info gives none) -> tensor as stored.
+        Structured name, or variable name where the info has no other, -> tensor as stored.
 
     Raises:
-        CheckpointError: the info is missing, either file is damaged, or they do not belong together.
+        CheckpointError: the info is missing, or a file is damaged, or the files do not belong together.
     """
     names = _read_names(path.with_name(path.name + ".info"))
     tensors = list(_stored_tensors(StoredFile(path)))

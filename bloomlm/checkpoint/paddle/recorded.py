@@ -1,8 +1,8 @@
-"""An adapter that PaddleNLP began to train, with what PEFT's files cannot say about its further training.
+"""An adapter that PaddleNLP began to train, with the parts of its training that PEFT's files cannot record.
 
-In a LoRA from before July 2023 only blocks of lora_B are trained, and a prefix keeps the encoder of its training, so
-that the recorded moments fit. Checkpoints that bloomlm writes of such a run record this in paddle_adapter.json, beside
-PEFT's files, and are resumed like any other; the values of the parameters are in their training state.
+In a LoRA from before July 2023 only blocks of lora_B are trained, and a prefix keeps the encoder that it is trained
+with, so that the recorded moments of AdamW fit. When bloomlm continues such a run, its checkpoints record this in
+paddle_adapter.json beside PEFT's files, and can be resumed too; their training state holds the parameters.
 
 Shapes: P virtual tokens, L blocks, D hidden, H heads, K head_dim, t ranks, E the encoder's output [P, 2LD].
 """
@@ -40,7 +40,7 @@ class Blocks:
 
     @property
     def num_enabled(self) -> int:
-        """Trained parts (k)."""
+        """Number k of trained parts."""
         return sum(self.slots)
 
     def place(self, lora_b: Tensor) -> Tensor:
@@ -64,20 +64,20 @@ class RecordedLora:
     """A LoRA of any of PaddleNLP's eras, as a plain one with entries that are not trained."""
 
     config: LoraConfig
-    """Of the plain LoRA."""
+    """Configuration of the plain LoRA."""
     blocks: Mapping[str, Blocks]
     """Name of each module with an update -> the blocks of its lora_B."""
     kind: ClassVar[str] = "lora"
 
     @property
     def num_slots(self) -> int:
-        """Ratio of the plain LoRA's r to PaddleNLP's (k), in most modules."""
+        """Ratio k of the plain LoRA's r to PaddleNLP's, in most modules."""
         numbers = [block.num_enabled for block in self.blocks.values()]
         return max(set(numbers), key=numbers.count)
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The flags of the recorded LoRA, before it was made a plain one."""
+        """The flags of the recorded LoRA, before its conversion to a plain one."""
         return {
             "r": self.config.r // self.num_slots,
             "lora_alpha": self.config.alpha / self.num_slots,
@@ -86,7 +86,7 @@ class RecordedLora:
         }
 
     def describe(self) -> str:
-        """Its rank and scaling."""
+        """A description of its rank and scaling."""
         plain = "" if self.num_slots == 1 else f", as a plain one of r {self.config.r} in PEFT's files"
         return f"LoRA (r {self.flags['r']}, lora_alpha {self.flags['lora_alpha']:g}{plain})"
 
@@ -116,12 +116,12 @@ class RecordedLora:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """What determines the meaning of E."""
+    """How the numbers of E become keys and values."""
 
     layout: PrefixLayout
     """Reread (old) or transposed (new)."""
     tp_degree: int
-    """Number of ranks that trained it (t)."""
+    """Number t of ranks that trained it."""
     head_shape: tuple[int, int, int]
     """L, H, K."""
 
@@ -149,18 +149,18 @@ class RecordedPrefix:
     """A prefix in PaddleNLP's own order of columns."""
 
     config: PrefixConfig
-    """Number of virtual tokens, and the projection it is trained with."""
+    """Number of virtual tokens, and the projection that it is trained with."""
     arrangement: Arrangement
-    """What its numbers mean."""
+    """How its numbers become keys and values."""
     kind: ClassVar[str] = "prefix_tuning"
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The same here and in PaddleNLP."""
+        """The flags of the recorded prefix, which bloomlm and PaddleNLP share."""
         return {name: getattr(self.config, name) for name in ("num_prefix_tokens", "prefix_projection")}
 
     def describe(self) -> str:
-        """Its size and layout."""
+        """A description of its size and layout."""
         projection = ", with projection" if self.config.prefix_projection else ""
         degree = self.arrangement.tp_degree
         return (
@@ -197,7 +197,7 @@ class RecordedPrefix:
 
 
 class PaddlePrefixEncoder(PrefixEncoder):
-    """An encoder with PaddleNLP's order of columns, which its optimizer state has."""
+    """An encoder with PaddleNLP's order of columns, so that PaddleNLP's optimizer state fits it."""
 
     def __init__(self, config: PrefixConfig, model_config: BloomConfig, arrangement: Arrangement) -> None:
         super().__init__(config, model_config)
@@ -209,7 +209,7 @@ class PaddlePrefixEncoder(PrefixEncoder):
         return self.arrangement.arrange(super().flat())
 
     def plain(self, tensors: Mapping[str, Tensor]) -> tuple[PrefixConfig, dict[str, Tensor]]:
-        """The keys and values that it gives, as a prefix without projection."""
+        """The resulting keys and values, as a prefix without projection."""
         with torch.device("meta"):
             whole = PaddlePrefixEncoder(self.config, self.model_config, self.arrangement)
         whole.load_state_dict(dict(tensors), assign=True)
@@ -227,13 +227,10 @@ device if none is given; its values are read afterwards. `write(directory)` reco
 
 
 def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
-    """The adapter that a checkpoint of bloomlm's records; None if it records none.
-
-    Args:
-        directory: of the checkpoint.
+    """The adapter that a checkpoint written by bloomlm records; None if it records none.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the record cannot be read.
     """
     path = directory / STRUCTURE_FILE
     if not path.is_file():

@@ -51,27 +51,27 @@ class ImportedRun:
     origin: str
     """The program that wrote it."""
     adapter: RecordedAdapter | None
-    """What is trained; None: the whole model."""
+    """The trained adapter; None: the whole model is trained."""
     weights: Mapping[str, LazyTensor]
     """The trained parameters, as stored."""
     exp_avg: Mapping[str, LazyTensor]
     """AdamW's first moments; empty where the checkpoint has no optimizer state."""
     exp_avg_sq: Mapping[str, LazyTensor]
-    """Second moments, of the same names."""
+    """AdamW's second moments, under the same names."""
     master_weights: Mapping[str, LazyTensor]
-    """fp32 parameters of a run in fp16 or bf16 that kept them; otherwise empty."""
+    """fp32 copies of the parameters, if a run in fp16 or bf16 kept them; otherwise empty."""
     updates: int
-    """Updates made, which AdamW counts for each parameter."""
+    """Number of updates of the parameters, as AdamW counts them."""
     step: int
-    """Steps done: updates, and steps that fp16 skipped."""
+    """Number of steps done: updates, and steps that fp16 skipped."""
     max_steps: int | None
-    """Steps that the run was to have, if the files say."""
+    """Planned number of steps; None: not recorded."""
     learning_rate: float | None
-    """Of the next update, if the files say."""
+    """Learning rate of the next update; None: not recorded."""
     loss_scale: float | None
-    """Of a run in fp16."""
+    """Loss scale of a run in fp16; None: not recorded."""
     losses: tuple[Mapping[str, Any], ...]
-    """Entries of the log that hold a training loss."""
+    """Log entries with a training loss."""
 
 
 class WholeModel:
@@ -88,7 +88,7 @@ class WholeModel:
         return open_model(self._directory, self._config).tensors
 
     def join(self, ranks: list[RankTensors]) -> Mapping[str, LazyTensor]:
-        """Join tensors as the parameters are joined."""
+        """Other tensors of the parameters, such as AdamW's moments, joined and named like `weights`."""
         published = [RankTensors(rank.place, published_tensors(rank.tensors, rank.place)) for rank in ranks]
         return join_ranks(published, self._config, str(self._directory))
 
@@ -98,17 +98,17 @@ Learned = WholeModel | PaddleLora | PaddlePrefix
 
 
 def find_run(directory: Path) -> bool:
-    """Whether a checkpoint-N is one of PaddleNLP's."""
+    """Whether PaddleNLP wrote a checkpoint-N."""
     return any(next(directory.glob(pattern), None) is not None for pattern in ("*.pdparams", "*.pdopt"))
 
 
 def read_state(directory: Path, learned: Learned, adam_beta1: float) -> ImportedRun:
-    """Read the state of a run; a whole model's tensors are read when asked for.
+    """Read the state of a run; the tensors of a whole model stay unread.
 
     Args:
         directory: a checkpoint-N: the weights (or the adapter), and optimizer.pdopt.
-        learned: what it trained.
-        adam_beta1: of the run; needed only where no file counts the steps.
+        learned: the model or adapter that it trained.
+        adam_beta1: the run's beta1; used only where no file records the number of steps.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not fit the weights.
@@ -139,7 +139,7 @@ def read_state(directory: Path, learned: Learned, adam_beta1: float) -> Imported
 def _moments(
     states: Mapping[int, list[PaddleState]], learned: Learned, directory: Path
 ) -> dict[str, Mapping[str, LazyTensor]]:
-    """Kind -> tensors under the names of the model that resumes; all empty without optimizer files."""
+    """Kind -> tensors under the names of the model that resumes; empty without optimizer files."""
     if not states:
         return {kind: {} for kind in KINDS}
     ranks = [_sorted_by_kind(files, directory, learned.stem, tp_rank) for tp_rank, files in states.items()]
@@ -202,7 +202,7 @@ def _sorted_by_kind(states: list[PaddleState], directory: Path, stem: str, tp_ra
         if unknown := [variable for variable in tensors if variable not in names]:
             raise CheckpointError(
                 f"{directory / place}: {name_some(unknown)} belongs to none of the parameters of the weights beside "
-                "it: files of two runs in one directory?"
+                "it: are these the files of two runs?"
             )
         named[kind] = RankTensors(place, {names[variable]: tensor for variable, tensor in tensors.items()})
     return named
@@ -224,7 +224,7 @@ def _names_of_variables(directory: Path, stem: str, tp_rank: int, variables: lis
 def _updates(
     scheduler: Mapping[str, Any], states: list[PaddleState], trainer: Mapping[str, Any], beta1: float, directory: Path
 ) -> int:
-    """Updates by the schedule's count (without steps that fp16 skipped), or else from Adam's beta1 ** (updates + 1)."""
+    """Number of updates, from the schedule (without steps that fp16 skipped) or from AdamW's beta1 ** (updates + 1)."""
     last_epoch = _whole(scheduler.get("last_epoch"))
     if last_epoch is not None:
         return last_epoch

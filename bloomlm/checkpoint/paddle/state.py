@@ -1,8 +1,8 @@
-"""Paddle's state dicts (.pdparams, .pdopt): read in every form that paddle.save wrote, and written array by array.
+"""Paddle's state dicts (.pdparams, .pdopt): reading each form that paddle.save wrote, and writing array by array.
 
-Tensors are arrays or pairs (name, array); above a gigabyte, pickles of protocol 2 and 3 hold them in flat pieces. Their
-variable names and, in optimizer states, plain values stand beside them. Python's pickler needs whole arrays in memory,
-so the writer emits the few opcodes around each array itself, and the numbers are written in blocks.
+Tensors are arrays or pairs (name, array); pickles of protocol 2 and 3 hold those above a gigabyte in flat pieces. The
+dict also holds variable names and, in optimizer states, plain values. Python's pickler needs whole arrays in memory, so
+the writer emits the opcodes around each array itself and writes the numbers in blocks.
 
 Source: the opcodes as Python's pickletools describes them; the files that PaddleNLP 2.6 wrote.
 """
@@ -40,7 +40,7 @@ class PaddleState:
     tensors: Mapping[str, LazyTensor]
     """Under the names and in the layout of the file."""
     variable_names: Mapping[str, str]
-    """Name -> name of the Paddle variable ("linear_0.w_0"), where the file has it."""
+    """Name -> name of the Paddle variable ("linear_0.w_0"); empty if the file does not record them."""
     values: Mapping[str, Any]
     """Everything else, such as LR_Scheduler and master_weights."""
 
@@ -52,7 +52,7 @@ def read_paddle_state(path: Path) -> PaddleState:
         path: a .pdparams or .pdopt file.
 
     Raises:
-        CheckpointError: the file is refused or damaged, or holds no state dict.
+        CheckpointError: the file is damaged, holds no state dict, or holds objects that a state dict does not need.
     """
     content = load_paddle_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -67,7 +67,7 @@ def read_paddle_state(path: Path) -> PaddleState:
 
 
 def split_tensors(content: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a dict, and the variable names of those that stand there as (name, array).
+    """The tensors of a dict, and the variable names of those that it holds as (name, array).
 
     Args:
         content: key -> tensor, (variable name, tensor), or anything else, which is left out.

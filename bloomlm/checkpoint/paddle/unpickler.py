@@ -1,8 +1,8 @@
-"""Read Paddle's pickles (.pdparams, .pdopt) without executing anything in them.
+"""Read Paddle's pickles (.pdparams, .pdopt) without executing any code in them.
 
-Python's unpickler imports and calls what a file names. This interpreter knows only the few opcodes and the six globals
-that paddle.save writes, and builds plain values from them: no import, no call, no code. An array becomes a LazyTensor
-with its place in the file, so that opening a file of any size reads kilobytes.
+Python's unpickler imports and calls any object that a file names. This interpreter knows only the few opcodes and the
+six globals that paddle.save writes, and builds plain values from them without importing or calling anything. An array
+becomes a LazyTensor, so that opening a file of any size reads kilobytes.
 
 Source: the opcodes as Python's pickletools describes them; the globals that PaddleNLP's files hold.
 """
@@ -18,7 +18,7 @@ from bloomlm.checkpoint.paddle.lazy import StoredFile
 from bloomlm.checkpoint.paddle.objects import GLOBALS, Span, Text, call, plain_value, set_state
 from bloomlm.errors import CheckpointError
 
-# Ten times as many as the optimizer state of BLOOM 176B has, so that a file of endless opcodes is refused.
+# Ten times the number in the optimizer state of BLOOM 176B; a file of endless opcodes is refused.
 MAX_OPCODES = 2_000_000
 # Names are shorter; longer texts are the bytes of arrays, which stay in the file.
 MAX_TEXT_BYTES = 65_536
@@ -36,11 +36,11 @@ def load_paddle_pickle(path: Path) -> Any:
         path: the file.
 
     Returns:
-        What it holds, of dict, list, tuple, str, int, float, bool, None and LazyTensor.
+        Its value, made of dict, list, tuple, str, int, float, bool, None and LazyTensor.
 
     Raises:
-        CheckpointError: it names a global that Paddle's state files do not need (nothing of it was run), is truncated
-            or invalid, or has another protocol than 2, 3 or 4.
+        CheckpointError: the file names a global that Paddle's state files do not need (it is not executed), is
+            truncated or invalid, or has another protocol than 2, 3 or 4.
     """
     stored = StoredFile(path)
     try:
@@ -86,7 +86,7 @@ class _Interpreter:
         )
 
     def refuse_opcode(self, opcode: bytes) -> NoReturn:
-        """Refuse an opcode by its name; INST, the old form of a global, by the name of the global."""
+        """Raise an error that names an opcode, or for INST, the old opcode of globals, the global."""
         known = _OPCODES.get(opcode)
         if known is None:
             raise self.error(f"{opcode!r} is not a pickle opcode: the file is damaged, or not a pickle")
@@ -122,7 +122,7 @@ class _Interpreter:
         return Span(offset, length)
 
     def push_text(self, length: int) -> None:
-        """Push a text, or only its place if it is too long for a name."""
+        """Push a text, or only its place in the file if it is too long to be a name."""
         if length > MAX_TEXT_BYTES:
             self.stack.append(self.pass_over(length))
             return
@@ -224,7 +224,7 @@ class _Interpreter:
         self.push_global(module, name)
 
     def finish(self) -> Any:
-        """The one value that is left, as plain types and lazy tensors."""
+        """The last value, as plain types and lazy tensors."""
         value = self.pop()
         if self.stack:
             raise self.error("the pickle ends with values left over")

@@ -22,7 +22,7 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import Linear
 
 PREFIX = "transformer.prefix."
-"""Where the encoder's parameters lie in a model."""
+"""The beginning of the names of the encoder's parameters in a model."""
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 PEFT_KEYS = {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
 

@@ -1,8 +1,8 @@
-"""A frozen word embedding of which some tokens' rows learn, as PEFT's trainable_token_indices makes it.
+"""A frozen word embedding in which the rows of some tokens learn, as with PEFT's trainable_token_indices.
 
-The rows that learn are a parameter of their own, [N, D], so that no gradient [V, D] exists. They take the place of the
-weight's rows in both uses, as the embedding of tokens and as rows of the head, so their gradient is the sum of both. On
-tensor-parallel ranks, which divide the vocabulary, each rank holds all of them.
+The rows that learn are a separate parameter [N, D], so that no gradient [V, D] exists. They replace rows of the weight
+both in the embedding and in the head, so their gradient is the sum of both uses. Tensor-parallel ranks divide the
+vocabulary, and each holds all trained rows.
 
 Shapes: M tokens, N tokens whose rows learn, D hidden, V vocabulary.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TRAINED_ROWS = "trained_rows"
 PEFT_ROWS = "token_adapter.trainable_tokens_delta"
-"""PEFT's name of them, within the embedding."""
+"""PEFT's name of the trained rows, within the embedding."""
 
 
 class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
@@ -34,18 +34,18 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
     config: "LoraConfig"
     trained_rows: nn.Parameter
     trained_tokens: Tensor
-    """[N] int64: the tokens of trained_rows, in the order of the configuration."""
+    """[N] int64 ids of the tokens of trained_rows, in the order of the configuration."""
 
     @classmethod
     def from_embedding(
         cls, embedding: WordEmbedding, config: "LoraConfig", dtype: torch.dtype, device: torch.device | None = None
     ) -> "TrainedRowsEmbedding":
-        """Wrap an embedding, sharing its weight; where that is there and whole, all rows are what they were.
+        """Wrap an embedding, sharing its weight. If that is loaded and whole, the trained rows are copied from it.
 
         Args:
-            embedding: its weight stops learning.
+            embedding: the embedding; its weight stops learning.
             config: names the tokens.
-            dtype: of the rows that learn.
+            dtype: precision of the trained rows.
             device: where they go; None: where the weight is.
         """
         with torch.device("meta"):
@@ -63,7 +63,7 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
 
     @torch.no_grad()
     def start_from_weight(self) -> None:
-        """Set the rows that learn to the weight's. Ranks that share out the weight must all come here."""
+        """Copy the trained rows from the weight. If ranks divide the weight, all of them must call this."""
         weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
         if self.weight_scale is None:
             rows = self.partition.look_up(self.trained_tokens, lambda places: F.embedding(places, weight))
@@ -86,10 +86,10 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
         return torch.where(learns.unsqueeze(-1), rows, base)
 
     def replaced_rows(self) -> ReplacedRows:
-        """The rows that learn, of the tokens whose row of the weight is here."""
+        """The trained rows of tokens in this rank's part of the vocabulary."""
         places = self.trained_tokens - self.partition.first_token
         is_here = (places >= 0) & (places < len(self.weight))
-        # each rank's logits give the gradient of its own rows, and those of all ranks are added up
+        # the logits of a rank give the gradient of its rows, and the gradients of all ranks are added up
         return ReplacedRows(places[is_here], self.partition.enter(self.trained_rows)[is_here])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
         return z
 
     def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """[V, D] the weight that is here, with the trained rows in their places.
+        """[V, D] the weight of this rank with the trained rows in their places.
 
         Args:
-            whole: gathers what this rank and others share out.
-            dtype: of the result.
+            whole: gathers the shards of a tensor.
+            dtype: precision of the result.
         """
         merged = whole(self.weight).to(dtype, copy=True)
         rows, places = whole(self.trained_rows), self.trained_tokens - self.partition.first_token
@@ -113,10 +113,10 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
 
 
 def tokens_in_peft(indices: object, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that PEFT's trainable_token_indices names: a list, or lists by the name of a layer.
+    """The tokens in PEFT's trainable_token_indices, which is a list, or a list for each of some layers.
 
     Raises:
-        AdapterError: it is neither, names tokens that do not exist, or others for the head than for the embedding.
+        AdapterError: it is neither, names tokens that do not exist, or differs between head and embedding.
     """
     if isinstance(indices, dict):
         ends = {str(name).rpartition(".")[2] for name in indices}

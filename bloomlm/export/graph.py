@@ -267,7 +267,7 @@ def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F
 
 
 def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:
-    """The tensors of one encoded matrix; with layer, those of one block."""
+    """The tensors of one encoded matrix; with layer, in one block."""
     names = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" in weights}
     return {suffix: weights[full] if layer is None else weights[full][layer] for suffix, full in names.items()}
 

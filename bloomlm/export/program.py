@@ -199,7 +199,7 @@ def _limits(job: ExportJob, form: ExportFormat) -> str:
     """The key in parity.LIMITS of the program's limits."""
     if job.quantization != "none":
         return job.quantization
-    # a model in 16 bits rounds every activation, whatever its program does
+    # a model in 16 bits rounds every activation, even if its program does not
     dtype = job.model.transformer.dtype if job.dtype is torch.float32 else job.dtype
     return form.float32_limits if dtype is torch.float32 else _name(dtype)
 

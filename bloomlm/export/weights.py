@@ -58,7 +58,7 @@ class WeightFormat(Protocol):
         ...
 
     def decode(self, parts: Parts) -> Tensor:
-        """The matrix in fp32, or those of its rows that the parts hold."""
+        """The matrix in fp32; parts may hold some of its rows only."""
         ...
 
 

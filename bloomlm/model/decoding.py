@@ -35,7 +35,7 @@ class BloomRows:
         )
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append B lists of ids to B different rows in one packed forward pass -> [B, V] logits of the next tokens."""
+        """Append B lists of ids to B different rows, in one packed forward pass -> [B, V] logits of the next tokens."""
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor(list(chain.from_iterable(prompts)), device=self._device)
         last = torch.tensor(lengths, device=self._device).cumsum(0) - 1

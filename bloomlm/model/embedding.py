@@ -17,20 +17,20 @@ from bloomlm.model.quantized import dequantize_rows
 
 @dataclass(frozen=True)
 class ReplacedRows:
-    """Rows that stand in for some rows of a head's weight: they learn, and the weight does not (K of them)."""
+    """K rows that learn and replace rows of a frozen head."""
 
     places: Tensor
-    """[K] int64, in any order: different rows of the weight that is here."""
+    """[K] int64 numbers of the replaced rows, all different, in any order."""
     rows: Tensor
-    """[K, D] what stands there."""
+    """[K, D] the rows in their places."""
 
     def of(self, rows: slice) -> "ReplacedRows":
-        """Those of a slice of the weight's rows."""
+        """The replaced rows within a slice of the weight's rows."""
         chosen = (self.places >= rows.start) & (self.places < rows.stop)
         return ReplacedRows(self.places[chosen] - rows.start, self.rows[chosen])
 
     def put_logits(self, hidden: Tensor, z: Tensor) -> None:
-        """Give z [..., V], the logits of hidden [..., D] by the weight, those of these rows in place."""
+        """Overwrite the logits z [..., V] of hidden states [..., D] at the replaced rows."""
         if len(self.places):
             z.index_copy_(-1, self.places, linear(hidden, self.rows.to(hidden.dtype)).to(z.dtype))
 

@@ -18,7 +18,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Partition:
-    """The partition of a layer that holds its whole weight: every point returns what it is given."""
+    """The partition of a layer that holds its whole weight: every point returns its argument."""
 
     sums_inputs = False
     """Whether `leave` adds up partial results, so that a bias must be added after it."""

@@ -114,7 +114,7 @@ class Manifest:
         """Compare the files with what was written.
 
         Args:
-            directory: where they lie.
+            directory: the directory of the files.
             hash_file: from a file's name, whether the checksum of the whole file is compared, or only the size and the
                 checksum of the beginning.
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from bloomlm.evaluation.scoring.windows import Tokens, Window
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
-from bloomlm.model.kv_cache import KVCache
 
 _FEWEST_SHARED = 16
 """A separate prefill of a shorter common beginning would cost more than it saves."""
@@ -155,7 +154,7 @@ class Branched:
 
     def hidden(self, model: BloomForCausalLM, rows: Tensor) -> Tensor:
         """The hidden states [M, D] of some rows [M]."""
-        cache = self._cache(model, rows.device)
+        cache = model.open_rows(len(self._owners), max(self._lengths) + self._rests.shape[1]).cache
         firsts = [self._owners.index(group) for group in range(len(self._lengths))]
         beginnings = torch.from_numpy(self._beginnings).to(rows.device)
         is_shared = rows < len(beginnings)
@@ -172,17 +171,6 @@ class Branched:
         out: Tensor = own.new_empty(len(rows), own.shape[1])
         out[is_shared], out[~is_shared] = shared, own
         return out
-
-    def _cache(self, model: BloomForCausalLM, device: torch.device) -> KVCache:
-        return KVCache(
-            model.config,
-            len(self._owners),
-            max(self._lengths) + self._rests.shape[1],
-            dtype=model.transformer.dtype,
-            device=device,
-            n_head=len(model.transformer.heads),
-            num_virtual=model.transformer.num_virtual_tokens,
-        )
 
 
 def num_slots(groups: Sequence[Branches]) -> int:

@@ -61,7 +61,7 @@ class ExportFormat:
     write: Callable[[ExportJob, Path], Mapping[str, Any]]
     """Write the program's files into a directory with the tokenizer; returns the manifest fields of this format.
 
-    Raises ProgramError where a library is missing or the format has no place for the model.
+    Raises ProgramError where a library is missing or the format cannot hold the model.
     """
     dtypes: tuple[torch.dtype, ...] = _FLOATS
     """Precisions in which it can store matrices."""

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -46,6 +46,9 @@ class PlanConfig(Flags):
         "a published name, from bigscience/bloom-560m to bigscience/bloom or bloomz; builtin:tiny, a directory, or a "
         "config.json",
         aliases=("model",),
+    )
+    vocab_size: int | None = flag(
+        "model", None, "rows of the embedding, for a model with a trimmed vocabulary  [default: the model's]", minimum=1
     )
 
     num_processes: int | None = flag(
@@ -112,6 +115,8 @@ def plan(config: PlanConfig) -> None:
 def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     """The plan, and notices about flags that have no effect or an unexpected one."""
     model_config = find_config(config.model_name_or_path)
+    if config.vocab_size is not None:
+        model_config = replace(model_config, vocab_size=config.vocab_size)
     training, notices, degrees = _resolve(config)
     check_model_divides(model_config, degrees.tp)
     precision = precision_from_flags(

@@ -70,7 +70,8 @@ class Corpus:
                 done += now
                 report(now)
                 yield piece
-            report(size_bytes - done)  # line ends, names of fields
+            if done < size_bytes:
+                report(size_bytes - done)  # line ends, names of fields
 
 
 def find_corpus(names: Sequence[str] = (), languages_from: str | None = None) -> Corpus:

@@ -51,6 +51,16 @@ def test_a_config_file_or_its_directory(tmp_path: Path) -> None:
     assert find_config("builtin:tiny").n_layer == 4
 
 
+def test_a_trimmed_vocabulary() -> None:
+    whole, trimmed = plan_of(), plan_of(vocab_size=46_145)
+    num_fewer = (250_880 - 46_145) * 1024
+    assert whole.num_parameters - trimmed.num_parameters == num_fewer
+    assert whole.training.weights - trimmed.training.weights == 4 * num_fewer
+    assert whole.prediction.peak > trimmed.prediction.peak + 2 * num_fewer
+    with pytest.raises(ConfigError, match="vocabulary of 46145"):
+        plan_of(vocab_size=46_145, tensor_parallel_degree=2)
+
+
 def test_full_tuning_of_560m_by_hand() -> None:
     """One process, fp32: 4 bytes a weight and a gradient, 8 and a count for AdamW."""
     size = PUBLISHED_SIZES["560m"].num_parameters

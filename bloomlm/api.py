@@ -186,7 +186,7 @@ def load(
             raise ConfigError(f"{name} says how to read an adapter; give adapter_path too, or leave it out")
     directory = resolve_source(str(name_or_path)).directory
     tokenizer = Tokenizer.from_directory(directory, as_gpt2=reading.tokenization)
-    model = load_model(directory, dtype=_dtype_of(dtype), device=device, mesh=mesh)
+    model = load_model(directory, dtype=dtype_of(dtype), device=device, mesh=mesh)
     for name, path in given.items():
         load_adapter(model, resolve_source(path).directory, reading=reading, mesh=mesh)
         _check_kind(model, path, name)
@@ -274,11 +274,16 @@ def evaluate(
     return run(make_config(options), open_subject, mesh=ranks, display=display or LoggedNotices())
 
 
-def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The precision that DTYPES has under a name; a dtype and None are returned unchanged.
+
+    Raises:
+        ConfigError: there is no precision of this name.
+    """
     if not isinstance(dtype, str):
         return dtype
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for that of the files")
+        raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}, or None for the precision of the files")
     return DTYPES[dtype]
 
 

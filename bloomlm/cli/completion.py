@@ -185,16 +185,15 @@ def run_completions(
     is_main: bool = True,
     from_main: Callable[[list[Completion]], list[Completion]] = lambda done: done,
 ) -> None:
-    """Complete the prompts, and show the completions or write them to a file.
+    """Complete the prompts, and show the completions or write them to a file; every rank makes this call.
 
     Args:
-        config: the flags.
-        generation: how to complete the prompts.
+        config, generation: the flags, and what they say about decoding.
         completer: a model or a program.
-        prompts: the texts, and the right answers where they are known.
+        prompts: the texts, and the right answers if they are known.
         identity: everything that decides the completions, as text; a stopped run is resumed only if it is the same.
-        is_main: whether this rank prints and writes; every rank generates.
-        from_main: gives every rank the main rank's value.
+        is_main: whether this rank prints and writes.
+        from_main: returns the value of the main rank on every rank.
 
     Raises:
         GenerationError: an empty prompt.

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 
-from bloomlm.api import DTYPES
+from bloomlm.api import dtype_of
 from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_conversion
 from bloomlm.checkpoint.adapters.load import find_adapter
 from bloomlm.checkpoint.convert import convert_model, open_model_conversion
@@ -89,7 +88,7 @@ def _convert_model(
     conversion = open_model_conversion(
         directory,
         FileForm(config.to),
-        dtype=_dtype(config),
+        dtype=dtype_of(config.dtype),
         tensor_parallel_degree=config.tensor_parallel_degree,
         max_shard_size_bytes=None if config.max_shard_size is None else parse_size(config.max_shard_size),
     )
@@ -115,7 +114,7 @@ def _convert_adapter(
     conversion = open_adapter_conversion(
         directory,
         FileForm(config.to),
-        dtype=_dtype(config),
+        dtype=dtype_of(config.dtype),
         tensor_parallel_degree=config.tensor_parallel_degree,
         base_model_name_or_path=config.base_model_name_or_path,
         reading=ForeignReading.from_flags(**reading_flags(config)),
@@ -129,10 +128,6 @@ def _check_apart(directory: Path, output: Path) -> None:
     one, other = directory.resolve(), output.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise ConfigError(f"--output {output} and the input, {directory}, overlap; name another directory")
-
-
-def _dtype(config: ConvertConfig) -> torch.dtype | None:
-    return None if config.dtype is None else DTYPES[config.dtype]
 
 
 class _PaddleTokenizer:

@@ -7,7 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from bloomlm.api import DTYPES, load
+from bloomlm.api import dtype_of, load
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.export.formats import FORMATS
@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> None:
             config.output_path,
             source=config.model_name_or_path,
             format=config.format,
-            dtype=None if config.dtype is None else DTYPES[config.dtype],
+            dtype=dtype_of(config.dtype),
             quantization=config.quantization,
             max_new_tokens=config.max_length,
             verify=not config.no_verify,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bloomlm.api import DTYPES, load
+from bloomlm.api import dtype_of, load
 from bloomlm.checkpoint.merge import merge_to_directory, merged_bytes
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.display import BytesDisplay
@@ -41,7 +41,7 @@ def merge(config: MergeConfig) -> None:
 
 def _merge(config: MergeConfig, output: Path, max_shard_size_bytes: int, mesh: Mesh) -> None:
     loaded = load(config.model_name_or_path, **config.load_options(), mesh=mesh)
-    dtype = None if config.dtype is None else DTYPES[config.dtype]
+    dtype = dtype_of(config.dtype)
     with BytesDisplay(Console(stderr=True, quiet=not mesh.is_main)) as display:
         merge_to_directory(
             loaded.model,

@@ -1,4 +1,4 @@
-"""Joins the ranks that a launcher (torchrun, --num_processes) started, and ends them together.
+"""Finds the device of a process, joins the ranks that a launcher (torchrun, --num_processes) started, and ends them.
 
 If ranks fail, the first one reports its error and the others are silent. A process without a launcher is alone.
 """
@@ -41,14 +41,14 @@ def find_device(name: str | None) -> torch.device:
         name: cpu, gpu, cuda or cuda:NUMBER; None: a GPU if there is one.
 
     Raises:
-        ConfigError: no such kind, or no GPU.
+        ConfigError: an unknown kind of device, or there is no GPU.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device("cuda" if name == "gpu" else name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name}: no such kind; expected cpu, gpu or cuda:NUMBER") from error
+        raise ConfigError(f"--device {name}: unknown kind; expected cpu, gpu or cuda:NUMBER") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: PyTorch finds no GPU here; use --device cpu, or a PyTorch built for CUDA")
     return device

@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on(
     def stop_after(self: ResultFile, completion: bloomlm.Completion) -> None:
         nonlocal written
         if written == num_written:
-            file = self._results._file
+            file = self._file
             assert file is not None
             file.write(b'{"number": 3, "prompt": "the e')  # as if killed in the middle of a line
             file.flush()

@@ -36,7 +36,7 @@ from bloomlm.parallel.traffic import Traffic, sent_bytes, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.loop import peak_memory_bytes
 from bloomlm.training.meter import memory_by_kind
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
 
@@ -180,7 +180,7 @@ def random_trainer(mesh: Mesh, adapter: Adapter, recompute: bool) -> Trainer:
         model,
         BatchLoader(some_examples(8 * degrees.dp), EXAMPLES, shuffle=False, dp_degree=degrees.dp, dp_rank=mesh.dp_rank),
         optimizer=AdamWConfig(),
-        schedule=Schedule(learning_rate=1e-5, max_steps=100),
+        schedule=ScheduleConfig(learning_rate=1e-5).over(100),
         precision=Precision(),
         config=StepConfig(),
         mesh=mesh,

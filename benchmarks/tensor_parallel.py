@@ -26,7 +26,7 @@ from bloomlm.parallel.launch import joined_ranks
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.tensor_parallel import cut_model
 from bloomlm.training.loop import peak_memory_bytes
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
 
@@ -81,7 +81,7 @@ def measure(degree: int, steps: int) -> None:
             model,
             BatchLoader(some_examples(config.vocab_size), EXAMPLES, shuffle=False),
             optimizer=AdamWConfig(),
-            schedule=Schedule(learning_rate=1e-5, max_steps=100),
+            schedule=ScheduleConfig(learning_rate=1e-5).over(100),
             precision=Precision(),
             config=StepConfig(),
             mesh=mesh,

@@ -7,7 +7,6 @@ stops a run: the caller computes the arrays again.
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from bloomlm.files.atomic import directory_beside
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,14 +47,11 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write a cache file atomically; a failure causes a warning."""
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        save_file(dict(arrays), temporary, metadata={"crc32": str(_checksum(arrays))})
-        temporary.replace(path)
+        with directory_beside(path) as temporary:
+            save_file(dict(arrays), temporary / path.name, metadata={"crc32": str(_checksum(arrays))})
+            (temporary / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         _LOG.warning(
             "tokenised examples are not cached, so the next run tokenises them again: %s cannot be written (%s). "
@@ -61,8 +59,6 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
             path,
             error,
         )
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _map_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -52,6 +52,7 @@ class FileRows:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
+        self.name = str(self.path)
         if self.path.suffix.lower() not in _READERS:
             raise DataError(
                 f"{self.path}: a file of examples ends in {', '.join(_READERS)}, not in {self.path.suffix!r}"
@@ -60,11 +61,6 @@ class FileRows:
             self.path.open("rb").close()
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror}); expected a file of examples") from error
-
-    @property
-    def name(self) -> str:
-        """The path of the file."""
-        return str(self.path)
 
     def rows(self) -> Iterator[Row]:
         """Rows in the order of the file; blank lines are skipped."""

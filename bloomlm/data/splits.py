@@ -111,27 +111,23 @@ def _open_directory(directory: Path) -> DatasetSplits:
     return DatasetSplits(**found)
 
 
+@dataclass(frozen=True)
 class HubRows:
     """The rows of one split of a data set that the `datasets` library loaded."""
 
-    def __init__(self, dataset: Any, *, name: str) -> None:
-        self._dataset = dataset
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        """Names of the data set and the split."""
-        return self._name
+    dataset: Any
+    name: str
+    """Names of the data set and the split."""
 
     def rows(self) -> Iterator[Row]:
         """Rows in the order of the data set, numbered from 1."""
-        for number, fields in enumerate(self._dataset, start=1):
-            yield Row(fields=fields, where=f"{self._name}, row {number}")
+        for number, fields in enumerate(self.dataset, start=1):
+            yield Row(fields=fields, where=f"{self.name}, row {number}")
 
     def fingerprint(self) -> str:
         """Digest of all rows."""
         digest = hashlib.sha256()
-        for fields in self._dataset:
+        for fields in self.dataset:
             digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 

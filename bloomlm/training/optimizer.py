@@ -223,36 +223,8 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The learning rate of each step: a linear rise during the warm-up, then a decay until the end of the run.
-
-    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w (0 for the first step), and
-    learning_rate * decay((k - w) / (T - w)) for later steps.
-    """
-
-    learning_rate: float
-    """Peak."""
-    max_steps: int
-    """Steps of the run (T)."""
-    warmup_steps: float = 0.0
-    """Length of the warm-up (w), which need not be a whole number."""
-    lr_decay_ratio: float = 0.1
-    """Final learning rate, as a fraction of the peak."""
-    decay: Callable[[float, float], float] = linear_decay
-    """One of SCHEDULES."""
-
-    def __call__(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * step / max(1.0, self.warmup_steps)
-        decay_steps = self.max_steps - self.warmup_steps
-        progress = (step - self.warmup_steps) / decay_steps if decay_steps > 0 else 1.0
-        return self.learning_rate * self.decay(min(1.0, progress), self.lr_decay_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """A schedule for a run whose length is not known yet.
+    """The learning rates of a run whose length is not known yet.
 
     Raises:
         ConfigError: unknown type, or a number out of its range.
@@ -286,12 +258,33 @@ class ScheduleConfig:
                 "warmup_ratio"
             )
 
-    def over(self, max_steps: int) -> Schedule:
+    def over(self, max_steps: int) -> "Schedule":
         """The schedule of a run of this many steps."""
-        return Schedule(
-            learning_rate=self.learning_rate,
-            max_steps=max_steps,
-            warmup_steps=float(self.warmup_steps) if self.warmup_steps > 0 else self.warmup_ratio * max_steps,
-            lr_decay_ratio=self.lr_decay_ratio,
-            decay=SCHEDULES[self.lr_scheduler_type],
-        )
+        return Schedule(self, max_steps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step: a linear rise during the warm-up, then a decay until the end of the run.
+
+    Step k (from 0) of T with w steps of warm-up has learning_rate * k / w for k < w (0 for the first step), and
+    learning_rate * decay((k - w) / (T - w)) for later steps.
+    """
+
+    config: ScheduleConfig
+    max_steps: int
+    """Steps of the run (T)."""
+
+    @property
+    def warmup_steps(self) -> float:
+        """Length of the warm-up (w), which need not be a whole number."""
+        return self.config.warmup_steps or self.config.warmup_ratio * self.max_steps
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        config, warmup_steps = self.config, self.warmup_steps
+        if step < warmup_steps:
+            return config.learning_rate * step / max(1.0, warmup_steps)
+        decay_steps = self.max_steps - warmup_steps
+        progress = min(1.0, (step - warmup_steps) / decay_steps) if decay_steps > 0 else 1.0
+        return config.learning_rate * SCHEDULES[config.lr_scheduler_type](progress, config.lr_decay_ratio)

@@ -16,7 +16,7 @@ from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.results import History
 from bloomlm.training.resume import ResumePoint, restore_resume_point
@@ -59,7 +59,7 @@ def go_on(checkpoint: Path, degrees: Degrees) -> tuple[list[dict[str, Any]], dic
         model,
         batches,
         optimizer=AdamWConfig(epsilon=Case().epsilon),
-        schedule=Schedule(learning_rate=0.02, max_steps=10),
+        schedule=ScheduleConfig(learning_rate=0.02).over(10),
         precision=Precision(),
         config=StepConfig(),
         mesh=mesh,

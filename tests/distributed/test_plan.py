@@ -20,7 +20,7 @@ from bloomlm.parallel.traffic import Traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.losses import batch_loss
 from bloomlm.training.meter import memory_by_kind
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
 from tests.distributed.models import Case, some_examples, tiny_model
@@ -81,7 +81,7 @@ def some_trainer(case: Case, degrees: Degrees, *, reshards: bool = True) -> Trai
         model,
         BatchLoader(equal_examples(32), BATCH_SIZE, shuffle=False, dp_degree=degrees.dp, dp_rank=mesh.dp_rank),
         optimizer=AdamWConfig(),
-        schedule=Schedule(learning_rate=0.01, max_steps=10),
+        schedule=ScheduleConfig(learning_rate=0.01).over(10),
         precision=case.precision,
         config=StepConfig(gradient_accumulation_steps=case.accumulation, label_smoothing=case.label_smoothing),
         mesh=mesh,

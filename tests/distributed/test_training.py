@@ -19,7 +19,7 @@ from bloomlm.parallel.layout import tp_part, whole_tensor
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.training.losses import evaluate_loss
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
 from tests.distributed.models import Case, assert_close, some_examples, tiny_model, values
@@ -66,7 +66,7 @@ def some_trainer(case: Case, degrees: Degrees, *, stage: int = 3, learning_rate:
             dp_rank=mesh.dp_rank,
         ),
         optimizer=AdamWConfig(weight_decay=0.1, epsilon=case.epsilon),
-        schedule=Schedule(learning_rate=learning_rate, max_steps=10),
+        schedule=ScheduleConfig(learning_rate=learning_rate).over(10),
         precision=case.precision,
         config=StepConfig(
             gradient_accumulation_steps=case.accumulation,

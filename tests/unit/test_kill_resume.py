@@ -31,7 +31,7 @@ from bloomlm.files.atomic import atomic_directory
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.loop import LoopConfig, train
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.results import StepLog, StepResult
 from bloomlm.training.step import StepConfig, Trainer
@@ -83,7 +83,7 @@ def attempt(adapter_name: str, output_dir: Path) -> None:
         build_model(adapter_name, checkpoint),
         BatchLoader(some_examples(), 3, shuffle=True, seed=4),
         optimizer=AdamWConfig(weight_decay=0.1),
-        schedule=Schedule(learning_rate=0.02, max_steps=MAX_STEPS, warmup_steps=3),
+        schedule=ScheduleConfig(learning_rate=0.02, warmup_steps=3).over(MAX_STEPS),
         precision=Precision(),
         config=StepConfig(gradient_accumulation_steps=2),
     )

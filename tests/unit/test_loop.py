@@ -24,7 +24,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.loop import LoopConfig, train
 from bloomlm.training.losses import evaluate_loss
-from bloomlm.training.optimizer import AdamWConfig, Schedule
+from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.results import StepLog, StepResult
 from bloomlm.training.step import StepConfig, Trainer, step_seed, steps_per_epoch
@@ -81,7 +81,7 @@ def some_trainer(
         model,
         BatchLoader(list(examples or some_examples()), batch_size, shuffle=shuffle, seed=1),
         optimizer=AdamWConfig(weight_decay=weight_decay, epsilon=epsilon),
-        schedule=Schedule(learning_rate=learning_rate, max_steps=100),
+        schedule=ScheduleConfig(learning_rate=learning_rate).over(100),
         precision=precision or Precision(),
         config=StepConfig(**step),
     )
@@ -221,7 +221,7 @@ def test_each_step_uses_its_learning_rate() -> None:
     model = tiny_model()
     before = weights(model)
     trainer = some_trainer(model)
-    trainer.schedule = Schedule(learning_rate=0.5, max_steps=10, warmup_steps=2)
+    trainer.schedule = ScheduleConfig(learning_rate=0.5, warmup_steps=2).over(10)
     result = trainer.run_step()
     assert result.learning_rate == 0.0
     assert_equal_weights(weights(model), before)

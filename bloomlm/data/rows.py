@@ -34,7 +34,7 @@ class TextPair:
 
 
 class PromptTemplate:
-    r"""A text with named fields, such as "{instruction}\n{input}\nAnswer:".
+    r"""A text with named fields, for example "{instruction}\n{input}\nAnswer:".
 
     Args:
         text: {name} stands for the field of that name, {{ and }} for braces, and the two characters \n, \t or \\,

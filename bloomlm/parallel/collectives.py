@@ -65,7 +65,7 @@ def copy_to_ranks(x: Tensor, ranks: TensorParallelGroup) -> Tensor:
 def column_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorParallelGroup, product: Product
 ) -> Tensor:
-    """A product of copy_to_ranks(x): the gradient of x is summed while those of weight and bias are computed.
+    """A product of copy_to_ranks(x): the gradient of x is summed while the other gradients are computed.
 
     Under autocast the sum is in the format of the product, which has half as many bytes as fp32.
 

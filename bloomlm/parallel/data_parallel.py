@@ -62,7 +62,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def add_up_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
-    """Sum gradients over replicated ranks, in place; FSDP has already summed those of sharded ranks."""
+    """Sum gradients over replicated ranks, in place; FSDP sums over sharded ranks itself."""
     if mesh.degrees.dp_replicate == 1 or mesh.degrees.dp_shard > 1:
         return
     group = mesh.group("dp_replicate")

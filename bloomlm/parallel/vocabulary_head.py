@@ -1,7 +1,7 @@
-"""The head's matrix products over chunks of rows: logits, and the gradients of a chunk that follow from them.
+"""The head's matrix products for chunks of rows: logits, and the gradients that follow from them.
 
-Rows of the weight may be replaced by others that learn while the weight does not (see adapters/trained_rows.py): their
-logits take the place of the weight's, and only they get a gradient.
+Rows of the weight may be replaced by rows that learn while the weight does not (see adapters/trained_rows.py). Then the
+logits come from the replacements, and only these get a gradient.
 
 Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared), K replaced rows.
 """
@@ -13,8 +13,8 @@ from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
 
 FP16_HEADROOM = 256.0
-"""fp16 only: logit gradients are multiplied by this, hidden states divided. Probabilities down to 2e-7 stay normal
-numbers and their products stay far from 65504, whatever the loss scale is."""
+"""fp16 only: gradients of logits are multiplied by this, hidden states divided. Probabilities down to 2e-7 then stay
+normal numbers, and products stay far below 65504, with any loss scale."""
 _BLOCK = 4096
 
 
@@ -26,9 +26,9 @@ class VocabularyHead:
     Args:
         hidden: [M, D].
         weight: [V, D].
-        max_chunk_bytes: size that a chunk's logits may take.
+        max_chunk_bytes: largest size of a chunk of logits.
         weight_scale: [V] where the weight is int8.
-        replaced: rows that stand in for some of the weight's.
+        replaced: rows that replace some rows of the weight.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class VocabularyHead:
         self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
 
     def chunks(self) -> list[slice]:
-        """Rows of each chunk; their sizes are as equal as possible."""
+        """The rows of each chunk, in chunks of nearly equal size."""
         num_rows, size = len(self.hidden), max(1, self.chunk_rows)
         return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
     def logits(self, rows: slice) -> Tensor:
-        """[C, V], valid until the next call."""
+        """[C, V] logits of a chunk, valid until the next call."""
         z = self._logits_of_weight(self.hidden[rows])
         if self.replaced is not None:
             z[:, self.replaced.places] = (self.hidden[rows] @ self.replaced.rows.t()).to(z.dtype)
@@ -90,16 +90,16 @@ class VocabularyHead:
         grad_weight: Tensor | None,
         grad_replaced: Tensor | None = None,
     ) -> None:
-        """Gradients of a chunk, whose z [C, V] times row_factor [C, 1] is d loss / d logits, times scale.
+        """Compute the gradients of a chunk, for which d loss / d logits is z [C, V] times row_factor [C, 1].
 
-        Its rows of grad_hidden [M, D] are set; its part is added to grad_weight [V, D] and grad_replaced [K, D]. The
-        contents of z are lost.
+        They are multiplied by scale, written to the chunk's rows of grad_hidden [M, D], and added to grad_weight [V, D]
+        and grad_replaced [K, D]. The contents of z are lost.
         """
         if self.replaced is None:
             self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
             return
         own = z[:, self.replaced.places] * (row_factor * scale)
-        z[:, self.replaced.places] = 0.0  # they belong to the replaced rows, not to the weight's
+        z[:, self.replaced.places] = 0.0  # the gradients of replaced rows do not belong to the weight
         self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
         grad_hidden[rows] += own @ self.replaced.rows.to(self.dtype)
         if grad_replaced is not None:
@@ -125,7 +125,7 @@ class VocabularyHead:
             grad_hidden[rows] = gradient.mul_(scale / self.headroom)
             return
         if not self.is_half:
-            # the row factor goes to the small side of each product
+            # the row factor is applied to the smaller side of each product
             torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
             if grad_weight is not None:
                 grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)

@@ -69,7 +69,7 @@ def score_labels(
         weight: [V, D] of the head.
         labels: [M] int64, ids of the whole vocabulary.
         weight_scale: [V] where the weight is int8 (see model/quantized.py).
-        replaced: rows that stand in for some of the weight's.
+        replaced: rows that replace some rows of the weight.
         ranks: the ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same
             hidden and labels, and get the same result. None: the weight is whole.
         block_columns: number of tokens of a block; None: a number that suits the device.
@@ -120,7 +120,7 @@ def score_tokens(
         weight: [V, D].
         labels: [M] int64, IGNORE_INDEX for rows without a label.
         weight_scale: [V] where the weight is int8.
-        replaced: rows that stand in for some of the weight's.
+        replaced: rows that replace some rows of the weight.
         ranks: the ranks that share the vocabulary, as in score_labels.
     """
     hidden, labels = labelled_rows(hidden, labels)

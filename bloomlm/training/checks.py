@@ -269,7 +269,7 @@ def check_unused(config: TrainingConfig, notices: list[str]) -> None:
 
 
 def _note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
-    """Add a notice about those of the named flags that are given, if they do not act because `needed` is missing."""
+    """Unless `acts`, add a notice that the given ones among the named flags do nothing without `needed`."""
     given = [f"--{name}" for name in names if getattr(config, name) != default_of(name)]
     if given and not acts:
         notices.append(f"{', '.join(given)}: not used without {needed}")

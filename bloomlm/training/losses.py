@@ -80,7 +80,7 @@ def evaluate_loss(
         model: switched to evaluation mode during the call.
         batches: a finite number of batches.
         precision: number formats, as in training.
-        mesh: the ranks. Each data-parallel rank passes equally many batches of its own; all get the same result.
+        mesh: the ranks. Data-parallel ranks pass equally many, different batches; all get the same result.
 
     Raises:
         TrainingError: no token has a label.

@@ -62,14 +62,16 @@ class StepFlops:
 
     def recomputed(self, lengths: Sequence[int]) -> int:
         """Operations of a batch that recompute repeats, which are the forward pass of the blocks."""
-        pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
-        return self._forward_per_token * sum(lengths) + self._per_pair // 3 * pairs + self._per_pass
+        return self._forward_per_token * sum(lengths) + self._per_pair // 3 * self._num_pairs(lengths) + self._per_pass
 
     def of(self, lengths: Sequence[int], num_supervised_tokens: int) -> int:
         """Operations of a batch with documents of these lengths (T) and a number of supervised tokens (M)."""
-        pairs = sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
-        per_tokens = self._per_token * sum(lengths) + self._per_supervised * num_supervised_tokens
-        return per_tokens + self._per_pair * pairs + self._per_pass
+        tokens = self._per_token * sum(lengths) + self._per_supervised * num_supervised_tokens
+        return tokens + self._per_pair * self._num_pairs(lengths) + self._per_pass
+
+    def _num_pairs(self, lengths: Sequence[int]) -> int:
+        """Number of pairs of a query and a key that attention computes."""
+        return sum(length * (length + 1) // 2 + length * self._num_virtual for length in lengths)
 
 
 class BatchMeter:

@@ -165,7 +165,7 @@ class History:
     """All entries, oldest first."""
 
     def note_best(self, value: float, step: int, *, greater_is_better: bool) -> bool:
-        """Record a step as the best if its metric is better than those of earlier steps, and return whether it is."""
+        """Record a step as the best if its metric is better than all earlier ones, and return whether it is."""
         better = self.best_metric is None or (
             value > self.best_metric if greater_is_better else value < self.best_metric
         )

@@ -150,7 +150,7 @@ def _restore_imported(trainer: Trainer, state: ImportedRun, checkpoint: Path) ->
     learned = trainer.learned.optimized
     _check_names("weights", state.weights, learned, checkpoint)
     if state.exp_avg:
-        _check_names("moments of AdamW's", state.exp_avg, learned, checkpoint)
+        _check_names("moments of AdamW", state.exp_avg, learned, checkpoint)
     tensors, values = trainer.state()
     for name, parameter in learned.items():
         exact = state.master_weights if name in state.master_weights else state.weights
@@ -196,11 +196,11 @@ def _check_names(what: str, found: Mapping[str, Any], learned: Iterable[str], ch
     expected = set(learned)
     problems = []
     if missing := sorted(expected - found.keys()):
-        problems.append(f"lacks those of {name_some(missing)}")
+        problems.append(f"lacks {name_some(missing)}")
     if extra := sorted(found.keys() - expected):
-        problems.append(f"has those of {name_some(extra)}, which do not learn in this run")
+        problems.append(f"has {name_some(extra)}, which do not learn in this run")
     if problems:
-        raise CheckpointError(f"{checkpoint}: of the {what} it {' and '.join(problems)}")
+        raise CheckpointError(f"{checkpoint}: among its {what} it {' and '.join(problems)}")
 
 
 def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> None:
@@ -237,7 +237,7 @@ def _lines(trainer: Trainer, state: ImportedRun, checkpoint: Path) -> Iterable[s
     if not state.exp_avg:
         yield (
             f"warning: {checkpoint} has no optimizer state, so AdamW's moments begin at zero; only weights, step and "
-            "learning rate continue, and the losses will differ from those of the recorded run"
+            "learning rate continue, and the losses will differ from the recorded ones"
         )
     rate, recorded = trainer.schedule(state.step), state.learning_rate
     if recorded is None or math.isclose(rate, recorded, rel_tol=SAME_RATE):

@@ -17,7 +17,7 @@ from tests.tiny_checkpoint import learned_tensors
 
 CONFIG = BloomConfig(vocab_size=48, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
 LENGTHS = [(3, 9), (5, 2), (1, 4), (6, 12), (2, 2), (4, 7), (2, 10), (7, 3)]
-"""Source and target tokens of the examples: ranks have different numbers of tokens to learn."""
+"""Source and target lengths of the examples, so that ranks have different numbers of supervised tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,11 @@ class Case:
     precision: Precision = field(default_factory=Precision)
     epsilon: float = 1e-3
     batch_size: int = 4
-    """Examples of a microbatch, over all ranks."""
+    """Number of examples of a microbatch on all ranks together."""
 
 
 def tiny_model(case: Case) -> BloomForCausalLM:
-    """Random, with every adapter weight away from zero."""
+    """A random model whose adapter has no weight of zero."""
     config = BloomConfig(
         **{
             **{name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "n_layer", "n_head")},
@@ -63,7 +63,7 @@ def tiny_model(case: Case) -> BloomForCausalLM:
 
 
 def some_examples(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[Example]:
-    """Random tokens."""
+    """Examples of random tokens."""
     generator = np.random.default_rng(5)
     return [
         Example(
@@ -77,7 +77,7 @@ def some_examples(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[Example]
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
-    """Same names; each tensor equal up to tolerance times its own largest element."""
+    """Assert equal names, and equal tensors up to tolerance times the largest element of each."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         error = float((found[name].double() - tensor.double()).abs().max())
@@ -86,5 +86,5 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 def values(result: Any) -> dict[str, float]:
-    """A result's numbers, without the time."""
+    """The numbers of a result without times."""
     return {name: value for name, value in vars(result).items() if name != "step_seconds"}

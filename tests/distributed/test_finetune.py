@@ -1,4 +1,4 @@
-"""Whole runs, from flags to files, on many ranks against one."""
+"""Whole runs, from flags to files, on many ranks compared with one."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def flags(output_dir: Path, data: Path, **changes: Any) -> TrainingConfig:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     shutil.copytree(resolve_source("builtin:tiny").directory, directory / "model")
-    write_new_tokens(directory / "model", range(40, 47))  # some that the examples have
+    write_new_tokens(directory / "model", range(40, 47))  # some of these tokens occur in the examples
     for name, count in (("train", 22), ("dev", 7)):
         rows = [{"src": f"{number} and {number + 3} make", "tgt": f"{2 * number + 3}"} for number in range(count)]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,7 +65,7 @@ def run(config: TrainingConfig) -> tuple[dict[str, Any] | None, str]:
 
 
 def losses(output_dir: Path) -> dict[int, list[float]]:
-    """Step -> loss, gradient norm and evaluation loss, as far as logged."""
+    """Step -> those of loss, gradient norm and evaluation loss that were logged."""
     found: dict[int, list[float]] = {}
     for line in (output_dir / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -119,7 +119,7 @@ def test_resuming_on_other_ranks(ranks: RankPool, tmp_path: Path, data: Path, ki
     whole = flags(tmp_path / "whole", data, per_device_train_batch_size=2, **kind, **TWO_BY_TWO)
     ranks.run(4, run, whole, joins=False)
     expected = losses(tmp_path / "whole")
-    # a run of half the steps, then the rest on two and on one
+    # half of the steps first, then the rest on two ranks and on one
     for world_size, degrees in ((4, TWO_BY_TWO), (2, {"sharding": "stage3"}), (1, {})):
         output_dir = tmp_path / f"resumed-{world_size}"
         output_dir.mkdir()
@@ -138,7 +138,7 @@ def test_resuming_on_other_ranks(ranks: RankPool, tmp_path: Path, data: Path, ki
 
 
 def run_until_sigterm(config: TrainingConfig) -> tuple[bool, int]:
-    """The last rank alone gets SIGTERM during its second step."""
+    """Only the last rank gets SIGTERM, during its second step."""
     if torch.distributed.is_initialized():
         raise AssertionError("joined already")
     import os

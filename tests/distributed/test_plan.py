@@ -1,4 +1,4 @@
-"""Plans against what ranks really hold and send."""
+"""Planned memory and traffic compared with what ranks really hold and send."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ BATCH_SIZE = 2
 def workload(case: Case, *, reshards: bool = True) -> Workload:
     return Workload(
         num_documents=BATCH_SIZE,
-        num_tokens=BATCH_SIZE * (LENGTH - 1),  # nothing follows the last one
+        num_tokens=BATCH_SIZE * (LENGTH - 1),  # the last token is no input
         num_supervised_tokens=BATCH_SIZE * (LENGTH - SOURCE),
         compute_dtype=case.precision.compute_dtype,
         max_chunk_bytes=MAX_CHUNK_BYTES,
@@ -115,7 +115,7 @@ Payloads = dict[tuple[str, int], int]
 
 @contextmanager
 def counted(payloads: Payloads) -> Iterator[None]:
-    """Adds up the payload of the collectives by operation and number of ranks."""
+    """Sums the payload of collectives by operation and number of ranks."""
     names = {operation: next(n for n in names if hasattr(dist, n)) for operation, names in COLLECTIVES.items()}
     real = {operation: getattr(dist, name) for operation, name in names.items()}
 
@@ -162,7 +162,7 @@ def test_sent_bytes(ranks: RankPool, name: str, setup: str) -> None:
     model = tiny_model(case).to("meta")
     traffic = step_traffic(model, degrees, workload(case), label_smoothing=case.label_smoothing > 0)
     assert found == planned_payloads(traffic)
-    # nothing is sent twice but by recompute, gradients are added up in full precision, FSDP fills up its last part
+    # above the least are only recompute, gradients in full precision, and the padding of FSDP's last part
     assert all(item.payload_bytes >= item.least_bytes for item in traffic)
 
 
@@ -174,7 +174,7 @@ def test_stage_2_gathers_once(ranks: RankPool) -> None:
 
 
 def kept_bytes(case: Case, tp_degree: int) -> int:
-    """What autograd keeps of a forward pass, apart from parameters and what is handed over by the loss."""
+    """Bytes that autograd keeps of a forward pass, besides parameters and the gradients that the loss computes."""
     model = tiny_model(case)
     if tp_degree > 1:
         mesh = Mesh.over_all_ranks(Degrees(tp=tp_degree), "cpu")

@@ -1,4 +1,4 @@
-"""Training on many ranks against one: losses, norms and weights after five steps, and resuming on other degrees."""
+"""Training on many ranks compared with one: losses, norms and weights after five steps, and resuming with other degrees."""
 
 import logging
 from pathlib import Path
@@ -46,7 +46,7 @@ CASES = {
     "post layernorm, recompute": Case(post_layernorm=True, recompute=True, max_grad_norm=0.5),
 }
 LENGTHS = [(3, 9), (5, 2), (1, 4), (6, 12), (2, 2), (4, 7), (2, 10), (7, 3), (2, 5), (3, 3)]
-"""Ten examples: the last batch of an epoch leaves ranks with fewer examples, or none."""
+"""Ten examples, so that some ranks have fewer examples in the last batch of an epoch, or none."""
 
 
 def some_trainer(case: Case, degrees: Degrees, *, stage: int = 3, learning_rate: float = 0.02) -> Trainer:
@@ -127,14 +127,14 @@ def test_half_precision(ranks: RankPool, setup: str, half: torch.dtype, half_wei
     exact, _ = run_steps(Case(max_grad_norm=1.0), Degrees())
     whole, _ = run_steps(case, Degrees())
     found, _ = ranks.run(SETUPS[setup].world_size, run_steps, case, SETUPS[setup])[0]
-    # rounding is elsewhere than on one device: what matters is that it is no larger
+    # values are rounded at other places than on one device, but the errors must not be larger
     error = max(abs(a["loss"] - b["loss"]) for a, b in zip(whole, exact, strict=True))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found, exact, strict=True)) < 3 * error + 0.01
     assert all(result["skipped"] is None for result in found)
 
 
 def run_with_overflow(degrees: Degrees) -> tuple[list[tuple[bool, float]], bool]:
-    """fp16; in the second step the gradients of the last rank alone are infinite."""
+    """fp16; in the second step only the gradients of the last rank are infinite."""
     logging.disable(logging.WARNING)
     trainer = some_trainer(Case(precision=Precision(compute_dtype=torch.float16)), degrees)
     last = trainer.mesh.rank == degrees.world_size - 1
@@ -194,7 +194,7 @@ def evaluated_in_between(degrees: Degrees, evaluates: bool) -> list[dict[str, fl
         results.append(values(trainer.run_step()))
         if evaluates:
             evaluate_loss(trainer.model, BatchLoader(some_examples(), 4, shuffle=False), Precision(), trainer.mesh)
-            assert all(isinstance(p, DTensor) for p in trainer.model.parameters())  # shards again, not the whole
+            assert all(isinstance(p, DTensor) for p in trainer.model.parameters())  # parameters are shards again
     return results
 
 

@@ -1,4 +1,4 @@
-"""`bloomlm finetune` goes on from PaddleNLP's checkpoints: the recorded batches give the recorded losses.
+"""`bloomlm finetune` resumes from PaddleNLP's checkpoints: the recorded batches give the recorded losses.
 
 The adapters' runs were recorded with Paddle's wrong gradient of layer norms in front of frozen weights (see
 test_paddle_resume.py), so it is put in here too.
@@ -36,7 +36,7 @@ FLAGS = {
 
 
 class Recorded:
-    """The recorded batches in place of a loader; without the pads, which stood behind everything."""
+    """The recorded batches in place of a loader, without the padding at the end of each row."""
 
     trace = ""
 
@@ -142,7 +142,7 @@ def test_adapters_follow_the_record(
         last = FIXTURES / CHECKPOINTS.format(f"_{kind}", 4)
         if last.is_dir():  # the archive has LoRA's only
             assert (logits(out, kind) - logits(last, kind)).abs().max() < 5e-5
-        # killed after step 3, the same command goes on from its own checkpoint, to the same bits
+        # killed after step 3, the same command resumes from its own checkpoint with the same bits
         whole, killed = losses(out), tmp_path / "killed"
         shutil.copytree(out, killed, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors", "metrics.jsonl"))
         shutil.copy(out / "checkpoint-3" / "adapter_model.safetensors", killed / "checkpoint-3")
@@ -161,7 +161,7 @@ def test_correct_gradients_stay_close(kind: str, tmp_path: Path, monkeypatch: py
 
 
 def write_full_checkpoint(directory: Path) -> None:
-    """What PaddleNLP would have written after two steps of the full run, whose only checkpoint is the last."""
+    """The checkpoint that PaddleNLP would have written after two steps of the full run, of which only the last is recorded."""
     model = load_base(BASE)
     apply_adapter(model, FullTuning())
     adamw = build_adamw(model, None)
@@ -182,7 +182,7 @@ def write_full_checkpoint(directory: Path) -> None:
 
 
 def test_full_tuning_follows_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From what test_paddle_resume.py shows to be PaddleNLP's second step."""
+    """Resume from the second step of PaddleNLP, as test_paddle_resume.py reconstructs it."""
     monkeypatch.setattr(setup, "BatchLoader", Recorded)
     monkeypatch.setattr(Recorded, "trace", "A_full")
     # PaddleNLP decayed ln_f's weight too
@@ -199,7 +199,7 @@ def test_full_tuning_follows_the_record(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_output_directory_of_paddlenlps_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As PaddleNLP's own script did: the same --output_dir, from the newest checkpoint in it, with new examples."""
+    """Like PaddleNLP's script, resume in the same --output_dir from its newest checkpoint, with new examples."""
     out = tmp_path / "out"
     shutil.copytree(FULL_CHECKPOINT, out, copy_function=shutil.copyfile)
     for path in (out, out / "checkpoint-4"):

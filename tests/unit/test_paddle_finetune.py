@@ -1,4 +1,4 @@
-"""`bloomlm finetune` on checkpoints in PaddleNLP's files, of one process and of several ranks, with sizes of their own."""
+"""`bloomlm finetune` on checkpoints in PaddleNLP's files, written here for one process and for several ranks."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ VOCABULARY = -(-TOKENIZER.vocab_size // 6) * 6
 CONFIG = BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=2, n_head=6)
 MODEL = make_model(CONFIG)
 D, L = CONFIG.hidden_size, CONFIG.n_layer
-STEP, UPDATES, SCALE = 3, 2, 512.0  # a step was skipped
+STEP, UPDATES, SCALE = 3, 2, 512.0  # one of the steps was skipped
 MAX_STEPS = 6
 RATE = 5e-3 * (1 - 0.9 * STEP / MAX_STEPS)
 
@@ -81,7 +81,7 @@ def flags(material: Path, checkpoint: Path | None, output_dir: Path, **options: 
 def write_run_state(
     directory: Path, state: State, names: dict[str, str], suffix: str = "", *, half: bool = False
 ) -> None:
-    """The optimizer's files, of a part of the parameters where there are ranks."""
+    """Write the files of the optimizer; with ranks, each has a part of the parameters."""
     content: dict[str, Any] = {"LR_Scheduler": {"last_epoch": UPDATES, "last_lr": RATE}}
     for name, array in state.items():
         content[f"{names[name]}_moment1_0"] = 0.01 * array
@@ -95,7 +95,7 @@ def write_run_state(
 
 
 def write_full(directory: Path, degree: int = 1, groups: int = 1, *, half: bool = False) -> None:
-    """Half: weights in fp16 and fp32 copies of them, as at level O2."""
+    """Write a checkpoint; `half` means fp16 weights with fp32 copies, as at level O2."""
     write_config(directory, CONFIG, tensor_parallel_degree=degree)
     state, names = paddle_state(MODEL), variable_names(CONFIG, {"linear": 4})
     for tp_rank in range(degree):
@@ -165,7 +165,7 @@ RUNS: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
 
 
 class Spy:
-    """Sees the trainer between restoring and the first step."""
+    """Records the state of the trainer after restoring and before the first step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.state: dict[str, Tensor] = {}
@@ -185,12 +185,12 @@ def assert_restored(spy: Spy) -> None:
     assert spy.learned
     for name, weight in spy.learned.items():
         assert weight.dtype == torch.float32
-        # what write_run_state made of the weights
+        # write_run_state computes the moments from the weights
         torch.testing.assert_close(spy.state[f"optimizer/{name}/exp_avg"], 0.01 * weight)
         torch.testing.assert_close(spy.state[f"optimizer/{name}/exp_avg_sq"], 0.001 * weight * weight)
         assert spy.state[f"optimizer/{name}/step"] == UPDATES
     assert spy.values["step"] == STEP
-    # 10 examples in batches of 3 are 4 steps; three quarters of the epoch are over
+    # 10 examples in batches of 3 are 4 steps, so three quarters of the epoch are done
     assert (spy.values["data"]["epoch"], spy.values["data"]["position"]) == (0, 7)
 
 
@@ -218,7 +218,7 @@ def test_a_run_goes_on_and_its_checkpoints_too(
     assert list(whole) == [4, 5, 6]
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert log[0] == {"step": 1, "loss": 9.0, "learning_rate": 5e-3} and "eval_loss" not in log[1]
-    # killed after step 4, the same command goes on from its own checkpoint, to the same bits
+    # killed after step 4, the same command resumes from its own checkpoint with the same bits
     for step in (5, 6):
         shutil.rmtree(out / f"checkpoint-{step}")
     final = "model.safetensors" if name.startswith("full") else "adapter_model.safetensors"
@@ -268,7 +268,7 @@ def test_another_schedule_is_told(material: Path, tmp_path: Path, capsys: pytest
     told = capsys.readouterr().err
     assert "the learning rate of the next step is 0.0023, but the checkpoint recorded 0.00275" in told
     assert "give the flags of the recorded run and --max_steps 6" in told
-    # at this rate the recorded one is that of two updates, and the third step was skipped
+    # the recorded learning rate is that after two updates, because the third step was skipped
     rate = RATE / (1 - 0.9 * UPDATES / MAX_STEPS)
     finetune(flags(material, tmp_path / "checkpoint-3", tmp_path / "other", learning_rate=rate))
     told = capsys.readouterr().err

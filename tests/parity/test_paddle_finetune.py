@@ -210,7 +210,10 @@ def test_an_output_directory_of_paddlenlps_goes_on(
     assert result.step == 6 and list(losses(out)) == [5, 6]
     assert "step 4, weights of the whole model, AdamW's moments after 4 updates" in told
     assert "is skipped" not in caplog.text
-    assert "the learning rate 0.00046, the checkpoint recorded 0.0001" in told and "and --max_steps 4" in told
+    assert (
+        "the learning rate of the next step is 0.00046, but the checkpoint recorded 0.0001" in told
+        and "and --max_steps 4" in told
+    )
     assert {path: path.read_bytes() for path in (out / "checkpoint-4").iterdir()} == theirs
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     state = json.loads((out / "trainer_state.json").read_text())

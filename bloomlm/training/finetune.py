@@ -105,7 +105,7 @@ class TrainingRun:
             self._history,
             plan.output,
             base_model=plan.model.name_for_adapter,
-            structure=setup.resume_point.structure,
+            recorded_adapter=setup.resume_point.recorded_adapter,
         )
         self._profiler: StepProfiler | None = None
         self.reporter = _reporter(setup, self._history)

@@ -139,7 +139,7 @@ class CheckpointWriter:
         history: the log; it knows which checkpoint is the best.
         output: where checkpoints are written, and how many are kept.
         base_model: the model to which an adapter belongs, for the adapter's files.
-        structure: an adapter that another program began, which checkpoints record; None: the flags describe it.
+        recorded_adapter: an adapter that another program began, which checkpoints record; None: the flags describe it.
     """
 
     def __init__(
@@ -150,14 +150,14 @@ class CheckpointWriter:
         output: OutputPlan,
         *,
         base_model: str,
-        structure: RecordedAdapter | None = None,
+        recorded_adapter: RecordedAdapter | None = None,
     ) -> None:
         self._trainer = trainer
         self._tokenizer = tokenizer
         self._history = history
         self._output = output
         self._base_model = base_model
-        self._structure = structure
+        self._recorded_adapter = recorded_adapter
 
     def save(self, step: int) -> None:
         """Write checkpoint-STEP, then remove the oldest checkpoints beyond the limit.
@@ -170,8 +170,8 @@ class CheckpointWriter:
         mesh, output = self._trainer.mesh, self._output
         with one_directory(checkpoint_directory(output.directory, step), mesh) as directory:
             self.write_learned(directory)
-            if self._structure is not None:
-                self._structure.write(directory)
+            if self._recorded_adapter is not None:
+                self._recorded_adapter.write(directory)
             save_training_state(directory, *self._trainer.state(), mesh=mesh)
             if mesh.is_main:
                 self._history.write(directory)

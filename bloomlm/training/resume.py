@@ -44,7 +44,7 @@ class ResumePoint:
     """Directory of the checkpoint."""
     imported: ImportedRun | None = None
     """Content of the checkpoint, if another program wrote it."""
-    structure: RecordedAdapter | None = None
+    recorded_adapter: RecordedAdapter | None = None
     """Structure of an adapter that another program began; bloomlm's checkpoints record it too."""
 
 
@@ -60,22 +60,22 @@ def read_resume_point(plan: RunPlan, source: Path, checkpoint: Path | None) -> R
         ConfigError: flags contradict the checkpoint, or say how to read files that do not exist.
         CheckpointError: files of the checkpoint are missing or damaged.
     """
-    run, structure, adapter = None, None, plan.adapter
+    run, recorded_adapter, adapter = None, None, plan.adapter
     if checkpoint is not None and find_foreign_run(checkpoint):
         _check_kind(adapter, foreign_adapter_kind(checkpoint), checkpoint)
         run = _read_foreign_run(plan, source, checkpoint)
-        structure = run.adapter
-    elif checkpoint is not None and (structure := read_recorded_adapter(checkpoint)) is not None:
-        _check_kind(adapter, structure.kind, checkpoint)
-    if structure is not None:
-        _check_flags(adapter, structure, checkpoint)
+        recorded_adapter = run.adapter
+    elif checkpoint is not None and (recorded_adapter := read_recorded_adapter(checkpoint)) is not None:
+        _check_kind(adapter, recorded_adapter.kind, checkpoint)
+    if recorded_adapter is not None:
+        _check_flags(adapter, recorded_adapter, checkpoint)
     elif plan.reading.adapter_flags:
         raise ConfigError(
             f"{' and '.join(f'--{name}' for name in plan.reading.adapter_flags)}: says how to read an adapter that "
             "another program began, and this run resumes from none; leave it out, or name the checkpoint by "
             "--resume_from_checkpoint"
         )
-    return ResumePoint(checkpoint=checkpoint, imported=run, structure=structure)
+    return ResumePoint(checkpoint=checkpoint, imported=run, recorded_adapter=recorded_adapter)
 
 
 def _read_foreign_run(plan: RunPlan, source: Path, checkpoint: Path) -> ImportedRun:
@@ -92,10 +92,10 @@ def _read_foreign_run(plan: RunPlan, source: Path, checkpoint: Path) -> Imported
 
 def with_recorded_adapter(plan: RunPlan, resume_point: ResumePoint) -> RunPlan:
     """The plan; if another program began the adapter, with that adapter as the program recorded it."""
-    if resume_point.structure is None:
+    if resume_point.recorded_adapter is None:
         return plan
     # the fields of an adapter have the names of the flags
-    recorded: Adapter = replace(cast(Any, plan.adapter), **resume_point.structure.flags)
+    recorded: Adapter = replace(cast(Any, plan.adapter), **resume_point.recorded_adapter.flags)
     return replace(plan, adapter=recorded)
 
 
@@ -179,10 +179,10 @@ def _check_kind(adapter: Adapter, kind: str | None, checkpoint: Path) -> None:
     )
 
 
-def _check_flags(adapter: Adapter, structure: RecordedAdapter, checkpoint: Path | None) -> None:
+def _check_flags(adapter: Adapter, recorded_adapter: RecordedAdapter, checkpoint: Path | None) -> None:
     """Refuse a flag that is given and contradicts the adapter's own configuration."""
     default = type(adapter)()
-    for name, recorded in structure.flags.items():
+    for name, recorded in recorded_adapter.flags.items():
         given = getattr(adapter, name)
         is_same = set(given) == set(recorded) if isinstance(recorded, tuple) else given == recorded
         if not is_same and given != getattr(default, name):

@@ -108,7 +108,7 @@ def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> R
             f"--train_new_tokens: {plan.model.name_or_path} has no {NEW_TOKENS_FILE}, in which `bloomlm extend` "
             "records the tokens that it added; extend the model first, or leave the flag out"
         )
-    if resume_point.structure is not None:
+    if resume_point.recorded_adapter is not None:
         raise ConfigError(
             "--train_new_tokens: another program began this adapter and did not train rows of the embedding; leave "
             "the flag out to continue, or start a new run in another --output_dir"
@@ -127,8 +127,8 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     generator = torch.Generator(device).manual_seed(plan.seed)
 
     def install(model: BloomForCausalLM) -> None:
-        if resume_point.structure is not None:
-            resume_point.structure.install(model, device)
+        if resume_point.recorded_adapter is not None:
+            resume_point.recorded_adapter.install(model, device)
         else:
             apply_adapter(model, plan.adapter, generator, device)
 

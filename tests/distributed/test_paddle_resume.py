@@ -64,7 +64,7 @@ def go_on(checkpoint: Path, degrees: Degrees) -> tuple[list[dict[str, Any]], dic
         config=StepConfig(),
         mesh=mesh,
     )
-    resume_point = ResumePoint(checkpoint=checkpoint, imported=state, structure=state.adapter)
+    resume_point = ResumePoint(checkpoint=checkpoint, imported=state, recorded_adapter=state.adapter)
     restore_resume_point(trainer, History(max_steps=10, num_train_epochs=1), resume_point)
     before = whole_weights(trainer)
     results = [values(trainer.run_step()) for _ in range(2)]

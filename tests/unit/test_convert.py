@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face's and PaddleNLP's files: every bit, every rank, all or nothing."""
+"""Conversion between Hugging Face's and PaddleNLP's files keeps every bit and writes all files or none."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_embedding_is_read_row_by_row(degree: int, tmp_path: Path) -> None:
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
-    """By Python's own unpickler, which our own files may be given to."""
+    """Load a file with Python's own unpickler, which is safe for a file that the test wrote."""
     return pickle.loads(path.read_bytes())
 
 
@@ -102,7 +102,7 @@ def bits(array: np.ndarray) -> bytes:
 
 
 def expected_state(model: BloomForCausalLM) -> dict[str, np.ndarray]:
-    """What PaddleNLP stores of a model, bfloat16 as its bits."""
+    """The arrays that PaddleNLP stores for a model; bfloat16 as its bits."""
     state = {}
     for name, tensor in model.state_dict().items():
         array = tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
@@ -170,7 +170,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert_equal_models(load_model(tmp_path / "paddle"), model)
 
 
-def test_a_precision_is_rounded_to_once(tmp_path: Path) -> None:
+def test_numbers_are_rounded_once(tmp_path: Path) -> None:
     model = write_hf(tmp_path / "hf")
     for form in FileForm:
         convert(tmp_path / "hf", tmp_path / form.value, form, dtype=torch.bfloat16, verify=True)
@@ -219,7 +219,9 @@ def test_blocks_of_any_size_give_the_same_files(tmp_path: Path, monkeypatch: pyt
         ),
     ],
 )
-def test_what_cannot_be(tmp_path: Path, form: FileForm, options: dict[str, Any], message: str) -> None:
+def test_impossible_conversions_are_refused(
+    tmp_path: Path, form: FileForm, options: dict[str, Any], message: str
+) -> None:
     write_hf(tmp_path / "hf")
     with pytest.raises(ConfigError, match=message):
         convert(tmp_path / "hf", tmp_path / "out", form, **options)
@@ -236,7 +238,7 @@ def test_mixed_precision_needs_a_dtype(tmp_path: Path) -> None:
     assert load_model(tmp_path / "out").transformer.ln_f.bias.dtype is torch.float32
 
 
-def test_no_trace_of_other_files_stays_in_config_json(tmp_path: Path) -> None:
+def test_config_json_describes_only_the_written_files(tmp_path: Path) -> None:
     more = {"paddlenlp_version": None, "tensor_parallel_degree": 2, "architectures": ["BloomModel"], "kept": 5}
     directory = write_config(tmp_path / "paddle", **more)
     for tp_rank in range(2):
@@ -265,7 +267,7 @@ def test_verify_finds_a_changed_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("form", FileForm)
 def test_one_tensor_at_a_time(tmp_path: Path, form: FileForm) -> None:
-    """When a tensor is read, none of those before it is left."""
+    """When a tensor is read, all earlier ones have been released."""
     write_hf(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "paddle", FileForm.PADDLE, tensor_parallel_degree=2)
     conversion = open_model_conversion(tmp_path / "paddle", form)
@@ -315,7 +317,7 @@ convert_model(conversion, Path(sys.argv[2]), report=stop_half_way)
 
 
 @pytest.mark.parametrize("form", FileForm)
-def test_a_killed_conversion_leaves_nothing_half_and_can_be_started_again(tmp_path: Path, form: FileForm) -> None:
+def test_a_killed_conversion_leaves_no_partial_output_and_can_be_repeated(tmp_path: Path, form: FileForm) -> None:
     model = write_hf(tmp_path / "hf")
     older = random_model(CONFIG, seed=5)
     (tmp_path / "out").mkdir()
@@ -347,7 +349,7 @@ def test_only_a_model_or_an_adapter_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "run/checkpoint-9").is_dir() and (tmp_path / "notes/diary.txt").read_text() == "dear"
 
 
-def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf")
     needed = CONFIG.num_parameters * 4
 
@@ -440,7 +442,7 @@ def test_lora_is_the_pickle_that_paddlenlp_writes(tmp_path: Path) -> None:
 
 
 def test_prefix_is_the_pickle_that_paddlenlp_writes(tmp_path: Path) -> None:
-    """Columns: keys of all blocks, then values, each head by head; E is what the flat prefix [P, L, 2, H, K] says."""
+    """Columns hold the keys of all blocks, then the values, head by head, with the flat prefix's numbers [P, L, 2, H, K]."""
     write_hf(tmp_path / "base")
     peft = write_adapter(tmp_path / "peft", tmp_path / "base", PrefixConfig(num_prefix_tokens=4))
     convert_adapter(open_adapter_conversion(peft, FileForm.PADDLE), tmp_path / "paddle")
@@ -454,7 +456,7 @@ def test_prefix_is_the_pickle_that_paddlenlp_writes(tmp_path: Path) -> None:
     assert bits(caches) == bits(slots.transpose(1, 2, 3, 0, 4))
 
 
-def test_trained_biases_travel(tmp_path: Path) -> None:
+def test_trained_biases_are_converted(tmp_path: Path) -> None:
     base = write_hf(tmp_path / "base")
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(CONFIG.n_layer):
@@ -475,7 +477,7 @@ def test_trained_biases_travel(tmp_path: Path) -> None:
     assert not torch.allclose(logits(base), expected, atol=0.01)
 
 
-def test_a_trained_embedding_has_no_place_in_pefts_files(tmp_path: Path) -> None:
+def test_a_trained_embedding_cannot_be_written_in_pefts_files(tmp_path: Path) -> None:
     write_hf(tmp_path / "base")
     module = "bloom.h.{}.self_attention.query_key_value"
     shapes: dict[str, tuple[int, ...]] = {"bloom.word_embeddings.weight": (66, 24)}
@@ -510,7 +512,7 @@ def test_a_trained_embedding_has_no_place_in_pefts_files(tmp_path: Path) -> None
         (PrefixConfig(num_prefix_tokens=8), 4, ConfigError, "6 heads cannot be divided among 4"),
     ],
 )
-def test_what_paddlenlp_had_not(
+def test_adapters_that_paddlenlp_lacks_are_refused(
     tmp_path: Path, adapter: LoraConfig | PrefixConfig, degree: int, error: type[Exception], message: str
 ) -> None:
     write_hf(tmp_path / "base")
@@ -579,7 +581,7 @@ def test_an_absurd_block_number_is_refused(tmp_path: Path) -> None:
 # The command
 
 
-def test_command_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paddle, back = tmp_path / "paddle", tmp_path / "back"
     assert run("--input", "builtin:tiny", "--output", paddle, "--to", "paddle", "--tensor-parallel-degree", 2) == 0
     shown = capsys.readouterr()
@@ -594,7 +596,7 @@ def test_command_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert Tokenizer.from_directory(back).fingerprint == Tokenizer.from_directory("bloomlm/assets/tiny").fingerprint
 
 
-def test_paddles_tokenizer_files_travel_as_they_are(tmp_path: Path) -> None:
+def test_paddles_tokenizer_files_are_copied_unchanged(tmp_path: Path) -> None:
     assert run("--input", "builtin:tiny", "--output", tmp_path / "a", "--to", "paddle") == 0
     (tmp_path / "a/tokenizer.json").unlink()
     (tmp_path / "a/added_tokens.json").write_text("{}")
@@ -610,7 +612,9 @@ def test_paddles_tokenizer_files_travel_as_they_are(tmp_path: Path) -> None:
         assert (found.encode_batch(texts) == tiny.encode_batch(texts)) is is_same
 
 
-def test_a_model_without_tokenizer_is_converted_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_tokenizer_is_converted_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_hf(tmp_path / "hf")
     assert run("--input", tmp_path / "hf", "--output", tmp_path / "out") == 0
     assert "holds no tokenizer" in capsys.readouterr().err.replace("\n", " ")
@@ -650,7 +654,7 @@ def test_command_converts_adapters(tmp_path: Path, capsys: pytest.CaptureFixture
         ("nothing", (), "has no config.json"),
     ],
 )
-def test_flags_that_do_not_fit(
+def test_flags_that_do_not_apply_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -670,7 +674,7 @@ def test_flags_that_do_not_fit(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_display_shows_lines_off_a_terminal(
+def test_display_prints_lines_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]

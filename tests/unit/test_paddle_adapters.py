@@ -1,4 +1,4 @@
-"""LoRA of all eras and both prefix layouts, against their definitions written out slowly, at sizes of their own."""
+"""LoRA of each era and both prefix layouts, compared with slow implementations of their definitions."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def lora_arrays(k: int) -> State:
 
 
 def names_of(state: State) -> State:
-    """As one process writes it, with variable names."""
+    """A state dict as one process writes it, with variable names."""
     return state | {"StructuredToParameterName@@": {name: f"v_{i}" for i, name in enumerate(state)}}
 
 
@@ -70,7 +70,7 @@ def add_to_weights(model: BloomForCausalLM, deltas: dict[str, np.ndarray]) -> No
 
 
 def era_a_delta(lora_a: np.ndarray, lora_b: np.ndarray, slots: list[bool], degree: int) -> np.ndarray:
-    """[in, out]; each rank has its columns of lora_B and of the weight, cut into thirds one after another."""
+    """The update [in, out]; each rank's columns of lora_B and of the weight are cut into thirds."""
     delta = np.zeros((D, 3 * D), np.float32)
     enabled = [j for j, on in enumerate(slots) if on]
     width = D // degree
@@ -84,7 +84,7 @@ def era_a_delta(lora_a: np.ndarray, lora_b: np.ndarray, slots: list[bool], degre
 
 
 def era_m_delta(lora_a: np.ndarray, lora_b: np.ndarray, slots: list[bool]) -> np.ndarray:
-    """[in, out]; head by head, the enabled of query, key and value."""
+    """The update [in, out], made head by head from the enabled parts of query, key and value."""
     delta = np.zeros((D, 3 * D), np.float32)
     enabled = [j for j, on in enumerate(slots) if on]
     column = 0
@@ -98,7 +98,7 @@ def era_m_delta(lora_a: np.ndarray, lora_b: np.ndarray, slots: list[bool]) -> np
 
 
 def assert_equals_merged(directory: Path, deltas: dict[str, np.ndarray], **options: Any) -> None:
-    """The adapter computes what the base model with its update computes: installed, merged, and through PEFT's files."""
+    """The adapter gives the logits of the base model with updated weights: installed, merged, and through PEFT's files."""
     expected = logits(make_model(), lambda model: add_to_weights(model, deltas))
     assert not torch.allclose(logits(make_model()), expected, atol=0.1)
     assert find_adapter(directory)
@@ -300,7 +300,7 @@ def test_resumed_era_a_trains_its_blocks_only(tmp_path: Path) -> None:
         ({"enable_lora_list": [[True, True, True]], "target_modules": [5]}, "are not regular expressions"),
     ],
 )
-def test_loras_that_make_no_sense(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_invalid_loras_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     state, _ = plain_state()
     qkv = {name: array for name, array in state.items() if "query_key_value" in name}
     write_lora(tmp_path, qkv, **config)
@@ -424,7 +424,7 @@ def test_projection_survives_the_new_layout_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "old prefix", "new prefix"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    """What an O2 run keeps: the same as the rounded numbers in fp32."""
+    """An adapter in half precision computes the same as its numbers in fp32."""
     exact = lora_arrays(2) if kind == "lora" else prefix_state(True)
     rounded = {name: torch.from_numpy(array).to(dtype) for name, array in exact.items()}
     bits = torch.uint16 if dtype is torch.bfloat16 else dtype
@@ -450,7 +450,7 @@ def test_half_precision(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
         assert (found[0] - other).abs().max() < tolerance * found[0].abs().max()
 
 
-def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
+def test_a_directory_of_several_forms_warns_which_one_is_read(tmp_path: Path) -> None:
     state, _ = plain_state()
     write_lora(tmp_path, state, target_modules=[".*query_key_value.*", ".*dense.*"])
     save_adapter(with_prefix := make_model_with_prefix(), tmp_path, "base")
@@ -469,8 +469,8 @@ def make_model_with_prefix() -> BloomForCausalLM:
 
 
 @pytest.mark.parametrize("layout", list(PrefixLayout))
-def test_a_prefix_that_learned_on_is_saved_as_what_it_gives(tmp_path: Path, layout: PrefixLayout) -> None:
-    """PaddleNLP's own encoder gives its columns another order than PEFT's, so its projection is of no use there."""
+def test_a_resumed_prefix_is_saved_as_its_keys_and_values(tmp_path: Path, layout: PrefixLayout) -> None:
+    """PaddleNLP's encoder orders its columns differently, so PEFT could not use its projection."""
     write_json(tmp_path / "prefix_config.json", prefix_config(prefix_projection=True))
     write(tmp_path / "prefix_model_state.pdparams", names_of(prefix_state(True)))
     model = make_model()
@@ -485,7 +485,7 @@ def test_a_prefix_that_learned_on_is_saved_as_what_it_gives(tmp_path: Path, layo
     assert isinstance(config, PrefixConfig) and not config.prefix_projection
 
 
-def test_prefix_layout_is_detected_or_asked_for(tmp_path: Path) -> None:
+def test_prefix_layout_is_detected_or_must_be_given(tmp_path: Path) -> None:
     write(tmp_path / "prefix_model_state.pdparams", names_of(prefix_state(False)))
 
     def layout(**options: Any) -> PrefixLayout:
@@ -506,7 +506,7 @@ def test_prefix_layout_is_detected_or_asked_for(tmp_path: Path) -> None:
     assert layout() is PrefixLayout.OLD
 
 
-def test_degree_of_merged_prefix_is_asked_for(tmp_path: Path) -> None:
+def test_degree_of_a_merged_prefix_must_be_given(tmp_path: Path) -> None:
     write_json(tmp_path / "prefix_config.json", prefix_config())
     write(tmp_path / "prefix_model_state.pdparams", prefix_state(False))
     with pytest.raises(AdapterError, match=r"own part of the prefix's columns.*--trained_tensor_parallel_degree N"):
@@ -525,14 +525,14 @@ def test_degree_of_merged_prefix_is_asked_for(tmp_path: Path) -> None:
         ({"multi_query_group_num": 2}, "which no BLOOM has"),
     ],
 )
-def test_prefixes_that_make_no_sense(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_invalid_prefixes_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     write_json(tmp_path / "prefix_config.json", prefix_config(**config))
     write(tmp_path / "prefix_model_state.pdparams", names_of(prefix_state(False)))
     with pytest.raises(AdapterError, match=message):
         read_paddle_adapter(tmp_path, CONFIG)
 
 
-def test_directories_that_are_no_adapter(tmp_path: Path) -> None:
+def test_directories_without_an_adapter_are_refused(tmp_path: Path) -> None:
     assert not find_adapter(tmp_path)
     with pytest.raises(AdapterError, match="found neither"):
         read_paddle_adapter(tmp_path, CONFIG)

@@ -1,4 +1,4 @@
-"""Models in each of PaddleNLP's forms, with sizes and rank counts of their own, equal the model they were made from."""
+"""Each form of a model that PaddleNLP wrote reads as the model it was made from, for various sizes and ranks."""
 
 import json
 import pickle
@@ -156,7 +156,7 @@ def test_tensor_parallel_ranks(tmp_path: Path, file_name: str, degree: int) -> N
 
 
 def halved(state: State, dtype: torch.dtype) -> State:
-    """As Paddle keeps it; numpy has no bfloat16, so its bits stand in uint16."""
+    """The arrays in half precision; bfloat16 as bits in uint16, because numpy has no such type."""
     tensors = {name: torch.from_numpy(array).to(dtype) for name, array in state.items()}
     bits = torch.uint16 if dtype is torch.bfloat16 else dtype
     return {name: tensor.view(bits).numpy() for name, tensor in tensors.items()}
@@ -270,14 +270,14 @@ def test_vocabulary_that_ranks_cannot_divide(tmp_path: Path) -> None:
         open_model(tmp_path, config)
 
 
-def test_mixed_directory_says_which_wins(tmp_path: Path) -> None:
+def test_a_directory_of_several_forms_warns_which_one_is_read(tmp_path: Path) -> None:
     write_ranks(tmp_path, TP_FILE, 2, {name: array + 1 for name, array in STATE.items()})
     write(tmp_path / "model_state.pdparams", STATE)
     with pytest.warns(UserWarning, match=r"model_state\.pdparams is read, and model_state\.tp\*\.pdparams is not"):
         assert_reads_model(tmp_path)
 
 
-def test_hugging_face_files_beside_win(tmp_path: Path) -> None:
+def test_hugging_face_files_take_priority(tmp_path: Path) -> None:
     write_model(tmp_path, CONFIG, MODEL.named_parameters())
     assert not find_model(tmp_path)
     write(tmp_path / "model_state.pdparams", STATE)

@@ -1,4 +1,4 @@
-"""Optimizer states in each of their forms land under the right names, in the right shapes."""
+"""Optimizer states in each form are read under the right names and in the right shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Pair:
 
 
 def moments(state: State) -> tuple[State, State]:
-    """Two arrays for each parameter that nothing else equals."""
+    """First and second moments: two arrays for each parameter, all different."""
     return {n: a * 3 + 1 for n, a in state.items()}, {n: a * a + 2 for n, a in state.items()}
 
 
@@ -201,8 +201,8 @@ def test_steps_from_adams_powers(tmp_path: Path) -> None:
         read_run(tmp_path, CONFIG)
 
 
-def test_what_the_log_says(tmp_path: Path) -> None:
-    """Steps that fp16 skipped are no updates; without an optimizer's files the log counts alone."""
+def test_steps_and_losses_of_the_log(tmp_path: Path) -> None:
+    """Steps that fp16 skipped are not updates; without optimizer files the number of steps comes from the log."""
     write(tmp_path / "model_state.pdparams", STATE | {"StructuredToParameterName@@": NAMES})
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), NAMES))
     log = [{"step": 15, "loss": 2.5, "epoch": 0.5}, {"step": 15, "eval_loss": 1.0}]
@@ -222,7 +222,7 @@ def test_what_the_log_says(tmp_path: Path) -> None:
         read_run(tmp_path, CONFIG)
 
 
-def test_states_that_do_not_fit(tmp_path: Path) -> None:
+def test_states_of_other_parameters_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "model_state.pdparams", STATE | {"StructuredToParameterName@@": NAMES})
     other = {name: variable.replace("linear", "conv") for name, variable in NAMES.items()}
     write(tmp_path / "optimizer.pdopt", optimizer_content(*moments(STATE), other))

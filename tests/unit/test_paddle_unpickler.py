@@ -347,6 +347,6 @@ def test_state_sorts_tensors_names_and_values(tmp_path: Path) -> None:
     assert split_tensors(state.values["master_weights"])[0]["linear_0.w_0"].read().tolist() == [2, 3, 4]
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+def test_anything_but_a_state_dict_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a list"):
         read_paddle_state(write(tmp_path / "x.pdparams", [1]))

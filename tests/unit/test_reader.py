@@ -54,7 +54,7 @@ def test_what_was_written_is_read_in_its_own_precision(
 
 
 @pytest.mark.parametrize("memory_map", [True, False])
-def test_precision_asked_for(tmp_path: Path, memory_map: bool) -> None:
+def test_requested_precision(tmp_path: Path, memory_map: bool) -> None:
     write_random_model(tmp_path, dtype=torch.float32)
     model = load_model(tmp_path, dtype=torch.bfloat16, memory_map=memory_map)
     assert_equal_models(model, random_model().to(torch.bfloat16))
@@ -114,7 +114,7 @@ def test_all_differences_are_named_at_once(checkpoint: Path) -> None:
     assert str(checkpoint) in message
 
 
-def test_integers_are_no_weights(checkpoint: Path) -> None:
+def test_integer_weights_are_refused(checkpoint: Path) -> None:
     rewrite(checkpoint, state_of(checkpoint) | {LN_F: torch.ones(32, dtype=torch.int8)})
     with pytest.raises(CheckpointError, match=r"quantised.*ln_f.weight \(torch.int8\)"):
         load_model(checkpoint)
@@ -198,14 +198,14 @@ class Evil:
     ("content", "message"),
     [({"x": Evil()}, "Python objects"), ([1], "state dict"), ({"a": 1}, "state dict")],
 )
-def test_bin_that_holds_other_than_tensors(checkpoint: Path, capfd, content: object, message: str) -> None:
+def test_bin_with_anything_but_tensors_is_refused(checkpoint: Path, capfd, content: object, message: str) -> None:
     write_bin(checkpoint, content)
     with pytest.raises(CheckpointError, match=message):
         load_model(checkpoint)
     assert "must not run" not in capfd.readouterr().out
 
 
-def test_index_problems(tmp_path: Path) -> None:
+def test_damaged_index_is_refused(tmp_path: Path) -> None:
     write_random_model(tmp_path, max_shard_size_bytes=40_000)
     index = tmp_path / "model.safetensors.index.json"
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
@@ -223,7 +223,7 @@ def test_index_problems(tmp_path: Path) -> None:
     assert_equal_models(load_model(tmp_path), random_model())
 
 
-def test_config_problems(checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_or_missing_config_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "config.json"
     for content, message in (("{", "not readable JSON"), ("[]", "holds list"), ('{"model_type": "gpt2"}', "gpt2")):
         path.write_text(content)
@@ -253,8 +253,8 @@ def test_slices_and_entries(checkpoint: Path) -> None:
     assert torch.equal(reader.read_box(EMBEDDING, ((0, 20), (3, 4))), expected[EMBEDDING][:20, 3:4])
 
 
-def test_data_that_the_file_does_not_align(checkpoint: Path) -> None:
-    """One odd byte of header shifts every tensor off its alignment."""
+def test_unaligned_data(checkpoint: Path) -> None:
+    """One more byte in the header misaligns every tensor."""
     path = checkpoint / "model.safetensors"
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -264,7 +264,7 @@ def test_data_that_the_file_does_not_align(checkpoint: Path) -> None:
     assert all(p.data_ptr() % 4 == 0 for p in model.parameters())
 
 
-def test_changing_a_mapped_model_leaves_the_file_alone(checkpoint: Path) -> None:
+def test_changing_a_mapped_model_does_not_change_the_file(checkpoint: Path) -> None:
     before = (checkpoint / "model.safetensors").read_bytes()
     model = load_model(checkpoint)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_changing_a_mapped_model_leaves_the_file_alone(checkpoint: Path) -> None
     assert_equal_models(load_model(checkpoint), random_model())
 
 
-def test_replacing_the_file_leaves_a_mapped_model_alone(checkpoint: Path) -> None:
+def test_replacing_the_file_does_not_change_a_mapped_model(checkpoint: Path) -> None:
     model = load_model(checkpoint)
     (checkpoint / "other").write_bytes(b"short")
     (checkpoint / "other").replace(checkpoint / "model.safetensors")
@@ -295,7 +295,7 @@ def test_file_that_changes_while_it_is_read(checkpoint: Path) -> None:
         file.read(LN_F)
 
 
-def test_saving_one_mapped_parameter_saves_no_more(checkpoint: Path, tmp_path: Path) -> None:
+def test_saving_one_mapped_parameter_saves_only_that_one(checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(checkpoint)
     torch.save(model.transformer.ln_f.weight, tmp_path / "one.pt")
     assert (tmp_path / "one.pt").stat().st_size < 4096

@@ -115,7 +115,7 @@ def test_strided_tensors_and_conversion(tmp_path: Path) -> None:
         (lambda tensors: tensors.clear(), "there are no tensors"),
     ],
 )
-def test_tensors_that_are_not_the_model(tmp_path: Path, change, message: str) -> None:
+def test_tensors_of_another_model_are_refused(tmp_path: Path, change, message: str) -> None:
     tensors = {name: p.detach() for name, p in random_model().named_parameters()}
     change(tensors)
     with pytest.raises(CheckpointError, match=message):

@@ -26,7 +26,7 @@ from bloomlm.errors import CheckpointError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
-STRUCTURE_FILE = "paddle_adapter.json"
+RECORD_FILE = "paddle_adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
     Raises:
         CheckpointError: the record cannot be read.
     """
-    path = directory / STRUCTURE_FILE
+    path = directory / RECORD_FILE
     if not path.is_file():
         return None
     try:
@@ -244,7 +244,7 @@ def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
 
 
 def _write(directory: Path, adapter: RecordedLora | RecordedPrefix) -> None:
-    path = directory / STRUCTURE_FILE
+    path = directory / RECORD_FILE
     values = dataclasses.asdict(adapter)
     try:
         path.write_text(json.dumps(values, indent=2, default=_plain_value) + "\n", encoding="utf-8")

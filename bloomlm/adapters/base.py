@@ -66,7 +66,7 @@ class Adapter(ABC):
     cannot_merge: ClassVar[str | None] = None
     """Why it cannot be merged into the base model's weights; None: it can."""
     own_file: ClassVar[str | None] = None
-    """Our file with the trained parameters beside PEFT's files, where those hold only what the parameters compute."""
+    """Name of our own file with the trained parameters, if PEFT's files hold only the result of these; else None."""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -192,7 +192,7 @@ class FullTuning(Adapter):
         return [name for name, _ in model.named_parameters()]
 
     def describe(self) -> str:
-        """The words "all weights"."""
+        """All weights learn."""
         return "all weights"
 
 

@@ -7,7 +7,7 @@ which the tests compare logits and gradients.
 Shapes: B batch, T new tokens, N packed tokens, D hidden, H heads, K head_dim, F ffn, V vocabulary, P virtual tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -166,8 +166,9 @@ class BloomModel(nn.Module):
         Returns:
             [N, D] hidden states after the last layer norm, or [M, D].
         """
-        needs_virtual = self.prefix is not None and (extension is None or extension.free_rows)
-        virtual = self.prefix() if self.prefix is not None and needs_virtual else [None] * len(self.h)
+        virtual: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.h)
+        if self.prefix is not None and (extension is None or extension.free_rows):
+            virtual = self.prefix()
         positions = documents.positions(tokens.device) if extension is None else extension.positions
         columns = self._columns(positions)
         x = self.word_embeddings_layernorm(self.word_embeddings(tokens).to(self.dtype))

@@ -23,7 +23,7 @@ def model_fingerprint(model: BloomForCausalLM, mesh: Mesh = ALONE) -> str:
 
     Args:
         model: whole, or cut among ranks, all of which must call this.
-        mesh: those ranks.
+        mesh: the ranks.
     """
     config = {key: value for key, value in vars(model.config).items() if key not in ("extra", "dtype")}
     digest = hashlib.sha256(repr((sorted(config.items()), adapter_of(model))).encode())

@@ -48,7 +48,7 @@ BLOCK_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class SafetensorsHeader:
-    """What the header of a file says; it agrees with the size of the file."""
+    """The content of a file's header, which agrees with the size of the file."""
 
     metadata: Mapping[str, str]
     """Texts that the writer added, such as its format."""

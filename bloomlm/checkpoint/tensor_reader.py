@@ -27,9 +27,9 @@ class TensorEntry:
     """Shape and dtype of a stored tensor, known before it is read."""
 
     shape: tuple[int, ...]
-    """In the published orientation: a linear's weight is (out, in)."""
+    """Shape in the published orientation: a linear's weight is (out, in)."""
     dtype: torch.dtype
-    """As stored."""
+    """Dtype in the file."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     """Shape of the tensor that `read` returns."""
     dtype: torch.dtype
-    """As stored."""
+    """Dtype in the file."""
     read: Callable[[], Tensor]
     """Reads the whole tensor."""
     read_slice: Callable[[int, int, int], Tensor]

@@ -200,7 +200,7 @@ def losses(output_dir: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_and_its_checkpoints_too(
+def test_a_run_and_its_later_checkpoints_can_be_resumed(
     name: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint, options = RUNS[name]
@@ -234,7 +234,7 @@ def test_a_run_goes_on_and_its_checkpoints_too(
             finetune(flags(material, checkpoint, out, **other))
 
 
-def test_fp16_goes_on_with_copies_and_scale(
+def test_an_fp16_run_resumes_its_fp32_copies_and_loss_scale(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_full(tmp_path / "checkpoint-3", half=True)
@@ -247,7 +247,7 @@ def test_fp16_goes_on_with_copies_and_scale(
     assert "fp32 copies of the weights, loss scale 512; the order" in capsys.readouterr().err
 
 
-def test_without_moments_the_rest_goes_on(
+def test_a_run_without_moments_resumes_everything_else(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lora(tmp_path / "checkpoint-3")
@@ -262,7 +262,7 @@ def test_without_moments_the_rest_goes_on(
     assert list(losses(tmp_path / "out")) == [4, 5, 6]
 
 
-def test_another_schedule_is_told(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_schedule_is_reported(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_full(tmp_path / "checkpoint-3")
     finetune(flags(material, tmp_path / "checkpoint-3", tmp_path / "out", max_steps=5))
     told = capsys.readouterr().err
@@ -326,7 +326,7 @@ def broken(directory: Path, *names: str) -> Path:
         ),
     ],
 )
-def test_what_cannot_go_on(
+def test_runs_that_cannot_be_resumed_are_refused(
     write_checkpoint: Callable[[Path], Any],
     options: dict[str, Any],
     error: type[Exception],

@@ -169,7 +169,7 @@ class RankTensors:
     place: str
     """Name of its file in error messages."""
     tensors: Mapping[str, LazyTensor]
-    """Under published names, in the published orientation."""
+    """Name -> tensor; join_pieces expects published names and the published orientation of models."""
 
 
 def check_ranks_complete(tp_ranks: list[int], source: str, tp_degree: int | None = None) -> None:

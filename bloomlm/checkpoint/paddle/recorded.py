@@ -96,7 +96,7 @@ class RecordedLora:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """From the contents of paddle_adapter.json."""
+        """The adapter for the content of paddle_adapter.json."""
         lists = {name: tuple(values["config"][name]) for name in ("target_modules", "replaced_names")}
         blocks = {name: Blocks(slots=tuple(b["slots"]), groups=b["groups"]) for name, b in values["blocks"].items()}
         return cls(config=LoraConfig(**(values["config"] | lists)), blocks=blocks)
@@ -174,7 +174,7 @@ class RecordedPrefix:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """From the contents of paddle_adapter.json."""
+        """The adapter for the content of paddle_adapter.json."""
         arrangement = values["arrangement"]
         return cls(
             config=PrefixConfig(**values["config"]),
@@ -253,6 +253,6 @@ def _write(directory: Path, adapter: RecordedLora | RecordedPrefix) -> None:
 
 
 def _plain_value(value: Any) -> Any:
-    """A layout as JSON."""
+    """The value of a layout for JSON."""
     assert isinstance(value, PrefixLayout)
     return value.value

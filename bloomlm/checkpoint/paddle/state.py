@@ -38,7 +38,7 @@ class PaddleState:
     path: Path
     """The file."""
     tensors: Mapping[str, LazyTensor]
-    """Under the names and in the layout of the file."""
+    """Name -> tensor, as in the file."""
     variable_names: Mapping[str, str]
     """Name -> name of the Paddle variable ("linear_0.w_0"); empty if the file does not record them."""
     values: Mapping[str, Any]
@@ -103,7 +103,7 @@ class PaddleStateWriter:
 
         Args:
             name: its key.
-            tensor: as stored, of any strides.
+            tensor: the array in the orientation to be stored; it may have any strides.
             dtype: precision to write.
         """
         entry = TensorEntry(tuple(tensor.shape), dtype)

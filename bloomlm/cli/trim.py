@@ -20,7 +20,7 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError, format_bytes
 from bloomlm.flags import REQUIRED, DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device
-from bloomlm.vocabulary.corpus import HeldOut, Piece, find_corpus, first_pieces
+from bloomlm.vocabulary.corpus import Corpus, HeldOut, Piece, find_corpus, first_pieces
 from bloomlm.vocabulary.effects import measure_trimmed, measure_whole
 from bloomlm.vocabulary.report import number, write_report
 from bloomlm.vocabulary.selection import Ids, count_tokens, rank_tokens, read_vocabulary, select_tokens
@@ -33,7 +33,7 @@ from bloomlm.vocabulary.trim import (
     write_restored,
     write_trimmed,
 )
-from bloomlm.vocabulary.trim_report import greedy_line, report_markdown, report_values, write_picture
+from bloomlm.vocabulary.trim_report import NO_HELD_OUT, greedy_line, report_markdown, report_values, write_picture
 
 DEFAULT_COVERAGE = 0.9999
 NUM_LANGUAGES_SHOWN = 8
@@ -41,15 +41,17 @@ NUM_LANGUAGES_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TrimConfig(Flags):
-    """What to trim, by which texts, and to what size."""
+    """The flags of `bloomlm trim`."""
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path")
     corpus: tuple[str, ...] = flag(
         "corpus", (), "files or directories of .txt, .jsonl, .json or .csv in the languages to keep, or builtin:dates"
     )
-    languages_from: str | None = flag("corpus", None, "directory with a file or subdirectory of such texts a language")
+    languages_from: str | None = flag(
+        "corpus", None, "directory with one file or subdirectory of such texts for each language"
+    )
     held_out: tuple[str, ...] = flag(
-        "corpus", (), "the same as --corpus, for measuring  [default: a sixteenth of the corpus, which is not counted]"
+        "corpus", (), "texts to measure, files or directories as --languages_from  [default: a sixteenth of the corpus]"
     )
     held_out_bytes: int = flag(
         "corpus", 2**16, "bytes of each language to measure; 0: measure nothing, load no model", minimum=0
@@ -63,13 +65,15 @@ class TrimConfig(Flags):
         maximum=1,
     )
     pad_to_multiple_of: int = flag("size", 1, "number of rows to round up to, for tensor parallelism", minimum=1)
-    sweep: tuple[str, ...] = flag("size", (), "other numbers of tokens, to be measured but not written")
-    output_path: str = flag("output", REQUIRED, "directory to write; an older model in it is replaced")
-    max_shard_size: str = flag("output", "5GB", "largest weight file; a larger model is written in several")
+    sweep: tuple[str, ...] = flag("size", (), "other numbers of tokens to measure, without writing a model")
+    output_path: str = flag("output", REQUIRED, "directory to write; replaces an older model there")
+    max_shard_size: str = flag("output", "5GB", "largest weight file; a larger model is split into several")
     restore: str | None = flag(
-        "output", None, "a trimmed model, trained or not: give it all tokens of --model_name_or_path again"
+        "output", None, "a trimmed model, trained or not, that gets all tokens of --model_name_or_path again"
     )
-    dtype: Dtype = flag("measuring", "float32", "precision to measure in; the files keep theirs")
+    dtype: Dtype = flag(
+        "measuring", "float32", "precision to measure in; the written files keep the precision of the model"
+    )
     device: str | None = same_flag(DeviceFlags, "device", section="measuring")
 
 
@@ -177,7 +181,9 @@ def _read_corpus(
         raise DataError("the corpus holds no text")
     held_out = taken.pieces
     if config.held_out and config.held_out_bytes:
-        held_out = first_pieces(find_corpus(config.held_out), config.held_out_bytes)
+        named = [find_corpus((), name) if Path(name).is_dir() else find_corpus([name]) for name in config.held_out]
+        files = tuple(file for found in named for file in found.files)
+        held_out = first_pieces(Corpus(files=files), config.held_out_bytes)
     return counts, held_out
 
 
@@ -223,7 +229,10 @@ def _print_summary(values: dict[str, Any], output: Path) -> None:
         table.add_row(name, f"{before[name]:,}", f"{after[name]:,}")
     table.add_row("size of the weights", format_bytes(before["bytes"]), format_bytes(after["bytes"]))
     console.print(table)
-    console.print(_fit_table(values["held_out"]))
+    if values["held_out"]["all"]["before"]["bytes"]:
+        console.print(_fit_table(values["held_out"]))
+    else:
+        console.print(NO_HELD_OUT, soft_wrap=True)
     console.print(greedy_line(values["greedy"]), soft_wrap=True)
     console.print(f"{values['source']} with {after['tokens']:,} tokens is in {output}", soft_wrap=True)
     console.print(f"report: {output / 'report.md'}", soft_wrap=True)

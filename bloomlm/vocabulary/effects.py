@@ -20,7 +20,7 @@ from bloomlm.vocabulary.selection import Ids
 from bloomlm.vocabulary.trim import Trim, trimmed_model
 
 NUM_PROMPTS = 32
-"""Of all languages together, but at least one of each."""
+"""For all languages together, but at least one for each."""
 BATCH_SIZE = 16
 PROMPT_TOKENS = 24
 NEW_TOKENS = 32
@@ -40,13 +40,13 @@ class GreedyTexts:
 
     @property
     def num_other(self) -> int:
-        """Differences of any other kind: logits equal to the last bits of their rounding."""
+        """Other differences: two logits were so close that their rounding decided, in another batch in another way."""
         return self.num_prompts - self.num_same - self.num_removed_won - self.num_prompts_changed
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModel:
-    """The whole model and what it makes of the held-out text; measured once for every size."""
+    """The whole model and its figures on the held-out text, which are computed once for all sizes."""
 
     model: BloomForCausalLM | None
     """None: it is not loaded, and only tokens are counted."""
@@ -56,11 +56,6 @@ class WholeModel:
     prompts: tuple[tuple[int, ...], ...]
     greedy: Sequence[tuple[int, ...]]
     """Its continuation of each prompt."""
-
-    @property
-    def num_measured_bytes(self) -> int:
-        """Bytes of held-out text that one measurement reports."""
-        return 0 if self.model is None else sum(len(piece.text.encode()) for piece in self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ vocabularies side by side on a word whose final tokens in the whole vocabulary a
    of its ancestors. So its result and its parts are kept, and the merge remains.
 2. Before each step both have the same tokens, by induction. The remaining merges are some of the whole vocabulary's
    in the same order, and by 1 its best one is among them: so it is the best here too, and both apply it.
-3. Where the whole vocabulary allows no more merge, some of its merges allow none either.
+3. Where no merge of the whole vocabulary applies any more, none of the remaining merges does.
 A removed merge can therefore change only words that had a removed token; those become more, shorter tokens. All bytes
 are kept, so that any text is still encoded, and decoded to itself.
 """
@@ -105,7 +105,7 @@ def count_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, num_ids: int) ->
 
 
 def rank_tokens(counts: Sequence[Ids]) -> NDArray[np.float64]:
-    """The coverage from which on each token is needed: the lowest of any language.
+    """The coverage above which each token is needed, the lowest over all languages.
 
     A language's tokens are taken from the most frequent down; a token's coverage is the share of the language's text
     that those before it have. To cover a share of every language, keep all tokens of a lower rank.

@@ -18,6 +18,7 @@ from bloomlm.vocabulary.selection import Ids
 from bloomlm.vocabulary.trim import Trim
 
 NUM_DROPPED_SHOWN = 20
+NO_HELD_OUT = "No text was held out, because the corpus is too small or none was wanted, so nothing was measured."
 _BEFORE, _AFTER = "#9aa5b1", "#2563a8"
 
 
@@ -66,8 +67,7 @@ def report_markdown(values: Mapping[str, Any]) -> str:
         f"# Vocabulary of {values['source']}, trimmed",
         table(["", "before", "after", "after / before"], sizes),
         "## Held-out text",
-        fit_table(values["held_out"]),
-        "Scripts without spaces between words count a character as a word.",
+        *_held_out_parts(values["held_out"]),
         "## Greedy decoding",
         greedy_line(greedy),
         "## Dropped",
@@ -78,6 +78,12 @@ def report_markdown(values: Mapping[str, Any]) -> str:
     if values["sweep"]:
         parts += ["## Sizes", sweep_table(values["sweep"])]
     return "\n\n".join(parts)
+
+
+def _held_out_parts(held_out: Mapping[str, Any]) -> list[str]:
+    if not held_out["all"]["before"]["bytes"]:
+        return [NO_HELD_OUT]
+    return [fit_table(held_out), "In scripts without spaces between words a word is a character."]
 
 
 def greedy_line(greedy: Mapping[str, Any]) -> str:

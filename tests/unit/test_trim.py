@@ -384,10 +384,38 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_held_out_text_no_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_held_out_text_no_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("bloomlm.cli.trim.load", None)
     words = ("--model_name_or_path", "builtin:tiny", "--corpus", "builtin:dates", "--held_out_bytes", "0")
     assert run(*words, "--output_path", str(tmp_path / "out"), "--coverage", "0.99") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["greedy"]["positions"] == 0 and min(report["dropped"]["coverage"].values()) >= 0.99
-    assert report["held_out"]["all"]["before"]["bits_per_byte"] == 0.0 or "all" in report["held_out"]
+    assert list(report["held_out"]) == ["all"] and report["held_out"]["all"]["before"]["bytes"] == 0
+    assert "No text was held out" in (tmp_path / "out" / "report.md").read_text()
+    assert "No text was held out" in capsys.readouterr().out
+
+
+def test_models_of_other_forms_and_in_shards(tmp_path: Path) -> None:
+    """PaddleNLP's files with spare rows; named held-out texts by language; several weight files."""
+    base, paddle = write_bloom(tmp_path / "base"), tmp_path / "paddle"
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "--input", str(base), "--output", str(paddle), "--to", "paddle"])
+    assert not end.value.code
+    (tmp_path / "texts" / "en").mkdir(parents=True)
+    (tmp_path / "texts" / "en" / "a.txt").write_text("the and thing, on\n" * 50)
+    (tmp_path / "texts" / "zh.jsonl").write_text(json.dumps({"text": "中世不" * 30}) + "\n")
+    texts = ("--languages_from", str(tmp_path / "texts"), "--held_out", str(tmp_path / "texts"))
+    size = ("--max_shard_size", "30KB", "--held_out_bytes", "1100", "--coverage", "1", "--dtype", "float32")
+    output = tmp_path / "out"
+    assert run("--model_name_or_path", str(paddle), *texts, *size, "--output_path", str(output)) == 0
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    kept = json.loads((output / MAP_FILE).read_text())["old_ids"]
+    report = json.loads((output / "report.json").read_text())
+    assert set(report["dropped"]["coverage"]) == {"en", "zh"} and set(report["held_out"]) == {"en", "zh", "all"}
+    assert 500 < report["held_out"]["en"]["before"]["bytes"] <= 1100
+    expected = load_model(base).transformer.word_embeddings.weight[kept]
+    found = load_model(output).transformer.word_embeddings.weight
+    assert torch.equal(found, expected) and len(found) < load_model(base).config.vocab_size - 6
+    assert report["dropped"]["occurrences"] == 0 and report["held_out"]["all"]["after"]["tokens_per_word"] > 0

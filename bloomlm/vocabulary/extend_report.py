@@ -15,7 +15,7 @@ from bloomlm.vocabulary.measure import Fit, measure
 from bloomlm.vocabulary.merges import WordEncoder
 from bloomlm.vocabulary.report import compare_fits, fit_table, table
 
-NUM_TOKENS_SHOWN = 20
+NUM_TOKENS_SHOWN = NUM_WORDS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class HeldOutText:
     """Words as the pre-tokenizer cuts them, of each language."""
     num_changed_words: Mapping[str, int]
     """Those of other ids than before."""
+    changed_words: Counter[tuple[int, ...]]
+    """How often each of these occurs, by their old ids."""
     new_tokens: Counter[int]
     """How often each new token occurs."""
 
@@ -53,13 +55,23 @@ def measure_extension(
     extended = None if model is None else extended_model(model, extension)
     after = measure(pieces, extension.tokenizer, extended, report)
     encode, encode_extended = WordEncoder(tokenizer), WordEncoder(extension.tokenizer)
-    num_words, num_changed, found = Counter[str](), Counter[str](), Counter[int]()
+    num_words, num_changed, changed = Counter[str](), Counter[str](), Counter[tuple[int, ...]]()
+    new_tokens = Counter[int]()
     for piece in pieces:
         (old,), (new,) = encode([piece.text]), encode_extended([piece.text])
         num_words[piece.language] += len(old)
-        num_changed[piece.language] += sum(one != other for one, other in zip(old, new, strict=True))
-        found.update(token for word in new for token in word if token in extension.tokens)
-    return HeldOutText(before=before, after=after, num_words=num_words, num_changed_words=num_changed, new_tokens=found)
+        others = [tuple(word) for word, other in zip(old, new, strict=True) if word != other]
+        num_changed[piece.language] += len(others)
+        changed.update(others)
+        new_tokens.update(token for word in new for token in word if token in extension.tokens)
+    return HeldOutText(
+        before=before,
+        after=after,
+        num_words=num_words,
+        num_changed_words=num_changed,
+        changed_words=changed,
+        new_tokens=new_tokens,
+    )
 
 
 def report_values(
@@ -94,8 +106,8 @@ def report_values(
             }
             for token_id, token in zip(extension.tokens, extension.new, strict=True)
         ],
-        "new": _text_values(new),
-        "kept": _text_values(kept) if kept.before else None,
+        "new": _text_values(new, tokenizer, extension.tokenizer),
+        "kept": _text_values(kept, tokenizer, extension.tokenizer) if kept.before else None,
     }
 
 
@@ -104,10 +116,7 @@ def report_markdown(values: Mapping[str, Any]) -> str:
     before, after = values["before"], values["after"]
     sizes = [[name, f"{before[name]:,}", f"{after[name]:,}"] for name in before]
     most = sorted(values["new_tokens"], key=lambda row: -row["occurrences"])[:NUM_TOKENS_SHOWN]
-    tokens = [
-        [_shown(row["text"]), str(row["id"]), " ".join(map(_shown, row["pieces"])), f"{row['occurrences']:,}"]
-        for row in most
-    ]
+    tokens = [[_shown(row["text"]), str(row["id"]), _joined(row["pieces"]), f"{row['occurrences']:,}"] for row in most]
     parts = [
         f"# Vocabulary of {values['source']}, extended",
         table(["", "before", "after"], sizes),
@@ -116,7 +125,12 @@ def report_markdown(values: Mapping[str, Any]) -> str:
         change_line(values["new"]),
     ]
     if values["kept"] is not None:
+        words = [
+            [_shown(row["word"]), _joined(row["before"]), _joined(row["after"]), f"{row['occurrences']:,}"]
+            for row in values["kept"]["most_frequent_changed"]
+        ]
         parts += ["## Text of the kept languages", fit_table(values["kept"]["fits"]), change_line(values["kept"])]
+        parts += [table(["word", "before", "after", "occurrences"], words)] if words else []
     parts += [
         "Scripts without spaces between words count a character as a word. Bits per byte are those before any "
         "training: a new row is the mean of the rows that it replaces, and has to be trained.",
@@ -137,13 +151,26 @@ def _sizes(config: BloomConfig, tokenizer: Tokenizer) -> dict[str, int]:
     return {"tokens": tokenizer.vocab_size, "rows": config.vocab_size, "parameters": config.num_parameters}
 
 
-def _text_values(text: HeldOutText) -> dict[str, Any]:
+def _text_values(text: HeldOutText, tokenizer: Tokenizer, extended: Tokenizer) -> dict[str, Any]:
     return {
         "fits": compare_fits(text.before, text.after),
         "words": sum(text.num_words.values()),
         "changed_words": sum(text.num_changed_words.values()),
         "changed_words_by_language": {name: text.num_changed_words[name] for name in text.before},
+        "most_frequent_changed": [
+            {
+                "word": tokenizer.decode(ids),
+                "before": [tokenizer.decode([token]) for token in ids],
+                "after": [extended.decode([token]) for token in extended.encode(tokenizer.decode(ids))],
+                "occurrences": count,
+            }
+            for ids, count in text.changed_words.most_common(NUM_WORDS_SHOWN)
+        ],
     }
+
+
+def _joined(tokens: Sequence[str]) -> str:
+    return " ".join(map(_shown, tokens))
 
 
 def _shown(text: str) -> str:

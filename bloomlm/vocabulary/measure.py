@@ -133,4 +133,10 @@ def score_texts(model: BloomForCausalLM, texts: Sequence[Sequence[int]], first_i
     tokens = torch.tensor([token for ids in given for token in ids], dtype=torch.int64, device=device)
     labels = torch.tensor([token for ids in texts for token in ids], dtype=torch.int64, device=device)
     hidden = model.transformer(tokens, Documents.packed([len(ids) for ids in given]))
-    return score_labels(hidden, embedding.weight, labels, weight_scale=embedding.weight_scale)
+    return score_labels(
+        hidden,
+        embedding.weight,
+        labels,
+        weight_scale=embedding.weight_scale,
+        replaced=embedding.replaced_rows(),
+    )

@@ -55,6 +55,17 @@ def test_only_the_formats_know_their_names(path: Path) -> None:
     assert chosen_by(ast.parse(path.read_text(encoding="utf-8"))) & NAMES == set()
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_head_is_used_with_all_that_belongs_to_it(path: Path) -> None:
+    """Its weight alone is not the head where it is int8, or where some of its rows learn apart from it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id in ("linear_cross_entropy", "score_labels", "score_tokens"):
+            given = {keyword.arg for keyword in call.keywords}
+            assert {"weight_scale", "replaced"} <= given, f"{path}:{call.lineno}"
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if path != TORCH_INTERNALS], ids=name_of)
 def test_only_one_file_knows_private_modules_of_torch(path: Path) -> None:
     assert private_names(ast.parse(path.read_text(encoding="utf-8"))) == set()

@@ -121,6 +121,25 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
 }
 
 
+def test_new_tokens_need_a_record_of_them(material: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model_name_or_path": "builtin:tiny", "lora": True, "train_new_tokens": True}
+    with pytest.raises(ConfigError, match=r"--train_new_tokens: builtin:tiny has no new_tokens\.json"):
+        finetune(flags(material, tmp_path / "out", **options))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_only_new_rows_of_the_embedding_learn(material: Path, tmp_path: Path, int8: bool) -> None:
+    options: dict[str, Any] = {"lora": True, "train_new_tokens": True, "merge_weights": True}
+    result = finetune(flags(material, tmp_path / "out", **options, base_quantization="int8" if int8 else "none"))
+    assert result.merged_path is not None
+    before, after = (
+        bloomlm.load(path).model.transformer.word_embeddings.weight.detach()
+        for path in (material / "model", result.merged_path)
+    )
+    same = (before == after).all(1)
+    assert same[:250].all() and same[258:].all() and not same[250:258].any()
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_written_model_is_the_evaluated_model(kind: str, material: Path, tmp_path: Path) -> None:
     options, weights_file, path_flag = ADAPTERS[kind]

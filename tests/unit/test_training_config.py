@@ -152,6 +152,7 @@ def test_missing_extras_are_named_before_training() -> None:
     ("options", "words"),
     [
         ({"r": 8}, "--r: not used without --lora"),
+        ({"train_new_tokens": True, "prefix_tuning": True}, "--train_new_tokens: not used without --lora"),
         ({"num_prefix_tokens": 3, "lora": True}, "--num_prefix_tokens: not used without --prefix_tuning"),
         ({"merge_weights": True}, "--merge_weights is not used"),
         ({"scale_loss": 1.0}, "--scale_loss 1 is not used"),

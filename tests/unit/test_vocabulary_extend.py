@@ -233,6 +233,11 @@ def test_the_report_says_what_changed(output: Path) -> None:
     assert new["fits"]["all"]["after"]["tokens_per_word"] < 0.7 * new["fits"]["all"]["before"]["tokens_per_word"]
     assert new["fits"]["all"]["before"]["bytes"] > 3000
     assert kept["changed_words_by_language"]["en"] == 0 < kept["changed_words_by_language"]["xx"]
+    assert kept["changed_words"] == kept["changed_words_by_language"]["xx"] <= kept["words"]
+    changed = {row["word"]: row for row in kept["most_frequent_changed"]}
+    for word, row in changed.items():
+        assert word == "".join(row["before"]) == "".join(row["after"]) and len(row["after"]) < len(row["before"])
+    assert sum(row["occurrences"] for row in changed.values()) == kept["changed_words"]
     english = kept["fits"]["en"]
     assert english["before"]["tokens"] == english["after"]["tokens"]
     # new tokens take a little probability
@@ -268,7 +273,7 @@ def test_refusals_leave_nothing(base: Path, corpus: Path, tmp_path: Path) -> Non
         extend(flags(base, corpus, base))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter").touch()
-    with pytest.raises(CheckpointError, match="no model that could be replaced"):
+    with pytest.raises(CheckpointError, match="no model or adapter to replace"):
         extend(flags(base, corpus, tmp_path / "other"))
     with pytest.raises(DataError, match="100000 are to be added"):
         extend(flags(base, corpus, tmp_path / "out", add_tokens=100_000))

@@ -25,6 +25,8 @@ FAILED_KEY = "failed"
 # What gloo and NCCL report when the other end of a connection is gone, which is never the cause of a failure.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 EXIT_CODE = 1
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others in an exchange."""
 GRACE_SECONDS = 15
 """How long a silent rank waits for the one that reports its error: when a rank ends, the launcher ends all."""
 
@@ -55,7 +57,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Mesh]:
+def joined_ranks(degrees: Degrees, device_type: str) -> Iterator[Mesh]:
     """Context manager that gives the mesh of all ranks of the job.
 
     Ranks other than rank 0 log errors only. The first rank that raises adds its number to the exception. The others,
@@ -64,7 +66,6 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
     Args:
         degrees: how all processes of the job are divided.
         device_type: "cpu" or "cuda", where every process computes; each takes the GPU of its local rank.
-        timeout: how long a rank waits for the others in an exchange.
 
     Raises:
         ConfigError: this machine has fewer GPUs than processes.
@@ -74,11 +75,11 @@ def joined_ranks(degrees: Degrees, device_type: str, timeout: timedelta = timede
         return
     if device_type == "cuda":
         _take_gpu()
-    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     # a job that the launcher restarts finds the store of its previous start
     store = PrefixStore(f"bloomlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         with _quiet_but_for_errors(rank):
             yield Mesh.over_all_ranks(degrees, device_type)

@@ -27,7 +27,6 @@ from bloomlm.training.output_dir import (
     MERGED_DIRECTORY,
     CheckpointWriter,
     changed_flags,
-    install,
     prepare,
     write_run_file,
 )
@@ -100,10 +99,10 @@ class TrainingRun:
         resumed = restore_resume_point(trainer, self._history, setup.resume_point)
         self._first_epoch = trainer.epoch
         self._checkpoints = CheckpointWriter(
-            trainer,
-            setup.tokenizer,
-            self._history,
-            plan.output,
+            trainer=trainer,
+            tokenizer=setup.tokenizer,
+            history=self._history,
+            output=plan.output,
             base_model=plan.model.name_for_adapter,
             recorded_adapter=setup.resume_point.recorded_adapter,
         )
@@ -177,7 +176,7 @@ class TrainingRun:
     def _write_model(self) -> Path | None:
         """Write the model or its adapter, and the merged model if one is wanted; returns the path of the latter."""
         setup, output = self._setup, self._setup.plan.output
-        install(output.directory, self._checkpoints.write_learned, setup.mesh)
+        self._checkpoints.write_final()
         if not output.merges_adapter:
             return None
         model = setup.model

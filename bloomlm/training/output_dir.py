@@ -10,8 +10,7 @@ output_dir/
 import logging
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from bloomlm.checkpoint.writer import write_model
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.files.atomic import atomic_directory, atomic_write, sync
-from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.results import History
 from bloomlm.training.run_plan import OutputPlan
@@ -130,34 +128,20 @@ def changed_flags(config: TrainingConfig) -> str | None:
     return "; ".join(changes) or None
 
 
+@dataclass(frozen=True, kw_only=True)
 class CheckpointWriter:
-    """Writes checkpoints: what was learned, the tokenizer, the log, and everything that is needed to resume.
+    """Writes checkpoints and the final model; every rank must make each call."""
 
-    Args:
-        trainer: model and state of training.
-        tokenizer: written beside the weights.
-        history: the log; it knows which checkpoint is the best.
-        output: where checkpoints are written, and how many are kept.
-        base_model: the model to which an adapter belongs, for the adapter's files.
-        recorded_adapter: an adapter that another program began, which checkpoints record; None: the flags describe it.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        tokenizer: Tokenizer,
-        history: History,
-        output: OutputPlan,
-        *,
-        base_model: str,
-        recorded_adapter: RecordedAdapter | None = None,
-    ) -> None:
-        self._trainer = trainer
-        self._tokenizer = tokenizer
-        self._history = history
-        self._output = output
-        self._base_model = base_model
-        self._recorded_adapter = recorded_adapter
+    trainer: Trainer
+    tokenizer: Tokenizer
+    history: History
+    """The log, which also knows the best checkpoint."""
+    output: OutputPlan
+    """Where checkpoints are written, and how many are kept."""
+    base_model: str
+    """Name of the base model in the files of an adapter."""
+    recorded_adapter: RecordedAdapter | None
+    """An adapter that another program began, which checkpoints record; None: the flags describe it."""
 
     def save(self, step: int) -> None:
         """Write checkpoint-STEP, then remove the oldest checkpoints beyond the limit.
@@ -167,68 +151,63 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the checkpoint cannot be written; older ones are unchanged.
         """
-        mesh, output = self._trainer.mesh, self._output
+        mesh, output = self.trainer.mesh, self.output
         with one_directory(checkpoint_directory(output.directory, step), mesh) as directory:
             self.write_learned(directory)
-            if self._recorded_adapter is not None:
-                self._recorded_adapter.write(directory)
-            save_training_state(directory, *self._trainer.state(), mesh=mesh)
+            if self.recorded_adapter is not None:
+                self.recorded_adapter.write(directory)
+            save_training_state(directory, *self.trainer.state(), mesh=mesh)
             if mesh.is_main:
-                self._history.write(directory)
+                self.history.write(directory)
         if output.save_total_limit is not None and mesh.is_main:
-            best = self._history.best_model_checkpoint if output.ends_with_best else None
+            best = self.history.best_model_checkpoint if output.ends_with_best else None
             kept = None if best is None else output.directory / best
             prune_checkpoints(output.directory, output.save_total_limit, kept)
 
     def write_learned(self, directory: Path) -> None:
-        """Write the model, or its adapter, and the tokenizer into a directory; every rank must call this."""
-        model, mesh = self._trainer.model, self._trainer.mesh
+        """Write the model, or its adapter, and the tokenizer into a directory."""
+        model, mesh = self.trainer.model, self.trainer.mesh
         if adapter_of(model) is None:
             write_model(
                 directory,
                 model.config,
                 model.named_parameters(),
-                max_shard_size_bytes=self._output.max_shard_size_bytes,
+                max_shard_size_bytes=self.output.max_shard_size_bytes,
                 mesh=mesh,
             )
         else:
             whole = model if mesh.is_alone else gather_adapter(model, mesh)
             if mesh.is_main:
-                save_adapter(whole, directory, self._base_model)
+                save_adapter(whole, directory, self.base_model)
         if mesh.is_main:
-            self._tokenizer.save(directory)
+            self.tokenizer.save(directory)
 
+    def write_final(self) -> None:
+        """Put the files of write_learned into the directory of the run, beside its other files.
 
-def install(output_dir: Path, write: Callable[[Path], None], mesh: Mesh = ALONE) -> None:
-    """Put the files of the final model into output_dir beside the other files.
+        They are first written to another directory, so an older model stays complete if the disk is full.
 
-    They are first written to another directory, so an older model stays complete if the disk is full.
-
-    Args:
-        output_dir: directory of the run.
-        write: writes the files into the directory that it is given.
-        mesh: the ranks; all of them must call this.
-
-    Raises:
-        CheckpointError: the files cannot be written.
-    """
-    aside = output_dir / ".final"
-    with one_directory(atomic_directory(aside), mesh) as directory:
-        write(directory)
-    if not mesh.is_main:
-        return
-    try:
-        new = {path.name for path in aside.iterdir()}
-        # configurations come last, so that the weights exist wherever a configuration does
-        for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".json"):
-            path.replace(output_dir / path.name)
-        for path in output_dir.iterdir():
-            if _WEIGHT_NAMES.fullmatch(path.name) and path.name not in new:
-                path.unlink()  # of an earlier run with another kind of model or number of files
-        aside.rmdir()
-        sync(output_dir)
-    except OSError as error:
-        raise CheckpointError(f"the final model cannot be moved into {output_dir}: {error}") from error
+        Raises:
+            CheckpointError: the files cannot be written.
+        """
+        output_dir = self.output.directory
+        aside = output_dir / ".final"
+        with one_directory(atomic_directory(aside), self.trainer.mesh) as directory:
+            self.write_learned(directory)
+        if not self.trainer.mesh.is_main:
+            return
+        try:
+            new = {path.name for path in aside.iterdir()}
+            # configurations come last, so that the weights exist wherever a configuration does
+            for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".json"):
+                path.replace(output_dir / path.name)
+            for path in output_dir.iterdir():
+                if _WEIGHT_NAMES.fullmatch(path.name) and path.name not in new:
+                    path.unlink()  # of an earlier run with another kind of model or number of files
+            aside.rmdir()
+            sync(output_dir)
+        except OSError as error:
+            raise CheckpointError(f"the final model cannot be moved into {output_dir}: {error}") from error
 
 
 def _chosen_checkpoint(chosen: Path, output_dir: Path) -> Path:

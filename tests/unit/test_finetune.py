@@ -495,7 +495,7 @@ def test_going_back_to_a_checkpoint(material: Path, tmp_path: Path) -> None:
     assert_same_file(elsewhere / "adapter_model.safetensors", out / "adapter_model.safetensors")
     finetune(flags(material, elsewhere, lora=True, max_steps=7, resume_from_checkpoint=chosen))
     assert (elsewhere / "checkpoint-7").is_dir()
-    for bad, message in (("model", "no checkpoint"), ("absent", "no such directory")):
+    for bad, message in (("model", "is not a checkpoint"), ("absent", "no such directory")):
         with pytest.raises(ConfigError, match=message):
             finetune(flags(material, elsewhere, resume_from_checkpoint=str(material / bad)))
     (out / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"")

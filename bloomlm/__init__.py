@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bloomlm.data.tokenizer import Tokenizer
     from bloomlm.evaluation.report import EvaluationReport
     from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
-    from bloomlm.generation.generate import Completion
+    from bloomlm.generation.text import Completion
     from bloomlm.model.bloom import BloomForCausalLM
     from bloomlm.model.config import BloomConfig
     from bloomlm.training.config import TrainingConfig
@@ -36,7 +36,7 @@ _LAZY = {
     "BeamSearch": "bloomlm.generation.config",
     "BloomConfig": "bloomlm.model.config",
     "BloomForCausalLM": "bloomlm.model.bloom",
-    "Completion": "bloomlm.generation.generate",
+    "Completion": "bloomlm.generation.text",
     "EvaluationReport": "bloomlm.evaluation.report",
     "GenerationConfig": "bloomlm.generation.config",
     "Greedy": "bloomlm.generation.config",

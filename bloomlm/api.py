@@ -10,7 +10,7 @@ Texts become token ids here; the modules below work on ids.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -26,9 +26,9 @@ from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.generate import Completion, Generation, OnToken, complete
+from bloomlm.generation.generate import Generation, OnToken
 from bloomlm.generation.generate import generate as generate_tokens
-from bloomlm.generation.sequences import DecodeText
+from bloomlm.generation.text import Completion, TextGenerator
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 
@@ -45,7 +45,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(TextGenerator):
     """A model and the tokenizer it was trained with."""
 
     model: BloomForCausalLM
@@ -57,76 +57,11 @@ class LoadedModel:
     adapter: str | None = None
     """Name or path that its adapter was loaded from; None without one."""
 
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        batch_size: int = 8,
-        src_length: int | None = None,
-        **options: Any,
-    ) -> list[Completion]:
-        """Complete prompts.
+    def _num_copies(self) -> int:
+        return self.mesh.degrees.dp
 
-        Args:
-            prompts: one text or several.
-            batch_size: prompts computed at once; it changes the speed, not the results.
-            src_length: maximum tokens of a prompt; a longer one loses its end, as in training. None: no limit.
-            options: decode_strategy ("greedy", "sampling" or "beam_search"); max_new_tokens, min_new_tokens,
-                repetition_penalty, no_repeat_ngram_size, stop (texts), num_return_sequences; temperature, top_k,
-                top_p and seed of sampling; num_beams and length_penalty of beam search. See bloomlm.GenerationConfig.
-
-        Returns:
-            num_return_sequences completions of the first prompt, then of the second, and so on.
-
-        Raises:
-            GenerationError: an empty prompt, an unknown option, or one without effect.
-        """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        config = GenerationConfig.from_options(**options)
-        return list(self.completions(texts, config, batch_size=batch_size, src_length=src_length))
-
-    def completions(
-        self,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        *,
-        batch_size: int = 8,
-        src_length: int | None = None,
-        num_done: int = 0,
-        on_token: OnToken | None = None,
-    ) -> Iterator[Completion]:
-        """Complete prompts batch by batch; the completions of a batch come when it is done.
-
-        Args:
-            prompts: all prompts of the run.
-            config: how to complete them.
-            batch_size: prompts computed at once on each copy of the model.
-            src_length: see generate.
-            num_done: number of prompts to skip at the beginning; the samples of the others do not change.
-            on_token: called with (number of the completion in the run, token id) as soon as a token is generated.
-
-        Raises:
-            GenerationError: an empty prompt, or a batch or length below 1.
-        """
-        return complete(
-            self._generate_tokens,
-            self.tokenizer,
-            prompts,
-            config,
-            batch_size=batch_size * self.mesh.degrees.dp,
-            src_length=src_length,
-            num_done=num_done,
-            on_token=on_token,
-        )
-
-    def _generate_tokens(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        *,
-        on_token: OnToken | None,
-        decode_text: DecodeText,
-        first_sequence: int,
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, on_token: OnToken | None, first_sequence: int
     ) -> list[Generation]:
         """Continue the prompts on all copies of the model, each of which takes its share."""
         share = -(-len(prompts) // self.mesh.degrees.dp)
@@ -136,7 +71,7 @@ class LoadedModel:
             prompts[start : start + share],
             config,
             on_token=on_token,
-            decode_text=decode_text,
+            decode_text=self.tokenizer.decode,
             first_sequence=first_sequence + start * config.num_return_sequences,
         )
         return list(chain.from_iterable(self.mesh.gather_copies(results)))

@@ -8,20 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bloomlm.cli.display import CompletionPrinter, TokenPrinter
 from bloomlm.cli.prompts import Prompts, read_prompts
-from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.files.atomic import atomic_write
 from bloomlm.files.resumable import ResumableResults
 from bloomlm.flags import Flags, flag
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.generate import Completion, OnToken
+from bloomlm.generation.text import Completion
+
+if TYPE_CHECKING:
+    from bloomlm.api import LoadedModel
+    from bloomlm.runtime.program import Program
 
 _LOG = logging.getLogger(__name__)
 # Passed on to GenerationConfig unless they are None.
@@ -30,28 +33,6 @@ _DECODING_FLAGS = (
     *("temperature", "top_k", "top_p", "num_beams", "length_penalty"),
 )
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-
-
-class Completer(Protocol):
-    """A loaded model or a program: LoadedModel and Program have this interface."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of its prompts."""
-        ...
-
-    def completions(
-        self,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        *,
-        batch_size: int,
-        src_length: int | None,
-        num_done: int,
-        on_token: OnToken | None,
-    ) -> Iterator[Completion]:
-        """See LoadedModel.completions."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +159,7 @@ class ResultFile(ResumableResults):
 def run_completions(
     config: CompletionFlags,
     generation: GenerationConfig,
-    completer: Completer,
+    completer: "LoadedModel | Program",
     prompts: Prompts,
     *,
     identity: str,
@@ -229,7 +210,7 @@ def run_completions(
 def _completions(
     config: CompletionFlags,
     generation: GenerationConfig,
-    completer: Completer,
+    completer: "LoadedModel | Program",
     prompts: Prompts,
     num_before: int,
     stream: TokenPrinter | None,

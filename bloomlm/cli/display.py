@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
 from bloomlm.errors import format_bytes
-from bloomlm.generation.generate import Completion
+from bloomlm.generation.text import Completion
 
 LINE_SECONDS = 2.0
 """Shortest time between two lines where there is no terminal."""

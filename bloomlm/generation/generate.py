@@ -1,9 +1,7 @@
-"""generate continues token ids, complete continues texts batch by batch. Both serve BLOOM and exported programs."""
+"""Continues token ids, all in one batch, by BLOOM or an exported program. `text.py` continues texts."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from bloomlm.errors import GenerationError
 from bloomlm.generation.config import BeamSearch, GenerationConfig
@@ -13,8 +11,6 @@ from bloomlm.generation.session import DecodeSession
 
 OnToken = Callable[[int, int], None]
 """Called with the index of a sequence and its new id."""
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,124 +72,3 @@ def generate(
             if on_token is not None:
                 on_token(event.handle, event.token)
     return [Generation(tokens=ids, finish_reason=reason) for ids, reason in zip(tokens, reasons, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One continuation of one prompt."""
-
-    prompt: str
-    """The whole prompt, before any cut."""
-    completion: str
-    """The generated text, without special tokens, cut before a stop text."""
-    finish_reason: FinishReason
-    """Why it ended."""
-    tokens: list[int]
-    """The generated ids, including a final `</s>` or the tokens of the stop text."""
-
-
-class TextCodec(Protocol):
-    """The part of a tokenizer that complete needs."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens."""
-        ...
-
-
-class GenerateTokens(Protocol):
-    """The function `generate` with its model given."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        *,
-        on_token: OnToken | None,
-        decode_text: DecodeText,
-        first_sequence: int,
-    ) -> list[Generation]:
-        """Continue prompts, all in one batch."""
-        ...
-
-
-def complete(
-    generate_tokens: GenerateTokens,
-    tokenizer: TextCodec,
-    prompts: Sequence[str],
-    config: GenerationConfig,
-    *,
-    batch_size: int,
-    src_length: int | None = None,
-    num_done: int = 0,
-    on_token: OnToken | None = None,
-) -> Iterator[Completion]:
-    """Complete prompts batch by batch; completions are yielded when their batch is done.
-
-    Args:
-        generate_tokens: continues ids, all in one batch.
-        tokenizer: converts texts to ids and back.
-        prompts: all prompts of the run.
-        config: how to continue them.
-        batch_size: number of prompts that are computed at once.
-        src_length: the most tokens of a prompt; the end of a longer one is dropped. None: no cut.
-        num_done: number of prompts to skip at the beginning; the samples of the others do not change.
-        on_token: called with (index among all completions of the run, id) for each token as it comes.
-
-    Raises:
-        GenerationError: an empty prompt, or a batch or length below 1.
-    """
-    if batch_size < 1:
-        raise GenerationError(f"batch_size is {batch_size}; it must be an integer from 1")
-    encoded = _encode(tokenizer, prompts, src_length)
-    for start in range(num_done, len(prompts), batch_size):
-        first = start * config.num_return_sequences
-        results = generate_tokens(
-            encoded[start : start + batch_size],
-            config,
-            on_token=_shifted(on_token, first),
-            decode_text=tokenizer.decode,
-            first_sequence=first,
-        )
-        for place, result in enumerate(results):
-            prompt = prompts[start + place // config.num_return_sequences]
-            yield _completion(tokenizer, prompt, result, config.stop)
-
-
-def _encode(tokenizer: TextCodec, prompts: Sequence[str], src_length: int | None) -> list[list[int]]:
-    if src_length is not None and src_length < 1:
-        raise GenerationError(f"src_length is {src_length}; it must be an integer from 1")
-    encoded = tokenizer.encode_batch(prompts)
-    for number, tokens in enumerate(encoded, start=1):
-        if not tokens:
-            raise GenerationError(
-                f"prompt {number} of {len(prompts)} is empty; a continuation needs at least one token. "
-                "To write from nothing, give '<s>', BLOOM's first token"
-            )
-    longest = max(map(len, encoded), default=0)
-    if src_length is None or longest <= src_length:
-        return encoded
-    num_cut = sum(len(tokens) > src_length for tokens in encoded)
-    _LOG.warning(
-        "%d of %d prompts are longer than src_length %d tokens (the longest has %d); their ends were dropped, as "
-        "in training. A larger src_length keeps them whole",
-        num_cut,
-        len(encoded),
-        src_length,
-        longest,
-    )
-    return [tokens[:src_length] for tokens in encoded]
-
-
-def _completion(tokenizer: TextCodec, prompt: str, result: Generation, stop: Sequence[str]) -> Completion:
-    text = tokenizer.decode(result.tokens)
-    if result.finish_reason == "stop":
-        text = text[: min(text.index(end) for end in stop if end in text)]
-    return Completion(prompt=prompt, completion=text, finish_reason=result.finish_reason, tokens=result.tokens)
-
-
-def _shifted(on_token: OnToken | None, first: int) -> OnToken | None:
-    return None if on_token is None else lambda index, token: on_token(first + index, token)

@@ -1,19 +1,19 @@
 """Program: an exported model with its tokenizer, which completes texts."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ProgramError
 from bloomlm.generation.config import GenerationConfig
-from bloomlm.generation.generate import Completion, OnToken, complete, generate
+from bloomlm.generation.generate import Generation, OnToken, generate
+from bloomlm.generation.text import TextGenerator
 from bloomlm.runtime.formats import FORMATS
 from bloomlm.runtime.manifest import Manifest
 
 
-class Program:
+class Program(TextGenerator):
     """An exported program, opened.
 
     Args:
@@ -26,6 +26,8 @@ class Program:
         BackendMissingError: the library that would run it is not installed.
         CheckpointError: its tokenizer is missing or damaged.
     """
+
+    tokenizer: Tokenizer
 
     def __init__(self, path: str | Path, *, backend: str = "auto", verify_weights: bool = False) -> None:
         self.path = path = Path(path)
@@ -48,47 +50,15 @@ class Program:
         self._check_tokenizer(directory)
         self.model = form.open(self.manifest, directory, prefix)
 
-    def generate(
-        self, prompts: str | Sequence[str], *, batch_size: int = 8, src_length: int | None = None, **options: Any
-    ) -> list[Completion]:
-        """Complete prompts.
+    def _default_options(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.manifest.max_new_tokens}
 
-        Args:
-            prompts: one text or several.
-            batch_size: number of prompts computed at once; it changes the speed only.
-            src_length: the most tokens of a prompt; the end of a longer one is dropped. None: no cut.
-            options: see bloomlm.GenerationConfig.from_options; the manifest has the default of max_new_tokens.
-
-        Returns:
-            num_return_sequences completions of the first prompt, then of the second, and so on.
-
-        Raises:
-            GenerationError: an empty prompt, an unknown option, or one without effect.
-        """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        config = GenerationConfig.from_options(**{"max_new_tokens": self.manifest.max_new_tokens, **options})
-        return list(self.completions(texts, config, batch_size=batch_size, src_length=src_length))
-
-    def completions(
-        self,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        *,
-        batch_size: int = 8,
-        src_length: int | None = None,
-        num_done: int = 0,
-        on_token: OnToken | None = None,
-    ) -> Iterator[Completion]:
-        """Complete prompts batch by batch; see bloomlm.generation.generate.complete."""
-        return complete(
-            partial(generate, self.model),
-            self.tokenizer,
-            prompts,
-            config,
-            batch_size=batch_size,
-            src_length=src_length,
-            num_done=num_done,
-            on_token=on_token,
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, on_token: OnToken | None, first_sequence: int
+    ) -> list[Generation]:
+        decode = self.tokenizer.decode
+        return generate(
+            self.model, prompts, config, on_token=on_token, decode_text=decode, first_sequence=first_sequence
         )
 
     def _check_tokenizer(self, directory: Path) -> None:

@@ -12,8 +12,8 @@ vocabularies side by side on a word whose final tokens in the whole vocabulary a
 2. Before each step both have the same tokens, by induction. The remaining merges are some of the whole vocabulary's
    in the same order, and by 1 its best one is among them: so it is the best here too, and both apply it.
 3. Where no merge of the whole vocabulary applies any more, none of the remaining merges does.
-A removed merge can therefore change only words that had a removed token; those become more, shorter tokens. All bytes
-are kept, so that any text is still encoded, and decoded to itself.
+A removed merge can therefore change only words that had a removed token; those usually become more, shorter tokens. All
+bytes are kept, so that any text is still encoded, and decoded to itself.
 """
 
 import json

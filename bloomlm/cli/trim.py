@@ -118,6 +118,8 @@ def _trim(
     whole = measure_whole(model, tokenizer, held_out, report)
     effects = measure_trimmed(whole, trim, report)
     sweep = [(other, measure_trimmed(whole, other, report)) for other in others]
+    if sweep:
+        sweep = sorted([*sweep, (trim, effects)], key=lambda row: len(row[0].kept))
     del model
     values = report_values(
         config.model_name_or_path, source.config, source.dtype, whole, counts, (trim, effects), sweep

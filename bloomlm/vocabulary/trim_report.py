@@ -71,8 +71,9 @@ def report_markdown(values: Mapping[str, Any]) -> str:
         "## Greedy decoding",
         greedy_line(greedy),
         "## Dropped",
-        f"{dropped['tokens']:,} tokens, {dropped['share']:.4%} of the corpus's token occurrences. The most frequent:",
-        table(["token", "id", "occurrences"], frequent),
+        f"{dropped['tokens']:,} tokens, {dropped['share']:.4%} of the corpus's token occurrences. "
+        + ("The most frequent:" if frequent else "None of them occurs in the corpus."),
+        *([table(["token", "id", "occurrences"], frequent)] if frequent else []),
         table(["language", "share of its tokens kept"], [[k, f"{v:.4%}"] for k, v in dropped["coverage"].items()]),
     ]
     if values["sweep"]:
@@ -232,7 +233,7 @@ def _draw_sizes(axes: Any, values: Mapping[str, Any]) -> None:
     axes.bar(names, other, color=_BEFORE, label="blocks")
     axes.bar(names, embedding, bottom=other, color=_AFTER, label="embedding")
     axes.set_ylabel("parameters (million)")
-    axes.legend(frameon=False)
+    _put_legend_above_bars(axes)
 
 
 def _draw_languages(axes: Any, held_out: Mapping[str, Any]) -> None:
@@ -242,7 +243,12 @@ def _draw_languages(axes: Any, held_out: Mapping[str, Any]) -> None:
         axes.bar(places + shift, [row[when][name] for row in held_out.values()], 0.4, color=color, label=when)
     axes.set_xticks(places, list(held_out), rotation=90 if len(held_out) > 6 else 0)
     axes.set_ylabel(f"{name.replace('_', ' ')} of held-out text")
-    axes.legend(frameon=False)
+    _put_legend_above_bars(axes)
+
+
+def _put_legend_above_bars(axes: Any) -> None:
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, loc="upper center", ncols=2)
 
 
 def _draw_sweep(axes: Any, values: Mapping[str, Any]) -> None:

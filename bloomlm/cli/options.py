@@ -7,7 +7,7 @@ flag on the command line wins over the file.
 
 import difflib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -191,7 +191,23 @@ class _SectionedCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the arguments, which started ranks get, too, and parse them."""
         ctx.meta[_WORDS] = tuple(args)
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, self._join_names(args))
+
+    def _join_names(self, args: Sequence[str]) -> list[str]:
+        """`--corpus a b` -> `--corpus a,b`: a list of names may be given as several words."""
+        lists = {spelling for param in self.params if isinstance(param.type, NameList) for spelling in param.opts}
+        joined: list[str] = []
+        num_names: int | None = None  # names since the flag, where it takes a list
+        for word in args:
+            if word.startswith("-"):
+                num_names = 0 if f"--{word.lstrip('-').replace('-', '_')}" in lists else None
+                joined.append(word)
+            elif num_names:
+                joined[-1] += f",{word}"
+            else:
+                joined.append(word)
+                num_names = None if num_names is None else 1
+        return joined
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one definition list per section."""

@@ -63,6 +63,14 @@ def test_values_and_spellings() -> None:
     assert parse("--out_dir", "").out_dir == ""
 
 
+def test_a_list_of_names_may_be_several_words() -> None:
+    assert parse("--names", "c", "d,e", "f", "--out_dir", "x", "--count", "3") == Toy(
+        out_dir="x", names=("c", "d", "e", "f"), count=3
+    )
+    with pytest.raises(click.UsageError, match="unexpected extra argument"):
+        parse("--names", "c", "--out_dir", "x", "d")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,9 +15,10 @@ from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.vocabulary.corpus import Piece
+from bloomlm.vocabulary.embedding import changed_model
 from bloomlm.vocabulary.measure import Fit, measure
 from bloomlm.vocabulary.selection import Ids
-from bloomlm.vocabulary.trim import Trim, trimmed_model
+from bloomlm.vocabulary.trim import Trim
 
 NUM_PROMPTS = 32
 """For all languages together, but at least one for each."""
@@ -101,7 +102,7 @@ def measure_trimmed(whole: WholeModel, trim: Trim, report: Report = no_report) -
         trim: what stays.
         report: as in measure_whole.
     """
-    model = None if whole.model is None else trimmed_model(whole.model, trim)
+    model = None if whole.model is None else changed_model(whole.model, trim)
     fits = measure(whole.held_out, trim.tokenizer, model, report)
     kept = set(trim.kept.tolist())
     winners = [(token, times) for fit in whole.fits.values() for token, times in fit.likeliest.items()]

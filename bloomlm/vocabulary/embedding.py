@@ -5,6 +5,7 @@ Shapes: V rows, D hidden.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +29,31 @@ def mean_row(embedding: Tensor, kept: Tensor) -> Tensor:
     return (total / len(kept)).to(embedding.dtype)
 
 
-def with_embedding(model: BloomForCausalLM, config: BloomConfig, embedding: Tensor) -> BloomForCausalLM:
-    """The model with another embedding [V, D], in eval mode; it shares every other parameter.
+class EmbeddingChange(Protocol):
+    """What trims or extends a vocabulary."""
+
+    @property
+    def config(self) -> BloomConfig:
+        """Of the changed model."""
+        ...
+
+    def rows(self, embedding: Tensor) -> Rows:
+        """The changed embedding of the old one [V, D], some rows at a time."""
+        ...
+
+
+def changed_model(model: BloomForCausalLM, change: EmbeddingChange) -> BloomForCausalLM:
+    """The changed model in memory, in eval mode; it shares every parameter but the embedding with the old one.
 
     Args:
         model: without an adapter.
-        config: its configuration with V.
-        embedding: the new one.
+        change: of its vocabulary.
     """
+    embedding = change.rows(model.transformer.word_embeddings.weight.detach())
     with torch.device("meta"):
-        changed = BloomForCausalLM(config)
-    changed.load_state_dict({**model.state_dict(), EMBEDDING: embedding}, assign=True)
+        changed = BloomForCausalLM(change.config)
+    state = {**model.state_dict(), EMBEDDING: embedding.read_rows(0, change.config.vocab_size)}
+    changed.load_state_dict(state, assign=True)
     return changed.eval()
 
 

@@ -26,9 +26,8 @@ from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.vocabulary.embedding import mean_row, with_embedding, write_with_embedding
+from bloomlm.vocabulary.embedding import mean_row, write_with_embedding
 from bloomlm.vocabulary.merges import NewToken, extended_json
 from bloomlm.vocabulary.new_tokens import write_new_tokens
 from bloomlm.vocabulary.selection import Vocabulary
@@ -114,12 +113,6 @@ def new_rows(embedding: Tensor, new: tuple[NewToken, ...]) -> Tensor:
     counts = torch.tensor([[len(token.pieces)] for token in new], device=device)
     sums = torch.zeros(len(new), embedding.shape[1], device=device)
     return (sums.index_add_(0, owners, embedding[pieces].float()) / counts).to(embedding.dtype)
-
-
-def extended_model(model: BloomForCausalLM, extension: Extension) -> BloomForCausalLM:
-    """The extended model in memory; it shares every other parameter with the old one."""
-    embedding = model.transformer.word_embeddings.weight.detach()
-    return with_embedding(model, extension.config, extension.rows(embedding).read_rows(0, extension.config.vocab_size))
 
 
 def write_extended(

@@ -10,7 +10,8 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.vocabulary.corpus import Piece
-from bloomlm.vocabulary.extend import Extension, extended_model
+from bloomlm.vocabulary.embedding import changed_model
+from bloomlm.vocabulary.extend import Extension
 from bloomlm.vocabulary.measure import Fit, measure
 from bloomlm.vocabulary.merges import WordEncoder
 from bloomlm.vocabulary.report import compare_fits, fit_table, table
@@ -52,7 +53,7 @@ def measure_extension(
         report: called with a number of bytes of text as they are done, twice for each.
     """
     before = measure(pieces, tokenizer, model, report)
-    extended = None if model is None else extended_model(model, extension)
+    extended = None if model is None else changed_model(model, extension)
     after = measure(pieces, extension.tokenizer, extended, report)
     encode, encode_extended = WordEncoder(tokenizer), WordEncoder(extension.tokenizer)
     num_words, num_changed, changed = Counter[str](), Counter[str](), Counter[tuple[int, ...]]()

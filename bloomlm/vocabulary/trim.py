@@ -29,9 +29,8 @@ from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.vocabulary.embedding import mean_row, with_embedding, write_with_embedding
+from bloomlm.vocabulary.embedding import mean_row, write_with_embedding
 from bloomlm.vocabulary.selection import Ids, Vocabulary, read_vocabulary, trim_json
 
 MAP_FILE = "vocabulary_map.json"
@@ -98,12 +97,6 @@ def plan_trim(
 
 def _new_id(old: int | None, new_ids: Mapping[int, int]) -> int | None:
     return None if old is None else new_ids.get(old)
-
-
-def trimmed_model(model: BloomForCausalLM, trim: Trim) -> BloomForCausalLM:
-    """The trimmed model in memory; it shares every other parameter with the whole one."""
-    embedding = model.transformer.word_embeddings.weight.detach()
-    return with_embedding(model, trim.config, trim.rows(embedding).read_rows(0, trim.config.vocab_size))
 
 
 def write_trimmed(

@@ -19,7 +19,7 @@ from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import BloomConfig
 from bloomlm.vocabulary.corpus import Piece, find_corpus
 from bloomlm.vocabulary.effects import measure_trimmed, measure_whole
-from bloomlm.vocabulary.embedding import mean_row
+from bloomlm.vocabulary.embedding import changed_model, mean_row
 from bloomlm.vocabulary.selection import (
     count_tokens,
     rank_tokens,
@@ -27,7 +27,7 @@ from bloomlm.vocabulary.selection import (
     select_tokens,
     trim_json,
 )
-from bloomlm.vocabulary.trim import MAP_FILE, Trim, plan_trim, restored_rows, trimmed_model
+from bloomlm.vocabulary.trim import MAP_FILE, Trim, plan_trim, restored_rows
 from tests.bloom_tokenizer import make_tokenizer, tokenizer_json
 from tests.tiny_bloom import write_adapter, write_bloom
 from tests.tiny_checkpoint import random_model
@@ -153,7 +153,7 @@ def test_coverage_holds_in_every_language_and_with_few_tokens() -> None:
 def test_kept_logits_are_the_same_bits(dtype: torch.dtype) -> None:
     loaded = load("builtin:tiny", dtype=dtype)
     trim = trim_randomly(loaded.tokenizer, random.Random(1), loaded.model.config)
-    small = trimmed_model(loaded.model, trim)
+    small = changed_model(loaded.model, trim)
     kept = torch.from_numpy(trim.kept)
     generator = torch.Generator().manual_seed(0)
     for length in (1, 7, 64):
@@ -174,7 +174,7 @@ def test_padding_rows_never_win() -> None:
     kept = select_tokens(vocabulary, np.arange(vocabulary.num_ids) / 1e4, num_tokens=301)
     trim = plan_trim(vocabulary, kept, config, tokenizer, 64)
     assert trim.num_padding_rows == 19 and trim.config.vocab_size == 320
-    small = trimmed_model(model, trim)
+    small = changed_model(model, trim)
     tokens = torch.randint(301, (4, 100), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = small(tokens)

@@ -161,33 +161,45 @@ def _is_faster_in_blocks(query: Tensor) -> bool:
 
 
 def _causal_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One block of queries at a time, so that scores stay in the processor's caches: [B, H, T, E] -> [B, H, T, E]."""
-    num_tokens = query.shape[2]
-    out = query.new_empty(query.shape[0], num_tokens, *query.shape[1::2]).transpose(1, 2)
+    """One block of queries at a time, so that scores stay in the processor's caches.
+
+    Args:
+        query: [B, H, T, E], the last T of the S tokens.
+        key, value: [B, H, S, E].
+        scale: the score scale.
+
+    Returns:
+        [B, H, T, E].
+    """
+    num_new, num_before = query.shape[2], key.shape[2] - query.shape[2]
+    out = query.new_empty(query.shape[0], num_new, *query.shape[1::2]).transpose(1, 2)
     future = query.new_full((_BLOCK_QUERIES, _BLOCK_QUERIES), -torch.inf).triu_(1)
     for queries, keys, values, outs in zip(query, key, value, out, strict=True):
-        for start in range(0, num_tokens, _BLOCK_QUERIES):
-            stop = min(start + _BLOCK_QUERIES, num_tokens)
-            seen = keys[:, :stop].transpose(1, 2)
+        for start in range(0, num_new, _BLOCK_QUERIES):
+            stop = min(start + _BLOCK_QUERIES, num_new)
+            seen = keys[:, : num_before + stop].transpose(1, 2)
             scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries[:, start:stop], seen, beta=0, alpha=scale)
-            scores[:, :, start:] += future[: stop - start, : stop - start]
-            outs[:, start:stop] = scores.softmax(-1) @ values[:, :stop]
+            scores[:, :, num_before + start :] += future[: stop - start, : stop - start]
+            outs[:, start:stop] = scores.softmax(-1) @ values[:, : num_before + stop]
     return out
 
 
 def _attend_cached(query: Tensor, scale: float, layer: int, extension: Extension) -> Tensor:
     """[N, H, E] queries of new tokens -> [N, H, E]."""
     keys, values = extension.cache.keys[layer], extension.cache.values[layer]
-    if extension.masked is not None:
-        rows, num_slots, places, visible = extension.masked
-        spread = query.new_zeros(len(visible), *query.shape[1:])
-        spread[places] = query
-        key, value = keys[rows, :, :num_slots], values[rows, :, :num_slots]
-        return F.scaled_dot_product_attention(spread[:, :, None], key, value, visible, scale=scale)[places, :, 0]
-    outs = []
+    out = torch.empty_like(query)
     for call in extension.calls:
         key, value = keys[call.rows, :, : call.num_slots], values[call.rows, :, : call.num_slots]
+        if call.places is not None:
+            spread = query.new_zeros(len(key), *query.shape[1:])
+            spread[call.places] = query[call.tokens]
+            found = F.scaled_dot_product_attention(spread[:, :, None], key, value, call.visible, scale=scale)
+            out[call.tokens] = found[call.places, :, 0]
+            continue
         queries = query[call.tokens].unflatten(0, (len(key), -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(queries, key, value, call.mask, scale=scale)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if call.visible is not None and _is_faster_in_blocks(queries):
+            found = _causal_in_blocks(queries, key, value, scale)
+        else:
+            found = F.scaled_dot_product_attention(queries, key, value, call.visible, scale=scale)
+        out[call.tokens] = found.transpose(1, 2).flatten(0, 1)
+    return out

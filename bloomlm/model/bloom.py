@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bloomlm.model.alibi import fused_columns, head_slopes
+from bloomlm.model.alibi import COLUMNS, fused_columns, head_slopes
 from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
 from bloomlm.model.config import BloomConfig
-from bloomlm.model.decoding import BloomRows
+from bloomlm.model.decoding import BloomRows, RowAdapters
 from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.kv_cache import Extension, KVCache
 from bloomlm.model.linear import Linear
+from bloomlm.row_memory import RowFeatures
 
 
 class SelfAttention(nn.Module):
@@ -201,6 +202,8 @@ class BloomForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = BloomModel(config)
+        self.adapters: RowAdapters | None = None
+        """Adapters with names, of which each row of a cache may use another one."""
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh weights: matrices from N(0, initializer_range), biases 0, layer norms 1 and 0."""
@@ -222,6 +225,18 @@ class BloomForCausalLM(nn.Module):
     def eos_token_id(self) -> int | None:
         """The id that ends a continuation."""
         return self.config.eos_token_id
+
+    @property
+    def features(self) -> RowFeatures:
+        """What the rows of this model can do."""
+        return RowFeatures(scores_chunks=True, truncates=True, blocks=True, adapters=self.adapters is not None)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token in all blocks, for the heads that are computed here."""
+        config, dtype = self.config, self.transformer.dtype
+        width = config.head_dim + COLUMNS
+        return 2 * config.n_layer * len(self.transformer.heads) * width * dtype.itemsize
 
     def open_rows(self, num_rows: int, num_tokens: int) -> BloomRows:
         """Room for num_rows sequences of at most num_tokens tokens each, which this model reads and continues."""

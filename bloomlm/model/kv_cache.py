@@ -1,28 +1,29 @@
-"""Keys and values of earlier tokens, in rows of memory that is allocated once. Every row has its own length.
+"""Keys and values of earlier tokens, and the plan of a forward pass that appends tokens to some rows.
 
-A row holds [virtual tokens][tokens] from its first slot on. Rows are filled, copied and freed one by one, and a row
-stays in its place when others change. Keys and values are kept with their position columns (alibi.COLUMNS), ready for
-the attention kernel.
+Keys and values are kept with their position columns (alibi.COLUMNS), ready for the attention kernel. The position of a
+row's first token is 0; virtual tokens have positions below 0.
 
-Shapes: L blocks, R rows, M slots of a row, N packed new tokens, H heads, K head_dim, C position columns, E = K + C,
-P virtual tokens.
+Shapes: L blocks, R rows, M slots of a row, N packed new tokens, T new tokens of a row, H heads, K head_dim, C position
+columns, E = K + C, P virtual tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from bloomlm.model.alibi import COLUMNS
 from bloomlm.model.config import BloomConfig
+from bloomlm.row_memory import RowMemory
 
 _MOST_PADDED = 2.0
 """The most slots that one masked kernel call reads for each slot in use. With 8 rows of 110 to 160 tokens a masked call
 takes as long as a call without a mask, and separate calls for each row take a quarter longer."""
 
 
-class KVCache:
+class KVCache(RowMemory):
     """Keys and values of R sequences."""
 
     def __init__(
@@ -35,26 +36,31 @@ class KVCache:
         device: torch.device | str = "cpu",
         n_head: int | None = None,
         num_virtual: int = 0,
+        spare_virtual: int = 0,
     ) -> None:
-        """Reserve room for 2 * L * R * M * H * E elements. A row takes memory on a CPU from its first use on.
+        """Reserve room for 2 * L * R * M * H * E elements.
 
         Args:
             config: the model's shape.
             num_rows: the number of sequences that the cache can hold at once (R).
-            num_tokens: the most tokens of a sequence, without virtual tokens: M is num_virtual + num_tokens.
+            num_tokens: the most tokens of a sequence, without virtual tokens.
             dtype: precision of the keys and values.
             device: where they are.
             n_head: number of heads that are computed here (H); None: all of the model's heads.
-            num_virtual: number of virtual tokens before every sequence (P).
+            num_virtual: number of virtual tokens that the model puts before every sequence (P).
+            spare_virtual: more slots, for rows that get virtual tokens of their own.
         """
-        slots = num_virtual + num_tokens
-        shape = (config.n_layer, num_rows, n_head or config.n_head, slots, config.head_dim + COLUMNS)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.num_virtual = num_virtual
-        self.lengths = [0] * num_rows
-        """Number of slots that each row uses, including virtual tokens; 0: the row is free."""
-        self._dirty = [slots] * num_rows  # slots of each row that may hold anything; the slots behind them hold zeros
+        super().__init__(
+            num_blocks=config.n_layer,
+            num_rows=num_rows,
+            num_heads=n_head or config.n_head,
+            num_slots=num_virtual + spare_virtual + num_tokens,
+            width=config.head_dim + COLUMNS,
+            dtype=dtype,
+            device=device,
+            num_virtual=num_virtual,
+        )
+        self.keys, self.values = self.tensor[:, 0], self.tensor[:, 1]
 
     def extend(self, rows: Sequence[int], num_new: Sequence[int]) -> "Extension":
         """Prepare a forward pass that appends tokens to rows.
@@ -68,44 +74,21 @@ class KVCache:
         """
         return Extension(self, rows, num_new)
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make the target row equal to the source row."""
-        used = self.lengths[source]
-        self.free(target)
-        self.claim(target, used)
-        self.keys[:, target, :, :used] = self.keys[:, source, :, :used]
-        self.values[:, target, :, :used] = self.values[:, source, :, :used]
-        self.lengths[target] = used
-
-    def free(self, row: int) -> None:
-        """Let a row be used for another sequence."""
-        self.lengths[row] = 0
-
-    def claim(self, row: int, num_slots: int) -> None:
-        """Prepare a row for writing its first num_slots slots.
-
-        In a free row the slots behind them become zeros. Attention multiplies the values of masked slots by 0, and
-        0 * NaN would be NaN.
-        """
-        if self.lengths[row] == 0:
-            self.keys[:, row, :, num_slots : self._dirty[row]] = 0
-            self.values[:, row, :, num_slots : self._dirty[row]] = 0
-            self._dirty[row] = num_slots
-        self._dirty[row] = max(self._dirty[row], num_slots)
-
 
 @dataclass(frozen=True, eq=False)
 class CachedCall:
-    """A kernel call for the new tokens of one row, or of neighbouring rows of equal length."""
+    """A kernel call: the new tokens of neighbouring rows of equal length, or one new token of rows in a span."""
 
-    tokens: slice
-    """The call's part of the N new tokens."""
+    tokens: slice | Tensor
+    """The call's part of the N new tokens; in a span, their places among the N."""
     rows: slice
-    """Rows of the cache."""
+    """Rows of the cache that the kernel reads."""
     num_slots: int
-    """Number of slots that the kernel reads of each row."""
-    mask: Tensor | None
-    """[T, num_slots] bool, True where a new token may look; None: everywhere."""
+    """Number of slots that it reads of each row."""
+    places: Tensor | None = None
+    """In a span, the place of each token's row. Other rows there may hold anything; their results are dropped."""
+    visible: Tensor | None = None
+    """Where a new token may look: [T, num_slots] bool, in a span [rows, 1, 1, num_slots]; None: everywhere."""
 
 
 class Extension:
@@ -118,41 +101,26 @@ class Extension:
         """Rows that hold nothing yet, so that virtual tokens must be written before their first tokens."""
         self.is_prefill = len(self.free_rows) == len(self.rows)
         """Whether all rows are free, so that attention needs nothing from the cache."""
-        starts = [cache.lengths[row] or cache.num_virtual for row in rows]
-        self._stops = [start + count for start, count in zip(starts, num_new, strict=True)]
-        max_slots = cache.keys.shape[3]
-        for row, count, stop in zip(rows, num_new, self._stops, strict=True):
-            if stop > max_slots:
-                raise ValueError(
-                    f"{count} more tokens do not fit into a row of {max_slots} slots, {cache.lengths[row]} in use"
-                )
-        for row, stop in zip(rows, self._stops, strict=True):
-            cache.claim(row, stop)
+        slots = [cache.claim(row, count) for row, count in zip(rows, num_new, strict=True)]
+        self._stops = [new.stop for new in slots]
         device = cache.keys.device
-        slots = [torch.arange(*bounds) for bounds in zip(starts, self._stops, strict=True)]
-        self._slots = torch.cat(slots).to(device)
-        self.positions = self._slots - cache.num_virtual
+        self._slots = torch.cat([torch.arange(new.start, new.stop) for new in slots]).to(device)
+        counts = torch.tensor(num_new, device=device)
+        firsts = torch.tensor([cache.num_virtual[row] for row in rows], device=device)
+        self.positions = self._slots - firsts.repeat_interleave(counts, output_size=len(self._slots))
         """[N] position of each new token within its sequence."""
-        first, count = rows[0], len(rows)
-        self._is_block = (
-            self.rows == tuple(range(first, first + count)) and len(set(starts)) == 1 and len(set(num_new)) == 1
-        )
-        self._block = (slice(first, first + count), slice(starts[0], self._stops[0]))
+        blocks = list(_equal_neighbours(rows, slots))
+        self._block = (slice(rows[0], rows[0] + len(rows)), slice(slots[0].start, slots[0].stop))
+        self._is_block = len(blocks) == 1
         if not self._is_block:
-            self._token_rows = torch.tensor(rows, device=device).repeat_interleave(
-                torch.tensor(num_new, device=device), output_size=len(self._slots)
-            )
+            self._token_rows = torch.tensor(rows, device=device).repeat_interleave(counts, output_size=len(self._slots))
         self.calls: list[CachedCall] = []
-        """The kernel calls, where there is no masked call for all rows."""
-        self.masked: tuple[slice, int, Tensor, Tensor] | None = None
-        """One masked call, where every row has one new token: the span of rows that it reads, the number of slots of
-        each, the place of each token's row in that span [N], and where a row's token may look [rows, 1, 1, slots]
-        bool. Other rows in the span may hold anything, because their results are dropped."""
+        """The kernel calls, unless this is a prefill."""
         if not self.is_prefill:
-            self._plan_calls(starts, num_new, device)
+            self.calls = _plan_calls(rows, slots, blocks, device)
 
     def write(self, layer: int, fused: Tensor, virtual: tuple[Tensor, Tensor] | None) -> None:
-        """Write the new keys and values of one block into the cache.
+        """Write the new keys and values of one block into the cache, which carries no gradients.
 
         Args:
             layer: index of the block.
@@ -160,7 +128,7 @@ class Extension:
             virtual: keys and values [H, P, E], which are written into rows that were free.
         """
         for part, memory in ((1, self.cache.keys[layer]), (2, self.cache.values[layer])):
-            new = fused[:, :, part]
+            new = fused[:, :, part].detach()
             if self._is_block:
                 rows, slots = self._block
                 memory[rows, :, slots] = new.unflatten(0, (len(self.rows), -1)).transpose(1, 2)
@@ -168,36 +136,60 @@ class Extension:
                 memory[self._token_rows, :, self._slots] = new
             if virtual is not None:
                 for row in self.free_rows:
-                    memory[row, :, : self.cache.num_virtual] = virtual[part - 1]
+                    memory[row, :, : self.cache.num_virtual[row]] = virtual[part - 1].detach()
 
     def commit(self) -> None:
         """Count the new tokens, after every block has written them."""
         for row, stop in zip(self.rows, self._stops, strict=True):
             self.cache.lengths[row] = stop
 
-    def _plan_calls(self, starts: Sequence[int], num_new: Sequence[int], device: torch.device) -> None:
-        if self._is_block:
-            mask = _causal(starts[0], num_new[0], device)
-            self.calls.append(CachedCall(slice(0, sum(num_new)), self._block[0], self._stops[0], mask))
-            return
-        span = slice(min(self.rows), max(self.rows) + 1)
-        longest = max(self._stops)
-        if max(num_new) == 1 and (span.stop - span.start) * longest <= _MOST_PADDED * sum(self._stops):
-            places = torch.tensor(self.rows, device=device) - span.start
-            lengths = torch.ones(span.stop - span.start, dtype=torch.int64, device=device)
-            lengths[places] = torch.tensor(self._stops, device=device)
-            visible = torch.arange(longest, device=device) < lengths[:, None]
-            self.masked = (span, longest, places, visible[:, None, None])
-            return
-        first = 0
-        for row, start, count in zip(self.rows, starts, num_new, strict=True):
-            mask = _causal(start, count, device)
-            self.calls.append(CachedCall(slice(first, first + count), slice(row, row + 1), start + count, mask))
-            first += count
+
+def _equal_neighbours(rows: Sequence[int], slots: Sequence[range]) -> Iterator[range]:
+    """Runs of documents with the same slots in neighbouring rows."""
+    first = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1 or slots[i] != slots[first]:
+            yield range(first, i)
+            first = i
 
 
-def _causal(start: int, num_new: int, device: torch.device) -> Tensor | None:
-    """[T, start + T] bool; None for one token, which sees all slots."""
-    if num_new == 1:
-        return None
-    return torch.arange(start + num_new, device=device) <= torch.arange(start, start + num_new, device=device)[:, None]
+def _plan_calls(
+    rows: Sequence[int], slots: Sequence[range], blocks: Sequence[range], device: torch.device
+) -> list[CachedCall]:
+    """Kernel calls for documents that attend to their rows, so that few calls read few slots that are not in use."""
+    starts = [0, *accumulate(map(len, slots))]
+    calls = []
+    singles: list[int] = []
+    for block in blocks:
+        if len(blocks) > 1 and len(slots[block.start]) == 1:
+            singles += block
+            continue
+        tokens = slice(starts[block.start], starts[block.stop])
+        span, new = slice(rows[block.start], rows[block.stop - 1] + 1), slots[block.start]
+        order = torch.arange(new.stop, device=device)
+        visible = order <= order[new.start :, None] if len(new) > 1 else None
+        calls.append(CachedCall(tokens, span, new.stop, visible=visible))
+    for group in _spans(sorted((rows[i], slots[i].stop, starts[i]) for i in singles)):
+        first, longest = group[0][0], max(stop for _, stop, _ in group)
+        places = torch.tensor([row - first for row, *_ in group], device=device)
+        stops = torch.ones(group[-1][0] - first + 1, dtype=torch.int64, device=device)
+        stops[places] = torch.tensor([stop for _, stop, _ in group], device=device)
+        visible = torch.arange(longest, device=device) < stops[:, None]
+        places_among_new = torch.tensor([token for *_, token in group], device=device)
+        span = slice(first, first + len(stops))
+        calls.append(CachedCall(places_among_new, span, longest, places, visible[:, None, None]))
+    return calls
+
+
+def _spans(rows: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Group rows, given as (row, slots in use, token) in order, so that a call for a group reads few unused slots."""
+    spans: list[list[tuple[int, int, int]]] = []
+    for row in rows:
+        if spans:
+            longer = [*spans[-1], row]
+            num_read = (row[0] - longer[0][0] + 1) * max(stop for _, stop, _ in longer)
+            if num_read <= _MOST_PADDED * sum(stop for _, stop, _ in longer):
+                spans[-1] = longer
+                continue
+        spans.append([row])
+    return spans

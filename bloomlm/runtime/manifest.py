@@ -70,6 +70,11 @@ class Manifest:
         """Width of a head (K)."""
         return self.hidden_size // self.n_head
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the fp32 keys and values of one token in all blocks."""
+        return 2 * self.n_layer * self.hidden_size * 4
+
     def to_json(self) -> str:
         """The text of the file, which includes a checksum of the values."""
         values = {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}

@@ -18,7 +18,7 @@ ROWS = [
     {"adapters", "parallel"},
     {"model"},
     {"flags", "files"},
-    {"errors", "assets", "allocator", "version"},
+    {"errors", "assets", "allocator", "row_memory", "version"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 FILES = sorted(

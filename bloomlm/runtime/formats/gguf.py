@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import BackendMissingError, GenerationError, ProgramError
-from bloomlm.runtime.formats.base import ProgramFormat
+from bloomlm.row_memory import RowFeatures
+from bloomlm.runtime.formats.base import ProgramFormat, ProgramRows
 from bloomlm.runtime.manifest import Manifest
 
 _LOG = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = 512
 """Number of tokens that are computed at once."""
+_FEWEST_OUTPUTS = 16
+"""Logits that one call may give, at least; llama.cpp reserves memory for them."""
 _LEVEL_ERROR = 3
 _ALL = -1
 """Every position of a sequence."""
@@ -47,10 +50,14 @@ class _Token:
 class LlamaCppModel:
     """A gguf program with the interface of LanguageModel; see ProgramFormat.open."""
 
+    features = RowFeatures(scores_chunks=True, truncates=True)
+
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
         self.library, self._messages = _library()
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.special_tokens.get("eos_token_id")
+        self.bytes_per_token = manifest.bytes_per_token
+        self.format = manifest.format
         path = directory / gguf_file(prefix)
         parameters = self.library.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -79,18 +86,21 @@ class LlamaCppModel:
         return self._messages[-1] if self._messages else "it gives no reason"
 
 
-class LlamaCppRows:
+class LlamaCppRows(ProgramRows):
     """Rows, which are sequences of a llama.cpp context."""
 
     def __init__(self, model: LlamaCppModel, num_rows: int, num_tokens: int) -> None:
+        super().__init__(model.format)
         self._context = _Context(model, num_rows, num_rows * num_tokens)
         self._lengths = [0] * num_rows
 
-    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], *, num_logits: Sequence[int] | None = None
+    ) -> Tensor:
         """Append tokens to rows; see ModelRows."""
         tokens = [
-            _Token(token, position, row, place + 1 == len(prompt))
-            for row, prompt in zip(rows, prompts, strict=True)
+            _Token(token, position, row, place + wanted >= len(prompt))
+            for row, prompt, wanted in zip(rows, prompts, num_logits or [1] * len(prompts), strict=True)
             for place, (position, token) in enumerate(enumerate(prompt, start=self._lengths[row]))
         ]
         logits = self._context.read(tokens)
@@ -101,6 +111,13 @@ class LlamaCppRows:
     def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
         """Append one token to each of the rows; see ModelRows."""
         return self.prefill(rows, tokens[:, None].tolist())
+
+    def truncate(self, row: int, num_tokens: int) -> None:
+        """Keep the first num_tokens tokens of a row; see ModelRows."""
+        if not 0 <= num_tokens <= self._lengths[row]:
+            raise ValueError(f"row {row} has {self._lengths[row]} tokens; it cannot keep {num_tokens}")
+        self._context.remove(row, num_tokens)
+        self._lengths[row] = num_tokens
 
     def copy_row(self, source: int, target: int) -> None:
         """Make the target row equal to the source row; they share the cells of their common tokens."""
@@ -127,7 +144,8 @@ class _Context:
         parameters = library.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = num_cells, num_sequences, True
         parameters.n_batch = parameters.n_ubatch = _CHUNK_TOKENS
-        parameters.n_outputs_max = max(num_sequences, 1)
+        self._most_outputs = max(num_sequences, _FEWEST_OUTPUTS)
+        parameters.n_outputs_max = self._most_outputs
         parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
         # float32 as in the model; the default is a cache in 16 bits
         parameters.type_k = parameters.type_v = library.GGML_TYPE_F32
@@ -142,12 +160,12 @@ class _Context:
 
     def read(self, tokens: Sequence[_Token]) -> Tensor:
         """Compute tokens; returns the logits [B, V] of the tokens with wants_logits, in their order."""
-        logits = [row for chunk in _chunks(tokens) for row in self._read_chunk(chunk)]
-        return torch.from_numpy(np.stack(logits))
+        logits = [row for chunk in _chunks(tokens, self._most_outputs) for row in self._read_chunk(chunk)]
+        return torch.from_numpy(np.stack(logits)) if logits else torch.empty(0, self._model.vocab_size)
 
-    def remove(self, sequence: int) -> None:
-        """Free a sequence's cells."""
-        self._model.library.llama_memory_seq_rm(self._memory, sequence, _ALL, _ALL)
+    def remove(self, sequence: int, start: int = 0) -> None:
+        """Free a sequence's cells from a position on."""
+        self._model.library.llama_memory_seq_rm(self._memory, sequence, start, _ALL)
 
     def copy(self, source: int, target: int) -> None:
         """Make a sequence equal to another one."""
@@ -176,9 +194,16 @@ class _Context:
         ]
 
 
-def _chunks(tokens: Sequence[_Token]) -> Iterator[Sequence[_Token]]:
-    for start in range(0, len(tokens), _CHUNK_TOKENS):
-        yield tokens[start : start + _CHUNK_TOKENS]
+def _chunks(tokens: Sequence[_Token], most_outputs: int) -> Iterator[Sequence[_Token]]:
+    chunk: list[_Token] = []
+    num_outputs = 0
+    for token in tokens:
+        if len(chunk) == _CHUNK_TOKENS or num_outputs + token.wants_logits > most_outputs:
+            yield chunk
+            chunk, num_outputs = [], 0
+        chunk.append(token)
+        num_outputs += token.wants_logits
+    yield chunk
 
 
 _messages: list[str] = []

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bloomlm.errors import ProgramError
-from bloomlm.runtime.formats.base import ProgramFormat
+from bloomlm.row_memory import RowFeatures, RowMemory
+from bloomlm.runtime.formats.base import ProgramFormat, ProgramRows
 from bloomlm.runtime.manifest import VIRTUAL, Manifest
 from bloomlm.runtime.torch_internals import open_package
 
@@ -49,10 +50,13 @@ def graph_file(prefix: str, entry_point: str) -> str:
 class Pt2Model:
     """A pt2 program with the interface of LanguageModel; see ProgramFormat.open."""
 
+    features = RowFeatures(truncates=True, blocks=True)
+
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.special_tokens.get("eos_token_id")
+        self.bytes_per_token = manifest.bytes_per_token
         tensors = _map_weights(directory / weights_file(prefix), manifest)
         self._virtual = tensors.pop(VIRTUAL, None)
         self.is_compiled = _can_run_compiled(manifest)
@@ -62,30 +66,42 @@ class Pt2Model:
 
     def open_rows(self, num_rows: int, num_tokens: int) -> "Pt2Rows":
         """Reserve room for num_rows sequences of at most num_tokens tokens each; used rows take memory."""
-        num_slots = self.manifest.num_virtual_tokens + num_tokens
-        shape = (num_rows, self.manifest.n_head, num_slots, self.manifest.head_dim)
-        cache = [torch.empty(shape) for _ in range(2 * self.manifest.n_layer)]
-        return Pt2Rows(self._prefill, self._decode_step, cache, self._virtual)
+        manifest = self.manifest
+        memory = RowMemory(
+            num_blocks=manifest.n_layer,
+            num_rows=num_rows,
+            num_heads=manifest.n_head,
+            num_slots=manifest.num_virtual_tokens + num_tokens,
+            width=manifest.head_dim,
+            dtype=torch.float32,
+            num_virtual=manifest.num_virtual_tokens,
+        )
+        return Pt2Rows(manifest.format, self._prefill, self._decode_step, memory, self._virtual)
 
 
-class Pt2Rows:
-    """Sequences in a cache that both functions write into."""
+class Pt2Rows(ProgramRows):
+    """Sequences in memory that both functions write into."""
 
     def __init__(
-        self, prefill: Function, decode_step: Function, cache: list[Tensor], virtual: Tensor | None = None
+        self,
+        format: str,
+        prefill: Function,
+        decode_step: Function,
+        memory: RowMemory,
+        virtual: Tensor | None,
     ) -> None:
+        super().__init__(format)
         self._prefill = prefill
         self._decode_step = decode_step
+        self._memory = memory
         self._virtual = virtual
-        self._slots = torch.arange(cache[0].shape[2])
-        # slots of each row that may hold anything; the slots behind them hold zeros
-        self._dirty = [len(self._slots)] * len(cache[0])
-        self.cache = cache
+        self._slots = torch.arange(memory.tensor.shape[4])
+        self.cache = list(memory.tensor.flatten(0, 1))
         """Keys and values by block, [R, H, M, K] each."""
-        self.lengths = [0] * len(cache[0])
-        """Number of slots that each row uses, including virtual tokens; 0: the row is free."""
 
-    def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], *, num_logits: Sequence[int] | None = None
+    ) -> Tensor:
         """Append tokens to rows; only attention computes on pads. See ModelRows."""
         counts = torch.tensor([len(prompt) for prompt in prompts])
         stops = [self._start(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
@@ -95,7 +111,11 @@ class Pt2Rows:
         used = self._slots[: max(stops)]
         logits = self._prefill(tokens, numbers, slots, counts.cumsum(0) - 1, torch.tensor(rows), used, self.cache)
         self._count(rows, stops)
-        return logits
+        if num_logits is None:
+            return logits
+        if max(num_logits) > 1:
+            self._refuse("give the logits of several tokens of a prompt, which scoring needs")
+        return logits[torch.tensor(num_logits).bool()]
 
     def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
         """Append one token to each of the rows; see ModelRows."""
@@ -105,40 +125,39 @@ class Pt2Rows:
         self._count(rows, stops)
         return logits
 
+    def truncate(self, row: int, num_tokens: int) -> None:
+        """Keep the first num_tokens tokens of a row; see ModelRows."""
+        self._memory.truncate(row, num_tokens)
+
     def copy_row(self, source: int, target: int) -> None:
         """Make the target row equal to the source row."""
-        used = self.lengths[source]
-        for part in self.cache:
-            part[target, :, :used] = part[source, :, :used]
-            part[target, :, used : self._dirty[target]] = 0
-        self.lengths[target] = self._dirty[target] = used
+        self._memory.copy_row(source, target)
 
     def free(self, row: int) -> None:
         """Let a row be used for another sequence."""
-        self.lengths[row] = 0
+        self._memory.free(row)
+
+    def read_block(self, row: int, start: int, stop: int) -> Tensor:
+        """A copy of the keys and values of some tokens of a row; see ModelRows."""
+        return self._memory.read_block(row, start, stop)
+
+    def write_blocks(self, row: int, blocks: Sequence[Tensor]) -> None:
+        """Let a row begin with tokens that were read in another row; see ModelRows."""
+        self._write_virtual(row)
+        self._memory.write_blocks(row, blocks)
 
     def _start(self, row: int, num_new: int) -> int:
-        """Prepare a row for new tokens; returns the number of slots that it will use.
+        """Prepare a row for new tokens; returns the number of slots that it will use."""
+        self._write_virtual(row)
+        return self._memory.claim(row, num_new).stop
 
-        A free row gets the virtual tokens, and zeros in the slots behind its tokens. Attention multiplies the values
-        of masked slots by 0, and 0 * NaN would be NaN.
-        """
-        num_virtual = 0 if self._virtual is None else self._virtual.shape[3]
-        stop = (self.lengths[row] or num_virtual) + num_new
-        # compiled code would write behind the end of its memory
-        assert stop <= len(self._slots), "a row has no room for its new tokens"
-        if self.lengths[row] == 0:
-            for index, part in enumerate(self.cache):
-                part[row, :, stop : self._dirty[row]] = 0
-                if self._virtual is not None:
-                    part[row, :, :num_virtual] = self._virtual[index // 2, index % 2]
-            self._dirty[row] = stop
-        self._dirty[row] = max(self._dirty[row], stop)
-        return stop
+    def _write_virtual(self, row: int) -> None:
+        if self._virtual is not None and self._memory.lengths[row] == 0:
+            self._memory.write_virtual(row, self._virtual)
 
     def _count(self, rows: Sequence[int], stops: Sequence[int]) -> None:
         for row, stop in zip(rows, stops, strict=True):
-            self.lengths[row] = stop
+            self._memory.lengths[row] = stop
 
 
 def instruction_set(flags: frozenset[str] | None = None) -> str:

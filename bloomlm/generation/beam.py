@@ -7,7 +7,7 @@ unfinished beam, at its present length, cannot beat its worst finished one.
 Shapes: W beams, V vocabulary, M new tokens at most.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,3 +91,23 @@ class BeamSearchState:
         self.finished_scores, best = torch.cat((self.finished_scores, scores)).topk(self.num_beams)
         self.finished_tokens = torch.cat((self.finished_tokens, candidates))[best]
         self.finished_lengths = torch.cat((self.finished_lengths, lengths))[best]
+
+
+def regrow(rows: Sequence[int], parents: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Give rows to the new beams, of which beam i continues beam parents[i].
+
+    The first child of a beam keeps its row; the others get copies in the rows of beams without children.
+
+    Returns:
+        The rows of the new beams, and the copies to make, each as (source row, target row).
+    """
+    unused = [row for beam, row in enumerate(rows) if beam not in parents]
+    placed: list[int] = []
+    copies: list[tuple[int, int]] = []
+    for parent in parents:
+        row = rows[parent]
+        if row in placed:
+            row = unused.pop()
+            copies.append((rows[parent], row))
+        placed.append(row)
+    return placed, copies

@@ -27,6 +27,8 @@ class Sampling:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the fewest most likely tokens whose probabilities add up to p; 1.0 keeps all."""
+    min_p: float = 0.0
+    """Keep the tokens that are at least this fraction as probable as the most likely one; 0 keeps all."""
     seed: int = 20
     """Seed of the random numbers."""
 
@@ -34,6 +36,7 @@ class Sampling:
         _check(self.temperature > 0, "temperature", self.temperature, "a number above 0 (for 0, use greedy)")
         _check(self.top_k >= 0, "top_k", self.top_k, "an integer from 1, or 0 to keep every token")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1.0, which keeps every token")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0, which keeps every token, to 1")
         _check(self.seed >= 0, "seed", self.seed, "an integer from 0")
 
 
@@ -69,15 +72,27 @@ class GenerationConfig:
     max_new_tokens: int = 200
     """Tokens to generate at most, `</s>` included."""
     min_new_tokens: int = 0
-    """Tokens before `</s>` is allowed."""
+    """Tokens before `</s>` and stop_token_ids are allowed."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Ids and the numbers added to their logits, each id once."""
     repetition_penalty: float = 1.0
     """Above 1.0 makes tokens less likely that the prompt or the continuation contains already; 1.0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the continuation contains it already; 0 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if the continuation contains it already; 0 is off."""
     no_repeat_ngram_size: int = 0
     """No run of this many tokens occurs twice, prompt included; 0 is off."""
     num_return_sequences: int = 1
     """Continuations of each prompt: samples, or the best beams."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation; it is cut before them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a continuation; it contains them."""
+    ignore_eos: bool = False
+    """Whether a continuation goes on after `</s>`."""
+    num_log_probs: int | None = None
+    """Report the log-probability of each token and of this many of the likeliest ones; None reports nothing."""
 
     def __post_init__(self) -> None:
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "an integer from 1")
@@ -96,6 +111,11 @@ class GenerationConfig:
             most, expected = self.num_rows, f"an integer from 1 to num_beams ({self.num_rows})"
         _check(1 <= self.num_return_sequences <= most, "num_return_sequences", self.num_return_sequences, expected)
         _check(all(self.stop), "stop", self.stop, "texts that are not empty")
+        ids = [token for token, _ in self.logit_bias]
+        _check(len(set(ids)) == len(ids), "logit_bias", self.logit_bias, "pairs of different ids and numbers")
+        expected = "an integer from 0, or None; with a beam search only None"
+        allowed = self.num_log_probs is None or (self.num_log_probs >= 0 and not isinstance(self.strategy, BeamSearch))
+        _check(allowed, "num_log_probs", self.num_log_probs, expected)
 
     @property
     def num_rows(self) -> int:
@@ -108,7 +128,8 @@ class GenerationConfig:
 
         Args:
             decode_strategy: greedy, sampling or beam_search.
-            options: fields of this class, except strategy, and of the strategy's class.
+            options: fields of this class, except strategy, and of the strategy's class; stop may be one text, and
+                logit_bias a mapping.
 
         Raises:
             GenerationError: an unknown name, a value out of range, or an option without effect under the strategy.
@@ -124,8 +145,9 @@ class GenerationConfig:
                 raise GenerationError(_refusal(name, decode_strategy))
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
-        elif "stop" in given:
-            given["stop"] = tuple(given["stop"])
+        if isinstance(given.get("logit_bias"), Mapping):
+            given["logit_bias"] = sorted(given["logit_bias"].items())
+        given |= {name: tuple(given[name]) for name in ("stop", "stop_token_ids", "logit_bias") if name in given}
         return cls(
             strategy=strategy_class(**{name: given[name] for name in given if name in own}),
             **{name: given[name] for name in given if name in common},

@@ -35,38 +35,38 @@ def generate(
     """Continue prompts, all in one batch.
 
     Args:
-        model: computes the logits: a BloomForCausalLM, or the model of an exported program.
+        model: what computes the logits.
         prompts: lists of ids, at least one id each.
         config: how to continue them; None: greedily.
-        on_token: called with (index in the result, id) for each token as it comes; impossible with a beam search, which
-            decides on its tokens at the end.
+        on_token: called with (index in the result, id) for each token as it comes; a beam search decides at its end.
         decode_text: ids to text, needed for stop texts.
-        first_sequence: number of the first result within a run of many batches; with the seed it decides the random
-            numbers.
+        first_sequence: number of the first result within the run; with the seed it decides the random numbers.
 
     Returns:
         num_return_sequences continuations of the first prompt, then of the second, and so on.
 
     Raises:
-        GenerationError: an empty prompt, an id outside the vocabulary, on_token with a beam search, or stop texts
-            without decode_text.
+        GenerationError: on_token with a beam search, or a prompt that a session refuses; see DecodeSession.open.
     """
     config = config or GenerationConfig()
     if on_token is not None and isinstance(config.strategy, BeamSearch):
         raise GenerationError("a beam search has no token to show before its end; choose greedy or sampling")
-    if not prompts:
-        return []
     session = DecodeSession(
         model,
         max_rows=len(prompts) * config.num_rows,
-        max_tokens=max(map(len, prompts)) + config.max_new_tokens,
+        max_tokens=max(map(len, prompts), default=0) + config.max_new_tokens,
         decode_text=decode_text,
     )
-    handles = session.admit(prompts, [config] * len(prompts), first_sequence=first_sequence)
-    tokens: list[list[int]] = [[] for _ in handles]
-    reasons: list[FinishReason] = ["length"] * len(handles)
+    num_results = 0
+    for index, prompt in enumerate(prompts):
+        try:
+            num_results += len(session.open(prompt, config, first_sequence=first_sequence + num_results))
+        except GenerationError as error:
+            raise GenerationError(f"prompt {index}: {error}") from None
+    tokens: list[list[int]] = [[] for _ in range(num_results)]  # a new session's handles count from 0
+    reasons: list[FinishReason] = ["length"] * num_results
     while not session.is_empty:
-        for event in session.step():  # a new session's handles count from 0
+        for event in session.step():
             tokens[event.handle].append(event.token)
             reasons[event.handle] = event.finish_reason or reasons[event.handle]
             if on_token is not None:

@@ -1,11 +1,13 @@
 """Pure functions from logits to logits and to ids.
 
 Each acts on many sequences at once. The definitions are those of transformers' logits processors, with which tests
-compare values. A sequence's history is padded behind its end, and pads never count as tokens.
+compare values; what transformers lacks, and the order of all, is that of vLLM. A sequence's history is padded behind
+its end, and pads never count as tokens.
 
 Shapes: B sequences, V vocabulary, S tokens of history (pads included).
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +32,8 @@ def choose(logits: Tensor, strategy: Sampling | None, uniforms: Tensor | None) -
         return logits.argmax(dim=-1)
     if strategy.temperature != 1.0:
         logits = apply_temperature(logits, strategy.temperature)
+    if strategy.min_p:
+        logits = keep_min_p(logits, strategy.min_p)
     if strategy.top_k:
         logits = keep_top_k(logits, strategy.top_k)
     if strategy.top_p < 1.0:
@@ -58,6 +62,35 @@ def apply_repetition_penalty(logits: Tensor, history: Tensor, lengths: Tensor, p
     return logits.scatter(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
+def apply_count_penalties(logits: Tensor, generated: Sequence[Tensor], frequency: float, presence: float) -> Tensor:
+    """Subtract frequency * (times that the row contains the token) + presence from each token that a row contains.
+
+    Args:
+        logits: [B, V].
+        generated: ids of each row's continuation, without its prompt.
+        frequency: frequency_penalty.
+        presence: presence_penalty.
+
+    Returns:
+        [B, V].
+
+    Source: OpenAI's API reference, as vLLM computes it.
+    """
+    logits = logits.clone()
+    for row, tokens in zip(logits, generated, strict=True):
+        ids, counts = tokens.to(logits.device).unique(return_counts=True)
+        row[ids] = row[ids] - frequency * counts - presence
+    return logits
+
+
+def add_bias(logits: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
+    """[B, V] -> [B, V] with numbers added to the logits of some ids, each named once."""
+    logits = logits.clone()
+    ids, numbers = zip(*bias, strict=True)
+    logits[:, list(ids)] += torch.tensor(numbers, device=logits.device)
+    return logits
+
+
 def ban_repeated_ngrams(logits: Tensor, history: Tensor, lengths: Tensor, ngram_size: int) -> Tensor:
     """Ban each token that would complete a run of ngram_size tokens that the row contains already.
 
@@ -82,16 +115,24 @@ def ban_repeated_ngrams(logits: Tensor, history: Tensor, lengths: Tensor, ngram_
     return logits.masked_fill(banned.bool(), -torch.inf)
 
 
-def ban_token(logits: Tensor, token_id: int, rows: Sequence[int]) -> Tensor:
-    """[B, V] -> [B, V] with minus infinity at one id of some rows (`</s>` while a sequence is too short)."""
+def ban_tokens(logits: Tensor, ids: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """[B, V] -> [B, V] with minus infinity at ids of some rows (`</s>` while a sequence is too short)."""
     logits = logits.clone()
-    logits[list(rows), token_id] = -torch.inf
+    logits[torch.tensor(rows)[:, None], torch.tensor(ids)] = -torch.inf
     return logits
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """[B, V] -> [B, V] / temperature."""
     return logits / temperature
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """[B, V] -> [B, V] with minus infinity where a token's probability is below min_p times the row's highest.
+
+    Source: min-p sampling, https://arxiv.org/abs/2407.01082.
+    """
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -torch.inf)
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:

@@ -12,10 +12,17 @@ from torch import Tensor
 
 from bloomlm.generation.beam import BeamSearchState
 from bloomlm.generation.config import GenerationConfig, Sampling
-from bloomlm.generation.sampling import apply_repetition_penalty, ban_repeated_ngrams, ban_token
+from bloomlm.generation.sampling import (
+    add_bias,
+    apply_count_penalties,
+    apply_repetition_penalty,
+    ban_repeated_ngrams,
+    ban_tokens,
+)
 
-FinishReason = Literal["eos", "length", "stop"]
-"""eos: the model ended the sequence; stop: a stop text occurred; length: max_new_tokens were generated."""
+FinishReason = Literal["eos", "length", "stop", "stop_token"]
+"""eos: the model ended the sequence; stop: a stop text occurred; stop_token: one of stop_token_ids did; length:
+max_new_tokens were generated."""
 DecodeText = Callable[[list[int]], str]
 StopTest = Callable[[list[int]], bool]
 
@@ -37,8 +44,10 @@ class Running:
 
     def finish_reason(self, tokens: list[int], eos_token_id: int | None) -> FinishReason | None:
         """Why a continuation ends with its last token; None where it goes on."""
-        if tokens[-1] == eos_token_id:
+        if tokens[-1] == eos_token_id and not self.config.ignore_eos:
             return "eos"
+        if tokens[-1] in self.config.stop_token_ids:
+            return "stop_token"
         if self.stops(tokens):
             return "stop"
         return "length" if len(tokens) == self.config.max_new_tokens else None
@@ -61,6 +70,10 @@ class Search(Running):
     state: BeamSearchState
     """Scores and tokens of the beams."""
 
+    def is_stopped(self, tokens: list[int]) -> bool:
+        """Whether a continuation ends with its last token by one of stop_token_ids or a stop text."""
+        return self.finish_reason(tokens, None) in ("stop_token", "stop")
+
 
 class History:
     """Prompt and generated tokens of each row, in memory that is allocated once."""
@@ -69,6 +82,10 @@ class History:
         self._tokens = torch.zeros(num_rows, num_tokens, dtype=torch.int64)
         self._num_prompt_tokens = [0] * num_rows
         self._lengths = [0] * num_rows
+
+    def num_prompt_tokens(self, row: int) -> int:
+        """Number of tokens of a row's prompt."""
+        return self._num_prompt_tokens[row]
 
     def start(self, row: int, prompt: Sequence[int]) -> None:
         """Let a row begin with a prompt."""
@@ -87,30 +104,35 @@ class History:
         self._lengths[target] = self._lengths[source]
 
     def adjust(self, logits: Tensor, rows: Sequence[int], config: GenerationConfig, eos_token_id: int | None) -> Tensor:
-        """Apply the options that act under every strategy: repetition_penalty, no_repeat_ngram_size, min_new_tokens.
+        """Apply the options that act under every strategy, in vLLM's order.
 
         Args:
-            logits: [B, V] of each row's next token, float32 (log-probabilities in a beam search).
+            logits: [B, V] of each row's next token, float32 (log-probabilities in a beam search); it stays as it is.
             rows: B rows.
             config: the options.
-            eos_token_id: the token that a row with fewer than min_new_tokens generated tokens must not take.
+            eos_token_id: the token that a row with fewer than min_new_tokens generated tokens must not take, as it must
+                not take any of stop_token_ids.
 
         Returns:
             [B, V].
         """
+        if config.logit_bias:
+            logits = add_bias(logits, config.logit_bias)
+        counts = [self._lengths[row] for row in rows]
         if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size:
-            counts = [self._lengths[row] for row in rows]
             tokens = self._tokens[list(rows), : max(counts)].to(logits.device)
             lengths = torch.tensor(counts, device=logits.device)
             if config.repetition_penalty != 1.0:
                 logits = apply_repetition_penalty(logits, tokens, lengths, config.repetition_penalty)
             if config.no_repeat_ngram_size:
                 logits = ban_repeated_ngrams(logits, tokens, lengths, config.no_repeat_ngram_size)
-        if eos_token_id is not None:
-            generated = [self._lengths[row] - self._num_prompt_tokens[row] for row in rows]
-            short = [place for place, count in enumerate(generated) if count < config.min_new_tokens]
-            logits = ban_token(logits, eos_token_id, short) if short else logits
-        return logits
+        if config.frequency_penalty or config.presence_penalty:
+            generated = [self._tokens[row, self._num_prompt_tokens[row] : self._lengths[row]] for row in rows]
+            logits = apply_count_penalties(logits, generated, config.frequency_penalty, config.presence_penalty)
+        endings = [*config.stop_token_ids, *([] if eos_token_id is None else [eos_token_id])]
+        num_generated = [count - self._num_prompt_tokens[row] for count, row in zip(counts, rows, strict=True)]
+        short = [place for place, count in enumerate(num_generated) if count < config.min_new_tokens]
+        return ban_tokens(logits, endings, short) if endings and short else logits
 
 
 def group_of(config: GenerationConfig) -> GenerationConfig:
@@ -119,7 +141,16 @@ def group_of(config: GenerationConfig) -> GenerationConfig:
     if isinstance(strategy, Sampling):
         strategy = replace(strategy, seed=0)
     longest = max(1, config.min_new_tokens)
-    return replace(config, strategy=strategy, stop=(), max_new_tokens=longest, num_return_sequences=1)
+    return replace(
+        config,
+        strategy=strategy,
+        stop=(),
+        stop_token_ids=config.stop_token_ids if config.min_new_tokens else (),
+        ignore_eos=False,
+        max_new_tokens=longest,
+        num_return_sequences=1,
+        num_log_probs=None,
+    )
 
 
 def stop_test(stop: Sequence[str], decode_text: DecodeText | None) -> StopTest:

@@ -1,24 +1,27 @@
-"""DecodeSession, the unit of generation: sequences are admitted, take steps together, and leave one by one.
+"""DecodeSession, the unit of generation: sequences are opened, take steps together, and leave one by one.
 
 Each sequence has its own options, random numbers, stop texts and length. In float32 it gets the same tokens as if it
-were alone. The session knows token ids only; for stop texts, the caller passes a function from ids to text.
+were alone, however its prompt is read. The session knows token ids only; for stop texts, the caller passes a function
+from ids to text.
 
 Shapes: B rows of a step, V vocabulary.
 """
 
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bloomlm.errors import GenerationError
-from bloomlm.generation.beam import BeamSearchState
-from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
+from bloomlm.generation.beam import regrow
+from bloomlm.generation.choosing import StepLogits, choose_next, scores_of
+from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.language_model import LanguageModel
-from bloomlm.generation.sampling import choose, uniform_numbers
-from bloomlm.generation.sequences import DecodeText, FinishReason, History, Sample, Search, group_of, stop_test
+from bloomlm.generation.log_probs import PromptScores, TokenScore
+from bloomlm.generation.reading import Prompt, check_prompt, read_chunks
+from bloomlm.generation.sequences import DecodeText, FinishReason, History, Sample, Search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +29,22 @@ class Event:
     """One new token of one sequence."""
 
     handle: int
-    """Handle of the sequence, from `admit`."""
+    """Handle of the sequence."""
     token: int
     """Its new id."""
     finish_reason: FinishReason | None
     """Why the sequence ends with this token; None where it goes on."""
+    log_prob: float | None = None
+    """Its log-probability in the distribution of the model, on which no option has acted; None: not asked for."""
+    top_log_probs: tuple[tuple[int, float], ...] | None = None
+    """The num_log_probs likeliest ids of that distribution with their log-probabilities, likeliest first."""
 
 
 class DecodeSession:
     """Sequences that a model continues together.
+
+    If a step fails, for example because memory is full, the model's rows may be half written: all sequences are lost,
+    and every later step raises GenerationError. Let go of the session before opening another, which needs its memory.
 
     Args:
         model: what computes the logits.
@@ -53,168 +63,220 @@ class DecodeSession:
             self._rows = model.open_rows(max_rows, max_tokens)
         self._history = History(max_rows, max_tokens)
         self._free_rows = list(range(max_rows))
+        self._prompts: dict[int, Prompt] = {}
+        """First handle -> the prompt, until it is read."""
+        self._scores: dict[int, PromptScores] = {}
+        """First handle -> the scores of a prompt that is read, until they are fetched."""
         self._running: list[Sample | Search] = []
+        self._ended: list[Prompt | Sample | Search] = []
+        """Those that still have their rows."""
         self._unread: dict[int, int] = {}
         """Row -> its newest token, which the model has not read yet."""
-        self._logits: dict[int, Tensor] = {}
-        """Row -> the logits [V] after its prompt, until the next step."""
-        self._num_admitted = 0
+        self._num_opened = 0
+        self._has_failed = False
 
     @property
     def num_free_rows(self) -> int:
         """Number of rows that no sequence uses."""
-        return len(self._free_rows)
+        return len(self._free_rows) + sum(len(sequence.rows) for sequence in self._ended)
 
     @property
     def is_empty(self) -> bool:
         """Whether no sequence is left."""
-        return not self._running
+        return not (self._running or self._prompts)
 
-    @torch.inference_mode()
-    def admit(
-        self, prompts: Sequence[Sequence[int]], configs: Sequence[GenerationConfig], *, first_sequence: int = 0
+    def open(
+        self,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        first_sequence: int = 0,
+        prompt_log_probs: int | None = None,
     ) -> list[int]:
-        """Read prompts, all in one forward pass, and continue them from the next step on.
+        """Take rows for a prompt, which the next steps read.
 
         Args:
-            prompts: lists of ids, at least one id each.
-            configs: how to continue each of them.
-            first_sequence: number of the first of these sequences within the caller's run; with the seed it decides
-                the random numbers.
+            prompt: ids, at least one.
+            config: how to continue it.
+            first_sequence: number of its first result within the caller's run; with the seed it decides the random
+                numbers.
+            prompt_log_probs: score the prompt's tokens and name this many of the likeliest ids at each position, for
+                `prompt_scores`; None: do not.
 
         Returns:
-            A handle for each sequence: num_return_sequences of the first prompt, then of the second, and so on.
+            A handle for each of its num_return_sequences results.
 
         Raises:
             GenerationError: an empty prompt, an id outside the vocabulary, too few free rows, a sequence longer than
                 max_tokens, or stop texts without decode_text.
         """
-        self._check(prompts, configs)
-        if not prompts:
-            return []
-        free = iter(self._free_rows)
-        rows = [[next(free) for _ in range(config.num_rows)] for config in configs]
-        logits = self._rows.prefill([first for first, *_ in rows], prompts)
-        handles: list[int] = []
-        for prompt, config, own_rows, prompt_logits in zip(prompts, configs, rows, logits, strict=True):
-            first_row, *copies = own_rows
-            self._history.start(first_row, prompt)
-            for row in copies:
-                self._copy_row(first_row, row)
-            self._logits |= dict.fromkeys(own_rows, prompt_logits)
-            new = range(self._num_admitted, self._num_admitted + config.num_return_sequences)
-            self._start(config, new, own_rows, first_sequence + len(handles), logits.device)
-            self._num_admitted = new.stop
-            handles += new
-        self._free_rows = list(free)
-        return handles
+        check_prompt(prompt, config, self._model.vocab_size, self._max_tokens)
+        if config.stop and self._decode_text is None:
+            raise GenerationError("stop texts need decode_text, which turns ids into text (a tokenizer's decode)")
+        if config.num_rows > self.num_free_rows:
+            raise GenerationError(
+                f"the prompt needs {config.num_rows} rows, and this session has {self.num_free_rows} free"
+            )
+        self._free_ended()
+        handles = range(self._num_opened, self._num_opened + config.num_return_sequences)
+        rows, self._free_rows = self._free_rows[: config.num_rows], self._free_rows[config.num_rows :]
+        self._prompts[handles.start] = Prompt(
+            tokens=prompt,
+            handles=handles,
+            rows=rows,
+            config=config,
+            first_sequence=first_sequence,
+            num_top=prompt_log_probs,
+        )
+        self._num_opened = handles.stop
+        return list(handles)
+
+    def num_unread(self, handle: int) -> int:
+        """Number of tokens of a prompt, named by its first handle, that the model has not read."""
+        return self._prompts[handle].num_unread if handle in self._prompts else 0
+
+    def num_read(self, handle: int) -> int:
+        """Number of tokens, prompt and generated, that the model has read; of a beam search, the prompt's only.
+
+        A sequence that ended in a step is known until the session's next change, by step, open or evict.
+
+        Raises:
+            GenerationError: the handle is unknown.
+        """
+        sequence = self._find(handle)
+        if isinstance(sequence, Prompt):
+            return sequence.num_read
+        num_generated = len(sequence.tokens) - 1 if isinstance(sequence, Sample) else 0  # the newest one is not read
+        return self._history.num_prompt_tokens(sequence.rows[0]) + num_generated
+
+    def prompt_scores(self, handle: int) -> PromptScores:
+        """Hand over the scores of a prompt, named by its first handle, once it is read; evict drops them.
+
+        Raises:
+            GenerationError: it is not read yet, was opened without prompt_log_probs, or its scores were fetched.
+        """
+        if handle not in self._scores:
+            raise GenerationError(
+                f"there are no prompt scores for handle {handle}: they exist once the prompt is read, for a prompt "
+                "opened with prompt_log_probs, until they are fetched"
+            )
+        return self._scores.pop(handle)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """Give every sequence its next token; those that end leave the session.
+    def step(self, reads: Mapping[int, int] | None = None) -> list[Event]:
+        """Read prompts, and give every sequence whose prompt is read its next token; those that end leave the session.
+
+        Args:
+            reads: first handle of a prompt -> number of its tokens to read in this step; None: all that is unread.
 
         Returns:
-            One event for each sequence, in the order of admission. A beam search decides on its tokens when it ends:
-            its sequences have no events until then, and in that step one event for each token.
+            The new tokens in the order of handles. A beam search decides on its tokens when it ends: its sequences have
+            no events until then, and in that step one event for each token.
+
+        Raises:
+            GenerationError: reads name a handle that has nothing to read.
         """
-        if not self._running:
-            return []
-        rows, logits = self._next_logits()
-        place = {row: index for index, row in enumerate(rows)}
-        groups: dict[GenerationConfig, list[Sample | Search]] = {}
-        for sequence in self._running:
-            groups.setdefault(sequence.group, []).append(sequence)
-        events: list[Event] = []
-        for config, members in groups.items():
-            members.sort(key=lambda member: member.rows[0])
-            own_rows = [row for member in members for row in member.rows]
-            places = [place[row] for row in own_rows]
-            scores = (logits if places == list(range(len(rows))) else logits[places]).float()
-            if isinstance(config.strategy, BeamSearch):
-                scores = scores.log_softmax(dim=-1)
-            scores = self._history.adjust(scores, own_rows, config, self._model.eos_token_id)
-            samples = [member for member in members if isinstance(member, Sample)]
-            events += self._extend_samples(samples, scores, config) if samples else []
-            searches = [member for member in members if isinstance(member, Search)]
-            for index, search in enumerate(searches):
-                count = len(search.rows)
-                events += self._extend_search(search, scores[index * count : (index + 1) * count])
-        self.evict(event.handle for event in events if event.finish_reason is not None)
-        return sorted(events, key=lambda event: event.handle)
+        if reads is None:
+            reads = {handle: prompt.num_unread for handle, prompt in self._prompts.items()}
+        if unknown := reads.keys() - self._prompts.keys():
+            raise GenerationError(f"reads names handle {min(unknown)}, which is not the first one of an unread prompt")
+        if self._has_failed:
+            raise GenerationError("an earlier step of this session failed, and its sequences are lost; open a new one")
+        self._free_ended()
+        self._has_failed = True
+        events = self._step(reads)
+        self._has_failed = False
+        return events
 
     def evict(self, handles: Iterable[int]) -> None:
-        """Remove sequences; results of one beam search leave together. Handles that have left already are ignored."""
+        """Remove sequences; the results of one beam search, and of a prompt that is still being read, leave together.
+
+        Handles that have left already are ignored.
+        """
         given = set(handles)
+        for handle in given & self._scores.keys():
+            del self._scores[handle]
+        prompts = [prompt for prompt in self._prompts.values() if not given.isdisjoint(prompt.handles)]
+        for prompt in prompts:
+            del self._prompts[prompt.handles.start]
+        self._ended += prompts
+        self._leave(given)
+        self._free_ended()
+
+    def _leave(self, given: set[int]) -> None:
+        """Let running sequences take no more steps."""
         leaving = [sequence for sequence in self._running if not given.isdisjoint(sequence.handles)]
         for row in (row for sequence in leaving for row in sequence.rows):
-            self._rows.free(row)
             self._unread.pop(row, None)
-            self._logits.pop(row, None)
-            insort(self._free_rows, row)
         self._running = [sequence for sequence in self._running if sequence not in leaving]
+        self._ended += leaving
 
-    def _next_logits(self) -> tuple[list[int], Tensor]:
-        """The rows of all sequences, and the logits [B, V] of their next tokens."""
-        rows = sorted(self._unread)
-        parts = []
-        if rows:
-            tokens = torch.tensor([self._unread[row] for row in rows])
-            parts.append(self._rows.decode_step(rows, tokens))
-        if self._logits:
-            rows += self._logits
-            parts.append(torch.stack(list(self._logits.values())))
-        self._unread, self._logits = {}, {}
-        return rows, parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _free_ended(self) -> None:
+        for row in (row for sequence in self._ended for row in sequence.rows):
+            self._rows.free(row)
+            insort(self._free_rows, row)
+        self._ended = []
 
-    def _start(
-        self,
-        config: GenerationConfig,
-        handles: Sequence[int],
-        rows: list[int],
-        first_sequence: int,
-        device: torch.device,
-    ) -> None:
-        stops = stop_test(config.stop, self._decode_text)
-        if isinstance(config.strategy, BeamSearch):
-            state = BeamSearchState(
-                config.strategy.num_beams,
-                config.max_new_tokens,
-                eos_token_id=self._model.eos_token_id,
-                length_penalty=config.strategy.length_penalty,
-                device=device,
-            )
-            self._running.append(Search(handles, rows, config, group_of(config), stops, state))
-            return
-        for index, (handle, row) in enumerate(zip(handles, rows, strict=True)):
-            uniforms: list[float] = []
-            if isinstance(config.strategy, Sampling):
-                numbers = uniform_numbers(config.strategy.seed, [first_sequence + index], config.max_new_tokens)
-                uniforms = numbers[0].tolist()
-            self._running.append(Sample([handle], [row], config, group_of(config), stops, uniforms))
+    def _step(self, reads: Mapping[int, int]) -> list[Event]:
+        unread, self._unread = sorted(self._unread.items()), {}
+        rows = [row for row, _ in unread]
+        parts = [self._rows.decode_step(rows, torch.tensor([token for _, token in unread]))] if rows else []
+        if after_prompts := self._read(reads):
+            rows += after_prompts
+            parts.append(torch.stack(list(after_prompts.values())))
+        if not rows:
+            return []
+        places = {row: place for place, row in enumerate(rows)}
+        step = StepLogits(parts[0] if len(parts) == 1 else torch.cat(parts), places)
+        chosen = choose_next(step, self._running, self._history, self._model.eos_token_id)
+        events = self._extend_samples(chosen.tokens, scores_of(chosen.tokens, step))
+        for search, log_probs in chosen.beams.items():
+            events += self._extend_search(search, log_probs)
+        self._leave({event.handle for event in events if event.finish_reason is not None})
+        return sorted(events, key=lambda event: event.handle)
 
-    def _extend_samples(self, samples: Sequence[Sample], scores: Tensor, config: GenerationConfig) -> list[Event]:
-        """Choose a token for each sequence by its scores [B, V]."""
-        strategy = config.strategy if isinstance(config.strategy, Sampling) else None
-        uniforms = None
-        if strategy is not None:
-            drawn = [sample.uniforms[len(sample.tokens)] for sample in samples]
-            uniforms = torch.tensor(drawn, dtype=torch.float64, device=scores.device)
+    def _read(self, reads: Mapping[int, int]) -> dict[int, Tensor]:
+        """Read tokens of prompts, and start the sequences of those that are read whole.
+
+        Returns:
+            Row of a new sequence -> the logits [V] of its first token.
+        """
+        counts = {self._prompts[handle]: count for handle, count in reads.items()}
+        after_prompts: dict[int, Tensor] = {}
+        for prompt, logits in read_chunks(self._rows, counts).items():
+            del self._prompts[prompt.handles.start]
+            if prompt.num_top is not None:
+                self._scores[prompt.handles.start] = prompt.scores
+            first_row, *copies = prompt.rows
+            self._history.start(first_row, prompt.tokens)
+            for row in copies:
+                self._copy_row(first_row, row)
+            after_prompts |= dict.fromkeys(prompt.rows, logits)
+            self._running += prompt.start(self._model.eos_token_id, self._decode_text, logits.device)
+        return after_prompts
+
+    def _extend_samples(self, chosen: Mapping[Sample, int], scores: Mapping[Sample, TokenScore]) -> list[Event]:
+        """Add the chosen tokens to their sequences."""
         events = []
-        for sample, token in zip(samples, choose(scores, strategy, uniforms).tolist(), strict=True):
+        for sample, token in chosen.items():
             (handle,), (row,) = sample.handles, sample.rows
             sample.tokens.append(token)
             self._history.append(row, token)
             self._unread[row] = token
             reason = sample.finish_reason(sample.tokens, self._model.eos_token_id)
-            events.append(Event(handle=handle, token=token, finish_reason=reason))
+            log_prob, top = scores.get(sample, (None, None))
+            events.append(Event(handle=handle, token=token, finish_reason=reason, log_prob=log_prob, top_log_probs=top))
         return events
 
     def _extend_search(self, search: Search, log_probs: Tensor) -> list[Event]:
         """Advance a beam search by its beams' log-probabilities [W, V]."""
-        state = search.state
-        parents, tokens = state.advance(log_probs, search.stops if search.config.stop else None)
+        state, config = search.state, search.config
+        ends = search.is_stopped if config.stop or config.stop_token_ids else None
+        parents, tokens = state.advance(log_probs, ends)
         if state.is_open:
-            search.rows = self._regrow(search.rows, parents.tolist())
+            search.rows, copies = regrow(search.rows, parents.tolist())
+            for source, target in copies:
+                self._copy_row(source, target)
             for row, token in zip(search.rows, tokens.tolist(), strict=True):
                 self._history.append(row, token)
                 self._unread[row] = token
@@ -226,46 +288,12 @@ class DecodeSession:
             events += [Event(handle=handle, token=token, finish_reason=reason) for token, reason in pairs]
         return events
 
-    def _regrow(self, rows: Sequence[int], parents: Sequence[int]) -> list[int]:
-        """The rows of the new beams, of which beam i continues beam parents[i].
-
-        The first child of a beam keeps its row; the others get copies in the rows of beams without children.
-        """
-        unused = [row for beam, row in enumerate(rows) if beam not in parents]
-        placed: list[int] = []
-        for parent in parents:
-            row = rows[parent]
-            if row in placed:
-                row = unused.pop()
-                self._copy_row(rows[parent], row)
-            placed.append(row)
-        return placed
+    def _find(self, handle: int) -> Prompt | Sample | Search:
+        for sequence in (*self._prompts.values(), *self._running, *self._ended):
+            if handle in sequence.handles:
+                return sequence
+        raise GenerationError(f"handle {handle} names no sequence of this session, or one that has left it")
 
     def _copy_row(self, source: int, target: int) -> None:
         self._rows.copy_row(source, target)
         self._history.copy_row(source, target)
-
-    def _check(self, prompts: Sequence[Sequence[int]], configs: Sequence[GenerationConfig]) -> None:
-        vocab_size = self._model.vocab_size
-        for index, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
-            if not prompt:
-                raise GenerationError(
-                    f"prompt {index} has no tokens; a continuation needs at least one. To write from nothing, "
-                    "start with BLOOM's first token, <s>"
-                )
-            if min(prompt) < 0 or max(prompt) >= vocab_size:
-                bad = min(prompt) if min(prompt) < 0 else max(prompt)
-                raise GenerationError(
-                    f"prompt {index} contains id {bad}, but the model has ids 0 to {vocab_size - 1}; "
-                    "does the tokenizer belong to this model?"
-                )
-            if config.stop and self._decode_text is None:
-                raise GenerationError("stop texts need decode_text, which turns ids into text (a tokenizer's decode)")
-            if len(prompt) + config.max_new_tokens > self._max_tokens:
-                raise GenerationError(
-                    f"prompt {index} has {len(prompt)} tokens and may get {config.max_new_tokens} new ones; "
-                    f"this session has room for {self._max_tokens} tokens of a sequence"
-                )
-        needed = sum(config.num_rows for config in configs)
-        if needed > self.num_free_rows:
-            raise GenerationError(f"the prompts need {needed} rows, and this session has {self.num_free_rows} free")

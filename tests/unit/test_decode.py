@@ -156,9 +156,9 @@ def test_no_prompts_and_a_model_without_eos() -> None:
 
 def test_refusals_name_what_is_wrong() -> None:
     model = tiny_model()
-    with pytest.raises(GenerationError, match=r"prompt 1 has no tokens.*<s>"):
+    with pytest.raises(GenerationError, match=r"prompt 1: the prompt has no tokens.*<s>"):
         generate(model, [[5], []])
-    with pytest.raises(GenerationError, match="prompt 0 contains id 101, but the model has ids 0 to 100"):
+    with pytest.raises(GenerationError, match="prompt 0: the prompt contains id 101, but the model has ids 0 to 100"):
         generate(model, [[5, 101]])
     with pytest.raises(GenerationError, match="decode_text"):
         generate(model, [[5]], GenerationConfig(stop=("x",)))

@@ -11,7 +11,7 @@ from bloomlm.generation.sampling import (
     apply_repetition_penalty,
     apply_temperature,
     ban_repeated_ngrams,
-    ban_token,
+    ban_tokens,
     choose,
     keep_top_k,
     keep_top_p,
@@ -86,10 +86,10 @@ def test_no_repeat_ngram_bans_every_continuation_of_the_suffix() -> None:
 
 def test_min_new_tokens() -> None:
     logits = random_logits()
-    ours = ban_token(logits, 2, range(4))
+    ours = ban_tokens(logits, [2], range(4))
     equal(ours, theirs.MinNewTokensLengthLogitsProcessor(9, 3, 2)(random_history(), logits))
     assert logits.isfinite().all()  # the input is left alone
-    assert ban_token(logits, 2, [1, 3]).isinf().nonzero().tolist() == [[1, 2], [3, 2]]
+    assert ban_tokens(logits, [2], [1, 3]).isinf().nonzero().tolist() == [[1, 2], [3, 2]]
 
 
 @pytest.mark.parametrize("num_pads", [1, 4])

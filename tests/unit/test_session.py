@@ -17,6 +17,7 @@ from bloomlm.export.program import export_program
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.generation.generate import generate
 from bloomlm.generation.language_model import LanguageModel
+from bloomlm.generation.log_probs import PromptScores
 from bloomlm.generation.session import DecodeSession, Event
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -26,8 +27,9 @@ MAX_ROWS, MAX_TOKENS = 6, 40
 STRATEGIES = (
     Greedy(),
     Greedy(),
-    Sampling(seed=3),
+    Sampling(seed=3, temperature=0.4),  # flat distributions would magnify the rounding of logits
     Sampling(seed=9, top_k=20, top_p=0.9, temperature=1.5),
+    Sampling(seed=5, min_p=0.05),
     BeamSearch(),
 )
 KINDS = ["eager", "eager with a prefix", "program", "program with a prefix"]
@@ -83,6 +85,12 @@ def random_config(draw: random.Random) -> GenerationConfig:
         no_repeat_ngram_size=draw.choice((0, 0, 2)),
         num_return_sequences=count,
         stop=draw.choice(((), (), ("25>", "<17><"))),
+        stop_token_ids=draw.choice(((), (), (33, 8, 71))),
+        ignore_eos=draw.choice((False, False, True)),
+        logit_bias=draw.choice(((), (), ((9, -100.0), (50, 3.0)))),
+        frequency_penalty=draw.choice((0.0, 0.0, 1.5)),
+        presence_penalty=draw.choice((0.0, 0.0, -2.0)),
+        num_log_probs=None if isinstance(strategy, BeamSearch) else draw.choice((None, 0, 3)),
     )
 
 
@@ -93,6 +101,8 @@ class Request:
         self.prompt = [draw.randrange(4, vocab_size) for _ in range(draw.choice((1, 2, 5, 9, 20)))]
         self.config = random_config(draw)
         self.number = number
+        self.prompt_log_probs = draw.choice((None, None, 0, 2))
+        self.prompt_scores: PromptScores = []
         self.handles: list[int] = []
         self.events: dict[int, list[Event]] = {}
         self.steps_left = draw.choice((3, 1000, 1000))
@@ -105,17 +115,23 @@ def run(model: LanguageModel, requests: list[Request], draw: random.Random) -> N
     owners: dict[int, Request] = {}
     waiting = list(requests)
     while waiting or not session.is_empty:
-        arriving: list[Request] = []
-        while waiting and draw.random() < 0.6:
-            if sum(r.config.num_rows for r in [*arriving, waiting[0]]) > session.num_free_rows:
-                break
-            arriving.append(waiting.pop(0))
-        for request in arriving:
-            request.handles = session.admit([request.prompt], [request.config], first_sequence=request.number)
+        while waiting and waiting[0].config.num_rows <= session.num_free_rows and draw.random() < 0.6:
+            request = waiting.pop(0)
+            request.handles = session.open(
+                request.prompt,
+                request.config,
+                first_sequence=request.number,
+                prompt_log_probs=request.prompt_log_probs,
+            )
             owners |= dict.fromkeys(request.handles, request)
-        for event in session.step():
+        unread = {handle: count for handle in owners if (count := session.num_unread(handle))}
+        reads = {handle: draw.choice((0, 1, 3, count)) for handle, count in unread.items()}
+        for event in session.step(draw.choice((reads, reads, None))):
             owners[event.handle].events.setdefault(event.handle, []).append(event)
         for request in {id(owner): owner for owner in owners.values()}.values():
+            first = request.handles[0]
+            if first in unread and not session.num_unread(first) and request.prompt_log_probs is not None:
+                request.prompt_scores = session.prompt_scores(first)
             request.steps_left -= 1
             if request.steps_left == 0:
                 session.evict(request.handles)
@@ -144,14 +160,124 @@ def test_sequences_have_the_tokens_that_they_have_alone(model: LanguageModel, se
     assert num_whole > 10 and num_tokens > 60
 
 
-def test_prompts_admitted_together_are_read_in_one_pass() -> None:
+def log_probs_of(model: BloomForCausalLM, tokens: list[int]) -> Tensor:
+    """[T - 1, V] log-probabilities of each token but the first, by the whole sequence without a cache."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]))[0, :-1].log_softmax(-1)
+
+
+def check_score(log_prob: float | None, top: Any, expected: Tensor, token: int, num_top: int) -> None:
+    """Compare with the log-probabilities [V] of all tokens at one place."""
+    assert log_prob == pytest.approx(expected[token].item(), abs=1e-4)
+    values, ids = expected.topk(num_top)
+    assert [id_ for id_, _ in top] == ids.tolist()
+    assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_log_probabilities_are_those_of_the_whole_sequence(with_prefix: bool) -> None:
+    model = eager_model(101, with_prefix=with_prefix)
+    draw = random.Random(7)
+    requests = [Request(draw, 101, number) for number in range(24)]
+    run(model, requests, draw)
+    num_prompt_tokens = num_new_tokens = 0
+    for request in requests:
+        if request.prompt_scores:
+            num_top = request.prompt_log_probs or 0
+            assert request.prompt_scores[0] is None and len(request.prompt_scores) == len(request.prompt)
+            places = log_probs_of(model, request.prompt)
+            for score, expected, token in zip(request.prompt_scores[1:], places, request.prompt[1:], strict=True):
+                assert score is not None
+                check_score(*score, expected, token, num_top)
+                num_prompt_tokens += 1
+        for events in request.events.values():
+            tokens = [event.token for event in events]
+            places = log_probs_of(model, request.prompt + tokens)[len(request.prompt) - 1 :]
+            for event, expected, token in zip(events, places, tokens, strict=True):
+                if request.config.num_log_probs is None:
+                    assert event.log_prob is None and event.top_log_probs is None
+                else:
+                    check_score(event.log_prob, event.top_log_probs, expected, token, request.config.num_log_probs)
+                    num_new_tokens += 1
+    assert num_prompt_tokens > 30 and num_new_tokens > 60
+
+
+def test_prompt_scores_are_handed_over_once() -> None:
+    session = DecodeSession(eager_model(101, with_prefix=False), max_rows=2, max_tokens=10)
+    config = GenerationConfig(max_new_tokens=1)
+    (scored,) = session.open([5, 6, 7], config, prompt_log_probs=0)
+    (plain,) = session.open([5, 6, 7], config)
+    session.step({scored: 2, plain: 3})
+    with pytest.raises(GenerationError, match="no prompt scores for handle 0"):
+        session.prompt_scores(scored)
+    assert [event.handle for event in session.step()] == [scored] and session.is_empty
+    assert len(session.prompt_scores(scored)) == 3  # though the sequence has ended
+    for handle in (scored, plain):
+        with pytest.raises(GenerationError, match=f"no prompt scores for handle {handle}"):
+            session.prompt_scores(handle)
+
+
+def test_reading_in_chunks_continues_the_sequences_that_are_read() -> None:
+    session = DecodeSession(eager_model(101, with_prefix=False), max_rows=2, max_tokens=20)
+    config = GenerationConfig(max_new_tokens=8, ignore_eos=True)
+    (first,) = session.open([5, 6], config)
+    assert [event.handle for event in session.step()] == [first]
+    (second,) = session.open([9, 10, 11, 12, 13], config)
+    assert session.num_unread(second) == 5
+    assert [event.handle for event in session.step({})] == [first] and session.num_unread(second) == 5
+    assert [event.handle for event in session.step({second: 4})] == [first] and session.num_unread(second) == 1
+    assert [event.handle for event in session.step({second: 99})] == [first, second]
+    with pytest.raises(GenerationError, match="reads names handle 1"):
+        session.step({second: 1})
+    assert [event.handle for event in session.step()] == [first, second]
+    session.evict([first])
+    (third,) = session.open([9, 10, 11], config)
+    session.step({third: 2})
+    session.evict([third])  # while it is being read
+    assert session.num_free_rows == 1 and [event.handle for event in session.step()] == [second]
+
+
+def test_a_sequence_that_ended_is_known_until_the_next_change() -> None:
+    session = DecodeSession(eager_model(101, with_prefix=False), max_rows=1, max_tokens=20)
+    config = GenerationConfig(max_new_tokens=2, ignore_eos=True)
+    (handle,) = session.open([5, 6, 7], config)
+    assert session.num_read(handle) == 0
+    session.step({handle: 2})
+    assert session.num_read(handle) == 2
+    session.step()
+    assert session.num_read(handle) == 3
+    (event,) = session.step()
+    assert event.finish_reason == "length" and session.num_read(handle) == 4
+    assert session.num_free_rows == 1 and session.is_empty
+    session.open([9], config)
+    with pytest.raises(GenerationError, match="handle 0 names no sequence"):
+        session.num_read(handle)
+
+
+def test_a_failed_step_ends_the_session() -> None:
+    session = DecodeSession(eager_model(101, with_prefix=False), max_rows=2, max_tokens=20)
+    session.open([5, 6], GenerationConfig(max_new_tokens=8, ignore_eos=True))
+    rows: Any = session._rows
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    rows.decode_step = fail
+    session.step()
+    with pytest.raises(MemoryError):
+        session.step()
+    with pytest.raises(GenerationError, match="its sequences are lost"):
+        session.step()
+
+
+def test_prompts_opened_together_are_read_in_one_pass() -> None:
     model = eager_model(101, with_prefix=False)
     sizes: list[int] = []
     model.transformer.h[0].register_forward_hook(lambda _, __, out: sizes.append(len(out)))
     session = DecodeSession(model, max_rows=4, max_tokens=20)
     samples = GenerationConfig(strategy=Sampling(), num_return_sequences=2, max_new_tokens=3, min_new_tokens=3)
-    session.admit([[5, 6, 7], [8]], [samples, samples])
-    assert sizes == [4]
+    for prompt in ([5, 6, 7], [8]):
+        session.open(prompt, samples)
     assert len(session.step()) == 4 and sizes == [4]  # the first tokens need no more than the prompts
     session.step()
     assert sizes == [4, 4]  # and a token that ends a sequence is never read
@@ -169,11 +295,14 @@ def test_neither_admission_nor_leaving_touches_other_rows(model: LanguageModel) 
     with torch.inference_mode():
         for part in parts:
             part[3] = 0.0  # a row that is not used may hold NaN, which equals nothing
-    _, second, _ = session.admit([[5, 6, 7], [8], [9, 10]], [plain] * 3)
+    _, (second,), _ = (session.open(prompt, plain) for prompt in ([5, 6, 7], [8], [9, 10]))
+    session.step()
     session.step()
     before = [(part.data_ptr(), part.clone()) for part in parts]
     session.evict([second])
-    session.admit([[11, 12, 13, 14]], [plain])
+    (other,) = session.open([11, 12, 13, 14], plain)
+    with torch.inference_mode():
+        session._read({other: 4})  # a step without the other rows' next tokens
     for part, (address, old) in zip(parts, before, strict=True):
         assert part.data_ptr() == address
         assert torch.equal(part[[0, 2, 3]], old[[0, 2, 3]]) and not torch.equal(part[1], old[1])
@@ -186,8 +315,9 @@ def test_a_beam_search_copies_only_rows_of_beams_that_died() -> None:
     copies: list[tuple[int, int]] = []
     copy_row = rows.copy_row
     rows.copy_row = lambda source, target: (copies.append((source, target)), copy_row(source, target))
-    session.admit([[5, 6, 7]], [GenerationConfig(strategy=BeamSearch(num_beams=4), max_new_tokens=12)])
-    assert len(copies) == 3
+    session.open([5, 6, 7], GenerationConfig(strategy=BeamSearch(num_beams=4), max_new_tokens=12))
+    session.step()
+    assert len(copies) <= 3 + 3
     steps = 0
     while not session.is_empty:
         copies.clear()
@@ -201,13 +331,16 @@ def test_a_beam_search_copies_only_rows_of_beams_that_died() -> None:
 def test_refusals_leave_the_session_as_it_was() -> None:
     session = DecodeSession(eager_model(101, with_prefix=False), max_rows=2, max_tokens=10)
     plain = GenerationConfig(max_new_tokens=5)
-    with pytest.raises(GenerationError, match="need 3 rows, and this session has 2 free"):
-        session.admit([[5]], [GenerationConfig(strategy=BeamSearch(num_beams=3), max_new_tokens=5)])
-    with pytest.raises(GenerationError, match=r"prompt 1 has 6 tokens and may get 5 new ones.*room for 10 tokens"):
-        session.admit([[5], [6] * 6], [plain, plain])
+    with pytest.raises(GenerationError, match="needs 3 rows, and this session has 2 free"):
+        session.open([5], GenerationConfig(strategy=BeamSearch(num_beams=3), max_new_tokens=5))
+    with pytest.raises(GenerationError, match=r"the prompt has 6 tokens and may get 5 new ones.*room for 10 tokens"):
+        session.open([6] * 6, plain)
     with pytest.raises(GenerationError, match="decode_text"):
-        session.admit([[5]], [GenerationConfig(max_new_tokens=5, stop=("x",))])
+        session.open([5], GenerationConfig(max_new_tokens=5, stop=("x",)))
+    for options in ({"stop_token_ids": (101,)}, {"logit_bias": ((-1, 2.0),)}):
+        with pytest.raises(GenerationError, match=r"contains id (101|-1), but the model has ids 0 to 100"):
+            session.open([5], GenerationConfig(max_new_tokens=5, **options))
     assert session.is_empty and session.num_free_rows == 2
-    (handle,) = session.admit([[5]], [plain])
+    (handle,) = session.open([5], plain)
     session.evict([handle, 77])
     assert session.num_free_rows == 2 and session.step() == []

@@ -20,7 +20,6 @@ from bloomlm.adapters.base import PeftForm
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.linear import linear as weight_product
 from bloomlm.model.quantized import row_blocks
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -31,6 +30,8 @@ class DoraLinear(LoRALinear):
 
     own_names = (*LoRALinear.own_names, MAGNITUDE)
     lora_magnitude_vector: nn.Parameter
+    _kept_norms: tuple[list[tuple[int, int]], Tensor] | None = None
+    """Addresses and versions of the parameters, and the norms that belong to them."""
 
     @classmethod
     def from_linear(
@@ -64,6 +65,15 @@ class DoraLinear(LoRALinear):
             squares = torch.cat([updated.square().sum(1) for _, updated in self.updated_rows(whole)])
             return self.partition.leave(squares).sqrt()
 
+    def row_scale(self) -> Tensor:
+        """The trained magnitudes over the norms, which are computed once in eval mode until a parameter changes."""
+        return self.lora_magnitude_vector.float() / self._current_norms()
+
+    def train(self, mode: bool = True) -> Self:
+        """Change the mode, and compute the norms anew: FSDP changes parameters without counting their versions."""
+        self._kept_norms = None
+        return super().train(mode)
+
     @property
     def num_weight_products(self) -> int:
         """2 with dropout, because x and the dropped x are multiplied with the weight."""
@@ -78,12 +88,12 @@ class DoraLinear(LoRALinear):
         """[N, in] -> [N, out]."""
         dropped = self.dropped(x)
         update = F.linear(self.low_rank(dropped), self.learning_b()) * self.scaling
-        base = self._without_bias(x)
-        scale = self.lora_magnitude_vector.float() / self.norms()
+        base = self.without_bias(x)
+        scale = self.row_scale()
         if dropped is x:
             scaled = scale * (base + update)
         else:  # dropout acts on every change of the base's result, also on the scaling of its rows
-            scaled = base + (scale - 1) * self._without_bias(dropped) + scale * update
+            scaled = base + (scale - 1) * self.without_bias(dropped) + scale * update
         return (scaled + self.bias).to(base.dtype)
 
     def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
@@ -92,9 +102,15 @@ class DoraLinear(LoRALinear):
         scale = whole(self.lora_magnitude_vector).float() / self.norms(whole)
         return merged.mul_(scale[:, None]).to(dtype)
 
-    def _without_bias(self, x: Tensor) -> Tensor:
-        product = self.partition.multiply(x, self.weight, None, self.weight_scale, weight_product)
-        return self.partition.leave(product)
+    def _current_norms(self) -> Tensor:
+        parameters = (self.weight, self.lora_A, self.lora_B)
+        if self.training or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+            return self.norms()
+        versions = [(p.data_ptr(), p._version) for p in parameters]
+        if self._kept_norms is None or self._kept_norms[0] != versions:
+            with torch.inference_mode(False):  # the norms may be used where gradients are computed
+                self._kept_norms = versions, self.norms()
+        return self._kept_norms[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,24 @@ from torch import Tensor, nn
 from bloomlm.adapters.base import AdapterModule
 from bloomlm.errors import AdapterError
 from bloomlm.model.linear import Linear
+from bloomlm.model.partition import Partition
 from bloomlm.model.quantized import dequantize_rows, row_blocks
 
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
+
+
+def low_rank_product(x: Tensor, lora_a: Tensor, partition: Partition) -> Tensor:
+    """[N, in] and [R, in] -> [N, R], whole on every rank."""
+    return partition.between(F.linear(x.to(lora_a.dtype), lora_a))
+
+
+def add_update(base: Tensor, low_rank: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """base + scaling * low_rank B^T, in place of base [N, out]; low_rank is [N, R] and lora_b [out, R]."""
+    if torch.is_autocast_enabled(base.device.type) or base.dtype != low_rank.dtype:
+        return base.add_((F.linear(low_rank, lora_b) * scaling).to(base.dtype))
+    # one kernel multiplies, scales and adds; nothing needs the old value of base again
+    return base.addmm_(low_rank, lora_b.t(), alpha=scaling)
 
 
 class LoRALinear(Linear, AdapterModule):
@@ -81,11 +95,11 @@ class LoRALinear(Linear, AdapterModule):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
         low_rank = self.low_rank(self.dropped(x))
-        base = super().forward(x)
-        if torch.is_autocast_enabled(x.device.type) or base.dtype != low_rank.dtype:
-            return base + (F.linear(low_rank, self.learning_b()) * self.scaling).to(base.dtype)
-        # one kernel multiplies, scales and adds in place; nothing needs the old value of base again
-        return base.addmm_(low_rank, self.learning_b().t(), alpha=self.scaling)
+        return add_update(super().forward(x), low_rank, self.learning_b(), self.scaling)
+
+    def row_scale(self) -> Tensor | None:
+        """[out] the factor of each row of the updated weight in fp32; None: every factor is 1."""
+        return None
 
     def dropped(self, x: Tensor) -> Tensor:
         """x after dropout in training."""
@@ -96,7 +110,7 @@ class LoRALinear(Linear, AdapterModule):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, R]."""
-        return self.partition.between(F.linear(x.to(self.lora_A.dtype), self.lora_A))
+        return low_rank_product(x, self.lora_A, self.partition)
 
     def learning_b(self) -> Tensor:
         """[out, R] lora_B, in which entries that do not learn get no gradient."""

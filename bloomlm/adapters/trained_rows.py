@@ -78,7 +78,10 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[M] ids -> [M, D]."""
-        base = super().forward(tokens)
+        return self.put_rows(tokens, super().forward(tokens))
+
+    def put_rows(self, tokens: Tensor, base: Tensor) -> Tensor:
+        """The base embedding's rows [M, D] of ids [M], with the trained rows in their places."""
         ordered, order = self.trained_tokens.sort()
         position = torch.searchsorted(ordered, tokens).clamp_(max=len(ordered) - 1)
         learns = ordered[position] == tokens
@@ -95,8 +98,12 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., V] logits."""
         z = super().logits(hidden)
-        ReplacedRows(self.trained_tokens, self.trained_rows).put_logits(hidden, z)
+        self.put_logits(hidden, z)
         return z
+
+    def put_logits(self, hidden: Tensor, z: Tensor) -> None:
+        """Overwrite the logits z [..., V] of hidden states [..., D] at the tokens of the trained rows."""
+        ReplacedRows(self.trained_tokens, self.trained_rows).put_logits(hidden, z)
 
     def merged_weight(self, whole: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """[V, D] the weight of this rank with the trained rows in their places.

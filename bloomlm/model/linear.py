@@ -174,12 +174,16 @@ class Linear(nn.Linear):
         """[..., in] -> [..., out]."""
         partition = self.partition
         if partition.sums_inputs:
-            return partition.leave(partition.multiply(x, self.weight, None, self.weight_scale, linear)) + self.bias
+            return self.without_bias(x) + self.bias
         return partition.leave(partition.multiply(x, self.weight, self.bias, self.weight_scale, linear))
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]: the weight's product alone."""
+        return self.partition.leave(self.partition.multiply(x, self.weight, None, self.weight_scale, linear))
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh form) of the layer's result, in one pass where possible."""
-        is_plain = type(self) is Linear and not self.partition.sums_inputs and x.dim() == 2
+        is_plain = not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2
         if is_plain and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
             return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

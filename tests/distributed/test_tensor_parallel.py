@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bloomlm.adapters.bank import AdapterBank
 from bloomlm.adapters.base import FullTuning
 from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.checkpoint.adapters.peft import PlainAdapter, install_adapter
 from bloomlm.data.loader import collate
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
 from bloomlm.generation.generate import generate
@@ -27,6 +29,7 @@ from bloomlm.training.losses import batch_loss
 from bloomlm.training.precision import Precision
 from tests.distributed.models import Case, assert_close, some_examples, tiny_model
 from tests.distributed.pool import RankPool
+from tests.tiny_checkpoint import learned_tensors
 
 ALL_LINEARS = LoraConfig(r=3, target_modules=BLOCK_LINEARS)
 CASES = {
@@ -176,6 +179,45 @@ def test_generation_token_for_token(ranks: RankPool, name: str, strategy: Any) -
     expected = continuations(CASES[name], config, 1)
     assert len({tuple(tokens) for tokens in expected}) > 1
     assert ranks.run(2, continuations, CASES[name], config, 2) == [expected] * 2
+
+
+NAMED = {
+    "lora": ALL_LINEARS,
+    "dora": DoraConfig(r=2, target_modules=BLOCK_LINEARS),
+    "rows": LoraConfig(r=1, trained_tokens=(47, 5, 20, 3)),
+    "prefix": PrefixConfig(num_prefix_tokens=3, prefix_projection=True),
+}
+
+
+def logits_with_named_adapters(world_size: int) -> Tensor:
+    """[B * T, V] logits of rows that each use another adapter, read in two parts and continued."""
+    model, mesh = tensor_parallel_model(Case(), world_size)
+    bank = AdapterBank(model)
+    for name, adapter in NAMED.items():
+        adapted = bank.base_model()
+        whole = tiny_model(Case(adapter=adapter))
+        install_adapter(adapted, PlainAdapter(config=adapter, tensors=learned_tensors(whole)))
+        cut_adapter(adapted, mesh)
+        bank.load(name, adapted)
+    rows = model.open_rows(5, 10)
+    for row, name in enumerate((None, *NAMED)):
+        rows.set_adapter(row, name)
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                rows.prefill(
+                    [0, 1, 2, 3, 4], [[7, 5, 40], [7, 5], [47], [3, 5, 20, 47], [9]], num_logits=[3, 1, 1, 4, 1]
+                ),
+                rows.prefill([2, 4], [[7, 5], [20]]),
+                rows.decode_step([4, 1, 0, 2, 3], torch.tensor([5, 3, 11, 20, 47])),
+            ]
+        )
+
+
+def test_rows_with_named_adapters(ranks: RankPool) -> None:
+    expected = logits_with_named_adapters(1)
+    for found in ranks.run(2, logits_with_named_adapters, 2):
+        assert_close({"logits": found}, {"logits": expected})
 
 
 def draws() -> tuple[list[float], list[float], list[float], list[float]]:

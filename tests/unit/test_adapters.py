@@ -1,5 +1,6 @@
 """LoRA and prefix adapters against explicit matrices."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from bloomlm.adapters.base import FullTuning, adapter_of, apply_adapter
+from bloomlm.adapters.dora import DoraConfig, DoraLinear
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.adapters.prefix import PrefixConfig
@@ -79,6 +81,32 @@ def test_lora_output_gradients_and_merge_equal_explicit_weights(use_rslora: bool
 
     merged = merged_model(model)
     torch.testing.assert_close(merged.state_dict(), explicit.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_dora_computes_norms_once_in_eval_mode_until_a_parameter_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[DoraLinear] = []
+    norms = DoraLinear.norms
+    monkeypatch.setattr(DoraLinear, "norms", lambda layer, *whole: (calls.append(layer), norms(layer, *whole))[1])
+    model = tiny_model()
+    apply_adapter(model, DoraConfig(r=2, target_modules=BLOCK_LINEARS))
+    randomise(model)
+    ids = torch.randint(0, 64, (1, 7))
+    num_layers = 4 * model.config.n_layer
+    with torch.inference_mode():
+        model(ids)
+        model(ids)
+    assert len(calls) == num_layers
+    layer = model.transformer.h[0].mlp.dense_4h_to_h
+    for parameter in (layer.lora_A, layer.lora_B):
+        with torch.no_grad():
+            parameter.mul_(2)
+        assert torch.equal(model(ids), copy.deepcopy(model).train().eval()(ids))
+    model(ids).sum().backward()  # norms from inference mode are no obstacle to gradients
+    calls.clear()
+    model.train()(ids)
+    model(ids)
+    model.eval()(ids)
+    assert len(calls) == 3 * num_layers
 
 
 @pytest.mark.parametrize("projection", [False, True])

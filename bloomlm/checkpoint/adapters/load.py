@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from bloomlm.adapters.bank import AdapterBank
 from bloomlm.checkpoint.adapters.base_config import peft_base_config
 from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, PlainAdapter, install_adapter, read_peft_adapter
 from bloomlm.checkpoint.paddle import importer
@@ -56,6 +57,29 @@ def load_adapter(
     adapter = replace(adapter, tensors={**adapter.tensors, **own})
     install_adapter(model, adapter)
     cut_adapter(model, mesh)
+
+
+def load_named_adapter(
+    bank: AdapterBank,
+    name: str,
+    directory: Path,
+    *,
+    reading: ForeignReading = AS_THE_FILES_TELL,
+    mesh: Mesh = ALONE,
+) -> None:
+    """Load an adapter beside others, by a name that rows choose it by.
+
+    Args:
+        bank: the adapters of the base model.
+        name: the name, which no other adapter in the bank has.
+        directory, reading, mesh: as for load_adapter.
+
+    Raises:
+        AdapterError: as load_adapter, or the name is taken, or the adapter cannot be used beside others.
+    """
+    model = bank.base_model()
+    load_adapter(model, directory, reading=reading, mesh=mesh)
+    bank.load(name, model)
 
 
 def read_adapter(

@@ -9,6 +9,9 @@
     +-- ProgramError       an exported program that cannot be written, opened or run here
     |   +-- BackendMissingError  the library that would run it is not installed
     +-- TrainingError      a run that cannot go on (ten losses in a row that are not finite, ...)
+    +-- ServingError       a request that a server cannot finish
+        +-- QueueFullError      too many requests wait already
+        +-- ClosingError        the server is closing
 
 Programming mistakes inside bloomlm stay `assert`s and ordinary exceptions.
 """
@@ -50,6 +53,27 @@ class BackendMissingError(ProgramError):
 
 class TrainingError(BloomlmError, RuntimeError):
     """A training run that cannot go on."""
+
+
+class ServingError(BloomlmError, RuntimeError):
+    """A request that a server cannot finish, through no fault of the request."""
+
+
+class QueueFullError(ServingError):
+    """Too many requests wait already.
+
+    Args:
+        message: what was found and what to do.
+        retry_after_s: seconds after which there is probably room.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ClosingError(ServingError):
+    """The server is closing and takes no more requests."""
 
 
 def name_some(names: collections.abc.Iterable[str], limit: int = 5) -> str:

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "bloomlm"
 ROWS = [
     {"cli"},
+    {"serving"},
     {"api"},
     {"training", "export"},
     {"evaluation"},

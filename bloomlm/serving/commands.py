@@ -1,0 +1,80 @@
+"""What the engine is told to do between steps; with tensor parallelism, rank 0 tells all ranks the same."""
+
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import torch.distributed as dist
+
+from bloomlm.parallel.mesh import Mesh
+from bloomlm.serving.request import GenerationRequest
+
+_HEARTBEAT_SECONDS = 60
+"""An idle rank 0 speaks at least this often, so that the others' wait never times out (parallel.launch.TIMEOUT)."""
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Take a request."""
+
+    number: int
+    request: GenerationRequest
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Drop a request."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End, after the requests that are there (drains) or at once."""
+
+    drains: bool
+
+
+Command = Submit | Cancel | Stop
+
+
+class CommandQueue:
+    """Commands from any thread of rank 0 to the engines of all ranks. Every rank must make one with the same mesh.
+
+    The exchange takes gloo also where the model computes on GPUs, because a rank that waits for NCCL spins.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._queue: SimpleQueue[Command] = SimpleQueue()
+        self._is_main = mesh.is_main
+        self._group = None if mesh.is_alone else dist.new_group(backend="gloo")
+
+    def put(self, command: Command) -> None:
+        """Add a command; on rank 0."""
+        self._queue.put(command)
+
+    def take(self, *, waits: bool) -> list[Command]:
+        """The commands of rank 0 since the last call, on every rank.
+
+        Args:
+            waits: whether to wait for a command if there is none, without using the processor.
+        """
+        commands: list[Command] = []
+        if self._is_main:
+            if waits:
+                commands = self._first()
+            while True:
+                try:
+                    commands.append(self._queue.get_nowait())
+                except Empty:
+                    break
+        if self._group is None:
+            return commands
+        box = [commands]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _first(self) -> list[Command]:
+        try:
+            return [self._queue.get(timeout=None if self._group is None else _HEARTBEAT_SECONDS)]
+        except Empty:
+            return []

@@ -1,0 +1,165 @@
+"""How much memory there is for keys and values, and how it is divided into rows and blocks."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bloomlm.api import LoadedModel
+from bloomlm.errors import ConfigError, format_bytes
+from bloomlm.parallel.mesh import Mesh
+from bloomlm.runtime.program import Program
+from bloomlm.serving.options import EngineOptions
+from bloomlm.serving.scheduler import BLOCK_TOKENS, num_blocks_of
+
+_LOG = logging.getLogger(__name__)
+
+_CPU_SHARE, _GPU_SHARE = 0.5, 0.9
+"""Parts of the free memory that keys and values may fill. The rest is for activations, logits and, on a CPU, for other
+processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvBudget:
+    """Memory for keys and values."""
+
+    num_rows: int
+    """Sequences that run at once."""
+    num_blocks: int
+    """Blocks of running requests and of the prefix cache together."""
+    num_allocated: int
+    """Blocks that the rows occupy from the start, used or not; 0 where rows take memory when they are written."""
+
+
+def find_budget(generator: LoadedModel | Program, options: EngineOptions, mesh: Mesh) -> KvBudget:
+    """The memory that a model is served with: the smallest of all ranks, so that all of them admit the same requests.
+
+    Raises:
+        ConfigError: see kv_budget.
+    """
+    budget = kv_budget(
+        options,
+        bytes_per_token=generator.model.bytes_per_token,
+        device=_device_of(generator),
+        mapped_bytes=_mapped_bytes(generator),
+    )
+    if mesh.is_alone:
+        return budget
+    found: list[KvBudget] = [budget] * mesh.degrees.world_size
+    dist.all_gather_object(found, budget)
+    return min(found, key=lambda other: (other.num_rows, other.num_blocks))
+
+
+def kv_budget(options: EngineOptions, *, bytes_per_token: int, device: torch.device, mapped_bytes: int = 0) -> KvBudget:
+    """Divide the memory for keys and values.
+
+    Args:
+        options: kv_cache_gb, or None for a part of the free memory; max_num_seqs and max_model_len.
+        bytes_per_token: keys and values of one token on this rank.
+        device: where the rows are. On a CPU they take memory as they are written; on a GPU they are allocated.
+        mapped_bytes: size of weights that are mapped files, which count as free memory although they are in use.
+
+    Raises:
+        ConfigError: not even one sequence of max_model_len tokens fits.
+    """
+    free = _free_bytes(device) - mapped_bytes
+    share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
+    given = options.kv_cache_gb
+    total_bytes = share * free if given is None else given * 1e9
+    num_blocks = int(total_bytes / (BLOCK_TOKENS * bytes_per_token))
+    blocks_per_row = num_blocks_of(options.max_model_len)
+    if num_blocks < blocks_per_row:
+        needed = format_bytes(blocks_per_row * BLOCK_TOKENS * bytes_per_token)
+        found = f"--kv_cache_gb is {given:g}" if given is not None else f"only {format_bytes(max(0, free))} are free"
+        raise ConfigError(
+            f"one sequence of --max_model_len {options.max_model_len} tokens needs {needed} for its keys and values, "
+            f"and {found}; lower --max_model_len"
+            + (
+                ", or raise --kv_cache_gb"
+                if given is not None
+                else f", or set --kv_cache_gb (default: {share:.0%} of the free memory)"
+            )
+        )
+    if device.type == "cpu":
+        return KvBudget(num_rows=options.max_num_seqs, num_blocks=num_blocks, num_allocated=0)
+    num_rows = min(options.max_num_seqs, num_blocks // blocks_per_row)
+    if num_rows < options.max_num_seqs:
+        _LOG.warning(
+            "memory for keys and values holds %d sequences of --max_model_len %d tokens, so %d run at once instead of "
+            "--max_num_seqs %d; a lower --max_model_len leaves room for more",
+            num_rows,
+            options.max_model_len,
+            num_rows,
+            options.max_num_seqs,
+        )
+    return KvBudget(num_rows=num_rows, num_blocks=num_blocks, num_allocated=num_rows * blocks_per_row)
+
+
+def _device_of(generator: LoadedModel | Program) -> torch.device:
+    if isinstance(generator, LoadedModel):
+        return generator.model.transformer.word_embeddings.weight.device
+    return torch.device("cpu")
+
+
+def _mapped_bytes(generator: LoadedModel | Program) -> int:
+    """Size of the files that a program's memory is mapped to."""
+    if isinstance(generator, LoadedModel):
+        return 0
+    path = generator.path
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}.*"))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_system_free_bytes(), *_cgroup_free_bytes()])
+
+
+def _system_free_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: half of the memory is taken for free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _cgroup_free_bytes() -> list[int]:
+    """What the control groups of this process, one within the other, leave free; the files of version 2 and 1.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        root = Path("/sys/fs/cgroup/memory") if controllers == "memory" else Path("/sys/fs/cgroup")
+        if controllers not in ("", "memory"):
+            continue
+        names = (
+            ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("max", "current", "inactive_file")
+        )
+        own = root / group.lstrip("/")
+        for directory in (own, *own.parents):
+            if not directory.is_relative_to(root):
+                break
+            found += _group_free_bytes(directory, *names)
+    return found
+
+
+def _group_free_bytes(directory: Path, limit_name: str, usage_name: str, cache_name: str) -> list[int]:
+    """[limit - usage + what the kernel can drop], or [] without a limit."""
+    try:
+        limit = (directory / f"memory.{limit_name}").read_text().strip()
+        usage = int((directory / f"memory.{usage_name}").read_text())
+        stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    return [] if limit == "max" else [int(limit) - usage + int(stat.get(cache_name, 0))]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
 from bloomlm.generation.log_probs import TokenScore, log_probs_of
+from bloomlm.generation.rows import History
 from bloomlm.generation.sampling import choose
-from bloomlm.generation.sequences import History, Sample, Search
+from bloomlm.generation.sequences import Sample, Search
 
 
 @dataclass(frozen=True)

@@ -51,18 +51,15 @@ def generate(
     config = config or GenerationConfig()
     if on_token is not None and isinstance(config.strategy, BeamSearch):
         raise GenerationError("a beam search has no token to show before its end; choose greedy or sampling")
+    if not prompts:
+        return []
     session = DecodeSession(
         model,
         max_rows=len(prompts) * config.num_rows,
-        max_tokens=max(map(len, prompts), default=0) + config.max_new_tokens,
+        max_tokens=max(map(len, prompts)) + config.max_new_tokens,
         decode_text=decode_text,
     )
-    num_results = 0
-    for index, prompt in enumerate(prompts):
-        try:
-            num_results += len(session.open(prompt, config, first_sequence=first_sequence + num_results))
-        except GenerationError as error:
-            raise GenerationError(f"prompt {index}: {error}") from None
+    num_results = _open_all(session, prompts, config, first_sequence)
     tokens: list[list[int]] = [[] for _ in range(num_results)]  # a new session's handles count from 0
     reasons: list[FinishReason] = ["length"] * num_results
     while not session.is_empty:
@@ -72,3 +69,16 @@ def generate(
             if on_token is not None:
                 on_token(event.handle, event.token)
     return [Generation(tokens=ids, finish_reason=reason) for ids, reason in zip(tokens, reasons, strict=True)]
+
+
+def _open_all(
+    session: DecodeSession, prompts: Sequence[Sequence[int]], config: GenerationConfig, first_sequence: int
+) -> int:
+    """Open prompts; returns the number of their results."""
+    num_results = 0
+    for index, prompt in enumerate(prompts):
+        try:
+            num_results += len(session.open(prompt, config, first_sequence=first_sequence + num_results))
+        except GenerationError as error:
+            raise GenerationError(f"prompt {index}: {error}") from None
+    return num_results

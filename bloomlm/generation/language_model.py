@@ -76,7 +76,7 @@ class ModelRows(Protocol):
     def read_block(self, row: int, start: int, stop: int) -> Tensor:
         """A copy of what the model remembers of tokens start .. stop of a row; needs the feature blocks.
 
-        The layout is the model's own. Virtual tokens are not counted.
+        Its last dimension but one are the tokens; the others are the model's own. Virtual tokens are not counted.
 
         Raises:
             ValueError: the row has fewer tokens.

@@ -16,8 +16,9 @@ from bloomlm.generation.language_model import ModelRows
 from bloomlm.generation.log_probs import PromptScores, log_probs_of
 from bloomlm.generation.sampling import uniform_numbers
 from bloomlm.generation.sequences import DecodeText, Sample, Search, group_of, stop_test
+from bloomlm.row_memory import RowFeatures
 
-_MOST_SCORED = 1
+_MOST_SCORED = 128
 """Scored positions of one forward pass, which bounds the memory of their logits."""
 
 
@@ -29,16 +30,16 @@ class Prompt:
     """Its ids."""
     handles: range
     """Handles of its results."""
-    rows: list[int]
-    """Rows that it needs when it is continued; it is read into the first of them."""
     config: GenerationConfig
     """How it is continued."""
     first_sequence: int
     """Number of its first result within the caller's run."""
     num_top: int | None
     """Number of likeliest ids to name at each of its positions; None: its tokens are not scored."""
-    num_read: int = 0
+    num_read: int
     """Tokens that the model has read."""
+    rows: list[int] = field(default_factory=list)
+    """Rows that it needs when it is continued; it is read into the first of them."""
     scores: PromptScores = field(default_factory=lambda: [None])
     """Scores of its tokens so far, one more than were read."""
 
@@ -78,22 +79,22 @@ class Prompt:
         ]
 
 
-def check_prompt(prompt: Sequence[int], config: GenerationConfig, vocab_size: int, max_tokens: int) -> None:
-    """Raise GenerationError for a prompt that cannot be continued so.
+def check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int) -> None:
+    """Raise GenerationError for a prompt that cannot be continued.
 
     Args:
-        prompt: its ids.
-        config: how to continue it.
+        prompt: the prompt with its options.
         vocab_size: number of the model's ids.
         max_tokens: most tokens of a sequence, prompt and max_new_tokens together.
     """
-    if not prompt:
+    tokens, config = prompt.tokens, prompt.config
+    if not tokens:
         raise GenerationError(
             "the prompt has no tokens; a continuation needs at least one. To write from nothing, "
             "start with BLOOM's first token, <s>"
         )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        bad = min(prompt) if min(prompt) < 0 else max(prompt)
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        bad = min(tokens) if min(tokens) < 0 else max(tokens)
         raise GenerationError(
             f"the prompt contains id {bad}, but the model has ids 0 to {vocab_size - 1}; "
             "does the tokenizer belong to this model?"
@@ -101,19 +102,25 @@ def check_prompt(prompt: Sequence[int], config: GenerationConfig, vocab_size: in
     for name, ids in (("stop_token_ids", config.stop_token_ids), ("logit_bias", [id_ for id_, _ in config.logit_bias])):
         if wrong := [token for token in ids if not 0 <= token < vocab_size]:
             raise GenerationError(f"{name} contains id {wrong[0]}, but the model has ids 0 to {vocab_size - 1}")
-    if len(prompt) + config.max_new_tokens > max_tokens:
+    if len(tokens) + config.max_new_tokens > max_tokens:
         raise GenerationError(
-            f"the prompt has {len(prompt)} tokens and may get {config.max_new_tokens} new ones; "
+            f"the prompt has {len(tokens)} tokens and may get {config.max_new_tokens} new ones; "
             f"this session has room for {max_tokens} tokens of a sequence"
+        )
+    most = len(tokens) - 1 if prompt.num_top is None else 0
+    if prompt.num_read > most:
+        raise GenerationError(
+            f"blocks hold {prompt.num_read} tokens; at most {most} tokens of this prompt need not be read"
         )
 
 
-def read_chunks(rows: ModelRows, reads: Mapping[Prompt, int]) -> dict[Prompt, Tensor]:
-    """Read the next tokens of prompts.
+def read_chunks(rows: ModelRows, reads: Mapping[Prompt, int], features: RowFeatures) -> dict[Prompt, Tensor]:
+    """Read the next tokens of prompts, in one forward pass unless many are scored.
 
     Args:
         rows: the rows of the prompts.
         reads: how many tokens of each prompt to read; more than it has are all that it has.
+        features: what the rows can do; without scores_chunks, prompts that are scored are read token by token.
 
     Returns:
         Logits [V] of the first new token of each prompt that is now read whole.
@@ -121,7 +128,7 @@ def read_chunks(rows: ModelRows, reads: Mapping[Prompt, int]) -> dict[Prompt, Te
     left = {prompt: min(count, prompt.num_unread) for prompt, count in reads.items()}
     complete: dict[Prompt, Tensor] = {}
     while any(left.values()):
-        room = _MOST_SCORED
+        room = _MOST_SCORED if features.scores_chunks else 1
         chunks: dict[Prompt, int] = {}
         for prompt, count in left.items():
             size = count if prompt.num_top is None else min(count, room)
@@ -130,9 +137,12 @@ def read_chunks(rows: ModelRows, reads: Mapping[Prompt, int]) -> dict[Prompt, Te
                 chunks[prompt] = size
                 left[prompt] -= size
         tokens = [prompt.tokens[prompt.num_read : prompt.num_read + size] for prompt, size in chunks.items()]
-        logits = rows.prefill([prompt.rows[0] for prompt in chunks], tokens)
-        for (prompt, size), own_logits in zip(chunks.items(), logits, strict=True):
-            prompt.advance(size, own_logits[None])
+        num_logits = [
+            int(size == prompt.num_unread) if prompt.num_top is None else size for prompt, size in chunks.items()
+        ]
+        logits = rows.prefill([prompt.rows[0] for prompt in chunks], tokens, num_logits=num_logits)
+        for (prompt, size), own_logits in zip(chunks.items(), logits.split(num_logits), strict=True):
+            prompt.advance(size, own_logits)
             if not prompt.num_unread:
-                complete[prompt] = own_logits
+                complete[prompt] = own_logits[-1]
     return complete

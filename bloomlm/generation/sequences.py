@@ -1,30 +1,33 @@
-"""The sequences of a session: what belongs to each of them alone, and the tokens in their rows.
-
-Shapes: B rows of a call, S tokens of the longest row, V vocabulary.
-"""
+"""The sequences of a session: what belongs to each of them alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from bloomlm.generation.beam import BeamSearchState
 from bloomlm.generation.config import GenerationConfig, Sampling
-from bloomlm.generation.sampling import (
-    add_bias,
-    apply_count_penalties,
-    apply_repetition_penalty,
-    ban_repeated_ngrams,
-    ban_tokens,
-)
 
 FinishReason = Literal["eos", "length", "stop", "stop_token"]
 """eos: the model ended the sequence; stop: a stop text occurred; stop_token: one of stop_token_ids did; length:
 max_new_tokens were generated."""
 DecodeText = Callable[[list[int]], str]
 StopTest = Callable[[list[int]], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One new token of one sequence."""
+
+    handle: int
+    """Handle of the sequence."""
+    token: int
+    """Its new id."""
+    finish_reason: FinishReason | None
+    """Why the sequence ends with this token; None where it goes on."""
+    log_prob: float | None = None
+    """Its log-probability in the distribution of the model, on which no option has acted; None: not asked for."""
+    top_log_probs: tuple[tuple[int, float], ...] | None = None
+    """The num_log_probs likeliest ids of that distribution with their log-probabilities, likeliest first."""
 
 
 @dataclass(eq=False)
@@ -74,65 +77,14 @@ class Search(Running):
         """Whether a continuation ends with its last token by one of stop_token_ids or a stop text."""
         return self.finish_reason(tokens, None) in ("stop_token", "stop")
 
-
-class History:
-    """Prompt and generated tokens of each row, in memory that is allocated once."""
-
-    def __init__(self, num_rows: int, num_tokens: int) -> None:
-        self._tokens = torch.zeros(num_rows, num_tokens, dtype=torch.int64)
-        self._num_prompt_tokens = [0] * num_rows
-        self._lengths = [0] * num_rows
-
-    def num_prompt_tokens(self, row: int) -> int:
-        """Number of tokens of a row's prompt."""
-        return self._num_prompt_tokens[row]
-
-    def start(self, row: int, prompt: Sequence[int]) -> None:
-        """Let a row begin with a prompt."""
-        self._tokens[row, : len(prompt)] = torch.tensor(prompt)
-        self._num_prompt_tokens[row] = self._lengths[row] = len(prompt)
-
-    def append(self, row: int, token: int) -> None:
-        """Add a generated token."""
-        self._tokens[row, self._lengths[row]] = token
-        self._lengths[row] += 1
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Make the target row equal to the source row."""
-        self._tokens[target] = self._tokens[source]
-        self._num_prompt_tokens[target] = self._num_prompt_tokens[source]
-        self._lengths[target] = self._lengths[source]
-
-    def adjust(self, logits: Tensor, rows: Sequence[int], config: GenerationConfig, eos_token_id: int | None) -> Tensor:
-        """Apply the options that act under every strategy, in vLLM's order.
-
-        Args:
-            logits: [B, V] of each row's next token, float32 (log-probabilities in a beam search); it stays as it is.
-            rows: B rows.
-            config: the options.
-            eos_token_id: the token that a row with fewer than min_new_tokens generated tokens must not take, as it must
-                not take any of stop_token_ids.
-
-        Returns:
-            [B, V].
-        """
-        if config.logit_bias:
-            logits = add_bias(logits, config.logit_bias)
-        counts = [self._lengths[row] for row in rows]
-        if config.repetition_penalty != 1.0 or config.no_repeat_ngram_size:
-            tokens = self._tokens[list(rows), : max(counts)].to(logits.device)
-            lengths = torch.tensor(counts, device=logits.device)
-            if config.repetition_penalty != 1.0:
-                logits = apply_repetition_penalty(logits, tokens, lengths, config.repetition_penalty)
-            if config.no_repeat_ngram_size:
-                logits = ban_repeated_ngrams(logits, tokens, lengths, config.no_repeat_ngram_size)
-        if config.frequency_penalty or config.presence_penalty:
-            generated = [self._tokens[row, self._num_prompt_tokens[row] : self._lengths[row]] for row in rows]
-            logits = apply_count_penalties(logits, generated, config.frequency_penalty, config.presence_penalty)
-        endings = [*config.stop_token_ids, *([] if eos_token_id is None else [eos_token_id])]
-        num_generated = [count - self._num_prompt_tokens[row] for count, row in zip(counts, rows, strict=True)]
-        short = [place for place, count in enumerate(num_generated) if count < config.min_new_tokens]
-        return ban_tokens(logits, endings, short) if endings and short else logits
+    def events(self, eos_token_id: int | None) -> list[Event]:
+        """The tokens of its results, once it has ended."""
+        events = []
+        for handle, found in zip(self.handles, self.state.best(len(self.handles)), strict=True):
+            reasons = [None] * (len(found) - 1) + [self.finish_reason(found, eos_token_id)]
+            pairs = zip(found, reasons, strict=True)
+            events += [Event(handle=handle, token=token, finish_reason=reason) for token, reason in pairs]
+        return events
 
 
 def group_of(config: GenerationConfig) -> GenerationConfig:

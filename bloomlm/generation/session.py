@@ -7,9 +7,7 @@ from ids to text.
 Shapes: B rows of a step, V vocabulary.
 """
 
-from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,23 +19,8 @@ from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.generation.log_probs import PromptScores, TokenScore
 from bloomlm.generation.reading import Prompt, check_prompt, read_chunks
-from bloomlm.generation.sequences import DecodeText, FinishReason, History, Sample, Search
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """One new token of one sequence."""
-
-    handle: int
-    """Handle of the sequence."""
-    token: int
-    """Its new id."""
-    finish_reason: FinishReason | None
-    """Why the sequence ends with this token; None where it goes on."""
-    log_prob: float | None = None
-    """Its log-probability in the distribution of the model, on which no option has acted; None: not asked for."""
-    top_log_probs: tuple[tuple[int, float], ...] | None = None
-    """The num_log_probs likeliest ids of that distribution with their log-probabilities, likeliest first."""
+from bloomlm.generation.rows import SessionRows
+from bloomlm.generation.sequences import DecodeText, Event, Sample, Search
 
 
 class DecodeSession:
@@ -60,9 +43,7 @@ class DecodeSession:
         self._max_tokens = max_tokens
         self._decode_text = decode_text
         with torch.inference_mode():
-            self._rows = model.open_rows(max_rows, max_tokens)
-        self._history = History(max_rows, max_tokens)
-        self._free_rows = list(range(max_rows))
+            self._rows = SessionRows(model, max_rows, max_tokens)
         self._prompts: dict[int, Prompt] = {}
         """First handle -> the prompt, until it is read."""
         self._scores: dict[int, PromptScores] = {}
@@ -78,56 +59,58 @@ class DecodeSession:
     @property
     def num_free_rows(self) -> int:
         """Number of rows that no sequence uses."""
-        return len(self._free_rows) + sum(len(sequence.rows) for sequence in self._ended)
+        return self._rows.num_free + sum(len(sequence.rows) for sequence in self._ended)
 
     @property
     def is_empty(self) -> bool:
         """Whether no sequence is left."""
         return not (self._running or self._prompts)
 
+    @torch.inference_mode()
     def open(
         self,
         prompt: Sequence[int],
         config: GenerationConfig,
         *,
+        adapter: str | None = None,
         first_sequence: int = 0,
         prompt_log_probs: int | None = None,
+        blocks: Sequence[Tensor] = (),
     ) -> list[int]:
         """Take rows for a prompt, which the next steps read.
 
         Args:
             prompt: ids, at least one.
             config: how to continue it.
+            adapter: name of the adapter that it uses; None: the model alone.
             first_sequence: number of its first result within the caller's run; with the seed it decides the random
                 numbers.
             prompt_log_probs: score the prompt's tokens and name this many of the likeliest ids at each position, for
                 `prompt_scores`; None: do not.
+            blocks: what `read_block` gave of a sequence with the same adapter and the same first tokens, from the first
+                one on; the prompt has more tokens.
 
         Returns:
             A handle for each of its num_return_sequences results.
 
         Raises:
             GenerationError: an empty prompt, an id outside the vocabulary, too few free rows, a sequence longer than
-                max_tokens, or stop texts without decode_text.
+                max_tokens, stop texts without decode_text, or blocks for all of the prompt or for one that is scored.
+            AdapterError, ProgramError: the model has no such adapter, or no adapters or blocks.
         """
-        check_prompt(prompt, config, self._model.vocab_size, self._max_tokens)
-        if config.stop and self._decode_text is None:
-            raise GenerationError("stop texts need decode_text, which turns ids into text (a tokenizer's decode)")
-        if config.num_rows > self.num_free_rows:
-            raise GenerationError(
-                f"the prompt needs {config.num_rows} rows, and this session has {self.num_free_rows} free"
-            )
-        self._free_ended()
         handles = range(self._num_opened, self._num_opened + config.num_return_sequences)
-        rows, self._free_rows = self._free_rows[: config.num_rows], self._free_rows[config.num_rows :]
-        self._prompts[handles.start] = Prompt(
+        new = Prompt(
             tokens=prompt,
             handles=handles,
-            rows=rows,
             config=config,
             first_sequence=first_sequence,
             num_top=prompt_log_probs,
+            num_read=sum(block.shape[-2] for block in blocks),
         )
+        self._check(new)
+        self._free_ended()
+        new.rows = self._rows.take(config.num_rows, adapter, blocks)
+        self._prompts[handles.start] = new
         self._num_opened = handles.stop
         return list(handles)
 
@@ -147,7 +130,16 @@ class DecodeSession:
         if isinstance(sequence, Prompt):
             return sequence.num_read
         num_generated = len(sequence.tokens) - 1 if isinstance(sequence, Sample) else 0  # the newest one is not read
-        return self._history.num_prompt_tokens(sequence.rows[0]) + num_generated
+        return self._rows.history.num_prompt_tokens(sequence.rows[0]) + num_generated
+
+    def read_block(self, handle: int, start: int, stop: int) -> Tensor:
+        """What the model remembers of a sequence's tokens start .. stop, of which num_read exist; see ModelRows.
+
+        Raises:
+            GenerationError: the handle is unknown. ProgramError: the model has no blocks.
+            ValueError: the model has not read these tokens.
+        """
+        return self._rows.model.read_block(self._find(handle).rows[0], start, stop)
 
     def prompt_scores(self, handle: int) -> PromptScores:
         """Hand over the scores of a prompt, named by its first handle, once it is read; evict drops them.
@@ -203,6 +195,14 @@ class DecodeSession:
         self._leave(given)
         self._free_ended()
 
+    def _check(self, prompt: Prompt) -> None:
+        check_prompt(prompt, self._model.vocab_size, self._max_tokens)
+        if prompt.config.stop and self._decode_text is None:
+            raise GenerationError("stop texts need decode_text, which turns ids into text (a tokenizer's decode)")
+        needed, num_free = prompt.config.num_rows, self.num_free_rows
+        if needed > num_free:
+            raise GenerationError(f"the prompt needs {needed} rows, and this session has {num_free} free")
+
     def _leave(self, given: set[int]) -> None:
         """Let running sequences take no more steps."""
         leaving = [sequence for sequence in self._running if not given.isdisjoint(sequence.handles)]
@@ -212,15 +212,14 @@ class DecodeSession:
         self._ended += leaving
 
     def _free_ended(self) -> None:
-        for row in (row for sequence in self._ended for row in sequence.rows):
-            self._rows.free(row)
-            insort(self._free_rows, row)
+        for sequence in self._ended:
+            self._rows.free(sequence.rows)
         self._ended = []
 
     def _step(self, reads: Mapping[int, int]) -> list[Event]:
         unread, self._unread = sorted(self._unread.items()), {}
         rows = [row for row, _ in unread]
-        parts = [self._rows.decode_step(rows, torch.tensor([token for _, token in unread]))] if rows else []
+        parts = [self._rows.model.decode_step(rows, torch.tensor([token for _, token in unread]))] if rows else []
         if after_prompts := self._read(reads):
             rows += after_prompts
             parts.append(torch.stack(list(after_prompts.values())))
@@ -228,7 +227,7 @@ class DecodeSession:
             return []
         places = {row: place for place, row in enumerate(rows)}
         step = StepLogits(parts[0] if len(parts) == 1 else torch.cat(parts), places)
-        chosen = choose_next(step, self._running, self._history, self._model.eos_token_id)
+        chosen = choose_next(step, self._running, self._rows.history, self._model.eos_token_id)
         events = self._extend_samples(chosen.tokens, scores_of(chosen.tokens, step))
         for search, log_probs in chosen.beams.items():
             events += self._extend_search(search, log_probs)
@@ -243,14 +242,14 @@ class DecodeSession:
         """
         counts = {self._prompts[handle]: count for handle, count in reads.items()}
         after_prompts: dict[int, Tensor] = {}
-        for prompt, logits in read_chunks(self._rows, counts).items():
+        for prompt, logits in read_chunks(self._rows.model, counts, self._model.features).items():
             del self._prompts[prompt.handles.start]
             if prompt.num_top is not None:
                 self._scores[prompt.handles.start] = prompt.scores
             first_row, *copies = prompt.rows
-            self._history.start(first_row, prompt.tokens)
+            self._rows.history.start(first_row, prompt.tokens)
             for row in copies:
-                self._copy_row(first_row, row)
+                self._rows.copy(first_row, row)
             after_prompts |= dict.fromkeys(prompt.rows, logits)
             self._running += prompt.start(self._model.eos_token_id, self._decode_text, logits.device)
         return after_prompts
@@ -261,7 +260,7 @@ class DecodeSession:
         for sample, token in chosen.items():
             (handle,), (row,) = sample.handles, sample.rows
             sample.tokens.append(token)
-            self._history.append(row, token)
+            self._rows.history.append(row, token)
             self._unread[row] = token
             reason = sample.finish_reason(sample.tokens, self._model.eos_token_id)
             log_prob, top = scores.get(sample, (None, None))
@@ -276,24 +275,15 @@ class DecodeSession:
         if state.is_open:
             search.rows, copies = regrow(search.rows, parents.tolist())
             for source, target in copies:
-                self._copy_row(source, target)
+                self._rows.copy(source, target)
             for row, token in zip(search.rows, tokens.tolist(), strict=True):
-                self._history.append(row, token)
+                self._rows.history.append(row, token)
                 self._unread[row] = token
             return []
-        events = []
-        for handle, found in zip(search.handles, state.best(len(search.handles)), strict=True):
-            reasons = [None] * (len(found) - 1) + [search.finish_reason(found, self._model.eos_token_id)]
-            pairs = zip(found, reasons, strict=True)
-            events += [Event(handle=handle, token=token, finish_reason=reason) for token, reason in pairs]
-        return events
+        return search.events(self._model.eos_token_id)
 
     def _find(self, handle: int) -> Prompt | Sample | Search:
         for sequence in (*self._prompts.values(), *self._running, *self._ended):
             if handle in sequence.handles:
                 return sequence
         raise GenerationError(f"handle {handle} names no sequence of this session, or one that has left it")
-
-    def _copy_row(self, source: int, target: int) -> None:
-        self._rows.copy_row(source, target)
-        self._history.copy_row(source, target)

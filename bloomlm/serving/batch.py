@@ -14,8 +14,8 @@ from torch import Tensor
 from bloomlm.errors import BloomlmError, ServingError, first_line
 from bloomlm.generation.config import BeamSearch, Greedy
 from bloomlm.generation.language_model import LanguageModel
-from bloomlm.generation.sequences import DecodeText
-from bloomlm.generation.session import DecodeSession, Event
+from bloomlm.generation.sequences import DecodeText, Event
+from bloomlm.generation.session import DecodeSession
 from bloomlm.serving.job import Ended, Job, News, Started, blocks_per_row
 from bloomlm.serving.memory import KvBudget
 from bloomlm.serving.options import EngineOptions
@@ -250,7 +250,7 @@ class Batch:
         handle = job.handles[0]
 
         def read(number: int) -> Tensor:
-            return self._session.read_block(handle, number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)  # type: ignore[attr-defined]
+            return self._session.read_block(handle, number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
 
         self._cache.save(names, job.num_saved, read, most=self._most_cached)
 

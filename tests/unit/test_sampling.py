@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from bloomlm.generation.config import GenerationConfig, Sampling
+from bloomlm.generation.rows import History
 from bloomlm.generation.sampling import (
     apply_repetition_penalty,
     apply_temperature,
@@ -18,7 +19,6 @@ from bloomlm.generation.sampling import (
     sample,
     uniform_numbers,
 )
-from bloomlm.generation.sequences import History
 
 V = 23
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Samp
 from bloomlm.generation.generate import generate
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.generation.log_probs import PromptScores
-from bloomlm.generation.session import DecodeSession, Event
+from bloomlm.generation.sequences import Event
+from bloomlm.generation.session import DecodeSession
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime import Program
 
-MAX_ROWS, MAX_TOKENS = 6, 40
+MAX_ROWS, MAX_TOKENS, BLOCK = 6, 40, 4
 STRATEGIES = (
     Greedy(),
     Greedy(),
@@ -99,6 +101,8 @@ class Request:
 
     def __init__(self, draw: random.Random, vocab_size: int, number: int) -> None:
         self.prompt = [draw.randrange(4, vocab_size) for _ in range(draw.choice((1, 2, 5, 9, 20)))]
+        if draw.random() < 0.6:  # share a beginning with others
+            self.prompt = list(range(10, 10 + draw.choice((8, 11, 16)))) + self.prompt[:9]
         self.config = random_config(draw)
         self.number = number
         self.prompt_log_probs = draw.choice((None, None, 0, 2))
@@ -113,22 +117,39 @@ def run(model: LanguageModel, requests: list[Request], draw: random.Random) -> N
     """Let requests arrive at random, several at once, and leave by themselves or cancelled."""
     session = DecodeSession(model, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, decode_text=text_of)
     owners: dict[int, Request] = {}
+    saved: dict[tuple[int, ...], Tensor] = {}
+    """Tokens from the first one on -> the block of the last BLOCK of them."""
+    num_filled = 0
     waiting = list(requests)
     while waiting or not session.is_empty:
         while waiting and waiting[0].config.num_rows <= session.num_free_rows and draw.random() < 0.6:
             request = waiting.pop(0)
+            blocks = []
+            if request.prompt_log_probs is None and model.features.blocks:
+                stops = range(BLOCK, len(request.prompt), BLOCK)
+                found = (saved.get(tuple(request.prompt[:stop])) for stop in stops)
+                blocks = list(takewhile(lambda block: block is not None, found))
+            num_filled += len(blocks)
             request.handles = session.open(
                 request.prompt,
                 request.config,
                 first_sequence=request.number,
                 prompt_log_probs=request.prompt_log_probs,
+                blocks=blocks,
             )
+            assert session.num_read(request.handles[0]) == BLOCK * len(blocks)
             owners |= dict.fromkeys(request.handles, request)
         unread = {handle: count for handle in owners if (count := session.num_unread(handle))}
         reads = {handle: draw.choice((0, 1, 3, count)) for handle, count in unread.items()}
         for event in session.step(draw.choice((reads, reads, None))):
             owners[event.handle].events.setdefault(event.handle, []).append(event)
-        for request in {id(owner): owner for owner in owners.values()}.values():
+        every = list({id(owner): owner for owner in owners.values()}.values())
+        for request in every:
+            first = request.handles[0]
+            if request.steps_left > 0 and first in unread and model.features.blocks:
+                for stop in range(BLOCK, min(session.num_read(first), len(request.prompt)) + 1, BLOCK):
+                    saved[tuple(request.prompt[:stop])] = session.read_block(first, stop - BLOCK, stop)
+        for request in every:
             first = request.handles[0]
             if first in unread and not session.num_unread(first) and request.prompt_log_probs is not None:
                 request.prompt_scores = session.prompt_scores(first)
@@ -136,6 +157,7 @@ def run(model: LanguageModel, requests: list[Request], draw: random.Random) -> N
             if request.steps_left == 0:
                 session.evict(request.handles)
     assert session.num_free_rows == MAX_ROWS
+    assert num_filled > 0 or not model.features.blocks
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -257,7 +279,7 @@ def test_a_sequence_that_ended_is_known_until_the_next_change() -> None:
 def test_a_failed_step_ends_the_session() -> None:
     session = DecodeSession(eager_model(101, with_prefix=False), max_rows=2, max_tokens=20)
     session.open([5, 6], GenerationConfig(max_new_tokens=8, ignore_eos=True))
-    rows: Any = session._rows
+    rows: Any = session._rows.model
 
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -288,7 +310,7 @@ def test_prompts_opened_together_are_read_in_one_pass() -> None:
 def test_neither_admission_nor_leaving_touches_other_rows(model: LanguageModel) -> None:
     session = DecodeSession(model, max_rows=4, max_tokens=20)
     plain = GenerationConfig(max_new_tokens=9, min_new_tokens=9)
-    rows: Any = session._rows
+    rows: Any = session._rows.model
     parts: list[Tensor] = (
         rows.cache if isinstance(rows.cache, list) else list(rows.cache.keys) + list(rows.cache.values)
     )
@@ -311,7 +333,7 @@ def test_neither_admission_nor_leaving_touches_other_rows(model: LanguageModel) 
 def test_a_beam_search_copies_only_rows_of_beams_that_died() -> None:
     model = eager_model(101, with_prefix=False)
     session = DecodeSession(model, max_rows=4, max_tokens=40)
-    rows: Any = session._rows
+    rows: Any = session._rows.model
     copies: list[tuple[int, int]] = []
     copy_row = rows.copy_row
     rows.copy_row = lambda source, target: (copies.append((source, target)), copy_row(source, target))
@@ -337,6 +359,9 @@ def test_refusals_leave_the_session_as_it_was() -> None:
         session.open([6] * 6, plain)
     with pytest.raises(GenerationError, match="decode_text"):
         session.open([5], GenerationConfig(max_new_tokens=5, stop=("x",)))
+    for scored, num_tokens, most in ((None, 2, 1), (0, 1, 0)):
+        with pytest.raises(GenerationError, match=f"blocks hold {num_tokens} tokens; at most {most} tokens"):
+            session.open([5, 6], plain, prompt_log_probs=scored, blocks=[torch.zeros(2, 2, 2, num_tokens, 8)])
     for options in ({"stop_token_ids": (101,)}, {"logit_bias": ((-1, 2.0),)}):
         with pytest.raises(GenerationError, match=r"contains id (101|-1), but the model has ids 0 to 100"):
             session.open([5], GenerationConfig(max_new_tokens=5, **options))

@@ -75,7 +75,7 @@ class Batch:
         """Take a request; origin names its adapter, with another name whenever an adapter of that name was loaded."""
         config = request.config
         guesses = self._options.prompt_lookup if isinstance(config.strategy, Greedy) else 0
-        shares = False
+        shares = self._options.prefix_caching and request.prompt_log_probs is None
         job = Job(
             number=number,
             request=request,
@@ -174,8 +174,10 @@ class Batch:
             job.handles = self._session.open(
                 request.prompt,
                 config,
+                adapter=request.adapter,
                 first_sequence=request.first_sequence,
                 prompt_log_probs=request.prompt_log_probs,
+                blocks=blocks,
             )
         except BloomlmError as error:  # what the engine has not checked; the session is as it was
             job.num_unread = 0

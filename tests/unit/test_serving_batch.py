@@ -16,7 +16,7 @@ from bloomlm.serving.job import Ended, Started
 from bloomlm.serving.memory import KvBudget
 from bloomlm.serving.options import EngineOptions
 from bloomlm.serving.request import GenerationRequest, TokenOutput
-from bloomlm.serving.scheduler import num_blocks_of
+from bloomlm.serving.scheduler import BLOCK_TOKENS, num_blocks_of
 from tests.serving import Alone, small_model
 
 MAX_LEN = 80
@@ -187,7 +187,7 @@ arrivals = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(arrivals, min_size=1, max_size=10),
     st.sampled_from([7, 20, 200]),
@@ -202,6 +202,54 @@ def test_requests_get_what_they_get_alone(
     for found in drawn:
         check(found)
     assert batch.kv_usage == 0 and batch.num_running == 0 and not batch._readers and not batch._owners
+
+
+def test_equal_prefixes_that_arrive_together_are_read_once() -> None:
+    batch = make_batch(max_step_tokens=20)
+    prefix = stem(0)[:48]
+    together = [arrival([*prefix, 50 + number, 4]) for number in range(5)]
+    Run(batch, together).finish()
+    cached = [found.started.num_cached_tokens for found in together if found.started]
+    assert cached == [0, 48, 48, 48, 48]
+    assert (batch.prefix_queries, batch.prefix_hits) == (250, 192)
+    for found in together:
+        check(found)
+
+
+def test_a_request_that_waits_for_a_cancelled_one_reads_by_itself() -> None:
+    batch = make_batch(max_step_tokens=8)
+    prefix = stem(0)[:48]
+    first, second = arrival([*prefix, 5], cancelled_after=3), arrival([*prefix, 6])
+    Run(batch, [first, second]).finish()
+    assert second.started is not None and 0 < second.started.num_cached_tokens < 48  # what the first had read
+    assert not first.outputs
+    check(second)
+
+
+def test_a_continuation_is_found_with_its_prompt() -> None:
+    """The second turn of a conversation finds the first one with its answer."""
+    batch = make_batch()
+    first = arrival(stem(0)[:20], config={"max_new_tokens": 30, "min_new_tokens": 30})
+    Run(batch, [first]).finish()
+    second = arrival(first.request.prompt + first.tokens[0] + [9, 8])
+    Run(batch, [second]).finish()
+    assert second.started is not None
+    assert second.started.num_cached_tokens == (20 + 29) // BLOCK_TOKENS * BLOCK_TOKENS
+    check(second)
+
+
+def test_the_cache_leaves_room_for_running_requests() -> None:
+    batch = make_batch(num_blocks=10)
+    for number in range(4):
+        Run(batch, [arrival(stem(number)[:50])]).finish()
+        assert len(batch._cache) <= 10
+    large = arrival(stem(5)[:60], config={"strategy": Sampling(), "num_return_sequences": 2, "max_new_tokens": 20})
+    run = Run(batch, [large])
+    batch.add(0, large.request, b"")
+    run.step()
+    assert len(batch._cache) == 0 and batch.kv_usage == 1
+    batch.cancel(0)
+    assert batch.kv_usage == 0 and batch.is_empty
 
 
 def test_a_failed_step_ends_what_it_concerned_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

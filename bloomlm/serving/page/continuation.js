@@ -108,7 +108,8 @@ export const probabilityClass = (value) => PROBABILITY_CLASSES.findLastIndex((bo
 
 /** How a token is shown by itself: spaces and line breaks visible, parts of a character as bytes. */
 export function tokenLabel(token) {
-  if (!token.bytes.length) return token.token || "end of text";
+  // the only special token that a trained model finds likely
+  if (!token.bytes.length) return "end of text";
   try {
     const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(new Uint8Array(token.bytes));
     return text.replaceAll(" ", "\u00b7").replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5");

@@ -41,7 +41,8 @@ export class Desk {
 
   /** Let the model, or several side by side, go on from the end of the text. */
   async continue() {
-    if (this._running || !this._settings.check()) return;
+    // before the server has named its models, the notice says what is waited for
+    if (this._running || !this._model() || !this._settings.check()) return;
     if (!this.editor.text) {
       this._notice.show("error", "There is nothing to continue yet: write some words first.");
       this.editor.input.focus();

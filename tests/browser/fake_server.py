@@ -98,7 +98,7 @@ class FakeServer:
     async def _models(self, request: Request) -> Response:
         if self.loading_answers:
             self.loading_answers -= 1
-            return refusal(503, "The model is still loading.")
+            return refusal(503, "the model is still loading")
         if denied := self._denied(request):
             return denied
         data = [{"id": name, "parent": self.models[0] if place else None} for place, name in enumerate(self.models)]
@@ -121,14 +121,14 @@ class FakeServer:
     def _denied(self, request: Request) -> Response | None:
         if self.api_key is None or request.headers.get("authorization") == f"Bearer {self.api_key}":
             return None
-        return refusal(401, "This server needs an API key.")
+        return refusal(401, "no key is given")
 
     async def _stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
         steps = self.script(body["model"], self.bytes_of(body["prompt"]))[: body["max_tokens"]]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for number, step in enumerate(steps):
             if number == self.breaks_after:
-                yield event({"error": {"message": "The server ran out of memory."}})
+                yield event({"error": {"message": "the server ran out of memory"}})
                 return
             try:
                 await asyncio.sleep(self.seconds_per_token)
@@ -153,7 +153,7 @@ class FakeServer:
 
     async def _runs(self, request: Request) -> Response:
         if self.runs is None:
-            return refusal(404, "Start the server with --runs DIR to see training runs.")
+            return refusal(404, "this server shows no training runs; start it with --runs DIR")
         files = sorted(self.runs.rglob("metrics.jsonl"))
         rows = [
             {

@@ -24,7 +24,7 @@ def test_waits_for_a_server_that_loads(page: Page, server: FakeServer) -> None:
 def test_asks_for_the_api_key(page: Page, server: FakeServer) -> None:
     server.api_key = "secret"
     page.goto(server.url)
-    expect(page.locator("#notice")).to_contain_text("needs an API key")
+    expect(page.locator("#notice")).to_contain_text("asks for its API key")
     expect(page.locator("#api-key")).to_be_focused()
     page.keyboard.type("secret")
     page.keyboard.press("Tab")
@@ -36,7 +36,7 @@ def test_asks_for_the_api_key(page: Page, server: FakeServer) -> None:
 
 
 def test_full_server_is_asked_again_after_the_time_it_names(page: Page, server: FakeServer) -> None:
-    full = refusal(429, "The queue is full.", {"Retry-After": "2"})
+    full = refusal(429, "the queue is full", {"Retry-After": "2"})
     server.refusals = [full]
     open_desk(page, server, "x")
     page.focus("#text")
@@ -61,7 +61,7 @@ def test_errors_are_said_and_the_text_stays(page: Page, server: FakeServer) -> N
     page.keyboard.press("Control+Enter")
     expect(page.locator("#notice")).to_contain_text("nothing to continue yet")
     page.fill("#text", "x")
-    server.refusals = [refusal(400, "The prompt has 3000 tokens; the model reads 2048.")]
+    server.refusals = [refusal(400, "the prompt has 3000 tokens; the model reads 2048")]
     proceed(page)
     expect(page.locator("#notice")).to_have_text("The prompt has 3000 tokens; the model reads 2048.")
     assert text_of(page) == "x"

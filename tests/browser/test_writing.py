@@ -181,7 +181,7 @@ def test_characters_of_several_tokens_are_shown_whole(page: Page, server: FakeSe
     cat = "\U0001f431".encode()
     server.script = lambda model, prompt: [
         Step(" \u6c49".encode(), 0.9),
-        Step(heart[:1], 0.5, ((cat[:2], 0.4),)),
+        Step(heart[:1], 0.5, ((cat[:3], 0.4),)),
         Step(heart[1:], 0.9),
         Step(cat[:1], 0.5),
         Step(cat[1:3], 0.5),
@@ -193,8 +193,8 @@ def test_characters_of_several_tokens_are_shown_whole(page: Page, server: FakeSe
     assert pieces(page) == [(" \u6c49", "p4"), ("\u2764", "p2")]
     page.keyboard.press("Alt+ArrowDown")
     expect(page.locator("#alternatives .heading")).to_contain_text("token 1 of 2 of \u201c\u2764\u201d")
-    server.script = lambda model, prompt: [Step(cat[2:], 0.5), Step(b"!", 0.9)]
-    choose(page, "bytes F0 9F")
+    server.script = lambda model, prompt: [Step(cat[3:], 0.5), Step(b"!", 0.9)]
+    choose(page, "bytes F0 9F 90")
     assert text_of(page) == "A \u6c49\U0001f431!"
     assert pieces(page)[1:] == [("\U0001f431", "p2"), ("!", "p4")]
 

@@ -34,11 +34,17 @@ async function request(path, { body, signal } = {}) {
 
 async function refusal(response) {
   const answer = await response.json().catch(() => ({}));
-  return new ServerError(answer.error?.message ?? `The server answered ${response.status} ${response.statusText}.`, {
+  const said = answer.error?.message ?? `the server answered ${response.status} ${response.statusText}`;
+  // what the server says of a missing key is meant for programs
+  const message = response.status === 401 ? "This server asks for its API key." : sentence(said);
+  return new ServerError(message, {
     status: response.status,
     retryAfterSeconds: Math.max(1, Number(response.headers.get("Retry-After")) || 1),
   });
 }
+
+/** A message of the server, which begins with a small letter and has no full stop. */
+const sentence = (message) => `${message[0].toUpperCase()}${message.slice(1)}${/[.?!]$/u.test(message) ? "" : "."}`;
 
 /** An error of fetch as a ServerError; the user's own stop (AbortError) stays what it is. */
 function asServerError(error) {
@@ -63,7 +69,7 @@ export async function* complete(body, signal) {
   for await (const data of serverSentEvents(response)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(chunk.error.message, { status: 500 });
+    if (chunk.error) throw new ServerError(sentence(chunk.error.message), { status: 500 });
     if (chunk.choices.length) yield chunk.choices[0];
   }
   throw new ServerError("The connection ended before the text did.");

@@ -86,6 +86,7 @@ export class Alternatives {
     const left = Math.min(rectangle.left - frame.left, frame.width - this._box.offsetWidth);
     this._box.style.left = `${Math.max(0, left)}px`;
     this._box.style.top = `${rectangle.bottom - frame.top + 6}px`;
+    this._box.scrollIntoView({ block: "nearest" });
   }
 
   _onKey(event) {

@@ -77,6 +77,10 @@ class BeamSearchState:
         self.is_open = self.is_open and can_improve and self.num_generated < self.max_new_tokens
         return parents[going_on], ids[going_on]
 
+    def newest(self) -> list[int]:
+        """The newest token of each running beam."""
+        return [int(token) for token in self.tokens[:, self.num_generated - 1].tolist()]
+
     def best(self, count: int) -> list[list[int]]:
         """Tokens of the best finished continuations, best first."""
         lengths = self.finished_lengths[:count].tolist()

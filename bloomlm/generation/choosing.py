@@ -5,6 +5,7 @@ Shapes: B positions of a step, V vocabulary, W beams.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -22,16 +23,23 @@ class StepLogits:
 
     logits: Tensor
     """[B, V]."""
-    places: Mapping[int, int]
-    """Row -> its position."""
+    places: Mapping[int, range]
+    """Row -> its positions, one after its newest token and one after each token that was guessed."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tensor], counts: Mapping[int, int]) -> "StepLogits":
+        """Join logits of rows in order, of which counts tells the number of positions."""
+        stops = accumulate(counts.values())
+        places = {row: range(stop - count, stop) for (row, count), stop in zip(counts.items(), stops, strict=True)}
+        return cls(parts[0] if len(parts) == 1 else torch.cat(list(parts)), places)
 
 
 @dataclass(frozen=True)
 class Chosen:
     """What a step decides."""
 
-    tokens: dict[Sample, int]
-    """The next token of each sequence."""
+    tokens: dict[Sample, list[int]]
+    """The next token of each sequence, and the one after each guess, which counts if all before it were right."""
     beams: dict[Search, Tensor]
     """[W, V] log-probabilities of each beam search, on which the options have acted."""
 
@@ -53,8 +61,8 @@ def choose_next(
     chosen = Chosen({}, {})
     for config, members in groups.items():
         members.sort(key=lambda member: member.rows[0])
-        rows = [row for member in members for row in member.rows]
-        places = [step.places[row] for row in rows]
+        rows = [row for member in members for row in member.rows for _ in step.places[row]]
+        places = [place for member in members for row in member.rows for place in step.places[row]]
         is_all = places == list(range(len(step.logits)))
         scores = (step.logits if is_all else step.logits[places]).float()
         if isinstance(config.strategy, BeamSearch):
@@ -64,21 +72,22 @@ def choose_next(
             parts = scores.split([len(search.rows) for search in searches])
             chosen.beams.update(zip(searches, parts, strict=True))
         if samples := [member for member in members if isinstance(member, Sample)]:
-            chosen.tokens.update(zip(samples, _choose(samples, scores, config), strict=True))
+            tokens = iter(_choose(samples, scores, config))
+            for sample in samples:
+                chosen.tokens[sample] = list(islice(tokens, len(step.places[sample.rows[0]])))
     return chosen
 
 
-def scores_of(chosen: Mapping[Sample, int], step: StepLogits) -> dict[Sample, TokenScore]:
-    """The scores of the chosen tokens of those sequences that report them."""
-    asked = {sample: count for sample in chosen if (count := sample.config.num_log_probs) is not None}
+def scores_of(tokens: Mapping[Sample, Sequence[int]], step: StepLogits) -> dict[Sample, list[TokenScore]]:
+    """The scores of the first tokens that were chosen for those sequences that report them; each names as many ids as
+    the one that reports most."""
+    asked = {sample: count for sample in tokens if (count := sample.config.num_log_probs) is not None}
     if not asked:
         return {}
-    logits = step.logits[[step.places[sample.rows[0]] for sample in asked]]
-    found = log_probs_of(logits, [chosen[sample] for sample in asked], max(asked.values()))
-    return {
-        sample: score._replace(top_log_probs=score.top_log_probs[:count])
-        for (sample, count), score in zip(asked.items(), found, strict=True)
-    }
+    places = [place for sample in asked for place in step.places[sample.rows[0]][: len(tokens[sample])]]
+    ids = [token for sample in asked for token in tokens[sample]]
+    found = iter(log_probs_of(step.logits[places], ids, max(asked.values())))
+    return {sample: list(islice(found, len(tokens[sample]))) for sample in asked}
 
 
 def _choose(samples: Sequence[Sample], scores: Tensor, config: GenerationConfig) -> list[int]:

@@ -8,6 +8,7 @@ Yang et al. 2023, https://arxiv.org/abs/2304.04487.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from bloomlm.generation.config import GenerationConfig, Greedy
 
@@ -44,14 +45,20 @@ class PromptLookup:
         return known[len(self._tokens) :]
 
 
-def can_be_guessed(config: GenerationConfig, num_generated: int) -> bool:
-    """Whether the next tokens are greedy and depend on no penalty, so that several can be checked in one pass."""
+def accept(guesses: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """The tokens that are right, at least one: up to the first that follows a wrong guess.
+
+    Args:
+        guesses: N tokens.
+        chosen: the token that the model chooses before the first guess, and after each, N + 1 tokens.
+    """
+    pairs = zip(guesses, chosen, strict=False)
+    num_right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return list(chosen[: num_right + 1])
+
+
+def can_be_guessed(config: GenerationConfig) -> bool:
+    """Whether a continuation is greedy and depends on no penalty, so that several tokens can be checked in one pass."""
+    penalties = ("repetition_penalty", "no_repeat_ngram_size", "frequency_penalty", "presence_penalty")
     plain = GenerationConfig()
-    return (
-        isinstance(config.strategy, Greedy)
-        and config.repetition_penalty == plain.repetition_penalty
-        and config.no_repeat_ngram_size == plain.no_repeat_ngram_size
-        and config.frequency_penalty == plain.frequency_penalty
-        and config.presence_penalty == plain.presence_penalty
-        and num_generated >= config.min_new_tokens
-    )
+    return isinstance(config.strategy, Greedy) and all(getattr(config, n) == getattr(plain, n) for n in penalties)

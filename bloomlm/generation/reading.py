@@ -14,11 +14,12 @@ from bloomlm.generation.beam import BeamSearchState
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
 from bloomlm.generation.language_model import ModelRows
 from bloomlm.generation.log_probs import PromptScores, log_probs_of
+from bloomlm.generation.lookup import PromptLookup, can_be_guessed
 from bloomlm.generation.sampling import uniform_numbers
 from bloomlm.generation.sequences import DecodeText, Sample, Search, group_of, stop_test
 from bloomlm.row_memory import RowFeatures
 
-_MOST_SCORED = 128
+MOST_SCORED = 128
 """Scored positions of one forward pass, which bounds the memory of their logits."""
 
 
@@ -56,9 +57,9 @@ class Prompt:
             self.scores += log_probs_of(logits[: len(coming)], coming, self.num_top)
 
     def start(
-        self, eos_token_id: int | None, decode_text: DecodeText | None, device: torch.device
+        self, eos_token_id: int | None, decode_text: DecodeText | None, device: torch.device, *, looks_up: bool
     ) -> list[Sample] | list[Search]:
-        """Its sequences, once it is read."""
+        """Its sequences, once it is read; looks_up: whether their tokens are guessed where they can be."""
         config, group, stops = self.config, group_of(self.config), stop_test(self.config.stop, decode_text)
         if isinstance(config.strategy, BeamSearch):
             state = BeamSearchState(
@@ -73,19 +74,21 @@ class Prompt:
         if isinstance(config.strategy, Sampling):
             numbers = range(self.first_sequence, self.first_sequence + len(self.rows))
             uniforms = uniform_numbers(config.strategy.seed, numbers, config.max_new_tokens).tolist()
+        with_lookup = looks_up and can_be_guessed(config)
         return [
-            Sample([handle], [row], config, group, stops, own)
+            Sample([handle], [row], config, group, stops, own, PromptLookup(self.tokens) if with_lookup else None)
             for handle, row, own in zip(self.handles, self.rows, uniforms, strict=True)
         ]
 
 
-def check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int) -> None:
+def check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int, *, can_decode: bool) -> None:
     """Raise GenerationError for a prompt that cannot be continued.
 
     Args:
         prompt: the prompt with its options.
         vocab_size: number of the model's ids.
         max_tokens: most tokens of a sequence, prompt and max_new_tokens together.
+        can_decode: whether there is a function from ids to text.
     """
     tokens, config = prompt.tokens, prompt.config
     if not tokens:
@@ -107,6 +110,8 @@ def check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int) -> None:
             f"the prompt has {len(tokens)} tokens and may get {config.max_new_tokens} new ones; "
             f"this session has room for {max_tokens} tokens of a sequence"
         )
+    if config.stop and not can_decode:
+        raise GenerationError("stop texts need decode_text, which turns ids into text (a tokenizer's decode)")
     most = len(tokens) - 1 if prompt.num_top is None else 0
     if prompt.num_read > most:
         raise GenerationError(
@@ -128,7 +133,7 @@ def read_chunks(rows: ModelRows, reads: Mapping[Prompt, int], features: RowFeatu
     left = {prompt: min(count, prompt.num_unread) for prompt, count in reads.items()}
     complete: dict[Prompt, Tensor] = {}
     while any(left.values()):
-        room = _MOST_SCORED if features.scores_chunks else 1
+        room = MOST_SCORED if features.scores_chunks else 1
         chunks: dict[Prompt, int] = {}
         for prompt, count in left.items():
             size = count if prompt.num_top is None else min(count, room)

@@ -4,7 +4,7 @@ Shapes: B rows of a call, S tokens of the longest row, V vocabulary.
 """
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class SessionRows:
             raise
         del self._free[:count]
         return rows
+
+    def read_next(self, unread: Mapping[int, Sequence[int]]) -> Tensor:
+        """Read one or more tokens of each row -> logits [B, V] of the token after each of them."""
+        rows, tokens = list(unread), list(unread.values())
+        if all(len(own) == 1 for own in tokens):
+            return self.model.decode_step(rows, torch.tensor([token for (token,) in tokens]))
+        return self.model.prefill(rows, tokens, num_logits=[len(own) for own in tokens])
 
     def copy(self, source: int, target: int) -> None:
         """Make the target row equal to the source row."""

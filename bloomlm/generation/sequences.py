@@ -1,11 +1,18 @@
-"""The sequences of a session: what belongs to each of them alone."""
+"""The sequences of a session: what belongs to each of them alone.
 
-from collections.abc import Callable, Sequence
+Shapes: W beams, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bloomlm.generation.beam import BeamSearchState
+from torch import Tensor
+
+from bloomlm.generation.beam import BeamSearchState, regrow
 from bloomlm.generation.config import GenerationConfig, Sampling
+from bloomlm.generation.log_probs import TokenScore
+from bloomlm.generation.lookup import PromptLookup
 
 FinishReason = Literal["eos", "length", "stop", "stop_token"]
 """eos: the model ended the sequence; stop: a stop text occurred; stop_token: one of stop_token_ids did; length:
@@ -62,8 +69,33 @@ class Sample(Running):
 
     uniforms: list[float]
     """A random number for each of its tokens; empty for greedy decoding."""
+    lookup: PromptLookup | None
+    """Its tokens, where the next ones may be guessed."""
     tokens: list[int] = field(default_factory=list)
     """The tokens generated so far."""
+
+    def guess(self, most: int) -> list[int]:
+        """Guess at most this many of the next tokens, and not so many that the last one could not be used."""
+        count = min(most, self.config.max_new_tokens - len(self.tokens) - 1)
+        if self.lookup is None or len(self.tokens) < self.config.min_new_tokens or count < 1:
+            return []
+        return self.lookup.guess(count)
+
+    def extend(
+        self, tokens: Sequence[int], scores: Sequence[TokenScore] | None, eos_token_id: int | None
+    ) -> Iterator[Event]:
+        """Add tokens, up to one that ends the sequence."""
+        for place, token in enumerate(tokens):
+            self.tokens.append(token)
+            if self.lookup is not None:
+                self.lookup.append(token)
+            log_prob, top = None, None
+            if scores is not None:
+                log_prob, top = scores[place].log_prob, scores[place].top_log_probs[: self.config.num_log_probs]
+            reason = self.finish_reason(self.tokens, eos_token_id)
+            yield Event(handle=self.handles[0], token=token, finish_reason=reason, log_prob=log_prob, top_log_probs=top)
+            if reason is not None:
+                return
 
 
 @dataclass(eq=False)
@@ -73,9 +105,17 @@ class Search(Running):
     state: BeamSearchState
     """Scores and tokens of the beams."""
 
-    def is_stopped(self, tokens: list[int]) -> bool:
-        """Whether a continuation ends with its last token by one of stop_token_ids or a stop text."""
-        return self.finish_reason(tokens, None) in ("stop_token", "stop")
+    def advance(self, log_probs: Tensor) -> list[tuple[int, int]]:
+        """Take one step by the beams' log-probabilities [W, V] -> the copies to make of rows, (source, target) each."""
+
+        def ends(tokens: list[int]) -> bool:
+            return self.finish_reason(tokens, None) in ("stop_token", "stop")
+
+        parents, _ = self.state.advance(log_probs, ends if self.config.stop or self.config.stop_token_ids else None)
+        if not self.state.is_open:
+            return []
+        self.rows, copies = regrow(self.rows, parents.tolist())
+        return copies
 
     def events(self, eos_token_id: int | None) -> list[Event]:
         """The tokens of its results, once it has ended."""

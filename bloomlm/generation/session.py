@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import GenerationError
-from bloomlm.generation.beam import regrow
 from bloomlm.generation.choosing import StepLogits, choose_next, scores_of
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.language_model import LanguageModel
-from bloomlm.generation.log_probs import PromptScores, TokenScore
-from bloomlm.generation.reading import Prompt, check_prompt, read_chunks
+from bloomlm.generation.log_probs import PromptScores
+from bloomlm.generation.lookup import accept
+from bloomlm.generation.reading import MOST_SCORED, Prompt, check_prompt, read_chunks
 from bloomlm.generation.rows import SessionRows
 from bloomlm.generation.sequences import DecodeText, Event, Sample, Search
 
@@ -34,11 +34,27 @@ class DecodeSession:
         max_rows: sequences at once; a sample takes one row, a beam search as many as it has beams.
         max_tokens: most tokens of a sequence, prompt and max_new_tokens together.
         decode_text: ids to text, needed for stop texts.
+        prompt_lookup: tokens to guess for each greedy sequence without penalties, by looking up its last tokens in its
+            own text; a step then gives it up to one more. 0 guesses none. The tokens are the same.
+
+    Raises:
+        GenerationError: the model cannot check guesses.
     """
 
     def __init__(
-        self, model: LanguageModel, *, max_rows: int, max_tokens: int, decode_text: DecodeText | None = None
+        self,
+        model: LanguageModel,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        decode_text: DecodeText | None = None,
+        prompt_lookup: int = 0,
     ) -> None:
+        if prompt_lookup and not (model.features.scores_chunks and model.features.truncates):
+            raise GenerationError(
+                "this model cannot check several tokens in one pass, which prompt_lookup needs; leave it out"
+            )
+        self._num_guesses = prompt_lookup
         self._model = model
         self._max_tokens = max_tokens
         self._decode_text = decode_text
@@ -107,7 +123,9 @@ class DecodeSession:
             num_top=prompt_log_probs,
             num_read=sum(block.shape[-2] for block in blocks),
         )
-        self._check(new)
+        check_prompt(new, self._model.vocab_size, self._max_tokens, can_decode=self._decode_text is not None)
+        if config.num_rows > self.num_free_rows:
+            raise GenerationError(f"the prompt needs {config.num_rows} rows, and {self.num_free_rows} are free")
         self._free_ended()
         new.rows = self._rows.take(config.num_rows, adapter, blocks)
         self._prompts[handles.start] = new
@@ -188,26 +206,18 @@ class DecodeSession:
         given = set(handles)
         for handle in given & self._scores.keys():
             del self._scores[handle]
-        prompts = [prompt for prompt in self._prompts.values() if not given.isdisjoint(prompt.handles)]
-        for prompt in prompts:
-            del self._prompts[prompt.handles.start]
-        self._ended += prompts
         self._leave(given)
         self._free_ended()
 
-    def _check(self, prompt: Prompt) -> None:
-        check_prompt(prompt, self._model.vocab_size, self._max_tokens)
-        if prompt.config.stop and self._decode_text is None:
-            raise GenerationError("stop texts need decode_text, which turns ids into text (a tokenizer's decode)")
-        needed, num_free = prompt.config.num_rows, self.num_free_rows
-        if needed > num_free:
-            raise GenerationError(f"the prompt needs {needed} rows, and this session has {num_free} free")
-
     def _leave(self, given: set[int]) -> None:
-        """Let running sequences take no more steps."""
-        leaving = [sequence for sequence in self._running if not given.isdisjoint(sequence.handles)]
-        for row in (row for sequence in leaving for row in sequence.rows):
-            self._unread.pop(row, None)
+        """Let sequences take no more steps."""
+        leaving: list[Prompt | Sample | Search] = [
+            sequence for sequence in (*self._prompts.values(), *self._running) if not given.isdisjoint(sequence.handles)
+        ]
+        for sequence in leaving:
+            self._prompts.pop(sequence.handles[0], None)
+            for row in sequence.rows:
+                self._unread.pop(row, None)
         self._running = [sequence for sequence in self._running if sequence not in leaving]
         self._ended += leaving
 
@@ -217,22 +227,49 @@ class DecodeSession:
         self._ended = []
 
     def _step(self, reads: Mapping[int, int]) -> list[Event]:
-        unread, self._unread = sorted(self._unread.items()), {}
-        rows = [row for row, _ in unread]
-        parts = [self._rows.model.decode_step(rows, torch.tensor([token for _, token in unread]))] if rows else []
+        guesses = self._guess()
+        unread = {row: [token, *guesses.get(row, ())] for row, token in sorted(self._unread.items())}
+        parts = [self._rows.read_next(unread)] if unread else []
+        counts = {row: len(tokens) for row, tokens in unread.items()}
+        self._unread = {}
         if after_prompts := self._read(reads):
-            rows += after_prompts
             parts.append(torch.stack(list(after_prompts.values())))
-        if not rows:
+            counts |= dict.fromkeys(after_prompts, 1)
+        if not parts:
             return []
-        places = {row: place for place, row in enumerate(rows)}
-        step = StepLogits(parts[0] if len(parts) == 1 else torch.cat(parts), places)
+        step = StepLogits.joined(parts, counts)
         chosen = choose_next(step, self._running, self._rows.history, self._model.eos_token_id)
-        events = self._extend_samples(chosen.tokens, scores_of(chosen.tokens, step))
+        tokens = {sample: accept(guesses.get(sample.rows[0], ()), found) for sample, found in chosen.tokens.items()}
+        scores = scores_of(tokens, step)
+        events: list[Event] = []
+        for sample, accepted in tokens.items():
+            row, start = sample.rows[0], len(sample.tokens)
+            events += sample.extend(accepted, scores.get(sample), self._model.eos_token_id)
+            for token in sample.tokens[start:]:
+                self._rows.history.append(row, token)
+            self._unread[row] = sample.tokens[-1]
+            if len(sample.tokens) - start < counts[row]:  # guesses that are wrong, or behind the end, have been read
+                self._rows.model.truncate(row, self.num_read(*sample.handles))
         for search, log_probs in chosen.beams.items():
-            events += self._extend_search(search, log_probs)
+            for source, target in search.advance(log_probs):
+                self._rows.copy(source, target)
+            if not search.state.is_open:
+                events += search.events(self._model.eos_token_id)
+                continue
+            for row, token in zip(search.rows, search.state.newest(), strict=True):
+                self._rows.history.append(row, token)
+                self._unread[row] = token
         self._leave({event.handle for event in events if event.finish_reason is not None})
         return sorted(events, key=lambda event: event.handle)
+
+    def _guess(self) -> dict[int, list[int]]:
+        """Row -> the guessed tokens after its newest one."""
+        samples = [sample for sample in self._running if isinstance(sample, Sample) and sample.lookup is not None]
+        if not samples:
+            return {}
+        most = min(self._num_guesses, MOST_SCORED // len(samples))
+        guesses = {sample.rows[0]: sample.guess(most) for sample in samples}
+        return {row: tokens for row, tokens in guesses.items() if tokens}
 
     def _read(self, reads: Mapping[int, int]) -> dict[int, Tensor]:
         """Read tokens of prompts, and start the sequences of those that are read whole.
@@ -251,36 +288,10 @@ class DecodeSession:
             for row in copies:
                 self._rows.copy(first_row, row)
             after_prompts |= dict.fromkeys(prompt.rows, logits)
-            self._running += prompt.start(self._model.eos_token_id, self._decode_text, logits.device)
+            self._running += prompt.start(
+                self._model.eos_token_id, self._decode_text, logits.device, looks_up=self._num_guesses > 0
+            )
         return after_prompts
-
-    def _extend_samples(self, chosen: Mapping[Sample, int], scores: Mapping[Sample, TokenScore]) -> list[Event]:
-        """Add the chosen tokens to their sequences."""
-        events = []
-        for sample, token in chosen.items():
-            (handle,), (row,) = sample.handles, sample.rows
-            sample.tokens.append(token)
-            self._rows.history.append(row, token)
-            self._unread[row] = token
-            reason = sample.finish_reason(sample.tokens, self._model.eos_token_id)
-            log_prob, top = scores.get(sample, (None, None))
-            events.append(Event(handle=handle, token=token, finish_reason=reason, log_prob=log_prob, top_log_probs=top))
-        return events
-
-    def _extend_search(self, search: Search, log_probs: Tensor) -> list[Event]:
-        """Advance a beam search by its beams' log-probabilities [W, V]."""
-        state, config = search.state, search.config
-        ends = search.is_stopped if config.stop or config.stop_token_ids else None
-        parents, tokens = state.advance(log_probs, ends)
-        if state.is_open:
-            search.rows, copies = regrow(search.rows, parents.tolist())
-            for source, target in copies:
-                self._rows.copy(source, target)
-            for row, token in zip(search.rows, tokens.tolist(), strict=True):
-                self._rows.history.append(row, token)
-                self._unread[row] = token
-            return []
-        return search.events(self._model.eos_token_id)
 
     def _find(self, handle: int) -> Prompt | Sample | Search:
         for sequence in (*self._prompts.values(), *self._running, *self._ended):

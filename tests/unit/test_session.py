@@ -353,7 +353,7 @@ def test_a_beam_search_copies_only_rows_of_beams_that_died() -> None:
 def test_refusals_leave_the_session_as_it_was() -> None:
     session = DecodeSession(eager_model(101, with_prefix=False), max_rows=2, max_tokens=10)
     plain = GenerationConfig(max_new_tokens=5)
-    with pytest.raises(GenerationError, match="needs 3 rows, and this session has 2 free"):
+    with pytest.raises(GenerationError, match="needs 3 rows, and 2 are free"):
         session.open([5], GenerationConfig(strategy=BeamSearch(num_beams=3), max_new_tokens=5))
     with pytest.raises(GenerationError, match=r"the prompt has 6 tokens and may get 5 new ones.*room for 10 tokens"):
         session.open([6] * 6, plain)

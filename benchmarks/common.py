@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,15 @@ def size_name(size: str, **changes: int) -> str:
     return "-".join([size, *(f"{name}{value}" for name, value in changes.items())])
 
 
-def peak_memory_bytes() -> int:
-    """Most memory this process ever held that is not shared with files (anonymous pages), from the kernel's count.
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Most memory this process ever held: torch's tensors on a GPU, or on a CPU the kernel's count.
 
     VmHWM also counts pages of memory-mapped weights, which both sides have; it is the figure reported.
     """
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -98,10 +103,19 @@ def median(results: Sequence[dict[str, Any]], key: str) -> float:
     return statistics.median(result[key] for result in results)
 
 
-def machine() -> str:
+def autocast(args: Any) -> AbstractContextManager[None]:
+    """The context of a forward pass: bf16 where --bf16 is given."""
+    import torch
+
+    return torch.autocast(args.device, dtype=torch.bfloat16) if args.bf16 else nullcontext()
+
+
+def machine(device: str = "cpu") -> str:
     """One line about the machine and the versions."""
     import torch
 
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name(device)}; Python {platform.python_version()}, torch {torch.__version__}"
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

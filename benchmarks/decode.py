@@ -1,6 +1,7 @@
 """Greedy generation on a random model of bloom-560m's shape: bloomlm beside transformers' generate.
 
     python benchmarks/decode.py
+    python benchmarks/decode.py --device cuda --dtype bfloat16 --new_tokens 128
 
 Prompts of 128 tokens, 1 and 8 at a time; prefill and decode are timed apart (decode: time for N + 1 new tokens minus
 time for 1). Prints tokens per second of both sides, whether the ids are equal, peak memory and the ratios.
@@ -19,11 +20,13 @@ PROMPT_TOKENS = 128
 
 
 def bloomlm_generate(args: argparse.Namespace) -> Callable[[list[list[int]], int], list[list[int]]]:
+    import torch
+
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.generation.config import GenerationConfig
     from bloomlm.generation.generate import generate
 
-    model = load_model(str(random_model(args.size)))
+    model = load_model(str(random_model(args.size)), device=args.device, dtype=getattr(torch, args.dtype))
 
     def run(prompts: list[list[int]], num_new: int) -> list[list[int]]:
         config = GenerationConfig(max_new_tokens=num_new, min_new_tokens=num_new)
@@ -36,10 +39,11 @@ def transformers_generate(args: argparse.Namespace) -> Callable[[list[list[int]]
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(random_model(args.size), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(random_model(args.size), dtype=getattr(torch, args.dtype)).eval()
+    model.to(args.device)
 
     def run(prompts: list[list[int]], num_new: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=args.device)
         with torch.inference_mode():
             out = model.generate(
                 ids,
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> dict:
         result[f"prefill_{batch_size}"] = batch_size * PROMPT_TOKENS / statistics.median(prefill)
         result[f"decode_{batch_size}"] = batch_size * args.new_tokens / statistics.median(decode)
         result[f"ids_{batch_size}"] = ids
-    result["peak_memory_gb"] = peak_memory_bytes() / 1e9
+    result["peak_memory_gb"] = peak_memory_bytes(args.device) / 1e9
     return result
 
 
@@ -84,14 +88,19 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(run(args)))
         return
     random_model(args.size)
     arguments = ["--size", args.size, "--new_tokens", str(args.new_tokens), "--repeats", str(args.repeats)]
+    arguments += ["--device", args.device, "--dtype", args.dtype]
     results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)
-    print(f"greedy generation, bloom-{args.size} shape, fp32, 2 threads, prompts of {PROMPT_TOKENS}; {machine()}")
+    print(
+        f"greedy generation, bloom-{args.size} shape, {args.dtype}, prompts of {PROMPT_TOKENS}; {machine(args.device)}"
+    )
     print(f"{'':18}{'transformers':>14}{'bloomlm':>10}{'ratio':>8}")
     for key in ("prefill_1", "decode_1", "prefill_8", "decode_8", "peak_memory_gb"):
         theirs, ours = (median(results[side], key) for side in ("transformers", "bloomlm"))

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --tuning lora
     python benchmarks/train_step.py --tuning prefix
     python benchmarks/train_step.py --tuning full --profile
+    python benchmarks/train_step.py --tuning full --device cuda --bf16 --batch_size 16 --steps 20 --warm_up 5
 
 Every step takes one batch of 2 examples (100-500 source and 20-100 target tokens, drawn once), fp32, the same fused
 AdamW, labels on the target only. Prints tokens per second (real tokens; pads do not count), peak memory, the losses of
@@ -17,7 +18,7 @@ import statistics
 import time
 
 import numpy as np
-from common import alternate, machine, median, peak_memory_bytes, random_model
+from common import alternate, autocast, machine, median, peak_memory_bytes, random_model
 
 LEARNING_RATE = 1e-4
 LORA_RANK = 8
@@ -52,13 +53,13 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.training.meter import StepFlops
 
     keep_freed_memory()  # as every command does
-    model = load_model(str(random_model(args.size)))
+    model = load_model(str(random_model(args.size)), device=args.device)
     adapters = {
         "full": FullTuning(),
         "lora": LoraConfig(r=LORA_RANK),
         "prefix": PrefixConfig(num_prefix_tokens=NUM_PREFIX_TOKENS),
     }
-    apply_adapter(model, adapters[args.tuning], torch.Generator().manual_seed(0))
+    apply_adapter(model, adapters[args.tuning], torch.Generator(args.device).manual_seed(0))
     if args.tuning == "prefix":
         with torch.no_grad():
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
@@ -77,11 +78,13 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
             stop = start + len(example)
             labels[start + num_source - 1 : stop - 1] = tokens[start + num_source : stop]
             start = stop
+        tokens, labels = tokens.to(args.device), labels.to(args.device)
         learned = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
         weight = model.transformer.word_embeddings.weight
         scale = 1 / len(learned)
-        loss = linear_cross_entropy(hidden[learned], weight, labels[learned], scale=scale, gradient_memory=memory)
+        with autocast(args):
+            hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
+            loss = linear_cross_entropy(hidden[learned], weight, labels[learned], scale=scale, gradient_memory=memory)
         loss.backward()
         optimizer.step()
         memory = [] if weight.grad is None else [weight.grad]  # as in Trainer
@@ -115,7 +118,7 @@ def transformers_steps(args: argparse.Namespace, batches: list):
         model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_PREFIX_TOKENS))
         with torch.no_grad():
             model.prompt_encoder["default"].embedding.weight.copy_(prefix_values(config))
-    model.train()
+    model.to(args.device).train()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
     )
@@ -128,7 +131,9 @@ def transformers_steps(args: argparse.Namespace, batches: list):
             ids[row, : len(example)] = torch.from_numpy(example)
             labels[row, num_source : len(example)] = ids[row, num_source : len(example)]
             mask[row, : len(example)] = 1
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        with autocast(args):
+            loss = model(**{name: tensor.to(args.device) for name, tensor in inputs.items()}).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,22 +141,22 @@ def transformers_steps(args: argparse.Namespace, batches: list):
 
 
 def run(args: argparse.Namespace) -> dict:
-    """One side: the first batch warms up, every batch counts its tokens once."""
+    """One side: the first batches warm up, every other batch counts its tokens once."""
     steps = {"bloomlm": bloomlm_steps, "transformers": transformers_steps}[args.side]
-    batches = draw_batches(args.steps + 1, args.batch_size)
-    peak = peak_flops()
+    batches = draw_batches(args.steps + args.warm_up, args.batch_size)
+    peak = peak_flops(args)
     iterator = steps(args, batches)
-    losses, seconds, flops = [next(iterator)[0]], [], []
+    losses, seconds, flops = [next(iterator)[0] for _ in range(args.warm_up)], [], []
     for _ in range(args.steps):
         start = time.perf_counter()
         loss, needed = next(iterator)
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
         flops.append(needed)
-    tokens = [sum(len(example) for example, _ in batch) for batch in batches[1:]]
+    tokens = [sum(len(example) for example, _ in batch) for batch in batches[args.warm_up :]]
     return {
         "tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
-        "peak_memory_gb": peak_memory_bytes() / 1e9,
+        "peak_memory_gb": peak_memory_bytes(args.device) / 1e9,
         "tflop_a_token": statistics.median(n / t for n, t in zip(flops, tokens, strict=True)) / 1e12,
         "peak_gflops": peak / 1e9,
         "losses": losses,
@@ -162,20 +167,26 @@ def print_profile(args: argparse.Namespace) -> None:
     """The ten operations that take most of bloomlm's steps."""
     from torch.profiler import ProfilerActivity, profile
 
-    iterator = bloomlm_steps(args, draw_batches(args.steps + 1, args.batch_size))
-    next(iterator)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    iterator = bloomlm_steps(args, draw_batches(args.steps + args.warm_up, args.batch_size))
+    for _ in range(args.warm_up):
+        next(iterator)
+    on_gpu = args.device != "cpu"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
         for _ in range(args.steps):
             next(iterator)
-    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
+    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=80))
 
 
-def peak_flops() -> float:
-    """Of large fp32 products, by the faster of torch's libraries."""
+def peak_flops(args: argparse.Namespace) -> float:
+    """Of large products, on a CPU in fp32 by the faster of torch's libraries."""
     import torch
 
     from bloomlm.training.meter import measure_peak_flops
 
+    if args.device != "cpu":
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        return measure_peak_flops(torch.device(args.device), dtype, size=8192)
     found = [measure_peak_flops(torch.device("cpu"), torch.float32)]
     with torch.backends.mkldnn.flags(enabled=False):
         found.append(measure_peak_flops(torch.device("cpu"), torch.float32))
@@ -190,6 +201,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--warm_up", type=int, default=1, help="steps before the timed ones; on a GPU the first compile"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="fp32 weights, products in bf16 by autocast")
     parser.add_argument("--profile", action="store_true", help="bloomlm alone, and what its steps spend their time on")
     args = parser.parse_args()
     if args.side:
@@ -200,9 +216,11 @@ def main() -> None:
         print_profile(args)
         return
     arguments = ["--tuning", args.tuning, "--size", args.size, "--steps", str(args.steps)]
-    arguments += ["--batch_size", str(args.batch_size)]
+    arguments += ["--batch_size", str(args.batch_size), "--warm_up", str(args.warm_up), "--device", args.device]
+    arguments += ["--bf16"] if args.bf16 else []
     results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)
-    print(f"{args.tuning} fine-tuning, bloom-{args.size} shape, fp32, 2 threads; {machine()}")
+    precision = "bf16" if args.bf16 else "fp32"
+    print(f"{args.tuning} fine-tuning, bloom-{args.size} shape, {precision}; {machine(args.device)}")
     print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'of peak':>10}  losses")
     needed = median(results["bloomlm"], "tflop_a_token") * 1e3
     for side, rounds in results.items():

@@ -31,6 +31,7 @@ VERBS = {
     "trim": ("bloomlm.cli.trim", "cut the vocabulary to the tokens that your languages need, and report the cost"),
     "extend": ("bloomlm.cli.extend", "add tokens for a language that the model writes in many small pieces"),
     "plan": ("bloomlm.cli.plan", "compute memory, traffic and time of a job before it runs"),
+    "doctor": ("bloomlm.cli.doctor", "test whether this machine computes correctly, and show what a bug report needs"),
     "convert": (
         "bloomlm.cli.convert",
         "convert a model or an adapter to or from another program's files",

@@ -9,6 +9,7 @@ E = K + C, P virtual tokens.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,8 @@ def _attend_documents(
     lengths = documents.lengths
     if len(set(lengths)) == 1:
         return _causal(fused.unflatten(0, (len(lengths), lengths[0])), scale, virtual, dropout).flatten(0, 1)
-    if fused.requires_grad and not dropout and flex.is_available(fused.device):  # worth compiling in training only
+    learns = fused.requires_grad or (virtual is not None and virtual[0].requires_grad)
+    if learns and not dropout and flex.is_available(fused.device):  # worth compiling in training only
         return flex.attend_documents(fused, lengths, scale, virtual)
     # split's backward is one concatenation; slicing would fill a whole zero tensor for each document
     pieces = fused.split(lengths)
@@ -146,8 +148,23 @@ def _causal(batch: Tensor, scale: float, virtual: tuple[Tensor, Tensor] | None, 
     if _is_faster_in_blocks(query) and not dropout:
         out = _causal_in_blocks(query, key, value, scale)
     else:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, dropout_p=dropout)
+        out = _fused_kernel(query, key, value, is_causal=True, scale=scale, dropout_p=dropout)
     return out[:, :, -batch.shape[1] :].transpose(1, 2)
+
+
+def _fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """scaled_dot_product_attention, on a GPU without cuDNN's kernel.
+
+    cuDNN plans every new length for 2 ms or more, and in generation each step has a new one: on an H200 planning took
+    three quarters of the time of a step.
+    """
+    if query.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _is_faster_in_blocks(query: Tensor) -> bool:
@@ -193,13 +210,13 @@ def _attend_cached(query: Tensor, scale: float, layer: int, extension: Extension
         if call.places is not None:
             spread = query.new_zeros(len(key), *query.shape[1:])
             spread[call.places] = query[call.tokens]
-            found = F.scaled_dot_product_attention(spread[:, :, None], key, value, call.visible, scale=scale)
+            found = _fused_kernel(spread[:, :, None], key, value, call.visible, scale=scale)
             out[call.tokens] = found[call.places, :, 0]
             continue
         queries = query[call.tokens].unflatten(0, (len(key), -1)).transpose(1, 2)
         if call.visible is not None and _is_faster_in_blocks(queries):
             found = _causal_in_blocks(queries, key, value, scale)
         else:
-            found = F.scaled_dot_product_attention(queries, key, value, call.visible, scale=scale)
+            found = _fused_kernel(queries, key, value, call.visible, scale=scale)
         out[call.tokens] = found.transpose(1, 2).flatten(0, 1)
     return out

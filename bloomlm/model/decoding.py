@@ -81,7 +81,7 @@ class BloomRows:
 
     def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
         """Append one token [B] int64 to each of B different rows in use -> [B, V] logits of the next tokens."""
-        return self._logits(tokens, Documents.equal(len(tokens), 1), rows, [1] * len(tokens), None)
+        return self._logits(tokens.to(self._device), Documents.equal(len(tokens), 1), rows, [1] * len(tokens), None)
 
     def truncate(self, row: int, num_tokens: int) -> None:
         """Keep the first num_tokens tokens of a row; see ModelRows."""

@@ -53,8 +53,25 @@ class _Lookup(torch.autograd.Function):
         weight = ctx.weight
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        weight.grad.index_add_(0, ctx.rows, grad.to(weight.grad.dtype))
+        if weight.is_cuda:  # index_add_ adds a row's gradients in any order there, so that runs would not repeat
+            weight.grad.index_put_((ctx.rows,), grad.to(weight.grad.dtype), accumulate=True)
+        else:
+            weight.grad.index_add_(0, ctx.rows, grad.to(weight.grad.dtype))
         return None, None, None
+
+
+class _SparseLookup(torch.autograd.Function):
+    """Rows of a weight, whose gradient is sparse and has each row once, which makes adding it to another repeatable."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.shape = rows, weight.shape
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.sparse_coo_tensor(ctx.rows[None], grad, ctx.shape, check_invariants=False).coalesce(), None
 
 
 class WordEmbedding(nn.Embedding):
@@ -89,7 +106,10 @@ class WordEmbedding(nn.Embedding):
         if self._adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
             found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
             return found
-        return F.embedding(rows, self.weight, sparse=self.sparse)
+        if self.sparse:
+            sparse: Tensor = _SparseLookup.apply(self.weight, rows)
+            return sparse
+        return F.embedding(rows, self.weight)
 
     @property
     def learns(self) -> bool:

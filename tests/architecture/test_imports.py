@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "bloomlm"
 ROWS = [
     {"cli"},
-    {"serving"},
+    {"serving", "diagnosis"},
     {"api"},
     {"training", "export"},
     {"evaluation"},

@@ -56,13 +56,20 @@ def test_a_session_gives_each_sequence_what_it_has_alone() -> None:
     arrivals = list(zip(prompts(5, 40, 3, 17, 9, 25), [*STRATEGIES, STRATEGIES[0]], strict=True))
     expected = [tokens(model, [prompt], config) for prompt, config in arrivals]
     session = DecodeSession(model, max_rows=12, max_tokens=80)
-    handles, found, waiting = [], {}, list(arrivals)
+    handles: list[list[int]] = []
+    found: dict[int, list[int]] = {}
+    reading: set[int] = set()
+    waiting = list(arrivals)
     while waiting or not session.is_empty:
         if waiting:
             prompt, config = waiting.pop(0)
-            handles.append(session.admit([prompt], [config]))
+            handles.append(session.open(prompt, config))
             found |= {handle: [] for handle in handles[-1]}
-        for event in session.step():
+            reading.add(handles[-1][0])
+        # prompts are read in chunks, beside sequences that go on
+        reads = {handle: min(8, session.num_unread(handle)) for handle in reading}
+        reading = {handle for handle in reading if session.num_unread(handle) > reads[handle]}
+        for event in session.step(reads):
             found[event.handle].append(event.token)
     assert [[found[handle] for handle in own] for own in handles] == expected
 

@@ -190,6 +190,15 @@ class AdapterBank:
         return replaced
 
 
+def bank_of(model: BloomForCausalLM) -> AdapterBank:
+    """The bank of a model, which is made where the model has none.
+
+    Raises:
+        AdapterError: the model has an adapter of its own.
+    """
+    return model.adapters if isinstance(model.adapters, AdapterBank) else AdapterBank(model)
+
+
 def _sharing_weights(model: BloomForCausalLM) -> BloomForCausalLM:
     """A copy of a model's modules that shares its weights."""
     shared = {*model.parameters(), *model.buffers()}

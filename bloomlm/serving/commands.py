@@ -1,6 +1,7 @@
 """What the engine is told to do between steps; with tensor parallelism, rank 0 tells all ranks the same."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
@@ -28,13 +29,35 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class LoadAdapter:
+    """Load an adapter under a name."""
+
+    number: int
+    """Number of the command, by which its caller gets the result."""
+    name: str
+    path: str
+    """What the caller gave."""
+    directory: Path
+    """Where its files are."""
+
+
+@dataclass(frozen=True)
+class UnloadAdapter:
+    """Forget an adapter as soon as no request uses it."""
+
+    number: int
+    """Number of the command, by which its caller gets the result."""
+    name: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """End, after the requests that are there (drains) or at once."""
 
     drains: bool
 
 
-Command = Submit | Cancel | Stop
+Command = Submit | Cancel | LoadAdapter | UnloadAdapter | Stop
 
 
 class CommandQueue:

@@ -17,12 +17,14 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 from bloomlm.api import LoadedModel
 from bloomlm.errors import ClosingError, ConfigError, QueueFullError, ServingError, first_line
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.parallel.mesh import ALONE
 from bloomlm.runtime.program import Program
+from bloomlm.serving.adapters import AdapterInfo, ServedAdapters
 from bloomlm.serving.batch import Batch
 from bloomlm.serving.commands import Cancel, Command, CommandQueue, Stop, Submit
 from bloomlm.serving.job import Ended, News, Started
@@ -86,8 +88,9 @@ class Engine:
         self.kv_cache_bytes = budget.num_blocks * BLOCK_TOKENS * model.bytes_per_token
         """Memory that keys and values may take on this rank."""
         self._limits = Limits(vocab_size=model.vocab_size, features=model.features, options=options, budget=budget)
-        self._batch = Batch(model, self.tokenizer.decode, options, budget)
         self._commands = CommandQueue(mesh)
+        self._adapters = ServedAdapters(generator, self._commands.put)
+        self._batch = Batch(model, self.tokenizer.decode, options, budget)
         self._is_alone = mesh.is_alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()
@@ -130,10 +133,12 @@ class Engine:
 
         Raises:
             GenerationError: the request can never be served: too long, an id outside of the vocabulary, ...
+            AdapterError: there is no adapter of this name.
             QueueFullError: as many requests wait as may.
             ClosingError: the engine closes.
         """
         self._limits.check(request)
+        self._adapters.check(request.adapter)
         with self._lock:
             if self._is_closing:
                 raise ClosingError("the server is closing and takes no more requests")
@@ -148,6 +153,19 @@ class Engine:
             self._handles[number] = handle
             self._commands.put(Submit(number, request))
         return handle
+
+    @property
+    def adapters(self) -> list[AdapterInfo]:
+        """The adapters that requests can name. Thread-safe."""
+        return self._adapters.infos
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load an adapter while the engine runs; see ServedAdapters.load. Thread-safe, and blocks its thread."""
+        self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter once no request uses it; see ServedAdapters.unload. Thread-safe, and blocks its thread."""
+        self._adapters.unload(name)
 
     def stats(self) -> EngineStats:
         """What the engine does now. Thread-safe."""
@@ -178,6 +196,7 @@ class Engine:
     def _run_steps(self) -> None:
         stop: Stop | None = None
         while stop is None or (stop.drains and not self._batch.is_empty):
+            self._adapters.unload_unused(self._batch.uses_adapter)
             for command in self._commands.take(waits=self._batch.is_empty and stop is None):
                 stop = command if isinstance(command, Stop) else stop
                 self._obey(command)
@@ -195,9 +214,11 @@ class Engine:
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, Submit):
-            self._batch.add(command.number, command.request, origin=b"")
+            self._batch.add(command.number, command.request, self._adapters.origin(command.request.adapter))
         elif isinstance(command, Cancel):
             self._batch.cancel(command.number)
+        elif not isinstance(command, Stop):
+            self._adapters.obey(command)
 
     def _tell(self, news: list[News]) -> None:
         """Pass on to the callers what happened, and wake each event loop once."""
@@ -238,6 +259,7 @@ class Engine:
         with self._lock:
             self._is_closing = True
         self._tell([(number, Ended(error=error)) for number in self._handles])
+        self._adapters.end_all(error)
 
     def _count_started(self) -> None:
         with self._lock:

@@ -57,8 +57,6 @@ class Limits:
             )
         if request.prompt_log_probs is not None and not self.features.scores_chunks:
             raise GenerationError("this program cannot score prompts; serve the model, or a pt2 program of it")
-        if request.adapter is not None:
-            raise GenerationError(f"there is no adapter {request.adapter!r}")
 
 
 def supported_options(options: EngineOptions, model: LanguageModel) -> EngineOptions:

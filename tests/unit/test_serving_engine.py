@@ -239,7 +239,6 @@ def test_an_engine_that_cannot_go_on_says_so(engine: Engine, monkeypatch: pytest
         (GenerationRequest(prompt=[-1]), "token id -1"),
         (request(1, max_new_tokens=109), "12 tokens and 109 new ones are asked for, but this server has room for 120"),
         (request(1, strategy=Sampling(), num_return_sequences=5), "5 sequences of one prompt.*at most 4"),
-        (replace(request(1), adapter="none"), "no adapter 'none'"),
         (request(1, stop_token_ids=(300,)), "token id 300"),
     ],
 )

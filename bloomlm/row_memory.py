@@ -34,6 +34,13 @@ class RowFeatures:
     """read_block and write_blocks."""
     adapters: bool = False
     """set_adapter."""
+    paged: bool = False
+    """Rows take memory only for the tokens that are in them."""
+
+
+def is_paged(device: torch.device | str) -> bool:
+    """Whether a RowMemory takes memory only for the tokens that are in it, as it does on Linux's CPUs."""
+    return _HAS_PAGING and torch.device(device).type == "cpu"
 
 
 class RowMemory:
@@ -67,7 +74,7 @@ class RowMemory:
         """
         shape = (num_blocks, 2, num_rows, num_heads, num_slots, width)
         self._mapping: mmap.mmap | None = None
-        if _HAS_PAGING and torch.device(device).type == "cpu" and 0 not in shape:
+        if is_paged(device) and 0 not in shape:
             self._mapping, self.tensor = _map(shape, dtype)
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)

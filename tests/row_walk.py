@@ -20,10 +20,14 @@ class Walk:
         oracle: computes whole texts.
         model: opens the rows.
         seed: of the walk.
+        tolerance: largest difference of a logit, relative to the largest logit.
     """
 
-    def __init__(self, oracle: BloomForCausalLM, model: LanguageModel, seed: int) -> None:
+    def __init__(
+        self, oracle: BloomForCausalLM, model: LanguageModel, seed: int = 0, *, tolerance: float = 1e-5
+    ) -> None:
         self._oracle = oracle
+        self._tolerance = tolerance
         self._random = random.Random(seed)
         self._features = model.features
         self.rows = model.open_rows(NUM_ROWS, NUM_TOKENS)
@@ -31,6 +35,7 @@ class Walk:
         self.num_checked = 0
         """Logits that were compared."""
 
+    @torch.inference_mode()
     def run(self, num_calls: int) -> None:
         """Make calls, of every kind that the model has."""
         calls = [self._read, self._read, self._step, self._step, self._copy, self._free]
@@ -92,11 +97,10 @@ class Walk:
         return [self._random.randrange(4, self._oracle.vocab_size) for _ in range(count)]
 
     def _check(self, rows: list[int], counts: list[int], found: Tensor) -> None:
-        expected = [self._whole(row)[len(self.texts[row]) - n :] for row, n in zip(rows, counts, strict=True)]
-        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5 * float(self._scale))
+        whole = [self._oracle(torch.tensor([self.texts[row]]))[0] for row in rows]
+        expected = torch.cat([logits[len(logits) - n :] for logits, n in zip(whole, counts, strict=True)])
+        assert found.shape == expected.shape
+        if len(expected):
+            limit = self._tolerance * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=limit)
         self.num_checked += len(found)
-
-    def _whole(self, row: int) -> Tensor:
-        logits: Tensor = self._oracle(torch.tensor([self.texts[row]]))[0]
-        self._scale = logits.abs().max()
-        return logits

@@ -12,14 +12,15 @@ M slots of the cache, N packed new tokens, L blocks, H heads, K head_dim, D hidd
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bloomlm.export.attention import Attention, padded_attention
 from bloomlm.export.weights import EMBEDDING, SLOPES, SUFFIXES, Parts, WeightFormat
-from bloomlm.model.alibi import COLUMNS, key_columns, query_columns
 from bloomlm.model.config import BloomConfig
 
 _BLOCK_ELEMENTS = 2**21
@@ -34,7 +35,6 @@ Decode = Callable[[Parts], Tensor]
 """From an encoded matrix to the matrix in fp32."""
 Product = Callable[[Tensor, Parts], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Graph(nn.Module):
@@ -94,56 +94,58 @@ class Graph(nn.Module):
 
 
 class Prefill(Graph):
-    """Appends packed prompts to rows of the cache."""
+    """Appends chunks of tokens to rows of the cache.
+
+    Args:
+        attention: an operator that computes what slot_attention does; None: PyTorch's attention on padded chunks.
+        args, others: the arguments of Graph.
+    """
+
+    def __init__(self, *args: Any, attention: Attention | None = None, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.attention = attention
 
     def forward(
         self,
         tokens: Tensor,
-        prompts: Tensor,
+        chunks: Tensor,
         slots: Tensor,
-        last: Tensor,
+        wanted: Tensor,
         rows: Tensor,
+        starts: Tensor,
+        places: Tensor,
         used: Tensor,
         cache: Sequence[Tensor],
         weights: Weights,
     ) -> Tensor:
-        """The logits [B, V] after each prompt.
+        """The logits [W, V] after some of the tokens.
 
         Args:
-            tokens: [N] int64 ids of all prompts, one after another.
-            prompts: [N] int64 number of each token's prompt, 0 .. B - 1.
+            tokens: [N] int64 ids of all chunks, one after another.
+            chunks: [N] int64 number of each token's chunk, 0 .. B - 1.
             slots: [N] int64 slot of each token.
-            last: [B] int64 place among the N of each prompt's last token.
-            rows: [B] int64 row of the cache that each prompt goes to.
+            wanted: [W] int64 places among the N of the tokens whose logits are returned; W may be 0.
+            rows: [B] int64 row of the cache that each chunk goes to.
+            starts: [B] int64 slot of each chunk's first token.
+            places: [T] int64, 0 .. T - 1, where T is the length of the longest chunk.
             used: [S] int64, 0 .. S - 1.
             cache: keys of block 0, values of block 0, keys of block 1, ...: [R, H, M, K] fp32 each. The rows hold the
                 virtual and the earlier tokens, and finite numbers behind them; they receive the new tokens.
             weights: see weight_entries.
         """
-        num_slots, head_dim = used.shape[0], self.config.head_dim
-        torch._check(num_slots <= cache[0].shape[2])
-        query_side = query_columns(weights[SLOPES], head_dim)[None, :, None]
-        key_side = key_columns(used)
-        token_rows = rows[prompts]
+        torch._check(used.shape[0] <= cache[0].shape[2])
+        token_rows = rows[chunks]
+        attention = self.attention or partial(
+            padded_attention, chunks=chunks, chunk_rows=rows, starts=starts, places=places
+        )
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = cache[2 * layer], cache[2 * layer + 1]
             keys[token_rows, :, slots], values[token_rows, :, slots] = key, value
-            keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
-            queries = torch.zeros_like(keys)
-            queries[prompts, :, slots] = query
-            # slots behind the end of a shorter row come later than its tokens, so the causal mask hides them
-            out = F.scaled_dot_product_attention(
-                _beside(queries, query_side),
-                _beside(keys, key_side),
-                F.pad(values, (0, COLUMNS)),
-                is_causal=True,
-                scale=head_dim**-0.5,
-            )
-            return out[prompts, :, slots][..., :head_dim].flatten(1)
+            return attention(query, keys, values, weights[SLOPES], token_rows, slots, used)
 
         hidden = self.run(tokens, weights, attend)
-        return self.logits(hidden[last], weights)
+        return self.logits(hidden[wanted], weights)
 
 
 class DecodeStep(Graph):
@@ -225,28 +227,6 @@ class Step(Graph):
         return self.logits(hidden.unflatten(0, (num_rows, num_new))[:, -1], self.tensors), grown  # type: ignore[arg-type]
 
 
-def slot_attention(
-    query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor, used: Tensor
-) -> Tensor:
-    """Attention of one new token a row over the slots up to its own: [B, H * K].
-
-    Args:
-        query: [B, H, K].
-        keys, values: [R, H, M, K] each.
-        slopes: [H] slopes of ALiBi.
-        rows: [B] int64 row of each token.
-        slots: [B] int64 slot of each token.
-        used: [S] int64, 0 .. S - 1, where S is the largest of slots + 1.
-    """
-    num_slots, head_dim = used.shape[0], query.shape[2]
-    keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
-    distance = used - slots[:, None]  # [B, S]
-    bias = slopes[:, None] * distance[:, None].to(slopes.dtype)
-    bias = torch.where((distance > 0)[:, None], -torch.inf, bias)
-    scores = (query[:, :, None] * keys).sum(-1) * head_dim**-0.5 + bias
-    return (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
-
-
 def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F.linear) -> Tensor:
     """x W^T through a library's fp32 product: [N, in] -> [N, out].
 
@@ -270,8 +250,3 @@ def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str,
     """The tensors of one encoded matrix; with layer, in one block."""
     names = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES if f"{name}.{suffix}" in weights}
     return {suffix: weights[full] if layer is None else weights[full][layer] for suffix, full in names.items()}
-
-
-def _beside(tensor: Tensor, columns: Tensor) -> Tensor:
-    """[B, H, S, K] and columns that expand to [B, H, S, C] -> [B, H, S, K + C]."""
-    return torch.cat((tensor, columns.expand(*tensor.shape[:-1], -1)), dim=-1)

@@ -24,7 +24,7 @@ from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.kv_cache import Extension, KVCache
 from bloomlm.model.linear import Linear
-from bloomlm.row_memory import RowFeatures
+from bloomlm.row_memory import RowFeatures, is_paged
 
 
 class SelfAttention(nn.Module):
@@ -229,7 +229,13 @@ class BloomForCausalLM(nn.Module):
     @property
     def features(self) -> RowFeatures:
         """What the rows of this model can do."""
-        return RowFeatures(scores_chunks=True, truncates=True, blocks=True, adapters=self.adapters is not None)
+        return RowFeatures(
+            scores_chunks=True,
+            truncates=True,
+            blocks=True,
+            adapters=self.adapters is not None,
+            paged=is_paged(self.transformer.word_embeddings.weight.device),
+        )
 
     @property
     def bytes_per_token(self) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
-VERSION = 4
-"""In programs of earlier versions, functions take left-padded rows of one length."""
+VERSION = 5
+"""In programs of version 4, prefill gives the logits after each prompt only; earlier functions take left-padded rows of
+one length."""
 
 VIRTUAL = "virtual_tokens"
 """Name of the tensor with the keys and values that a prefix adapter puts before every prompt."""

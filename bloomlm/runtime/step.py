@@ -44,7 +44,7 @@ def output_names(num_blocks: int) -> list[str]:
 class StepModel:
     """A program with the interface of LanguageModel, given its loaded function; see ProgramFormat.open."""
 
-    features = RowFeatures(truncates=True, blocks=True)
+    features = RowFeatures(truncates=True, blocks=True, paged=True)
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str, run: Run) -> None:
         self.manifest = manifest

@@ -33,7 +33,8 @@ from bloomlm.runtime import Program
 from bloomlm.runtime.formats.pt2 import INSTRUCTION_SETS, instruction_set
 from bloomlm.runtime.manifest import Manifest
 from tests.edited_manifest import edit, tamper
-from tests.row_operations import STATM, largest_error, resident_bytes
+from tests.process_memory import STATM, resident_bytes
+from tests.row_walk import Walk
 from tests.tiny_checkpoint import random_model
 
 PROMPTS = ["The history of", "Once upon a time there was a", "1", "def main():"]
@@ -88,10 +89,21 @@ def test_only_rows_in_use_take_memory(program: Program) -> None:
     rows.prefill([3, 50], [[5, 6], [7]])
     rows.decode_step([50, 3], torch.tensor([8, 9]))
     assert resident_bytes() - before < 50 * 2**20
+    assert program.model.bytes_per_token == slot_bytes
 
 
-def test_rows_equal_the_models(loaded: LoadedModel, program: Program) -> None:
-    assert largest_error(loaded.model, program.model) < 1e-5
+@pytest.mark.parametrize("seed", range(2))
+def test_a_random_walk_gives_the_logits_of_whole_texts(loaded: LoadedModel, program: Program, seed: int) -> None:
+    walk = Walk(loaded.model, program.model, seed)
+    walk.run(60)
+    assert walk.num_checked > 50
+
+
+def test_a_program_has_one_adapter(program: Program) -> None:
+    rows = program.model.open_rows(1, 2)
+    rows.set_adapter(0, None)
+    with pytest.raises(ProgramError, match="in the format pt2 cannot choose the adapter french"):
+        rows.set_adapter(0, "french")
 
 
 def test_program_knows_its_defaults(program: Program, exported: Path) -> None:
@@ -134,6 +146,7 @@ def test_adapters_are_folded_in(loaded: LoadedModel, tmp_path: Path, adapter: Lo
     path = tmp_path / "bloom"
     export_program(model, loaded.tokenizer, path, source="small", verify=False)
     assert logits_error(model, path) < 1e-5
+    Walk(model, Program(path).model).run(40)
     without = small_model(vocab_size=loaded.tokenizer.vocab_size)
     assert logits_error(without, path) > 1e-2
 
@@ -247,7 +260,7 @@ def test_int4_refuses_what_it_cannot_hold() -> None:
         (lambda p: p.with_suffix(".json").write_text("{"), "no JSON"),
         (lambda p: p.with_suffix(".json").write_text("{}"), "does not describe an exported program"),
         (lambda p: edit(p, version=99), "version 99"),
-        (lambda p: edit(p, version=1), "is of version 1, this bloomlm runs version 4; export the program again"),
+        (lambda p: edit(p, version=4), "is of version 4, this bloomlm runs version 5; export the program again"),
         (lambda p: edit(p, format="tflite"), "damaged: format 'tflite'"),
         (lambda p: edit(p, unknown=1), "unexpected keyword argument 'unknown'"),
         (lambda p: tamper(p, n_head=5), "damaged or was edited"),

@@ -21,6 +21,7 @@ from bloomlm.runtime import Program
 from bloomlm.runtime.formats.pt2 import Pt2Model
 from bloomlm.runtime.torch_internals import find_compiler
 from tests.edited_manifest import edit
+from tests.row_walk import Walk
 from tests.tiny_checkpoint import random_model
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
@@ -69,6 +70,15 @@ def test_compiled_equals_uncompiled_and_the_model(exported: Path, rows: Sequence
     model = random_model(CONFIG)
     least, most = LIMITS[quantization]
     assert least <= compare(model, program.model, prompts, forced).logits_error < most
+
+
+def test_a_random_walk_gives_the_logits_of_whole_texts(exported: Path) -> None:
+    program = Program(exported)
+    oracle = random_model(CONFIG)
+    tolerance = LIMITS[program.manifest.quantization][1]
+    walk = Walk(oracle, program.model, tolerance=tolerance)
+    walk.run(100)
+    assert walk.num_checked > 100
 
 
 @pytest.mark.skipif(not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)), reason="there is no oneDNN")

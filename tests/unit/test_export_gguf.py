@@ -18,7 +18,7 @@ from bloomlm.export.program import export_program
 from bloomlm.runtime import Program
 from bloomlm.runtime.manifest import describe_file
 from tests.edited_manifest import edit
-from tests.row_operations import largest_error
+from tests.row_walk import Walk
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -62,8 +62,13 @@ def test_llama_cpp_writes_what_the_model_writes(loaded: LoadedModel, exported: P
     assert program.generate(PROMPTS, max_new_tokens=16, batch_size=1, **options) == expected
 
 
-def test_rows_are_continued_copied_and_used_again(loaded: LoadedModel, exported: Path) -> None:
-    assert largest_error(loaded.model, Program(exported).model) < 5e-3
+def test_a_random_walk_gives_the_logits_of_whole_texts(loaded: LoadedModel, exported: Path) -> None:
+    program = Program(exported)
+    walk = Walk(loaded.model, program.model, tolerance=LIMITS["llama.cpp"]["logits_error"])
+    walk.run(60)
+    assert walk.num_checked > 50
+    with pytest.raises(ProgramError, match="in the format gguf cannot give out keys and values"):
+        walk.rows.read_block(0, 0, 1)
 
 
 def test_prompts_longer_than_what_is_read_at_once(loaded: LoadedModel, exported: Path) -> None:

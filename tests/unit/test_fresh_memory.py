@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bloomlm.checkpoint.tensor_reader import fresh_memory
-from tests.row_operations import STATM, resident_bytes
+from tests.process_memory import STATM, resident_bytes
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

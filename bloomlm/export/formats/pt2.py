@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from bloomlm.export.attention import slot_attention
 from bloomlm.export.formats.base import ExportFormat, ExportJob
-from bloomlm.export.graph import DecodeStep, Multiply, Prefill, Product, many_rows, slot_attention
+from bloomlm.export.graph import DecodeStep, Multiply, Prefill, Product, many_rows
 from bloomlm.export.kernels.operators import attend_of, compiler_options, decoded_of, few_rows_of
 from bloomlm.export.weights import WeightFormat, weight_entries, weight_format, write_weights
 from bloomlm.model.config import BloomConfig
@@ -115,13 +116,15 @@ def _fastest_product() -> Multiply:
 
 
 def _prefill_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    lengths, rows, used = torch.tensor([5, 3]), torch.tensor([2, 0]), torch.arange(5)
-    tokens, prompts = torch.arange(8), torch.tensor([0] * 5 + [1] * 3)
-    slots = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
-    size_n, size_b, size_s = (Dim(name, min=1, max=_MOST) for name in ("N", "B", "S"))
+    tokens, chunks = torch.arange(8), torch.tensor([0] * 5 + [1] * 3)
+    slots = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6])
+    wanted, rows, starts = torch.tensor([3, 4, 7]), torch.tensor([2, 0]), torch.tensor([0, 4])
+    size_n, size_b, size_t, size_s = (Dim(name, min=1, max=_MOST) for name in ("N", "B", "T", "S"))
+    size_w = Dim("W", min=0, max=_MOST)
     cache, cache_sizes = _cache_example(config)
-    sizes = ({0: size_n}, {0: size_n}, {0: size_n}, {0: size_b}, {0: size_b}, {0: size_s}, cache_sizes)
-    return (tokens, prompts, slots, lengths.cumsum(0) - 1, rows, used, cache), sizes
+    arguments = (tokens, chunks, slots, wanted, rows, starts, torch.arange(5), torch.arange(7), cache)
+    sizes = [size_n, size_n, size_n, size_w, size_b, size_b, size_t, size_s]
+    return arguments, (*({0: size} for size in sizes), cache_sizes)
 
 
 def _decode_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bloomlm.export.graph import slot_attention
+from bloomlm.export.attention import slot_attention
 from bloomlm.export.weights import Parts, format_of
 from bloomlm.runtime.formats.pt2 import instruction_set
 from bloomlm.runtime.torch_internals import c_function_options

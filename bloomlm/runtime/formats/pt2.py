@@ -7,6 +7,7 @@ import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bloomlm.errors import ProgramError
-from bloomlm.row_memory import RowFeatures, RowMemory
+from bloomlm.row_memory import RowFeatures, RowMemory, is_paged
 from bloomlm.runtime.formats.base import ProgramFormat, ProgramRows
 from bloomlm.runtime.manifest import VIRTUAL, Manifest
 from bloomlm.runtime.torch_internals import open_package
@@ -50,7 +51,7 @@ def graph_file(prefix: str, entry_point: str) -> str:
 class Pt2Model:
     """A pt2 program with the interface of LanguageModel; see ProgramFormat.open."""
 
-    features = RowFeatures(truncates=True, blocks=True)
+    features = RowFeatures(scores_chunks=True, truncates=True, blocks=True, paged=is_paged("cpu"))
 
     def __init__(self, manifest: Manifest, directory: Path, prefix: str) -> None:
         self.manifest = manifest
@@ -102,27 +103,32 @@ class Pt2Rows(ProgramRows):
     def prefill(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], *, num_logits: Sequence[int] | None = None
     ) -> Tensor:
-        """Append tokens to rows; only attention computes on pads. See ModelRows."""
-        counts = torch.tensor([len(prompt) for prompt in prompts])
-        stops = [self._start(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        numbers = torch.arange(len(prompts)).repeat_interleave(counts)
-        slots = torch.cat([self._slots[stop - len(prompt) : stop] for stop, prompt in zip(stops, prompts, strict=True)])
-        used = self._slots[: max(stops)]
-        logits = self._prefill(tokens, numbers, slots, counts.cumsum(0) - 1, torch.tensor(rows), used, self.cache)
-        self._count(rows, stops)
-        if num_logits is None:
-            return logits
-        if max(num_logits) > 1:
-            self._refuse("give the logits of several tokens of a prompt, which scoring needs")
-        return logits[torch.tensor(num_logits).bool()]
+        """Append tokens to rows; see ModelRows."""
+        lengths = [len(prompt) for prompt in prompts]
+        new = [self._start(row, length) for row, length in zip(rows, lengths, strict=True)]
+        wanted = [1] * len(prompts) if num_logits is None else num_logits
+        ends = zip(accumulate(lengths), wanted, strict=True)
+        logits = self._prefill(
+            torch.tensor(list(chain.from_iterable(prompts))),
+            torch.arange(len(prompts)).repeat_interleave(torch.tensor(lengths)),
+            torch.cat([self._slots[slots.start : slots.stop] for slots in new]),
+            torch.tensor([place for end, count in ends for place in range(end - count, end)], dtype=torch.int64),
+            torch.tensor(rows),
+            torch.tensor([slots.start for slots in new]),
+            self._slots[: max(lengths)],
+            self._slots[: max(slots.stop for slots in new)],
+            self.cache,
+        )
+        self._count(rows, new)
+        return logits
 
     def decode_step(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
         """Append one token to each of the rows; see ModelRows."""
-        stops = [self._start(row, 1) for row in rows]
-        used = self._slots[: max(stops)]
-        logits = self._decode_step(tokens, torch.tensor(rows), torch.tensor(stops) - 1, used, self.cache)
-        self._count(rows, stops)
+        new = [self._start(row, 1) for row in rows]
+        used = self._slots[: max(slots.stop for slots in new)]
+        starts = torch.tensor([slots.start for slots in new])
+        logits = self._decode_step(tokens, torch.tensor(rows), starts, used, self.cache)
+        self._count(rows, new)
         return logits
 
     def truncate(self, row: int, num_tokens: int) -> None:
@@ -146,18 +152,18 @@ class Pt2Rows(ProgramRows):
         self._write_virtual(row)
         self._memory.write_blocks(row, blocks)
 
-    def _start(self, row: int, num_new: int) -> int:
-        """Prepare a row for new tokens; returns the number of slots that it will use."""
+    def _start(self, row: int, num_new: int) -> range:
+        """Prepare a row for new tokens; returns their slots."""
         self._write_virtual(row)
-        return self._memory.claim(row, num_new).stop
+        return self._memory.claim(row, num_new)
 
     def _write_virtual(self, row: int) -> None:
         if self._virtual is not None and self._memory.lengths[row] == 0:
             self._memory.write_virtual(row, self._virtual)
 
-    def _count(self, rows: Sequence[int], stops: Sequence[int]) -> None:
-        for row, stop in zip(rows, stops, strict=True):
-            self._memory.lengths[row] = stop
+    def _count(self, rows: Sequence[int], new: Sequence[range]) -> None:
+        for row, slots in zip(rows, new, strict=True):
+            self._memory.lengths[row] = slots.stop
 
 
 def instruction_set(flags: frozenset[str] | None = None) -> str:

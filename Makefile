@@ -41,7 +41,7 @@ run_eval_tps: $(VENV)/.installed-dev
 # The lock pins every version that the tests were run with; the package itself allows ranges.
 $(VENV)/.installed-demo: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[plots,metrics]'
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[plots,metrics,serve]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml requirements.lock

@@ -127,6 +127,8 @@ def _show_next(console: Console, output_dir: Path) -> None:
         f"  bloomlm predict --model_name_or_path {MODEL} --lora_path {output_dir} \\",
         "      --prompt $'Date: 14 juillet 1989\\nISO:'",
         "  bloomlm finetune --help",
+        f"  bloomlm serve --model_name_or_path {MODEL} --lora dates={output_dir} --runs .",
+        "      # then open http://127.0.0.1:8000/ to write with it and to see the run's curves (extra `serve`)",
     )
     for line in lines:
         console.print(line, soft_wrap=True)

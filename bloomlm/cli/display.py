@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
+from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import format_bytes
 from bloomlm.generation.text import Completion
+from bloomlm.serving.text_stream import TextStream
 
 LINE_SECONDS = 2.0
 """Shortest time between two lines where there is no terminal."""
@@ -154,34 +155,18 @@ class TokenPrinter:
         self, printer: CompletionPrinter, tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]
     ) -> None:
         self._printer = printer
-        self._decoder = StreamDecoder(tokenizer)
+        self._text = TextStream(tokenizer, stop)
         self._prompts = prompts
-        self._stop = stop
         self._index: int | None = None
-        self._held = ""
-        self._has_stopped = False
 
     def push(self, index: int, token_id: int) -> None:
         """Print one token of the completion of prompt number `index`; prompts come one after another."""
         if index != self._index:
             self._printer.prompt(self._prompts[index])
             self._index = index
-        self._emit(self._decoder.push(token_id))
+        self._printer.piece(self._text.push(token_id))
 
     def finish(self) -> None:
         """End the current completion."""
-        self._emit(self._decoder.finish())
-        self._printer.piece(self._held)
+        self._printer.piece(self._text.finish())
         self._printer.end()
-        self._held, self._has_stopped = "", False
-
-    def _emit(self, piece: str) -> None:
-        if self._has_stopped:
-            return
-        text = self._held + piece
-        ends = [text.index(stop) for stop in self._stop if stop in text]
-        # Hold back the longest end of the text that may be the beginning of a stop text.
-        beginnings = (text[-n:] for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        self._has_stopped = bool(ends)
-        self._held = "" if ends else max(beginnings, key=len, default="")
-        self._printer.piece(text[: min(ends)] if ends else text.removesuffix(self._held))

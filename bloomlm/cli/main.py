@@ -23,6 +23,10 @@ VERBS = {
         "turn a model into a program that runs without its code, also for ONNX, OpenVINO, llama.cpp",
     ),
     "infer": ("bloomlm.cli.infer", "complete prompts with an exported program"),
+    "serve": (
+        "bloomlm.cli.serve",
+        "answer OpenAI's clients, with adapters by name and a page to write with",
+    ),
     "evaluate": (
         "bloomlm.cli.evaluate",
         "measure how good a model is on WikiText, LAMBADA, tasks of lm-eval or your own rows",

@@ -1,11 +1,9 @@
 """BLOOM's byte-level tokenizer, run by the `tokenizers` library.
 
-A text is encoded as it is: nothing is added before or after it, and there is no chat template. A special token that is
-spelled out in the text ("</s>") becomes that token, as in transformers. Whether the model can embed all ids is for the
-caller to check.
+A text is encoded as it is: nothing is added before or after it. A special token that is spelled out in the text
+("</s>") becomes that token, as in transformers. Whether the model can embed all ids is for the caller to check.
 """
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from bloomlm.errors import CheckpointError
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 # BLOOM's special tokens, used unless a JSON file beside tokenizer.json names others.
 DEFAULT_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -62,7 +61,8 @@ class Tokenizer:
         self._backend.no_padding()
         self._json = tokenizer_json
         self._config = dict(config)
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
+        """The texts of <unk>, <s>, </s> and <pad>, by the keys of DEFAULT_SPECIAL_TOKENS."""
         self.name = name
         ids = {key: self._special_id(key, token) for key, token in special_tokens.items()}
         self.unk_token_id = ids["unk_token"]
@@ -101,6 +101,9 @@ class Tokenizer:
                 f"{MERGES_FILE} can be read as by GPT-2's tokenizer only without it"
             )
         config = _read_json_object(directory / TOKENIZER_CONFIG_FILE)
+        template = directory / CHAT_TEMPLATE_FILE
+        if template.is_file():  # transformers reads it from the other file, too, where it is saved from now on
+            config["chat_template"] = template.read_text(encoding="utf-8")
         special_tokens = _named_special_tokens(config, _read_json_object(directory / SPECIAL_TOKENS_FILE))
         if has_gpt2_files:
             prefix_space = bool(config.get("add_prefix_space", False))
@@ -115,10 +118,18 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations that came with the tokenizer, the default one of several."""
+        found = self._config.get("chat_template")
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        return None if found is None else str(found)
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of everything that encoding depends on."""
         digest = hashlib.sha256(self._json)
-        digest.update(json.dumps(self._special_tokens, sort_keys=True).encode())
+        digest.update(json.dumps(self.special_tokens, sort_keys=True).encode())
         return digest.hexdigest()
 
     @property
@@ -129,7 +140,7 @@ class Tokenizer:
     def with_json(self, tokenizer_json: bytes) -> "Tokenizer":
         """The same settings on another tokenizer.json, in which tokens may have other ids."""
         plain = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
-        changed = Tokenizer(tokenizer_json, config=plain, special_tokens=self._special_tokens, name=self.name)
+        changed = Tokenizer(tokenizer_json, config=plain, special_tokens=self.special_tokens, name=self.name)
         if entries := self._config.get("added_tokens_decoder"):
             ids = {changed._backend.token_to_id(entry["content"]): entry for entry in entries.values()}
             changed._config["added_tokens_decoder"] = {str(token_id): entry for token_id, entry in ids.items()}
@@ -175,7 +186,7 @@ class Tokenizer:
 
         The directory must exist. The files are not written atomically.
         """
-        self._save(Path(directory), _CONFIG_DEFAULTS | self._config | self._special_tokens)
+        self._save(Path(directory), _CONFIG_DEFAULTS | self._config | self.special_tokens)
 
     def save_with_gpt2_files(self, directory: str | Path) -> None:
         """Write the files of save, and vocab.json and merges.txt for programs that read these.
@@ -183,7 +194,7 @@ class Tokenizer:
         Raises:
             CheckpointError: the tokenizer is not byte-level BPE.
         """
-        config = _CONFIG_DEFAULTS | self._config | self._special_tokens | {"tokenizer_class": "BloomTokenizer"}
+        config = _CONFIG_DEFAULTS | self._config | self.special_tokens | {"tokenizer_class": "BloomTokenizer"}
         self._save(Path(directory), config)
         write_gpt2_files(Path(directory), self._json)
 
@@ -191,7 +202,7 @@ class Tokenizer:
         (directory / TOKENIZER_FILE).write_bytes(self._json)
         for file_name, content in (
             (TOKENIZER_CONFIG_FILE, config),
-            (SPECIAL_TOKENS_FILE, self._special_tokens),
+            (SPECIAL_TOKENS_FILE, self.special_tokens),
         ):
             text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
             (directory / file_name).write_text(text, encoding="utf-8")
@@ -219,40 +230,6 @@ class Tokenizer:
                     f"{self.name}: {TOKENIZER_CONFIG_FILE} gives id {token_id} to {entry['content']!r}, but in "
                     f"{TOKENIZER_FILE} that id is {found!r}. Save both files together again"
                 )
-
-
-class StreamDecoder:
-    """Decodes token by token into whole characters.
-
-    The joined results of push and finish equal Tokenizer.decode of all ids.
-
-    Args:
-        tokenizer: decodes the ids.
-        skip_special_tokens: as in Tokenizer.decode.
-
-    Raises:
-        CheckpointError: the tokenizer is not byte-level, so single tokens cannot be decoded.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        if not tokenizer.has_byte_decoder():
-            raise CheckpointError(
-                f"{tokenizer.name}: {TOKENIZER_FILE} does not have BLOOM's decoder, ByteLevel, so its text cannot be "
-                "streamed. Decode the whole sequence instead"
-            )
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        """Add one id and return the text that is now complete, which may be empty."""
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-
-    def finish(self) -> str:
-        """End the text: return U+FFFD if it ends inside a character, else "". The next text can follow."""
-        return self._utf8.decode(b"", final=True)
 
 
 def _byte_alphabet() -> dict[str, int]:

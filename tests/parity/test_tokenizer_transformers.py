@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
+from bloomlm.data.stream_decoder import StreamDecoder
+from bloomlm.data.tokenizer import Tokenizer
 from tests.bloom_tokenizer import tokenizer_json, write_tokenizer
 
 transformers = pytest.importorskip("transformers")

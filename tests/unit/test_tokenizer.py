@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from bloomlm.data.tokenizer import StreamDecoder, Tokenizer
+from bloomlm.data.stream_decoder import StreamDecoder
+from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError
 from tests.bloom_tokenizer import make_tokenizer, tokenizer_json, write_tokenizer
 

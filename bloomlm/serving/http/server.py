@@ -1,0 +1,66 @@
+"""The thread that listens and answers."""
+
+import asyncio
+import errno
+import socket
+import threading
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from bloomlm.errors import ConfigError
+
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than proxies and clients keep theirs, so that they close first."""
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """An application behind a port, which is open from the construction on.
+
+    Args:
+        app: what answers.
+        host: name or address of the interface to listen on.
+        port: the port; 0 takes a free one.
+
+    Raises:
+        ConfigError: the port is taken, or the host is not an address of this machine.
+    """
+
+    def __init__(self, app: ASGIApp, *, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except (OSError, OverflowError) as error:
+            hint = "; another program listens there, choose another --port" if _is_taken(error) else ""
+            raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}{hint}") from error
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        """The address at which clients find it."""
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more connections, and wait until every request has its answer."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve(sockets=[self._socket]))
+
+
+def _is_taken(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE

@@ -1,0 +1,122 @@
+"""What the endpoints share: the engine, once there is one, the options of the server, and the names of the models."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bloomlm.serving.engine import Engine
+from bloomlm.serving.http.chat import ChatTemplate
+from bloomlm.serving.http.errors import ApiError
+from bloomlm.serving.http.metrics import Metrics
+
+LOADING_RETRY_SECONDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How the server answers, whatever it serves."""
+
+    model_name: str
+    """Name under which requests find the model."""
+    api_key: str | None = None
+    """Key that requests must bring; None: none."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names that the Host header may have; None: any."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of the pages of others that may send requests from a browser; "*" allows all."""
+    max_body_bytes: int = 8_000_000
+    """Most bytes of a request's body."""
+    request_timeout_seconds: float = 600.0
+    """Longest time of a request, from its first byte to the end of its answer."""
+    allow_adapter_loading: bool = False
+    """Whether requests may load and unload adapters, for which the server reads any path that they name."""
+    log_prompts: bool = False
+    """Whether log lines hold prompts."""
+    runs_dir: Path | None = None
+    """Directory of training runs, whose curves the page draws."""
+    chat_template: str | None = None
+    """Jinja template of conversations; None: that of the tokenizer's files."""
+
+
+class Service:
+    """The state of a server.
+
+    Args:
+        options: how it answers.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.started = int(time.time())
+        self.metrics = Metrics(options.model_name)
+        self._engine: Engine | None = None
+        self._chat_template: ChatTemplate | None = None
+
+    def open(self, engine: Engine) -> None:
+        """Answer from now on with an engine that runs.
+
+        Raises:
+            ConfigError: the chat template cannot be read.
+        """
+        template = self.options.chat_template or engine.tokenizer.chat_template
+        if template is not None:
+            self._chat_template = ChatTemplate(template, engine.tokenizer.special_tokens)
+        self.metrics.observe(engine)
+        self._engine = engine
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model is loaded."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            ApiError: 503 while the model is being loaded.
+        """
+        if self._engine is None:
+            raise ApiError(
+                503,
+                f"the model {self.options.model_name} is still being loaded; try again in a few seconds",
+                code="model_loading",
+                headers={"retry-after": str(LOADING_RETRY_SECONDS)},
+            )
+        return self._engine
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template of conversations.
+
+        Raises:
+            ApiError: 400 where the model has none.
+        """
+        if self._chat_template is None:
+            raise ApiError(
+                400,
+                f"{self.options.model_name} has no chat template, so messages cannot be turned into a prompt. Use "
+                "/v1/completions, or start the server with --chat_template FILE, a Jinja template such as those in "
+                "transformers' tokenizer_config.json",
+                code="no_chat_template",
+            )
+        return self._chat_template
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a request's model names; None for the model itself.
+
+        Raises:
+            ApiError: 404, an unknown model; 503 while the model is being loaded.
+        """
+        if model in (None, self.options.model_name):
+            return None
+        names = [adapter.name for adapter in self.engine.adapters]
+        if model not in names:
+            known = ", ".join([self.options.model_name, *names])
+            raise ApiError(
+                404,
+                f"the model {model!r} does not exist; this server has {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return model

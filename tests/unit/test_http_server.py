@@ -1,0 +1,204 @@
+"""The server on a real port: clients that leave, time limits, closing, and a real engine behind it."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+import bloomlm
+from bloomlm.errors import ConfigError
+from bloomlm.serving.engine import Engine
+from bloomlm.serving.http.app import create_app
+from bloomlm.serving.http.server import HttpServer
+from bloomlm.serving.http.service import ServerOptions, Service
+from bloomlm.serving.options import EngineOptions
+from tests.fake_engine import FakeEngine
+
+WAIT_SECONDS = 20.0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow() -> FakeEngine:
+    engine = FakeEngine()
+    engine.delay_seconds = 0.05
+    engine.continuation = lambda request, index: [5] * request.config.max_new_tokens
+    return engine
+
+
+def serve(engine: Any, **options: Any) -> HttpServer:
+    service = Service(ServerOptions(model_name="bloom", **options))
+    service.open(engine)
+    server = HttpServer(create_app(service), host="127.0.0.1", port=0)
+    server.start()
+    return server
+
+
+def start_request(server: HttpServer, body: dict[str, Any]) -> socket.socket:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    connection.sendall(head.encode() + b"\r\n\r\n" + content)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_frees_its_place(slow: FakeEngine, stream: bool) -> None:
+    server = serve(slow)
+    connection = start_request(server, {"prompt": ["a", "b"], "max_tokens": 1000, "stream": stream})
+    wait_for(lambda: len(slow.handles) == 2 and all(handle._num_read > 1 for handle in slow.handles))
+    connection.close()
+    wait_for(lambda: all(handle.cancelled_after is not None for handle in slow.handles))
+    assert max(handle.cancelled_after or 0 for handle in slow.handles) < 1000
+    server.stop()
+
+
+def test_a_request_that_takes_too_long(slow: FakeEngine) -> None:
+    server = serve(slow, request_timeout_seconds=0.5)
+    body = {"prompt": "a", "max_tokens": 1000}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert response.status_code == 504
+    assert response.headers["x-should-retry"] == "false"
+    assert "--request_timeout" in response.json()["error"]["message"]
+    stream = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": True})
+    assert stream.status_code == 200
+    last = stream.text.strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+    assert [handle.cancelled_after is not None for handle in slow.handles] == [True, True]
+    server.stop()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(slow: FakeEngine) -> None:
+    server = serve(slow, request_timeout_seconds=0.3)
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    connection.sendall(head)
+    connection.settimeout(WAIT_SECONDS)
+    assert connection.recv(1000).startswith(b"HTTP/1.1 504")
+    connection.close()
+    server.stop()
+
+
+def test_a_large_body_gets_its_answer_while_it_is_sent(slow: FakeEngine) -> None:
+    server = serve(slow, max_body_bytes=1000)
+    response = httpx.post(f"{server.url}/tokenize", json={"prompt": "a" * 5_000_000})
+    assert response.status_code == 413
+    server.stop()
+
+
+def test_closing_finishes_what_is_there(slow: FakeEngine) -> None:
+    server = serve(slow)
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 20}))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    wait_for(lambda: bool(slow.handles))
+    server.stop()
+    client.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 20
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_ports_and_hosts_that_cannot_be_had(slow: FakeEngine) -> None:
+    server = serve(slow)
+    app, port = create_app(Service(ServerOptions(model_name="bloom"))), int(server.url.rpartition(":")[2])
+    with pytest.raises(ConfigError, match="choose another --port"):
+        HttpServer(app, host="127.0.0.1", port=port)
+    with pytest.raises(ConfigError, match=r"cannot listen on --host 192\.0\.2\.1"):
+        HttpServer(app, host="192.0.2.1", port=0)
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[tuple[HttpServer, Engine]]:
+    engine = Engine(bloomlm.load("builtin:tiny"), EngineOptions(max_num_seqs=8, max_step_tokens=64))
+    engine.start()
+    server = serve(engine)
+    yield server, engine
+    server.stop()
+    engine.close(drain=True)
+
+
+def test_completions_equal_predict(real: tuple[HttpServer, Engine]) -> None:
+    server, _ = real
+    texts = ["The history of bread", "Le pain", "\u0645\u0631\u062d\u0628\u0627"]
+    body = {"prompt": texts, "max_tokens": 24, "temperature": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body).json()
+    expected = bloomlm.generate("builtin:tiny", texts, max_new_tokens=24)
+    assert [choice["text"] for choice in answer["choices"]] == [completion.completion for completion in expected]
+    samples = httpx.post(f"{server.url}/v1/completions", json={**body, "temperature": 0.8, "seed": 5, "n": 2}).json()
+    options = {"decode_strategy": "sampling", "temperature": 0.8, "seed": 5, "num_return_sequences": 2}
+    drawn = bloomlm.generate("builtin:tiny", texts, max_new_tokens=24, **options)
+    assert [choice["text"] for choice in samples["choices"]] == [completion.completion for completion in drawn]
+
+
+def test_a_client_that_leaves_frees_the_rows_of_a_real_engine(real: tuple[HttpServer, Engine]) -> None:
+    server, engine = real
+    connection = start_request(server, {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "n": 8})
+    wait_for(lambda: engine.stats().num_running == 1)
+    connection.close()
+    wait_for(lambda: engine.stats().num_running == 0)
+
+
+def test_command_serves_and_drains() -> None:
+    command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", "builtin:tiny", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        url = first.split()[2].rstrip(",")
+        assert first.startswith("listening on http://127.0.0.1:")
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+        body = {"model": "builtin:tiny", "prompt": "a", "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=120))
+        )
+        asking.start()
+        wait_for(lambda: 'vllm:num_requests_running{model_name="builtin:tiny"} 1.0' in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        asking.join()
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert answers[0].json()["usage"]["completion_tokens"] == 1500
+    (line,) = [json.loads(text) for text in out.splitlines() if "completions" in text]
+    assert (line["status"], line["completion_tokens"]) == (200, 1500)
+    assert f"{url}/v1" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "missing --model_name_or_path"),
+        (["--model_name_or_path", "builtin:tiny", "--model_dir", "x"], "give a model or a program"),
+        (["--model_name_or_path", "builtin:tiny", "--lora", "x"], "expected name=path"),
+        (["--model_name_or_path", "builtin:tiny", "--runs", "/nowhere"], "--runs /nowhere: no such directory"),
+        (["--model_name_or_path", "builtin:tiny", "--chat_template", "/nowhere"], "--chat_template /nowhere"),
+        (["--model_dir", "x", "--lora", "a=b"], "--lora with --model_dir"),
+    ],
+)
+def test_flags_that_cannot_be_used(flags: list[str], words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "bloomlm", "serve", *flags], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert words in result.stderr

@@ -1,0 +1,74 @@
+"""Text that appears token by token: the joined pieces are the text of all tokens, cut before the first stop text."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.serving.text_stream import TextStream
+from tests.fake_engine import TINY
+
+TOKENIZER = Tokenizer.from_directory(TINY)
+IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40)
+# Few letters, so that stop texts and their beginnings occur.
+LETTERS = st.text("ab\u00e9\u4e2d\U0001f600", max_size=12)
+STOPS = st.lists(st.text("ab\u00e9\u4e2d\U0001f600", min_size=1, max_size=4), max_size=3)
+
+
+def cut(text: str, stops: list[str]) -> str:
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def ended(ids: list[int], stops: list[str]) -> list[int]:
+    """The ids up to the one that completes a stop text, where a session ends the sequence."""
+    ends = (n for n in range(1, len(ids) + 1) if any(stop in TOKENIZER.decode(ids[:n]) for stop in stops))
+    return ids[: next(ends, len(ids))]
+
+
+def pieces_of(ids: list[int], stops: list[str]) -> list[str]:
+    stream = TextStream(TOKENIZER, stops)
+    return [*map(stream.push, ids), stream.finish()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(LETTERS, STOPS)
+def test_pieces_of_texts_join_to_the_cut_text(text: str, stops: list[str]) -> None:
+    ids = ended(TOKENIZER.encode(text), stops)
+    pieces = pieces_of(ids, stops)
+    assert "".join(pieces) == cut(TOKENIZER.decode(ids), stops)
+    assert "\ufffd" not in "".join(pieces)
+
+
+@settings(max_examples=300, deadline=None)
+@given(IDS, st.data())
+def test_pieces_of_any_ids_join_to_the_cut_text(ids: list[int], data: st.DataObject) -> None:
+    whole = TOKENIZER.decode(ids)
+    parts = st.builds(lambda a, b: whole[min(a, b) : max(a, b)], *[st.integers(0, len(whole))] * 2)
+    stops = data.draw(st.lists(parts.filter(bool), max_size=2)) if whole else []
+    ids = ended(ids, stops)
+    assert "".join(pieces_of(ids, stops)) == cut(TOKENIZER.decode(ids), stops)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LETTERS, STOPS)
+def test_what_is_shown_is_never_taken_back(text: str, stops: list[str]) -> None:
+    ids = ended(TOKENIZER.encode(text), stops)
+    shown = ""
+    stream = TextStream(TOKENIZER, stops)
+    for count, token in enumerate(ids, start=1):
+        shown += stream.push(token)
+        assert cut(TOKENIZER.decode(ids[:count]), stops).startswith(shown)
+
+
+def test_beginning_of_a_stop_text_is_held_back_until_it_is_decided() -> None:
+    ids = TOKENIZER.encode("ab") + TOKENIZER.encode("x")
+    assert len(ids) >= 2
+    stream = TextStream(TOKENIZER, ["abab"])
+    assert [stream.push(token) for token in ids[:-1]] == [""] * (len(ids) - 1)
+    assert stream.push(ids[-1]) == "abx"
+
+
+def test_stream_can_be_used_again() -> None:
+    stream = TextStream(TOKENIZER, ["b"])
+    for _ in range(2):
+        assert "".join([*map(stream.push, TOKENIZER.encode("abc")), stream.finish()]) == "a"
+        assert stream.num_characters == 0

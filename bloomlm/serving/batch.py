@@ -42,7 +42,10 @@ class Batch:
         self._options = options
         self._budget = budget
         self._scheduler: Scheduler[Job] = Scheduler(
-            max_rows=budget.num_rows, max_step_tokens=options.max_step_tokens, num_blocks=budget.num_blocks
+            max_rows=budget.num_rows,
+            max_step_tokens=options.max_step_tokens,
+            num_blocks=budget.num_blocks,
+            max_guesses=options.max_guesses,
         )
         self._cache: PrefixCache[Tensor] = PrefixCache()
         self._session = self._open_session()
@@ -82,7 +85,7 @@ class Batch:
             origin=origin,
             num_rows=config.num_rows,
             blocks_per_row=blocks_per_row(request),
-            tokens_per_row=1 + guesses,
+            guesses_per_row=guesses,
             num_unread=len(request.prompt),
             names=block_names(request.prompt, origin=origin) if shares else [],
         )
@@ -155,6 +158,7 @@ class Batch:
             max_rows=self._budget.num_rows,
             max_tokens=self._options.max_model_len + 1,  # a prompt of max_model_len tokens can be scored
             decode_text=self._decode_text,
+            prompt_lookup=self._options.prompt_lookup,
         )
 
     def _readable(self, job: Job) -> int:

@@ -203,6 +203,7 @@ class Engine:
             if self._batch.is_empty or (stop is not None and not stop.drains):
                 self._tell(self._batch.take_news())
                 continue
+            began = time.monotonic()
             try:
                 self._batch.step()
             except Exception as error:
@@ -210,7 +211,7 @@ class Engine:
                     raise
                 _LOG.exception("a step failed; its requests end, and a new session is opened")
                 self._batch.restart(error)
-            self._tell(self._batch.take_news())
+            self._tell(self._batch.take_news(), began)
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, Submit):
@@ -220,8 +221,8 @@ class Engine:
         elif not isinstance(command, Stop):
             self._adapters.obey(command)
 
-    def _tell(self, news: list[News]) -> None:
-        """Pass on to the callers what happened, and wake each event loop once."""
+    def _tell(self, news: list[News], step_began: float | None = None) -> None:
+        """Pass on to the callers what happened, in a step or between steps, and wake each event loop once."""
         now = time.monotonic()
         woken: dict[asyncio.AbstractEventLoop, set[RequestHandle]] = {}
         for number, item in news:
@@ -230,7 +231,7 @@ class Engine:
                 continue
             if isinstance(item, Started):
                 self._count_started()
-                handle.times.started = now
+                handle.times.started = step_began
                 handle.times.num_cached_tokens = item.num_cached_tokens
                 self._prompt_tokens += len(handle.request.prompt)
             elif isinstance(item, Ended):

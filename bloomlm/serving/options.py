@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from bloomlm.errors import ConfigError
 from bloomlm.flags import Flags, flag
+from bloomlm.generation.reading import MOST_SCORED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,16 @@ class EngineOptions(Flags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        decoding = self.max_num_seqs * (1 + self.prompt_lookup)
-        if self.max_step_tokens <= decoding:
-            guesses = f" of {1 + self.prompt_lookup} tokens (--prompt_lookup {self.prompt_lookup})"
+        guesses = self.max_guesses
+        if self.max_step_tokens <= self.max_num_seqs + guesses:
+            of_guesses = f" and up to {guesses} guesses (--prompt_lookup {self.prompt_lookup})" if guesses else ""
             raise ConfigError(
-                f"--max_step_tokens is {self.max_step_tokens}; expected more than the {decoding} tokens that "
-                f"--max_num_seqs {self.max_num_seqs} sequences{guesses if self.prompt_lookup else ''} compute in a "
-                "step, so that prompts can be read beside them"
+                f"--max_step_tokens is {self.max_step_tokens}; expected more than the {self.max_num_seqs + guesses} "
+                f"tokens that --max_num_seqs {self.max_num_seqs} sequences{of_guesses} take in a step, so that prompts "
+                "can be read beside them"
             )
+
+    @property
+    def max_guesses(self) -> int:
+        """Most tokens that all sequences together guess in a step."""
+        return min(self.max_num_seqs * self.prompt_lookup, MOST_SCORED)

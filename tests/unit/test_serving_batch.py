@@ -190,14 +190,15 @@ arrivals = st.builds(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(arrivals, min_size=1, max_size=10),
-    st.sampled_from([7, 20, 200]),
+    st.sampled_from([25, 32, 200]),
     st.sampled_from([num_blocks_of(MAX_LEN) * 2, 30]),
     st.booleans(),
+    st.sampled_from([0, 0, 3]),
 )
 def test_requests_get_what_they_get_alone(
-    drawn: list[Arrival], max_step_tokens: int, num_blocks: int, prefix_caching: bool
+    drawn: list[Arrival], max_step_tokens: int, num_blocks: int, prefix_caching: bool, prompt_lookup: int
 ) -> None:
-    batch = make_batch(max_step_tokens, num_blocks, prefix_caching=prefix_caching)
+    batch = make_batch(max_step_tokens, num_blocks, prefix_caching=prefix_caching, prompt_lookup=prompt_lookup)
     Run(batch, drawn).finish()
     for found in drawn:
         check(found)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bloomlm.serving.scheduler import BLOCK_TOKENS, Scheduler, Slot, num_blocks_of, tokens_of_decoding
+from bloomlm.serving.scheduler import BLOCK_TOKENS, Scheduler, Slot, num_blocks_of
 
-MAX_ROWS, MAX_STEP_TOKENS, NUM_BLOCKS = 4, 11, 12
+MAX_ROWS, MAX_STEP_TOKENS, NUM_BLOCKS, MAX_GUESSES = 4, 11, 12, 5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,7 +36,7 @@ def simulated(
         first_held=held,
         num_rows=len(lengths),
         blocks_per_row=num_blocks_of(prompt + max(lengths)),
-        tokens_per_row=1 + lookup,
+        guesses_per_row=lookup,
         num_unread=prompt,
     )
 
@@ -47,7 +47,7 @@ requests = st.lists(
         st.lists(st.integers(1, 12), min_size=1, max_size=MAX_ROWS),
         st.one_of(st.none(), st.none(), st.integers(0, 6)),
         st.sampled_from([0, 0, 0, 2]),
-        st.integers(0, 1),
+        st.integers(0, 2),
         st.integers(0, 3),  # steps before the next one arrives
     ),
     max_size=14,
@@ -58,7 +58,7 @@ requests = st.lists(
 @given(requests)
 def test_order_budget_and_no_starvation(drawn: list[tuple[int, list[int], int | None, int, int, int]]) -> None:
     scheduler: Scheduler[Simulated] = Scheduler(
-        max_rows=MAX_ROWS, max_step_tokens=MAX_STEP_TOKENS, num_blocks=NUM_BLOCKS
+        max_rows=MAX_ROWS, max_step_tokens=MAX_STEP_TOKENS, num_blocks=NUM_BLOCKS, max_guesses=MAX_GUESSES
     )
     arriving = [
         (gap, simulated(number, prompt, lengths, cancel, held, lookup))
@@ -103,7 +103,8 @@ def test_order_budget_and_no_starvation(drawn: list[tuple[int, list[int], int | 
 
         held = {slot.number for slot in running if slot.first_held}
         reads = scheduler.plan(readable)
-        decoding = tokens_of_decoding(running)
+        rows = [slot for slot in running if not slot.num_unread for _ in slot.lengths]
+        decoding = len(rows) + min(MAX_GUESSES, sum(slot.guesses_per_row for slot in rows))
         assert decoding + sum(reads.values()) <= MAX_STEP_TOKENS
         left = MAX_STEP_TOKENS - decoding
         for slot in running:  # the rest of the step goes to prompts in order, each as much as it can take

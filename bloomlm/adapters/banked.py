@@ -1,17 +1,15 @@
 """Layers that several adapters share: each token of a call gets what its own adapter computes (selection.py).
 
-The frozen layer's product is computed once for all tokens. The low-rank updates of a group's adapters are two products
-for the whole group: with the matrices lora_A one below another, whose result is set to zero outside of each token's own
-adapter, and with the matrices lora_B side by side. That reads every adapter's matrices once, as separate products
-would, without small kernel calls for each adapter. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
-(https://arxiv.org/abs/2311.03285) have kernels of their own for the same purpose.
+The frozen layer's product is computed once for all tokens. For tokens of several adapters, the matrices of the adapters
+are stacked, smaller ranks filled up with zeros, and all of their updates are two batched products. Punica
+(https://arxiv.org/abs/2310.18547) and S-LoRA (https://arxiv.org/abs/2311.03285) have kernels of their own for that.
 
-Shapes: N tokens, K adapters of a group, R sum of their ranks, D hidden, V vocabulary.
+Shapes: N tokens of a group, K adapters of a group, S slots of each, R largest rank of these, D hidden, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,9 @@ from bloomlm.model.linear import Linear
 from bloomlm.model.partition import Partition
 
 _MOST_SETS = 8
-"""Sets of adapters for which a layer keeps joined tensors. The set of a decode step changes when rows come and go."""
+"""Sets of adapters for which a layer keeps stacked tensors. The set of a decode step changes when rows come and go."""
+
+Names = tuple[str | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Update:
     lora_b: Tensor
     """[out, rank]."""
     scaling: float
-    row_scale: Tensor | None
+    row_scales: Tensor | None
     """[out] factors of the rows of the updated weight (DoRA); None: every factor is 1."""
 
     @classmethod
@@ -44,26 +44,55 @@ class Update:
         """The update of an adapted layer."""
         return cls(layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, layer.row_scale())
 
+    def change(self, y: Tensor, x: Tensor, group: Group, partition: Partition) -> None:
+        """Turn the frozen weight's results into those of the group's only adapter, in place.
+
+        Args:
+            y: [M, out] results of the call's tokens, without a bias where rows are scaled.
+            x: [M, in] their inputs.
+            group: the tokens to change.
+            partition: of the layer.
+        """
+        own = y[group.tokens]
+        add_update(own, low_rank_product(x[group.tokens], self.lora_a, partition), self.lora_b, self.scaling)
+        if self.row_scales is not None:
+            own.mul_(self.row_scales)
+
 
 @dataclass(frozen=True, eq=False)
-class _JoinedUpdates:
-    """The updates of a group's adapters, side by side."""
+class _StackedUpdates:
+    """The updates of a group's K adapters; an adapter without one has zeros."""
 
     lora_a: Tensor
-    """[R, in]."""
-    lora_b: Tensor
-    """[out, R]."""
-    updates: tuple[tuple[int, float], ...]
-    """Rank and scaling for each of the K adapters."""
+    """[K, R, in]."""
+    scaled_b: Tensor
+    """[K, R, out] scaling * lora_B^T."""
     row_scales: Tensor | None
-    """[K + 1, out] factors of the rows of each adapter's and of the base model's weight; None: every factor is 1."""
+    """[K, out] the factors of the rows of each adapter's weight; None: every factor is 1."""
+
+    @classmethod
+    def of(cls, updates: Mapping[str, Update], names: Names) -> "_StackedUpdates":
+        found = {place: updates[name] for place, name in enumerate(names) if name is not None and name in updates}
+        matrices = [matrix for update in found.values() for matrix in (update.lora_a, update.lora_b)]
+        dtype = reduce(torch.promote_types, (matrix.dtype for matrix in matrices))
+        largest = max(len(update.lora_a) for update in found.values())
+        first = next(iter(found.values()))
+        lora_a = first.lora_a.new_zeros(len(names), largest, first.lora_a.shape[1], dtype=dtype)
+        scaled_b = first.lora_b.new_zeros(len(names), largest, len(first.lora_b), dtype=dtype)
+        for place, update in found.items():
+            lora_a[place, : len(update.lora_a)] = update.lora_a
+            scaled_b[place, : len(update.lora_a)] = update.scaling * update.lora_b.t()
+        row_scales = {name: update.row_scales for name, update in updates.items() if update.row_scales is not None}
+        return cls(lora_a, scaled_b, _rows(row_scales, names, 1.0))
 
     def change(self, y: Tensor, x: Tensor, group: Group, partition: Partition) -> None:
-        """Turn the results [N, out] of the frozen weight, without a bias where rows are scaled, into the adapters'."""
-        low_rank = low_rank_product(x, self.lora_a, partition)
-        add_update(y, low_rank * group.factors(self.updates).to(low_rank.dtype), self.lora_b, 1.0)
+        """As Update.change, for a group of several adapters."""
+        inputs = x[group.sources].to(self.lora_a.dtype).unflatten(0, (len(self.lora_a), -1))
+        low_rank = partition.between(torch.bmm(inputs, self.lora_a.transpose(1, 2)))
+        update = torch.bmm(low_rank, self.scaled_b).flatten(0, 1)[group.slots]
+        own = y[group.tokens].add_(update)
         if self.row_scales is not None:
-            y.copy_(self.row_scales[group.places] * y)
+            own.mul_(self.row_scales[group.places])
 
 
 class BiasChanges:
@@ -98,48 +127,38 @@ class BankedLinear(Linear):
         self.updates: dict[str, Update] = {}
         """Name of an adapter -> its update."""
         self.bias_changes = BiasChanges()
-        self._join = lru_cache(_MOST_SETS)(self._joined)
+        self._update_of = lru_cache(_MOST_SETS)(self._make_update)
 
     @property
     def update_matrices(self) -> tuple[Tensor, ...]:
-        """The matrices that the current call uses."""
-        return tuple(matrix for _, joined in self._used() for matrix in (joined.lora_a, joined.lora_b))
+        """The matrices lora_A and lora_B that the current call uses."""
+        names = {name for group in self.selection.groups for name in group.names if name is not None}
+        updates = [self.updates[name] for name in sorted(names) if name in self.updates]
+        return tuple(matrix for update in updates for matrix in (update.lora_a, update.lora_b))
 
     def remove(self, name: str) -> None:
         """Forget an adapter, which may have nothing here."""
         self.updates.pop(name, None)
         self.bias_changes.remove(name)
-        self._join.cache_clear()
+        self._update_of.cache_clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
-        used = self._used()
-        scales_rows = any(joined.row_scales is not None for _, joined in used)
+        found = [(group, self._update_of(group.names)) for group in self.selection.groups]
+        used = [(group, update) for group, update in found if update is not None]
+        scales_rows = any(update.row_scales is not None for _, update in used)
         y = self.without_bias(x) if scales_rows else super().forward(x)
-        for group, joined in used:
-            joined.change(y[group.tokens], x[group.tokens], group, self.partition)
+        for group, update in used:
+            update.change(y, x, group, self.partition)
         if scales_rows:
             y.add_(self.bias)
         self.bias_changes.add_to(y, self.selection)
         return y
 
-    def _used(self) -> list[tuple[Group, _JoinedUpdates]]:
-        """The groups with an update of this layer."""
-        joined = [(group, self._join(group.names)) for group in self.selection.groups]
-        return [(group, updates) for group, updates in joined if updates is not None]
-
-    def _joined(self, names: tuple[str, ...]) -> _JoinedUpdates | None:
-        found = [self.updates[name] for name in names if name in self.updates]
-        if not found:
+    def _make_update(self, names: Names) -> Update | _StackedUpdates | None:
+        if self.updates.keys().isdisjoint(names):
             return None
-        ranks_and_scalings = {name: (len(update.lora_a), update.scaling) for name, update in self.updates.items()}
-        row_scales = {name: u.row_scale for name, u in self.updates.items() if u.row_scale is not None}
-        return _JoinedUpdates(
-            lora_a=torch.cat([update.lora_a for update in found]) if len(found) > 1 else found[0].lora_a,
-            lora_b=torch.cat([update.lora_b for update in found], dim=1) if len(found) > 1 else found[0].lora_b,
-            updates=tuple(ranks_and_scalings.get(name, (0, 0.0)) for name in names),
-            row_scales=_rows(row_scales, names, 1.0),
-        )
+        return self.updates[str(names[0])] if len(names) == 1 else _StackedUpdates.of(self.updates, names)
 
 
 class BankedLayerNorm(nn.LayerNorm):
@@ -198,10 +217,10 @@ class BankedEmbedding(WordEmbedding):
         ]
 
 
-def _rows(values: Mapping[str, Tensor], names: Sequence[str], default: float) -> Tensor | None:
-    """[K + 1, n] the values of each adapter [n], the default where it has none and for the base model."""
-    shape = next((values[name] for name in names if name in values), None)
+def _rows(values: Mapping[str, Tensor], names: Names, default: float) -> Tensor | None:
+    """[K, n] the values [n] of each adapter, the default where it has none; None if none of them has."""
+    found = [None if name is None else values.get(name) for name in names]
+    shape = next((row for row in found if row is not None), None)
     if shape is None:
         return None
-    default_row = torch.full_like(shape, default)
-    return torch.stack([values.get(name, default_row) for name in (*names, "")])
+    return torch.stack([torch.full_like(shape, default) if row is None else row for row in found])

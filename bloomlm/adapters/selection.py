@@ -2,13 +2,14 @@
 
 The packed tokens of a call are divided into groups once, and all layers go through the groups. A long run of tokens
 with one adapter is a group, because its products are worth their own kernel calls. Short runs, such as the rows that a
-decode step continues by one token each, go through the kernels together with all of their adapters.
+decode step continues by one token each, go through the kernels together with all of their adapters: the tokens of each
+adapter are then padded to the same number (slots).
 
-Shapes: N tokens of a group, K adapters of a group, R sum of the ranks of their updates.
+Shapes: N tokens of a group, K adapters of a group, S slots of each adapter.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -24,32 +25,37 @@ class Group:
 
     tokens: slice
     """The group's part of the call's tokens."""
-    names: tuple[str, ...]
-    """Names of the K adapters, sorted."""
+    names: tuple[str | None, ...]
+    """Names of the K adapters, sorted, after None for the base model if some of the tokens use that."""
     places: Tensor
-    """[N] int64 index in `names` of the adapter of each token, K for the base model; [] where all have the same."""
-    _factors: dict[tuple[tuple[int, float], ...], Tensor] = field(default_factory=dict)
+    """[N] int64 index in `names` of each token's adapter; a single 0 [] where there is one."""
+    sources: Tensor
+    """[K * S] the token of the call that stands in each slot; pads repeat the group's first token."""
+    slots: Tensor
+    """[N] the slot of each token."""
 
-    def factors(self, updates: tuple[tuple[int, float], ...]) -> Tensor:
-        """The factors of the columns of a product with the matrices lora_A of all adapters, one below another.
-
-        Args:
-            updates: rank and scaling of the update of each of the K adapters; rank 0 for one without an update.
-
-        Returns:
-            [N, R] or [R]: the scaling in the columns of a token's own adapter, 0 in the others.
-        """
-        if updates not in self._factors:
-            ranks = torch.tensor([rank for rank, _ in updates])
-            owners = torch.arange(len(updates)).repeat_interleave(ranks)
-            scalings = torch.tensor([scaling for _, scaling in updates])[owners]
-            owners, scalings = owners.to(self.places.device), scalings.to(self.places.device)
-            self._factors[updates] = (owners == self.places[..., None]) * scalings
-        return self._factors[updates]
+    @classmethod
+    def of(cls, runs: Sequence[tuple[str | None, int]], start: int, device: torch.device) -> "Group":
+        """The group of runs, given as adapter and number of tokens, which begin with the call's token `start`."""
+        owners = [name for name, length in runs for _ in range(length)]
+        names = tuple(sorted(set(owners), key=lambda name: (name is not None, name)))
+        tokens = slice(start, start + len(owners))
+        if len(names) == 1:
+            nothing = torch.empty(0, dtype=torch.int64, device=device)
+            return cls(tokens, names, torch.zeros((), dtype=torch.int64, device=device), nothing, nothing)
+        places = torch.tensor([names.index(name) for name in owners])
+        is_own = places == torch.arange(len(names))[:, None]
+        # the how-manieth token of its adapter each token is
+        turns = (is_own.cumsum(1) - 1)[places, torch.arange(len(owners))]
+        num_slots = int(turns.max()) + 1
+        slots = places * num_slots + turns
+        sources = torch.full((len(names) * num_slots,), start)
+        sources[slots] = torch.arange(start, tokens.stop)
+        return cls(tokens, names, places.to(device), sources.to(device), slots.to(device))
 
 
 class Selection:
-    """The groups of a call's tokens that use an adapter; without groups, all tokens use the base model."""
+    """The groups of a call's tokens that use an adapter; tokens outside of the groups use the base model."""
 
     def __init__(self) -> None:
         self.groups: tuple[Group, ...] = ()
@@ -67,24 +73,15 @@ class Selection:
             run = (name, sum(length for _, length in documents))
             if runs and run[1] <= _SHORT_TOKENS and runs[-1][-1][1] <= _SHORT_TOKENS:
                 runs[-1].append(run)
-            else:
+            elif run[1]:
                 runs.append([run])
         groups, start = [], 0
         for members in runs:
-            stop = start + sum(length for _, length in members)
-            used = tuple(sorted({name for name, _ in members if name is not None}))
-            if used and stop > start:
-                groups.append(Group(slice(start, stop), used, _places(members, used).to(device)))
-            start = stop
+            if any(name is not None and length for name, length in members):
+                groups.append(Group.of(members, start, device))
+            start += sum(length for _, length in members)
         self.groups = tuple(groups)
 
     def clear(self) -> None:
         """Let all tokens use the base model."""
         self.groups = ()
-
-
-def _places(members: Sequence[tuple[str | None, int]], used: tuple[str, ...]) -> Tensor:
-    places = torch.tensor([len(used) if name is None else used.index(name) for name, _ in members])
-    if len(members) == 1:
-        return places[0]
-    return places.repeat_interleave(torch.tensor([length for _, length in members]))

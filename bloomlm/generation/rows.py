@@ -1,6 +1,6 @@
 """The rows of a session: a model's memory, the tokens in it, and which rows are free.
 
-Shapes: B rows of a call, S tokens of the longest row, V vocabulary.
+Shapes: B rows or positions of a call, S tokens of the longest row, V vocabulary.
 """
 
 from bisect import insort
@@ -47,12 +47,17 @@ class SessionRows:
         del self._free[:count]
         return rows
 
-    def read_next(self, unread: Mapping[int, Sequence[int]]) -> Tensor:
-        """Read one or more tokens of each row -> logits [B, V] of the token after each of them."""
+    def read_next(self, unread: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Read one or more tokens of each row -> logits [B, V] of the token after each of them, by row."""
+        if not unread:
+            return {}
         rows, tokens = list(unread), list(unread.values())
-        if all(len(own) == 1 for own in tokens):
-            return self.model.decode_step(rows, torch.tensor([token for (token,) in tokens]))
-        return self.model.prefill(rows, tokens, num_logits=[len(own) for own in tokens])
+        counts = [len(own) for own in tokens]
+        if max(counts) == 1:
+            logits = self.model.decode_step(rows, torch.tensor([token for (token,) in tokens]))
+        else:
+            logits = self.model.prefill(rows, tokens, num_logits=counts)
+        return dict(zip(rows, logits.split(counts), strict=True))
 
     def copy(self, source: int, target: int) -> None:
         """Make the target row equal to the source row."""

@@ -17,19 +17,29 @@ from torch import Tensor
 from bloomlm.generation.config import Sampling
 
 
-def choose(logits: Tensor, strategy: Sampling | None, uniforms: Tensor | None) -> Tensor:
-    """The next token of each row.
+def most_likely(logits: Sequence[Tensor]) -> list[int]:
+    """The id with the largest logit at each position, the first one among equal logits.
+
+    Args:
+        logits: tensors [B, V].
+    """
+    if logits[0].device.type != "cpu":
+        return [int(token) for token in torch.cat(list(logits)).argmax(dim=-1).tolist()]
+    # Without a copy of the logits, and numpy's argmax takes a quarter of the time of PyTorch's.
+    return [int(token) for part in logits for token in part.float().numpy().argmax(axis=-1)]
+
+
+def draw(logits: Tensor, strategy: Sampling, uniforms: Tensor) -> Tensor:
+    """A random next token of each row.
 
     Args:
         logits: [B, V] of the next token.
-        strategy: how to sample; None takes the largest logit, the first one among equal logits.
-        uniforms: [B] random numbers in [0, 1), needed to sample.
+        strategy: how to sample.
+        uniforms: [B] random numbers in [0, 1).
 
     Returns:
         [B] int64.
     """
-    if strategy is None or uniforms is None:
-        return logits.argmax(dim=-1)
     if strategy.temperature != 1.0:
         logits = apply_temperature(logits, strategy.temperature)
     if strategy.min_p:
@@ -153,11 +163,20 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
     Source: nucleus sampling, https://arxiv.org/abs/1904.09751.
     """
-    ascending, order = logits.sort(dim=-1)
+    if logits.device.type == "cpu":
+        ascending = torch.from_numpy(np.sort(logits.numpy(), axis=-1))  # a tenth of the time of PyTorch's sort
+    else:
+        ascending = logits.sort(dim=-1).values
     below_or_here = ascending.softmax(dim=-1).cumsum(dim=-1)
     removed = below_or_here <= 1.0 - top_p
     removed[:, -1] = False
-    return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+    num_removed = removed.sum(dim=-1, keepdim=True)
+    smallest_kept = ascending.gather(1, num_removed)
+    largest_removed = ascending.gather(1, (num_removed - 1).clamp(min=0))
+    if ((smallest_kept == largest_removed) & (num_removed > 0)).any():  # equal logits, of which some stay
+        order = logits.sort(dim=-1).indices
+        return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+    return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
 
 def uniform_numbers(seed: int, sequence_indices: Sequence[int], count: int) -> Tensor:

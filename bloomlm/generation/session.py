@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import GenerationError
-from bloomlm.generation.choosing import StepLogits, choose_next, scores_of
+from bloomlm.generation.choosing import choose_next, scores_of
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.generation.log_probs import PromptScores
@@ -229,15 +229,9 @@ class DecodeSession:
     def _step(self, reads: Mapping[int, int]) -> list[Event]:
         guesses = self._guess()
         unread = {row: [token, *guesses.get(row, ())] for row, token in sorted(self._unread.items())}
-        parts = [self._rows.read_next(unread)] if unread else []
-        counts = {row: len(tokens) for row, tokens in unread.items()}
+        step = self._rows.read_next(unread)
         self._unread = {}
-        if after_prompts := self._read(reads):
-            parts.append(torch.stack(list(after_prompts.values())))
-            counts |= dict.fromkeys(after_prompts, 1)
-        if not parts:
-            return []
-        step = StepLogits.joined(parts, counts)
+        step |= self._read(reads)
         chosen = choose_next(step, self._running, self._rows.history, self._model.eos_token_id)
         tokens = {sample: accept(guesses.get(sample.rows[0], ()), found) for sample, found in chosen.tokens.items()}
         scores = scores_of(tokens, step)
@@ -248,7 +242,7 @@ class DecodeSession:
             for token in sample.tokens[start:]:
                 self._rows.history.append(row, token)
             self._unread[row] = sample.tokens[-1]
-            if len(sample.tokens) - start < counts[row]:  # guesses that are wrong, or behind the end, have been read
+            if len(sample.tokens) - start < len(step[row]):  # guesses that are wrong, or behind the end, have been read
                 self._rows.model.truncate(row, self.num_read(*sample.handles))
         for search, log_probs in chosen.beams.items():
             for source, target in search.advance(log_probs):
@@ -275,7 +269,7 @@ class DecodeSession:
         """Read tokens of prompts, and start the sequences of those that are read whole.
 
         Returns:
-            Row of a new sequence -> the logits [V] of its first token.
+            Row of a new sequence -> the logits [1, V] of its first token.
         """
         counts = {self._prompts[handle]: count for handle, count in reads.items()}
         after_prompts: dict[int, Tensor] = {}
@@ -287,7 +281,7 @@ class DecodeSession:
             self._rows.history.start(first_row, prompt.tokens)
             for row in copies:
                 self._rows.copy(first_row, row)
-            after_prompts |= dict.fromkeys(prompt.rows, logits)
+            after_prompts |= dict.fromkeys(prompt.rows, logits[None])
             self._running += prompt.start(
                 self._model.eos_token_id, self._decode_text, logits.device, looks_up=self._num_guesses > 0
             )

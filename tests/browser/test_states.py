@@ -46,9 +46,9 @@ def test_full_server_is_asked_again_after_the_time_it_names(page: Page, server: 
     assert text_of(page) == "x the old king."
     expect(page.locator("#notice")).to_be_hidden()
     assert len(server.completions) == 2
-    server.refusals = [full]
+    server.refusals = [refusal(429, "the queue is full", {"Retry-After": "60"})]
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#notice")).to_contain_text("Trying again")
+    expect(page.locator("#notice")).to_contain_text("Trying again in 60 s")
     page.keyboard.press("Escape")
     finished(page)
     expect(page.locator("#notice")).to_be_hidden()

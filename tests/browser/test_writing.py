@@ -199,6 +199,17 @@ def test_characters_of_several_tokens_are_shown_whole(page: Page, server: FakeSe
     assert pieces(page)[1:] == [("\U0001f431", "p2"), ("!", "p4")]
 
 
+def test_line_breaks_of_windows_do_not_shift_the_colours(page: Page, server: FakeServer) -> None:
+    server.script = lambda model, prompt: steps_of(" one", "\r\n", "two", "\r", "\n", "three")
+    open_desk(page, server, "Lines:")
+    proceed(page)
+    assert text_of(page) == "Lines: one\ntwo\nthree"
+    assert [text for text, _ in pieces(page)] == [" one", "\n", "two", "\n", "three"]
+    # the text is the version, so this goes back to the one before
+    page.keyboard.press("Control+z")
+    assert text_of(page) == "Lines:"
+
+
 def test_model_text_is_never_html(page: Page, server: FakeServer) -> None:
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     server.script = lambda model, prompt: [Step(evil.encode(), 0.5, ((b"<b>bold</b>", 0.2),))]

@@ -183,6 +183,11 @@ def test_refusals_name_what_is_wrong() -> None:
         ({"max_new_tokens": 3, "min_new_tokens": 4}, "from 0 to max_new_tokens .3."),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"stop": [""]}, "not empty"),
+        ({"decode_strategy": "sampling", "min_p": 1.5}, "min_p is 1.5; it must be a number from 0"),
+        ({"min_p": 0.1}, "min_p has no effect with decode_strategy greedy"),
+        ({"logit_bias": [(3, 1.0), (3, 2.0)]}, "logit_bias is .*different ids"),
+        ({"num_log_probs": -1}, "num_log_probs is -1"),
+        ({"decode_strategy": "beam_search", "num_log_probs": 0}, "num_log_probs is 0.*with a beam search only None"),
     ],
 )
 def test_options_that_cannot_be_served(options: dict[str, Any], message: str) -> None:
@@ -195,3 +200,5 @@ def test_from_options_builds_the_strategy() -> None:
         decode_strategy="sampling", top_p=0.9, top_k=None, stop="x", max_new_tokens=4
     )
     assert config == GenerationConfig(strategy=Sampling(top_p=0.9), stop=("x",), max_new_tokens=4)
+    config = GenerationConfig.from_options(logit_bias={7: -1.0, 3: 2.0}, stop_token_ids=[4, 5], ignore_eos=True)
+    assert config == GenerationConfig(logit_bias=((3, 2.0), (7, -1.0)), stop_token_ids=(4, 5), ignore_eos=True)

@@ -46,7 +46,11 @@ export class Alternatives {
   _heading(piece, token) {
     const part = this._tokenNumber - piece.first + 1;
     const note = piece.count > 1 ? `token ${part} of ${piece.count} of \u201c${piece.text}\u201d` : "instead of";
-    return element("p", { class: "heading" }, [element("span", {}, [note]), " ", element("bdi", {}, [tokenLabel(token)])]);
+    return element("p", { class: "heading" }, [
+      element("span", {}, [note]),
+      " ",
+      element("bdi", {}, [tokenLabel(token)]),
+    ]);
   }
 
   _list(token) {
@@ -110,7 +114,8 @@ export class Alternatives {
   _move(distance) {
     const next = this._tokenNumber + distance;
     const piece = this._piece;
-    if (next >= piece.first && next < piece.first + piece.count) return this.open(piece, { focus: true, tokenNumber: next });
+    if (next >= piece.first && next < piece.first + piece.count)
+      return this.open(piece, { focus: true, tokenNumber: next });
     const neighbour = this._editor.neighbour(piece, distance);
     if (!neighbour) return undefined;
     const tokenNumber = distance < 0 ? neighbour.first + neighbour.count - 1 : neighbour.first;

@@ -24,7 +24,12 @@ async function request(path, { body, signal } = {}) {
   if (body) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
+    response = await fetch(path, {
+      method: body ? "POST" : "GET",
+      headers,
+      signal,
+      body: body && JSON.stringify(body),
+    });
   } catch (error) {
     throw asServerError(error);
   }
@@ -89,8 +94,6 @@ async function* serverSentEvents(response) {
     }
   } catch (error) {
     throw asServerError(error);
-  } finally {
-    reader.cancel().catch(() => {});
   }
 }
 

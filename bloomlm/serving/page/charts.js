@@ -31,12 +31,16 @@ export class Chart {
     this.root = element("section", { class: "chart" }, [element("h3", {}, [title]), this._place, this._tip]);
     this._title = title;
     this._place.addEventListener("keydown", (event) => this._onKey(event));
-    new ResizeObserver(() => this._plot?.setSize({ width: this._place.clientWidth, height: HEIGHT_PX })).observe(this._place);
+    new ResizeObserver(() => this._plot?.setSize({ width: this._place.clientWidth, height: HEIGHT_PX })).observe(
+      this._place,
+    );
   }
 
   /** @param {{name: string, colour: string, log: import("./run_log.js").RunLog}[]} runs */
   draw(runs) {
-    const series = runs.flatMap((run) => this._names.map((name, place) => ({ ...run, name, label: run.log.name, isPoints: place > 0 })));
+    const series = runs.flatMap((run) =>
+      this._names.map((name, place) => ({ ...run, name, label: run.log.name, isPoints: place > 0 })),
+    );
     this._series = series.filter(({ name, log }) => log.latest(name) !== undefined);
     const summary = this._series.map(({ name, log }) => `${log.name}: ${name} ${number(log.latest(name))}`);
     this._place.setAttribute("aria-label", `${this._title}. ${summary.join("; ") || "No values yet"}`);
@@ -51,11 +55,17 @@ export class Chart {
   _options(data) {
     const style = getComputedStyle(document.documentElement);
     const [ink, line] = ["--muted", "--line"].map((name) => style.getPropertyValue(name));
-    const axis = { stroke: resolved(ink), grid: { stroke: resolved(line), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+    const axis = {
+      stroke: resolved(ink),
+      grid: { stroke: resolved(line), width: 1 },
+      ticks: { show: false },
+      font: "12px system-ui",
+    };
     const labels = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick)));
     const values = { ...axis, size: 60, values: labels };
     // a scale of powers of ten needs values above zero
-    const isLogarithmic = this._logarithmic && data.slice(1).every((values) => values.every((value) => value == null || value > 0));
+    const isLogarithmic =
+      this._logarithmic && data.slice(1).every((values) => values.every((value) => value == null || value > 0));
     return {
       width: this._place.clientWidth,
       height: HEIGHT_PX,
@@ -96,7 +106,8 @@ export class Chart {
 
 /** An axis with a label and a line at powers of ten only. */
 function powersOfTen(axis) {
-  const filter = (_, ticks) => ticks.map((tick) => (Number.isInteger(Math.round(1e6 * Math.log10(tick)) / 1e6) ? tick : null));
+  const filter = (_, ticks) =>
+    ticks.map((tick) => (Number.isInteger(Math.round(1e6 * Math.log10(tick)) / 1e6) ? tick : null));
   return { ...axis, filter, grid: { ...axis.grid, filter } };
 }
 
@@ -108,7 +119,8 @@ function curve({ colour, isPoints }) {
 
 /** The value at an index, or the last one before it: not every run has every step. */
 function nearest(values, index) {
-  for (let place = index; place >= 0; place -= 1) if (values[place] !== null && values[place] !== undefined) return values[place];
+  for (let place = index; place >= 0; place -= 1)
+    if (values[place] !== null && values[place] !== undefined) return values[place];
   return undefined;
 }
 

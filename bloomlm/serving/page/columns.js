@@ -46,7 +46,11 @@ class Column {
     this._button.addEventListener("click", () => keep(this._version));
     const heading = element("h3", {}, [element("bdi", {}, [model])]);
     const foot = element("footer", {}, [this._state, this._button]);
-    this.root = element("article", { class: "column", "aria-label": `Continuation by ${model}` }, [heading, this._text, foot]);
+    this.root = element("article", { class: "column", "aria-label": `Continuation by ${model}` }, [
+      heading,
+      this._text,
+      foot,
+    ]);
   }
 
   draw(continuation) {
@@ -56,9 +60,13 @@ class Column {
     this._state.textContent = `${continuation.tokens.length} tokens`;
   }
 
-  finish(version, note) {
+  finish(note) {
+    this._state.textContent = note;
+  }
+
+  /** Let the user keep a version; null where the model wrote nothing. */
+  offer(version) {
     this._version = version;
     this._button.disabled = !version;
-    this._state.textContent = note;
   }
 }

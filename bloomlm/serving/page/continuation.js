@@ -63,7 +63,7 @@ export class Continuation {
   /** Add a choice of the stream. */
   add(choice) {
     if (choice.prompt_token_ids && !this.promptIds) this.promptIds = choice.prompt_token_ids;
-    this._shownEnd += choice.text.length;
+    this._shownEnd += withoutReturns(choice.text).length;
     for (const token of choice.logprobs?.content ?? []) this._addToken(token);
   }
 
@@ -82,7 +82,7 @@ export class Continuation {
   _addToken(token) {
     const first = this._firstPending();
     this.tokens.push(token);
-    const text = this._decoder.decode(new Uint8Array(token.bytes), { stream: true });
+    const text = withoutReturns(this._decoder.decode(new Uint8Array(token.bytes), { stream: true }));
     if (!text) return;
     const start = this._end;
     this._end += text.length;
@@ -95,6 +95,9 @@ export class Continuation {
     return last ? last.first + last.count : 0;
   }
 }
+
+/** A text as a textarea keeps it, which knows line feeds only. */
+const withoutReturns = (text) => text.replaceAll("\r", "");
 
 /** The probability of a piece, which is that of all its tokens, in [0, 1]. */
 export function probability(piece) {

@@ -28,7 +28,10 @@ export class Desk {
     this.story = new Story(localStorage.getItem(DRAFT) ?? "");
     this.editor = new Editor(
       { input: byId("text"), layer: byId("layer") },
-      { edited: () => this._edited(), pieceChosen: (piece) => this._running || this.alternatives.open(piece, { focus: false }) },
+      {
+        edited: () => this._edited(),
+        pieceChosen: (piece) => this._running || this.alternatives.open(piece, { focus: false }),
+      },
     );
     this.alternatives = new Alternatives(byId("alternatives"), {
       editor: this.editor,
@@ -125,19 +128,21 @@ export class Desk {
   async _continueInColumns(models) {
     const parent = this.story.current;
     const columns = this.columns.open(models);
-    await Promise.all(
+    const versions = await Promise.all(
       models.map(async (model, place) => {
         const continuation = new Continuation(model, parent.text);
         const draw = () => columns[place].draw(continuation);
         draw();
         const end = await this._receive(continuation, draw);
         draw();
-        const grew = continuation.text !== parent.text;
-        const version = grew ? this.story.add(continuation, { parent, kind: "continued", end }) : null;
         const notes = { stopped: "stopped", failed: "broken off", stop: "ended by the model" };
-        columns[place].finish(version, notes[end] ?? `${continuation.tokens.length} tokens`);
+        columns[place].finish(notes[end] ?? `${continuation.tokens.length} tokens`);
+        return continuation.text !== parent.text
+          ? this.story.add(continuation, { parent, kind: "continued", end })
+          : null;
       }),
     );
+    versions.forEach((version, place) => columns[place].offer(version));
     return "";
   }
 

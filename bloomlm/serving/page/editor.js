@@ -28,7 +28,7 @@ export function coloured(text, pieces, from = 0) {
 export class Editor {
   /**
    * @param {{input: HTMLTextAreaElement, layer: HTMLElement}} elements
-   * @param {{edited: () => void, pieceChosen: (piece, rectangle: DOMRect) => void}} listeners
+   * @param {{edited: () => void, pieceChosen: (piece) => void}} listeners
    */
   constructor({ input, layer }, listeners) {
     this.input = input;
@@ -37,8 +37,10 @@ export class Editor {
     input.addEventListener("input", () => listeners.edited());
     input.addEventListener("click", (event) => {
       if (input.selectionStart !== input.selectionEnd) return;
-      const under = document.elementsFromPoint(event.clientX, event.clientY).find((node) => node.matches(".sheet .piece"));
-      if (under) listeners.pieceChosen(this._pieces[this._spans().indexOf(under)], under.getClientRects()[0]);
+      const under = document
+        .elementsFromPoint(event.clientX, event.clientY)
+        .find((node) => node.matches(".sheet .piece"));
+      if (under) listeners.pieceChosen(this._pieces[this._spans().indexOf(under)]);
     });
   }
 

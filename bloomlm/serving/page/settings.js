@@ -64,13 +64,16 @@ export class Settings {
   }
 
   _keep() {
-    const values = Object.fromEntries([...NUMBERS, "stop", "seed"].map((name) => [name, this._form.elements[name].value]));
+    const values = Object.fromEntries(
+      [...NUMBERS, "stop", "seed"].map((name) => [name, this._form.elements[name].value]),
+    );
     localStorage.setItem(STORED, JSON.stringify(values));
   }
 
   _restore() {
     const values = JSON.parse(localStorage.getItem(STORED) ?? "{}");
-    for (const [name, value] of Object.entries(values)) if (this._form.elements[name]) this._form.elements[name].value = value;
+    for (const [name, value] of Object.entries(values))
+      if (this._form.elements[name]) this._form.elements[name].value = value;
   }
 }
 

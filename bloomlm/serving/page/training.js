@@ -52,7 +52,9 @@ export class Training {
     for (const run of listed) {
       if (!this._runs.has(run.name)) this._add(run.name);
     }
-    await Promise.all(listed.filter(({ name }) => this._runs.get(name).isShown).map((run) => this._runs.get(run.name).log.update(run)));
+    await Promise.all(
+      listed.filter(({ name }) => this._runs.get(name).isShown).map((run) => this._runs.get(run.name).log.update(run)),
+    );
     byId("no-runs").hidden = listed.length > 0;
     const state = this._state();
     if (state === this._drawn) return;
@@ -64,7 +66,13 @@ export class Training {
 
   /** What a drawing depends on. */
   _state() {
-    const states = [...this._runs].map(([name, { log, isShown }]) => [name, isShown, log.isLive, log.entries.length, log.latest("step")]);
+    const states = [...this._runs].map(([name, { log, isShown }]) => [
+      name,
+      isShown,
+      log.isLive,
+      log.entries.length,
+      log.latest("step"),
+    ]);
     return JSON.stringify(states);
   }
 
@@ -84,7 +92,9 @@ export class Training {
     });
     const focused = document.activeElement?.value;
     byId("runs").replaceChildren(...rows);
-    byId("runs").querySelectorAll("input").forEach((box) => box.value === focused && box.focus());
+    byId("runs")
+      .querySelectorAll("input")
+      .forEach((box) => box.value === focused && box.focus());
   }
 
   _drawTable() {
@@ -101,7 +111,9 @@ export class Training {
         ].map((text) => element("td", {}, [text])),
       ]),
     );
-    byId("numbers").querySelector("tbody").replaceChildren(...rows);
+    byId("numbers")
+      .querySelector("tbody")
+      .replaceChildren(...rows);
     byId("numbers").hidden = !rows.length;
   }
 }

@@ -77,7 +77,9 @@ class RowMemory:
         if is_paged(device) and 0 not in shape:
             self._mapping, self.tensor = _map(shape, dtype)
         else:
-            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+            # an inference tensor could not be changed outside inference mode, where rows are freed
+            with torch.inference_mode(False):
+                self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         """[L, 2, R, H, M, E]: the keys and the values of each block."""
         self.lengths = [0] * num_rows
         """Number of slots that each row uses, including virtual tokens; 0: the row is free."""

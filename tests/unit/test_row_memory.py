@@ -5,6 +5,7 @@ import mmap
 import pytest
 import torch
 
+from bloomlm import row_memory
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.model.kv_cache import _spans
@@ -82,3 +83,15 @@ def test_rows_that_are_not_neighbours_are_read_in_few_calls_and_few_slots() -> N
     assert _spans([*near, far]) == [near, [far]]
     assert _spans([*near, far, long]) == [near, [far, long]]
     assert _spans([(0, 10, 0), (1, 20, 1), (2, 900, 2)]) == [[(0, 10, 0), (1, 20, 1)], [(2, 900, 2)]]
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_rows_from_inference_mode_can_be_changed_outside_it(paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session opens its rows in inference mode and frees them anywhere; on a GPU there is no paging."""
+    monkeypatch.setattr(row_memory, "_HAS_PAGING", paged and row_memory._HAS_PAGING)
+    with torch.inference_mode():
+        memory = memory_of(2, 3)
+        memory.tensor[:, :, 1] = 1.0
+        memory.lengths[1] = memory.claim(1, 3).stop
+    memory.free(1)
+    assert not memory.tensor.any()

@@ -61,7 +61,13 @@ class LoadedModel(TextGenerator):
         return self.mesh.degrees.dp
 
     def _continue(
-        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, on_token: OnToken | None, first_sequence: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        on_token: OnToken | None,
+        first_sequence: int,
+        prompt_lookup: int,
     ) -> list[Generation]:
         """Continue the prompts on all copies of the model, each of which takes its share."""
         share = -(-len(prompts) // self.mesh.degrees.dp)
@@ -73,6 +79,7 @@ class LoadedModel(TextGenerator):
             on_token=on_token,
             decode_text=self.tokenizer.decode,
             first_sequence=first_sequence + start * config.num_return_sequences,
+            prompt_lookup=prompt_lookup,
         )
         return list(chain.from_iterable(self.mesh.gather_copies(results)))
 

@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 # Passed on to GenerationConfig unless they are None.
 _DECODING_FLAGS = (
     *("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences"),
-    *("temperature", "top_k", "top_p", "num_beams", "length_penalty"),
+    *("temperature", "top_k", "top_p", "min_p", "num_beams", "length_penalty"),
 )
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
@@ -78,6 +78,9 @@ class CompletionFlags(Flags):
     top_p: float | None = flag(
         "sampling", None, "sample from the most likely tokens of this total probability  [default: 1, all]"
     )
+    min_p: float | None = flag(
+        "sampling", None, "sample from the tokens that are this fraction as likely as the likeliest  [default: 0, all]"
+    )
     seed: int | None = flag("sampling", None, "seed of the random numbers  [default: 20]")
     num_beams: int | None = flag("beam search", None, "texts followed at once  [default: 4]")
     length_penalty: float | None = flag(
@@ -85,6 +88,11 @@ class CompletionFlags(Flags):
     )
 
     batch_size: int = flag("computing", 2, "prompts computed at once; changes the speed, not the results")
+    prompt_lookup: int = flag(
+        "computing",
+        0,
+        "tokens to guess where a greedy completion repeats its text; changes the speed, not the results",
+    )
 
     def generation_of(self, max_new_tokens: int) -> GenerationConfig:
         """How to complete the prompts.
@@ -222,6 +230,7 @@ def _completions(
         generation,
         batch_size=1 if config.stream else config.batch_size,
         src_length=config.src_length,
+        prompt_lookup=config.prompt_lookup,
         num_done=num_before // generation.num_return_sequences,
         on_token=stream.push if stream else None,
     )

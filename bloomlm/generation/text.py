@@ -46,7 +46,13 @@ class TextGenerator(ABC):
     tokenizer: TextCodec
 
     def generate(
-        self, prompts: str | Sequence[str], *, batch_size: int = 8, src_length: int | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        *,
+        batch_size: int = 8,
+        src_length: int | None = None,
+        prompt_lookup: int = 0,
+        **options: Any,
     ) -> list[Completion]:
         """Complete prompts.
 
@@ -54,9 +60,12 @@ class TextGenerator(ABC):
             prompts: one text or several.
             batch_size: prompts computed at once; it changes the speed, not the results.
             src_length: maximum tokens of a prompt; a longer one loses its end, as in training. None: no limit.
+            prompt_lookup: tokens to guess for a greedy completion from its own text, which are checked in one pass; it
+                changes the speed, not the results. See generation.lookup.
             options: decode_strategy ("greedy", "sampling" or "beam_search"); max_new_tokens, min_new_tokens,
                 repetition_penalty, no_repeat_ngram_size, stop (texts), num_return_sequences; temperature, top_k,
-                top_p and seed of sampling; num_beams and length_penalty of beam search. See bloomlm.GenerationConfig.
+                top_p, min_p and seed of sampling; num_beams and length_penalty of beam search. See
+                bloomlm.GenerationConfig.
 
         Returns:
             num_return_sequences completions of the first prompt, then of the second, and so on.
@@ -66,7 +75,9 @@ class TextGenerator(ABC):
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         config = GenerationConfig.from_options(**{**self._default_options(), **options})
-        return list(self.completions(texts, config, batch_size=batch_size, src_length=src_length))
+        return list(
+            self.completions(texts, config, batch_size=batch_size, src_length=src_length, prompt_lookup=prompt_lookup)
+        )
 
     def completions(
         self,
@@ -75,6 +86,7 @@ class TextGenerator(ABC):
         *,
         batch_size: int = 8,
         src_length: int | None = None,
+        prompt_lookup: int = 0,
         num_done: int = 0,
         on_token: OnToken | None = None,
     ) -> Iterator[Completion]:
@@ -84,20 +96,31 @@ class TextGenerator(ABC):
             prompts: all prompts of the run.
             config: how to complete them.
             batch_size: prompts computed at once on each copy of the model.
-            src_length: see generate.
+            src_length, prompt_lookup: see generate.
             num_done: number of prompts to skip at the beginning; the samples of the others do not change.
             on_token: called with (number of the completion in the run, token id) as soon as a token is generated.
 
         Raises:
-            GenerationError: an empty prompt, or a batch or length below 1.
+            GenerationError: an empty prompt, a batch or length below 1, or log-probabilities, which are not reported.
         """
         if batch_size < 1:
             raise GenerationError(f"batch_size is {batch_size}; it must be an integer from 1")
+        if config.num_log_probs is not None:
+            raise GenerationError(
+                "completions of texts report no log-probabilities; leave out num_log_probs, or use "
+                "bloomlm.generation.generate"
+            )
         size = batch_size * self._num_copies()
         encoded = _encode(self.tokenizer, prompts, src_length)
         for start in range(num_done, len(prompts), size):
             first = start * config.num_return_sequences
-            results = self._continue(encoded[start : start + size], config, _shifted(on_token, first), first)
+            results = self._continue(
+                encoded[start : start + size],
+                config,
+                on_token=_shifted(on_token, first),
+                first_sequence=first,
+                prompt_lookup=prompt_lookup,
+            )
             for place, result in enumerate(results):
                 prompt = prompts[start + place // config.num_return_sequences]
                 yield _completion(self.tokenizer, prompt, result, config.stop)
@@ -112,7 +135,13 @@ class TextGenerator(ABC):
 
     @abstractmethod
     def _continue(
-        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, on_token: OnToken | None, first_sequence: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        on_token: OnToken | None,
+        first_sequence: int,
+        prompt_lookup: int,
     ) -> list[Generation]:
         """Continue ids, all in one batch; see generation.generate."""
 

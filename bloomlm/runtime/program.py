@@ -54,11 +54,23 @@ class Program(TextGenerator):
         return {"max_new_tokens": self.manifest.max_new_tokens}
 
     def _continue(
-        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, on_token: OnToken | None, first_sequence: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        on_token: OnToken | None,
+        first_sequence: int,
+        prompt_lookup: int,
     ) -> list[Generation]:
         decode = self.tokenizer.decode
         return generate(
-            self.model, prompts, config, on_token=on_token, decode_text=decode, first_sequence=first_sequence
+            self.model,
+            prompts,
+            config,
+            on_token=on_token,
+            decode_text=decode,
+            first_sequence=first_sequence,
+            prompt_lookup=prompt_lookup,
         )
 
     def _check_tokenizer(self, directory: Path) -> None:

@@ -10,6 +10,7 @@ from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.errors import GenerationError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
+from bloomlm.generation.generate import generate
 from bloomlm.generation.lookup import PromptLookup, accept, can_be_guessed
 from bloomlm.generation.sequences import Event
 from bloomlm.generation.session import DecodeSession
@@ -145,6 +146,22 @@ def test_wrong_guesses_leave_the_rows() -> None:
         fresh.prefill([0], [tokens[:-1]])
         found, expected = (own.read_block(0, 0, len(tokens) - 1) for own in (rows, fresh))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_generate_looks_up_and_refuses_what_it_cannot_guess() -> None:
+    model = looping_model(with_prefix=False)
+    sizes: list[int] = []
+    model.transformer.h[0].register_forward_hook(lambda _, __, out: sizes.append(len(out)))
+    config, prompts = GenerationConfig(max_new_tokens=30), [[3, 4, 5, 3, 4], [9, 8]]
+    expected = generate(model, prompts, config)
+    num_passes = len(sizes)
+    assert generate(model, prompts, config, prompt_lookup=5) == expected
+    assert len(sizes) - num_passes < num_passes
+    for refused in (GenerationConfig(strategy=Sampling()), GenerationConfig(presence_penalty=1.0)):
+        with pytest.raises(GenerationError, match="prompt_lookup has no effect"):
+            generate(model, prompts, refused, prompt_lookup=5)
+    with pytest.raises(GenerationError, match="prompt_lookup is -1"):
+        generate(model, prompts, config, prompt_lookup=-1)
 
 
 def test_a_model_that_cannot_check_guesses_is_refused() -> None:

@@ -14,7 +14,10 @@ from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
 from bloomlm.errors import GenerationError
+from bloomlm.evaluation.scoring.scorers import window_scorer
+from bloomlm.evaluation.scoring.windows import continuation_window
 from bloomlm.export.program import export_program
+from bloomlm.generation import reading
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.generation.generate import generate
 from bloomlm.generation.language_model import LanguageModel
@@ -115,7 +118,14 @@ class Request:
 
 def run(model: LanguageModel, requests: list[Request], draw: random.Random) -> None:
     """Let requests arrive at random, several at once, and leave by themselves or cancelled."""
-    session = DecodeSession(model, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, decode_text=text_of)
+    can_guess = model.features.scores_chunks and model.features.truncates
+    session = DecodeSession(
+        model,
+        max_rows=MAX_ROWS,
+        max_tokens=MAX_TOKENS,
+        decode_text=text_of,
+        prompt_lookup=draw.choice((0, 3)) if can_guess else 0,
+    )
     owners: dict[int, Request] = {}
     saved: dict[tuple[int, ...], Tensor] = {}
     """Tokens from the first one on -> the block of the last BLOCK of them."""
@@ -178,6 +188,8 @@ def test_sequences_have_the_tokens_that_they_have_alone(model: LanguageModel, se
             else:  # cancelled
                 assert request.steps_left <= 0 and tokens == expected.tokens[: len(tokens)]
             assert all(event.finish_reason is None for event in events[:-1])
+            for event, score in zip(events, expected.scores, strict=False):
+                assert event.log_prob == pytest.approx(score.log_prob, abs=1e-4)
             num_tokens += len(tokens)
     assert num_whole > 10 and num_tokens > 60
 
@@ -222,6 +234,31 @@ def test_log_probabilities_are_those_of_the_whole_sequence(with_prefix: bool) ->
                     check_score(event.log_prob, event.top_log_probs, expected, token, request.config.num_log_probs)
                     num_new_tokens += 1
     assert num_prompt_tokens > 30 and num_new_tokens > 60
+
+
+def test_log_probabilities_are_those_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_SCORED", 7)  # several passes for a prompt
+    loaded = load("builtin:tiny", dtype="float32")
+    texts = ("The ancient Greek scientists thought that light comes from the eyes.", "A second text, scored beside it")
+    prompts = [loaded.tokenizer.encode(text) for text in texts]
+    session = DecodeSession(loaded.model, max_rows=2, max_tokens=80)
+    config = GenerationConfig(max_new_tokens=5, ignore_eos=True, num_log_probs=0)
+    handles = [session.open(prompt, config, prompt_log_probs=1)[0] for prompt in prompts]
+    tokens = {handle: list(prompt) for handle, prompt in zip(handles, prompts, strict=True)}
+    new: dict[int, list[float | None]] = {handle: [] for handle in handles}
+    events = session.step({handles[0]: 9, handles[1]: 3})
+    while events or not session.is_empty:
+        for event in events:
+            tokens[event.handle].append(event.token)
+            new[event.handle].append(event.log_prob)
+        events = [] if session.is_empty else session.step()
+    scorer = window_scorer(loaded.model, max_batch_tokens=512)
+    for handle in handles:
+        found = [score and score.log_prob for score in session.prompt_scores(handle)][1:] + new[handle]
+        places = range(1, len(tokens[handle]))
+        windows = [continuation_window(tokens[handle][:stop], tokens[handle][stop : stop + 1])[0] for stop in places]
+        expected = [score.log_prob for score in scorer.score_all(windows)]
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_prompt_scores_are_handed_over_once() -> None:

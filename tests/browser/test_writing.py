@@ -42,6 +42,9 @@ def test_long_text_breaks_its_lines_in_both_layers_alike(page: Page, server: Fak
     proceed(page)
     heights = page.evaluate("['layer', 'text'].map(id => document.getElementById(id).scrollHeight)")
     assert heights[0] == heights[1] > 500
+    page.fill("#text", "line\n" * 60)
+    heights = page.evaluate("['layer', 'text'].map(id => document.getElementById(id).scrollHeight)")
+    assert heights[0] == heights[1] > 1500
 
 
 def test_alternatives_by_mouse_and_branch_with_exact_tokens(page: Page, server: FakeServer) -> None:

@@ -1,6 +1,7 @@
 """What the page says when something is wrong or waited for, and how it looks to different eyes and screens."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -130,3 +131,27 @@ def test_every_control_has_a_name_and_a_visible_focus(page: Page, server: FakeSe
             or page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
         )
     assert {"continue", "undo", "copy", "colours", "temperature", "seed"} <= seen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_of_probability_differ_in_brightness_and_keep_the_text_legible(
+    page: Page, server: FakeServer, scheme: str
+) -> None:
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    open_desk(page, server)
+    colours = page.evaluate(
+        "[...document.querySelectorAll('.legend .piece')].map(n => getComputedStyle(n).backgroundColor)"
+        ".concat(getComputedStyle(document.querySelector('#text')).color)"
+    )
+    *shades, ink = [luminance(colour) for colour in colours]
+    # from the unlikely on: away from the ink, in steps that an eye without colours sees
+    contrasts = [(max(shade, ink) + 0.05) / (min(shade, ink) + 0.05) for shade in shades]
+    assert len(contrasts) == 5 and min(contrasts) > 4.5
+    assert all(later / earlier > 1.04 for earlier, later in pairwise(contrasts)), contrasts
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of rgb(r, g, b); source: WCAG 2.2."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -36,6 +36,14 @@ def test_continue_streams_text_coloured_by_probability(page: Page, server: FakeS
     expect(page.locator("#colours")).not_to_be_checked()
 
 
+def test_space_at_the_end_is_pointed_out(page: Page, server: FakeServer) -> None:
+    open_desk(page, server, "There was ")
+    proceed(page)
+    expect(page.locator("#status")).to_have_text("The text ended with a space; most tokens begin with their own.")
+    proceed(page)
+    expect(page.locator("#status")).to_have_text("")
+
+
 def test_long_text_breaks_its_lines_in_both_layers_alike(page: Page, server: FakeServer) -> None:
     words = " ".join(f"word{number} with-hyphens,and a_long_one{'x' * (number % 40)}" for number in range(80))
     open_desk(page, server, f"{words}\n\nA second paragraph \n")
@@ -270,6 +278,7 @@ def test_models_side_by_side(page: Page, server: FakeServer) -> None:
     columns.nth(1).get_by_role("button", name="Keep this").click()
     assert text_of(page) == "Written by poems."
     expect(page.locator("#columns")).to_be_hidden()
+    expect(page.locator("#layer .piece").last).to_be_in_viewport()
     # the others are versions too
     page.locator("#versions button", has_text="by letters").click()
     assert text_of(page) == "Written by letters."

@@ -41,7 +41,10 @@ async function refusal(response) {
   const answer = await response.json().catch(() => ({}));
   const said = answer.error?.message ?? `the server answered ${response.status} ${response.statusText}`;
   // what the server says of a missing key is meant for programs
-  const message = response.status === 401 ? "This server asks for its API key." : sentence(said);
+  const message =
+    response.status === 401
+      ? "This server asks for its API key: enter it beside the text, under Settings."
+      : sentence(said);
   return new ServerError(message, {
     status: response.status,
     retryAfterSeconds: Math.max(1, Number(response.headers.get("Retry-After")) || 1),

@@ -13,6 +13,7 @@ import { drawVersions, moveByArrows } from "./versions.js";
 const DRAFT = "bloomlm.text";
 const NUM_ALTERNATIVES = 5;
 const COUNT_DELAY_MS = 400;
+const SPACE_HINT = "The text ended with a space; most tokens begin with their own.";
 
 export class Desk {
   /**
@@ -37,7 +38,7 @@ export class Desk {
       editor: this.editor,
       branch: (piece, tokenNumber, alternative) => this.branch(piece, tokenNumber, alternative),
     });
-    this.columns = new Columns({ keep: (version) => this.visit(version) });
+    this.columns = new Columns({ keep: (version) => this._keep(version) });
     moveByArrows(byId("versions"));
     this._draw();
   }
@@ -88,6 +89,12 @@ export class Desk {
     this.editor.input.focus();
   }
 
+  _keep(version) {
+    this.visit(version);
+    // the columns, which are gone, were below the text
+    this.editor.showEnd();
+  }
+
   get isEdited() {
     return this.editor.text !== this.story.current.text;
   }
@@ -110,7 +117,9 @@ export class Desk {
   }
 
   async _continueHere(model) {
-    return this._grow(new Continuation(model, this.story.current.text), this.story.current, "continued");
+    const parent = this.story.current;
+    const said = await this._grow(new Continuation(model, parent.text), parent, "continued");
+    return said || (parent.text.endsWith(" ") ? SPACE_HINT : "");
   }
 
   async _grow(continuation, parent, kind, from) {

@@ -59,6 +59,11 @@ export class Editor {
     this._layer.replaceChildren(coloured(text, pieces), "\u200b");
   }
 
+  /** Scroll to the last coloured piece. */
+  showEnd() {
+    this._spans().at(-1)?.scrollIntoView({ block: "nearest" });
+  }
+
   /** The piece before or at the cursor, or else the last one. */
   pieceAtCursor() {
     const cursor = this.input.selectionStart;

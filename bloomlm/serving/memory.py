@@ -43,6 +43,7 @@ def find_budget(generator: LoadedModel | Program, options: EngineOptions, mesh: 
     budget = kv_budget(
         options,
         bytes_per_token=generator.model.bytes_per_token,
+        is_paged=generator.model.features.paged,
         device=_device_of(generator),
         mapped_bytes=_mapped_bytes(generator),
     )
@@ -53,13 +54,16 @@ def find_budget(generator: LoadedModel | Program, options: EngineOptions, mesh: 
     return min(found, key=lambda other: (other.num_rows, other.num_blocks))
 
 
-def kv_budget(options: EngineOptions, *, bytes_per_token: int, device: torch.device, mapped_bytes: int = 0) -> KvBudget:
+def kv_budget(
+    options: EngineOptions, *, bytes_per_token: int, is_paged: bool, device: torch.device, mapped_bytes: int = 0
+) -> KvBudget:
     """Divide the memory for keys and values.
 
     Args:
         options: kv_cache_gb, or None for a part of the free memory; max_num_seqs and max_model_len.
         bytes_per_token: keys and values of one token on this rank.
-        device: where the rows are. On a CPU they take memory as they are written; on a GPU they are allocated.
+        is_paged: whether rows take memory only as they are written; otherwise all of it is allocated at once.
+        device: where the rows are.
         mapped_bytes: size of weights that are mapped files, which count as free memory although they are in use.
 
     Raises:
@@ -83,7 +87,7 @@ def kv_budget(options: EngineOptions, *, bytes_per_token: int, device: torch.dev
                 else f", or set --kv_cache_gb (default: {share:.0%} of the free memory)"
             )
         )
-    if device.type == "cpu":
+    if is_paged:
         return KvBudget(num_rows=options.max_num_seqs, num_blocks=num_blocks, num_allocated=0)
     num_rows = min(options.max_num_seqs, num_blocks // blocks_per_row)
     if num_rows < options.max_num_seqs:

@@ -1,0 +1,68 @@
+"""How the memory for keys and values is found and divided."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bloomlm.errors import ConfigError
+from bloomlm.serving import memory
+from bloomlm.serving.memory import KvBudget, kv_budget
+from bloomlm.serving.options import EngineOptions
+
+CPU = torch.device("cpu")
+OPTIONS = EngineOptions(max_num_seqs=8, max_model_len=100)  # 7 blocks a row
+
+
+def budget(options: EngineOptions = OPTIONS, **changes: Any) -> KvBudget:
+    arguments: dict[str, Any] = {"bytes_per_token": 1000, "is_paged": True, "device": CPU} | changes
+    return kv_budget(options, **arguments)
+
+
+def with_gb(kv_cache_gb: float) -> EngineOptions:
+    return EngineOptions(max_num_seqs=8, max_model_len=100, kv_cache_gb=kv_cache_gb)
+
+
+def test_given_memory_is_counted_in_blocks() -> None:
+    assert budget(with_gb(0.0001121)) == KvBudget(num_rows=8, num_blocks=7, num_allocated=0)
+    with pytest.raises(ConfigError, match=r"needs 112.0 kB for its keys and values, and --kv_cache_gb is 0.0001119"):
+        budget(with_gb(0.0001119))
+
+
+def test_rows_that_are_allocated_at_once_are_as_many_as_fit(caplog: pytest.LogCaptureFixture) -> None:
+    assert budget(with_gb(0.0004), is_paged=False) == KvBudget(num_rows=3, num_blocks=25, num_allocated=21)
+    assert "so 3 run at once instead of --max_num_seqs 8" in caplog.text
+    assert budget(with_gb(0.1), is_paged=False).num_rows == 8
+
+
+def test_half_of_the_free_memory_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_system_free_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(memory, "_cgroup_free_bytes", list)
+    assert budget().num_blocks == 312
+    assert budget(mapped_bytes=4_000_000).num_blocks == 187
+    with pytest.raises(ConfigError, match=r"only 0\.0 kB are free; lower --max_model_len"):
+        budget(mapped_bytes=11_000_000)
+    monkeypatch.setattr(memory, "_cgroup_free_bytes", lambda: [7_000_000, 2_000_000])
+    assert budget().num_blocks == 62
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 2"}, []),
+        ({"memory.max": "100", "memory.current": "70", "memory.stat": "anon 9\ninactive_file 25"}, [55]),
+        ({"memory.max": "100"}, []),
+    ],
+)
+def test_limits_of_a_control_group(tmp_path: Path, files: dict[str, str], expected: list[int]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert memory._group_free_bytes(tmp_path, "max", "current", "inactive_file") == expected
+
+
+def test_this_machine_has_free_memory() -> None:
+    free = memory._system_free_bytes()
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < free <= total
+    assert all(limit > 0 for limit in memory._cgroup_free_bytes())

@@ -22,6 +22,9 @@ class PromptLookup:
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}
         """Run of up to 3 tokens -> the place after its newest occurrence, where a token follows it."""
+        self.reach = 4
+        """Tokens that are worth guessing: twice as many as were right last time, and two more. Where a text does not
+        repeat itself, wrong guesses then cost little."""
         for token in tokens:
             self.append(token)
 

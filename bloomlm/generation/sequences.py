@@ -12,7 +12,7 @@ from torch import Tensor
 from bloomlm.generation.beam import BeamSearchState, regrow
 from bloomlm.generation.config import GenerationConfig, Sampling
 from bloomlm.generation.log_probs import TokenScore
-from bloomlm.generation.lookup import PromptLookup
+from bloomlm.generation.lookup import PromptLookup, accept
 
 FinishReason = Literal["eos", "length", "stop", "stop_token"]
 """eos: the model ended the sequence; stop: a stop text occurred; stop_token: one of stop_token_ids did; length:
@@ -79,7 +79,14 @@ class Sample(Running):
         count = min(most, self.config.max_new_tokens - len(self.tokens) - 1)
         if self.lookup is None or len(self.tokens) < self.config.min_new_tokens or count < 1:
             return []
-        return self.lookup.guess(count)
+        return self.lookup.guess(min(count, self.lookup.reach))
+
+    def accept(self, guesses: Sequence[int], chosen: Sequence[int]) -> list[int]:
+        """The tokens that are right; see lookup.accept."""
+        right = accept(guesses, chosen)
+        if self.lookup is not None and guesses:
+            self.lookup.reach = 2 * len(right)
+        return right
 
     def extend(
         self, tokens: Sequence[int], scores: Sequence[TokenScore] | None, eos_token_id: int | None

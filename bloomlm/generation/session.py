@@ -17,7 +17,6 @@ from bloomlm.generation.choosing import choose_next, scores_of
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.generation.log_probs import PromptScores
-from bloomlm.generation.lookup import accept
 from bloomlm.generation.reading import MOST_SCORED, Prompt, check_prompt, read_chunks
 from bloomlm.generation.rows import SessionRows
 from bloomlm.generation.sequences import DecodeText, Event, Sample, Search
@@ -34,8 +33,8 @@ class DecodeSession:
         max_rows: sequences at once; a sample takes one row, a beam search as many as it has beams.
         max_tokens: most tokens of a sequence, prompt and max_new_tokens together.
         decode_text: ids to text, needed for stop texts.
-        prompt_lookup: tokens to guess for each greedy sequence without penalties, by looking up its last tokens in its
-            own text; a step then gives it up to one more. 0 guesses none. The tokens are the same.
+        prompt_lookup: most tokens to guess in a step for each greedy sequence without penalties, by looking up its last
+            tokens in its own text; a step then gives it up to one more. 0 guesses none. The tokens are the same.
 
     Raises:
         GenerationError: the model cannot check guesses.
@@ -233,7 +232,9 @@ class DecodeSession:
         self._unread = {}
         step |= self._read(reads)
         chosen = choose_next(step, self._running, self._rows.history, self._model.eos_token_id)
-        tokens = {sample: accept(guesses.get(sample.rows[0], ()), found) for sample, found in chosen.tokens.items()}
+        tokens = {
+            sample: sample.accept(guesses.get(sample.rows[0], ()), found) for sample, found in chosen.tokens.items()
+        }
         scores = scores_of(tokens, step)
         events: list[Event] = []
         for sample, accepted in tokens.items():

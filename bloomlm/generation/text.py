@@ -60,7 +60,7 @@ class TextGenerator(ABC):
             prompts: one text or several.
             batch_size: prompts computed at once; it changes the speed, not the results.
             src_length: maximum tokens of a prompt; a longer one loses its end, as in training. None: no limit.
-            prompt_lookup: tokens to guess for a greedy completion from its own text, which are checked in one pass; it
+            prompt_lookup: most tokens to guess for a greedy completion from its own text and to check in one pass; it
                 changes the speed, not the results. See generation.lookup.
             options: decode_strategy ("greedy", "sampling" or "beam_search"); max_new_tokens, min_new_tokens,
                 repetition_penalty, no_repeat_ngram_size, stop (texts), num_return_sequences; temperature, top_k,

@@ -12,7 +12,8 @@ from bloomlm.errors import GenerationError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
 from bloomlm.generation.generate import generate
 from bloomlm.generation.lookup import PromptLookup, accept, can_be_guessed
-from bloomlm.generation.sequences import Event
+from bloomlm.generation.reading import Prompt
+from bloomlm.generation.sequences import Event, Sample
 from bloomlm.generation.session import DecodeSession
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -47,6 +48,29 @@ def test_guesses_are_accepted_up_to_the_first_wrong_one() -> None:
     assert accept([4, 5, 6], [4, 5, 6, 8]) == [4, 5, 6, 8]
     assert accept([4, 5, 6], [4, 9, 6, 8]) == [4, 9]
     assert accept([4, 5, 6], [3, 5, 6, 8]) == [3]
+
+
+def test_the_number_of_guesses_follows_those_that_were_right() -> None:
+    loop = [3, 4, 5] * 4
+    [sample] = Prompt(
+        tokens=loop,
+        handles=range(1),
+        config=GenerationConfig(max_new_tokens=30, min_new_tokens=1),
+        first_sequence=0,
+        num_top=None,
+        num_read=len(loop),
+        rows=[0],
+    ).start(None, None, torch.device("cpu"), looks_up=True)
+    assert isinstance(sample, Sample) and sample.guess(9) == []  # before min_new_tokens
+    list(sample.extend([3], None, None))
+    assert sample.guess(9) == [4, 5, 3, 4]
+    assert sample.accept([4, 5, 3, 4], [4, 5, 3, 4, 5]) == [4, 5, 3, 4, 5]
+    list(sample.extend([4, 5, 3, 4, 5], None, None))
+    assert sample.guess(9) == [3, 4, 5, 3, 4, 5, 3, 4, 5] and len(sample.guess(20)) == 10
+    assert sample.accept([3, 4, 5], [7, 8, 9, 10]) == [7]
+    assert len(sample.guess(9)) == 2
+    list(sample.extend([4] * 22, None, None))  # 28 of 30: one guess and the token after it
+    assert sample.guess(9) == [4]
 
 
 @pytest.mark.parametrize(

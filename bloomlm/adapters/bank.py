@@ -135,6 +135,8 @@ class AdapterBank:
             norm.bias_changes.remove(name)
         self._embedding.trained_rows.pop(name, None)
         self._virtual.pop(name, None)
+        for selection in (self._tokens, self._kept):
+            selection.forget_sets()
         del self._models[name]
 
     def virtual(self, name: str | None) -> list[tuple[Tensor, Tensor]] | None:

@@ -15,16 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.adapters.lora_linear import LoRALinear, add_update, low_rank_product
-from bloomlm.adapters.selection import Group, Selection
+from bloomlm.adapters.selection import MOST_SETS, Group, Names, Selection
 from bloomlm.adapters.trained_rows import TrainedRowsEmbedding
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear
 from bloomlm.model.partition import Partition
-
-_MOST_SETS = 8
-"""Sets of adapters for which a layer keeps stacked tensors. The set of a decode step changes when rows come and go."""
-
-Names = tuple[str | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +96,7 @@ class BiasChanges:
     def __init__(self) -> None:
         self.of: dict[str, Tensor] = {}
         """Name of an adapter -> its difference."""
-        self._join = lru_cache(_MOST_SETS)(lambda names: _rows(self.of, names, 0.0))
+        self._join = lru_cache(MOST_SETS)(lambda names: _rows(self.of, names, 0.0))
 
     def remove(self, name: str) -> None:
         """Forget an adapter, which may have no difference here."""
@@ -127,7 +122,7 @@ class BankedLinear(Linear):
         self.updates: dict[str, Update] = {}
         """Name of an adapter -> its update."""
         self.bias_changes = BiasChanges()
-        self._update_of = lru_cache(_MOST_SETS)(self._make_update)
+        self._stack = lru_cache(MOST_SETS)(self._stacked)
 
     @property
     def update_matrices(self) -> tuple[Tensor, ...]:
@@ -140,11 +135,11 @@ class BankedLinear(Linear):
         """Forget an adapter, which may have nothing here."""
         self.updates.pop(name, None)
         self.bias_changes.remove(name)
-        self._update_of.cache_clear()
+        self._stack.cache_clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
-        found = [(group, self._update_of(group.names)) for group in self.selection.groups]
+        found = [(group, self._update(group.names)) for group in self.selection.groups]
         used = [(group, update) for group, update in found if update is not None]
         scales_rows = any(update.row_scales is not None for _, update in used)
         y = self.without_bias(x) if scales_rows else super().forward(x)
@@ -155,10 +150,11 @@ class BankedLinear(Linear):
         self.bias_changes.add_to(y, self.selection)
         return y
 
-    def _make_update(self, names: Names) -> Update | _StackedUpdates | None:
-        if self.updates.keys().isdisjoint(names):
-            return None
-        return self.updates[str(names[0])] if len(names) == 1 else _StackedUpdates.of(self.updates, names)
+    def _update(self, names: Names) -> "Update | _StackedUpdates | None":
+        return self._stack(names) if len(names) > 1 else self.updates.get(str(names[0]))
+
+    def _stacked(self, names: Names) -> "_StackedUpdates | None":
+        return None if self.updates.keys().isdisjoint(names) else _StackedUpdates.of(self.updates, names)
 
 
 class BankedLayerNorm(nn.LayerNorm):

@@ -19,14 +19,20 @@ _SHORT_TOKENS = 32
 """The most tokens of a run that shares its kernel calls with runs of other adapters."""
 
 
+MOST_SETS = 2
+"""Sets of several adapters that have been used last, for which layers keep stacked tensors."""
+
+Names = tuple[str | None, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Neighbouring tokens, and the adapters that they use."""
 
     tokens: slice
     """The group's part of the call's tokens."""
-    names: tuple[str | None, ...]
-    """Names of the K adapters, sorted, after None for the base model if some of the tokens use that."""
+    names: Names
+    """Names of the K adapters, sorted, after None for the base model; tokens need not use all of them."""
     places: Tensor
     """[N] int64 index in `names` of each token's adapter; a single 0 [] where there is one."""
     sources: Tensor
@@ -35,17 +41,15 @@ class Group:
     """[N] the slot of each token."""
 
     @classmethod
-    def of(cls, runs: Sequence[tuple[str | None, int]], start: int, device: torch.device) -> "Group":
-        """The group of runs, given as adapter and number of tokens, which begin with the call's token `start`."""
-        owners = [name for name, length in runs for _ in range(length)]
-        names = tuple(sorted(set(owners), key=lambda name: (name is not None, name)))
+    def of(cls, names: Names, owners: Sequence[str | None], start: int, device: torch.device) -> "Group":
+        """The group of tokens with these adapters (owners), the first of which is the call's token `start`."""
         tokens = slice(start, start + len(owners))
         if len(names) == 1:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return cls(tokens, names, torch.zeros((), dtype=torch.int64, device=device), nothing, nothing)
         places = torch.tensor([names.index(name) for name in owners])
         is_own = places == torch.arange(len(names))[:, None]
-        # the how-manieth token of its adapter each token is
+        # number of each token among the tokens of its adapter
         turns = (is_own.cumsum(1) - 1)[places, torch.arange(len(owners))]
         num_slots = int(turns.max()) + 1
         slots = places * num_slots + turns
@@ -59,6 +63,7 @@ class Selection:
 
     def __init__(self) -> None:
         self.groups: tuple[Group, ...] = ()
+        self._recent: list[Names] = []
 
     def select(self, names: Sequence[str | None], lengths: Sequence[int], device: torch.device) -> None:
         """Set the groups of a call.
@@ -77,10 +82,27 @@ class Selection:
                 runs.append([run])
         groups, start = [], 0
         for members in runs:
-            if any(name is not None and length for name, length in members):
-                groups.append(Group.of(members, start, device))
-            start += sum(length for _, length in members)
+            owners = [name for name, length in members for _ in range(length)]
+            if set(owners) - {None}:
+                groups.append(Group.of(self._set_for(set(owners)), owners, start, device))
+            start += len(owners)
         self.groups = tuple(groups)
+
+    def forget_sets(self) -> None:
+        """Use no set again that was used before; to be called when an adapter has been removed."""
+        self._recent.clear()
+
+    def _set_for(self, names: set[str | None]) -> Names:
+        """The names, sorted, or a recent set that contains them and not many others.
+
+        Layers need not stack tensors anew whenever a row leaves, and when another one comes soon after.
+        """
+        found = tuple(sorted(names, key=lambda name: (name is not None, name)))
+        if len(found) == 1:
+            return found
+        found = next((recent for recent in self._recent if names <= {*recent} and len(recent) <= 2 * len(names)), found)
+        self._recent = [found, *(recent for recent in self._recent if recent != found)][:MOST_SETS]
+        return found
 
     def clear(self) -> None:
         """Let all tokens use the base model."""

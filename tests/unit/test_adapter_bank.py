@@ -258,6 +258,9 @@ def test_loading_and_unloading_disturb_no_other_row(base: Path, paths: dict[str,
             compare([2, 0, 1], rows.decode_step([2, 0, 1], torch.tensor([9, 7, 8])), kind)
             rows.free(2)
             bank.unload("x")
+            for row in range(2):
+                texts[row][1].append(row)
+            compare([0, 1], rows.decode_step([0, 1], torch.tensor([0, 1])), "")
     assert bank.names == ["all"]
 
 

@@ -52,6 +52,7 @@ class Update:
         add_update(own, low_rank_product(x[group.tokens], self.lora_a, partition), self.lora_b, self.scaling)
         if self.row_scales is not None:
             own.mul_(self.row_scales)
+        group.put(y, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class _StackedUpdates:
 
     @classmethod
     def of(cls, updates: Mapping[str, Update], names: Names) -> "_StackedUpdates":
-        found = {place: updates[name] for place, name in enumerate(names) if name is not None and name in updates}
+        found = {place: updates[name] for place, name in enumerate(names) if name in updates}
         matrices = [matrix for update in found.values() for matrix in (update.lora_a, update.lora_b)]
         dtype = reduce(torch.promote_types, (matrix.dtype for matrix in matrices))
         largest = max(len(update.lora_a) for update in found.values())
@@ -88,6 +89,7 @@ class _StackedUpdates:
         own = y[group.tokens].add_(update)
         if self.row_scales is not None:
             own.mul_(self.row_scales[group.places])
+        group.put(y, own)
 
 
 class BiasChanges:
@@ -127,7 +129,7 @@ class BankedLinear(Linear):
     @property
     def update_matrices(self) -> tuple[Tensor, ...]:
         """The matrices lora_A and lora_B that the current call uses."""
-        names = {name for group in self.selection.groups for name in group.names if name is not None}
+        names = {name for group in self.selection.groups for name in group.names}
         updates = [self.updates[name] for name in sorted(names) if name in self.updates]
         return tuple(matrix for update in updates for matrix in (update.lora_a, update.lora_b))
 
@@ -151,7 +153,7 @@ class BankedLinear(Linear):
         return y
 
     def _update(self, names: Names) -> "Update | _StackedUpdates | None":
-        return self._stack(names) if len(names) > 1 else self.updates.get(str(names[0]))
+        return self._stack(names) if len(names) > 1 else self.updates.get(names[0])
 
     def _stacked(self, names: Names) -> "_StackedUpdates | None":
         return None if self.updates.keys().isdisjoint(names) else _StackedUpdates.of(self.updates, names)
@@ -203,7 +205,7 @@ class BankedEmbedding(WordEmbedding):
             z[part] = torch.where(is_own, replaced, z[part])
         return z
 
-    def _uses(self, selection: Selection) -> list[tuple[slice, TrainedRowsEmbedding, Tensor]]:
+    def _uses(self, selection: Selection) -> list[tuple[slice | Tensor, TrainedRowsEmbedding, Tensor]]:
         """Tokens, an embedding with trained rows, and the tokens that use it: [N, 1] bool, or [1] for all or none."""
         return [
             (group.tokens, self.trained_rows[name], (group.places == place)[..., None])
@@ -215,7 +217,7 @@ class BankedEmbedding(WordEmbedding):
 
 def _rows(values: Mapping[str, Tensor], names: Names, default: float) -> Tensor | None:
     """[K, n] the values [n] of each adapter, the default where it has none; None if none of them has."""
-    found = [None if name is None else values.get(name) for name in names]
+    found = [values.get(name) for name in names]
     shape = next((row for row in found if row is not None), None)
     if shape is None:
         return None

@@ -22,28 +22,31 @@ _SHORT_TOKENS = 32
 MOST_SETS = 2
 """Sets of several adapters that have been used last, for which layers keep stacked tensors."""
 
-Names = tuple[str | None, ...]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Neighbouring tokens, and the adapters that they use."""
+    """Tokens of a call that use adapters."""
 
-    tokens: slice
-    """The group's part of the call's tokens."""
+    tokens: slice | Tensor
+    """The N tokens, neighbours or [N] int64."""
     names: Names
-    """Names of the K adapters, sorted, after None for the base model; tokens need not use all of them."""
+    """Names of the K adapters, sorted; the tokens need not use all of them."""
     places: Tensor
     """[N] int64 index in `names` of each token's adapter; a single 0 [] where there is one."""
     sources: Tensor
-    """[K * S] the token of the call that stands in each slot; pads repeat the group's first token."""
+    """[K * S] the token of the call that stands in each slot; pads repeat the first token. Empty where K is 1."""
     slots: Tensor
-    """[N] the slot of each token."""
+    """[N] the slot of each token. Empty where K is 1."""
 
     @classmethod
-    def of(cls, names: Names, owners: Sequence[str | None], start: int, device: torch.device) -> "Group":
-        """The group of tokens with these adapters (owners), the first of which is the call's token `start`."""
-        tokens = slice(start, start + len(owners))
+    def of(cls, names: Names, owners: Sequence[str], positions: Sequence[int], device: torch.device) -> "Group":
+        """The group of tokens at these positions of the call, with these adapters (owners)."""
+        first, last = positions[0], positions[-1]
+        tokens: slice | Tensor = slice(first, last + 1)
+        if len(positions) < last + 1 - first:
+            tokens = torch.tensor(positions, device=device)
         if len(names) == 1:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
             return cls(tokens, names, torch.zeros((), dtype=torch.int64, device=device), nothing, nothing)
@@ -53,9 +56,14 @@ class Group:
         turns = (is_own.cumsum(1) - 1)[places, torch.arange(len(owners))]
         num_slots = int(turns.max()) + 1
         slots = places * num_slots + turns
-        sources = torch.full((len(names) * num_slots,), start)
-        sources[slots] = torch.arange(start, tokens.stop)
+        sources = torch.full((len(names) * num_slots,), first)
+        sources[slots] = torch.tensor(positions)
         return cls(tokens, names, places.to(device), sources.to(device), slots.to(device))
+
+    def put(self, y: Tensor, own: Tensor) -> None:
+        """Write what has become of own = y[tokens] back into y; neighbouring tokens have shared its memory."""
+        if isinstance(self.tokens, Tensor):
+            y[self.tokens] = own
 
 
 class Selection:
@@ -83,8 +91,10 @@ class Selection:
         groups, start = [], 0
         for members in runs:
             owners = [name for name, length in members for _ in range(length)]
-            if set(owners) - {None}:
-                groups.append(Group.of(self._set_for(set(owners)), owners, start, device))
+            used = [(start + i, name) for i, name in enumerate(owners) if name is not None]
+            if used:
+                positions, own = zip(*used, strict=True)
+                groups.append(Group.of(self._set_for(set(own)), own, positions, device))
             start += len(owners)
         self.groups = tuple(groups)
 
@@ -92,12 +102,12 @@ class Selection:
         """Use no set again that was used before; to be called when an adapter has been removed."""
         self._recent.clear()
 
-    def _set_for(self, names: set[str | None]) -> Names:
+    def _set_for(self, names: set[str]) -> Names:
         """The names, sorted, or a recent set that contains them and not many others.
 
         Layers need not stack tensors anew whenever a row leaves, and when another one comes soon after.
         """
-        found = tuple(sorted(names, key=lambda name: (name is not None, name)))
+        found = tuple(sorted(names))
         if len(found) == 1:
             return found
         found = next((recent for recent in self._recent if names <= {*recent} and len(recent) <= 2 * len(names)), found)

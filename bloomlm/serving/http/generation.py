@@ -76,12 +76,12 @@ class Run:
     async def events(self) -> AsyncGenerator[str]:
         """The events of a stream, as JSON; OpenAI's mark of the end is the last one."""
         shown, head = self._plan.format, self._head(self._plan.format.chunk_object)
-        if self._plan.has_usage:
-            head["usage"] = None
+        # Written once, because every token has an event.
+        beginning = _to_json(head | ({"usage": None} if self._plan.has_usage else {})).removesuffix("}")
         async with aclosing(self._pieces()) as coming:
             async for piece in coming:
                 if shown.has_news(piece):
-                    yield _to_json({**head, "choices": [shown.chunk(piece)]})
+                    yield f'{beginning},"choices":[{_to_json(shown.chunk(piece))}]}}'
         if self._plan.has_usage:
             yield _to_json({**head, "choices": [], "usage": self._usage()})
         yield "[DONE]"

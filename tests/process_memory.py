@@ -21,5 +21,6 @@ def memory_full_of_nan() -> Iterator[None]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that the system really holds, as Linux counts it in STATM."""
-    return int(STATM.read_text().split()[1]) * resource.getpagesize()
+    """Memory of this process that the system really holds, as Linux counts it in STATM, without that of mapped files."""
+    _, resident, shared, *_ = map(int, STATM.read_text().split())
+    return (resident - shared) * resource.getpagesize()

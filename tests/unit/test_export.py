@@ -146,7 +146,7 @@ def test_adapters_are_folded_in(loaded: LoadedModel, tmp_path: Path, adapter: Lo
     path = tmp_path / "bloom"
     export_program(model, loaded.tokenizer, path, source="small", verify=False)
     assert logits_error(model, path) < 1e-5
-    Walk(model, Program(path).model).run(40)
+    Walk(model, Program(path).model, tolerance=5e-5).run(40)  # a merged weight is rounded
     without = small_model(vocab_size=loaded.tokenizer.vocab_size)
     assert logits_error(without, path) > 1e-2
 

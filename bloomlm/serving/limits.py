@@ -63,7 +63,7 @@ def supported_options(options: EngineOptions, model: LanguageModel) -> EngineOpt
     """The options without those that the model cannot follow, which are named in the log."""
     features = model.features
     if options.prefix_caching and not features.blocks:
-        _LOG.info("this program's format cannot save keys and values: every prompt is read whole")
+        _LOG.warning("this program's format cannot save keys and values: every prompt is read whole")
         options = replace(options, prefix_caching=False)
     if options.prompt_lookup and not (features.scores_chunks and features.truncates):
         raise ConfigError("--prompt_lookup needs a model or a pt2 program; this program's format cannot check guesses")

@@ -205,6 +205,16 @@ def test_requests_get_what_they_get_alone(
     assert batch.kv_usage == 0 and batch.num_running == 0 and not batch._readers and not batch._owners
 
 
+def test_a_long_prompt_leaves_every_step_to_the_running_sequences() -> None:
+    batch = make_batch(max_step_tokens=10)
+    running, long = arrival(stem(0)[:9], config={"max_new_tokens": 20, "min_new_tokens": 20}), arrival(stem(1), gap=3)
+    run = Run(batch, [running, long])
+    run.finish()
+    assert run.num_steps == 20 and long.ended is not None  # 60 tokens in chunks of 9 beside one token of the other
+    check(running)
+    check(long)
+
+
 def test_equal_prefixes_that_arrive_together_are_read_once() -> None:
     batch = make_batch(max_step_tokens=20)
     prefix = stem(0)[:48]

@@ -12,7 +12,8 @@ from itertools import takewhile
 
 from bloomlm.generation.config import GenerationConfig, Greedy
 
-_NGRAM_SIZES = (3, 2, 1)  # the longest match decides
+_NGRAM_SIZES = (3, 2)
+"""The longest match decides. Matches of a single token are wrong so often that they cost more passes than they save."""
 
 
 class PromptLookup:
@@ -21,7 +22,7 @@ class PromptLookup:
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}
-        """Run of up to 3 tokens -> the place after its newest occurrence, where a token follows it."""
+        """Run of 2 or 3 tokens -> the place after its newest occurrence, where a token follows it."""
         self.reach = 4
         """Tokens that are worth guessing: twice as many as were right last time, and two more. Where a text does not
         repeat itself, wrong guesses then cost little."""

@@ -21,7 +21,7 @@ from bloomlm.model.config import BloomConfig
 
 def slow_guess(tokens: list[int], count: int) -> list[int]:
     """By looking at every place, the newest first."""
-    for size in (3, 2, 1):
+    for size in (3, 2):
         for stop in range(len(tokens) - 1, size - 1, -1):
             if tokens[stop - size : stop] == tokens[-size:]:
                 period = tokens[stop:]

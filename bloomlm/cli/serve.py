@@ -171,6 +171,8 @@ def _check_model(config: ServeConfig) -> None:
                 "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an "
                 "exported program"
             )
+        if config.model_prefix != ServeConfig.model_prefix:
+            raise ConfigError("--model_prefix names a program; give its --model_dir too, or leave it out")
         return
     if config.model_name_or_path:
         raise ConfigError("--model_name_or_path and --model_dir are both given; give a model or a program")

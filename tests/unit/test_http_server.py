@@ -192,6 +192,7 @@ def test_command_serves_and_drains() -> None:
         ([], "missing --model_name_or_path"),
         (["--model_name_or_path", "builtin:tiny", "--model_dir", "x"], "give a model or a program"),
         (["--model_name_or_path", "builtin:tiny", "--lora", "x"], "expected name=path"),
+        (["--model_name_or_path", "builtin:tiny", "--model_prefix", "x"], "give its --model_dir too"),
         (["--model_name_or_path", "builtin:tiny", "--runs", "/nowhere"], "--runs /nowhere: no such directory"),
         (["--model_name_or_path", "builtin:tiny", "--chat_template", "/nowhere"], "--chat_template /nowhere"),
         (["--model_dir", "x", "--lora", "a=b"], "--lora with --model_dir"),
@@ -202,3 +203,20 @@ def test_flags_that_cannot_be_used(flags: list[str], words: str, capsys: pytest.
         main(["serve", *flags])
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", "builtin:tiny", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = process.stderr.readline().split()[2].rstrip(",")
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+        body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "n": 64, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            next(response.iter_bytes())
+            process.send_signal(signal.SIGTERM)
+            while not process.stderr.readline().startswith("closing"):
+                pass
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=WAIT_SECONDS) == 128 + signal.SIGTERM

@@ -27,7 +27,7 @@ MOST_PADDED = 1.5
 """The most scores that a padded group of documents computes, relative to the scores of the documents alone."""
 _BLOCK_QUERIES = 64
 _LONGEST_IN_BLOCKS = 1024
-"""The longest document that may be computed one block of queries at a time."""
+"""The most slots over which attention may be computed one block of queries at a time."""
 
 
 def attend(
@@ -145,7 +145,7 @@ def _causal(batch: Tensor, scale: float, virtual: tuple[Tensor, Tensor] | None, 
         query = torch.cat((torch.zeros_like(virtual_key), query), dim=2)
         key = torch.cat((virtual_key, key), dim=2)
         value = torch.cat((virtual_value, value), dim=2)
-    if _is_faster_in_blocks(query) and not dropout:
+    if _is_faster_in_blocks(key) and not dropout:
         out = _causal_in_blocks(query, key, value, scale)
     else:
         out = _fused_kernel(query, key, value, is_causal=True, scale=scale, dropout_p=dropout)
@@ -167,11 +167,11 @@ def _fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def _is_faster_in_blocks(query: Tensor) -> bool:
+def _is_faster_in_blocks(key: Tensor) -> bool:
     return (
-        query.device.type == "cpu"
-        and query.dtype is torch.float32
-        and query.shape[2] <= _LONGEST_IN_BLOCKS
+        key.device.type == "cpu"
+        and key.dtype is torch.float32
+        and key.shape[2] <= _LONGEST_IN_BLOCKS
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
@@ -214,7 +214,7 @@ def _attend_cached(query: Tensor, scale: float, layer: int, extension: Extension
             out[call.tokens] = found[call.places, :, 0]
             continue
         queries = query[call.tokens].unflatten(0, (len(key), -1)).transpose(1, 2)
-        if call.visible is not None and _is_faster_in_blocks(queries):
+        if call.visible is not None and _is_faster_in_blocks(key):
             found = _causal_in_blocks(queries, key, value, scale)
         else:
             found = _fused_kernel(queries, key, value, call.visible, scale=scale)

@@ -184,12 +184,12 @@ def _plan_calls(
 def _spans(rows: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
     """Group rows, given as (row, slots in use, token) in order, so that a call for a group reads few unused slots."""
     spans: list[list[tuple[int, int, int]]] = []
-    for row in rows:
-        if spans:
-            longer = [*spans[-1], row]
-            num_read = (row[0] - longer[0][0] + 1) * max(stop for _, stop, _ in longer)
-            if num_read <= _MOST_PADDED * sum(stop for _, stop, _ in longer):
-                spans[-1] = longer
-                continue
-        spans.append([row])
+    num_used = longest = 0
+    for row, stop, token in rows:
+        num_used, longest = num_used + stop, max(longest, stop)
+        if spans and (row - spans[-1][0][0] + 1) * longest <= _MOST_PADDED * num_used:
+            spans[-1].append((row, stop, token))
+        else:
+            spans.append([(row, stop, token)])
+            num_used = longest = stop
     return spans

@@ -8,6 +8,7 @@ import torch
 from bloomlm import row_memory
 from bloomlm.adapters.base import apply_adapter
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.errors import GenerationError
 from bloomlm.model.kv_cache import _spans
 from bloomlm.row_memory import RowMemory
 from tests.process_memory import STATM, memory_full_of_nan, resident_bytes
@@ -75,6 +76,13 @@ def test_what_a_row_does_not_have_is_refused() -> None:
         memory.read_block(1, 0, 1)
     with pytest.raises(ValueError, match="4 more tokens do not fit into a row of 8 slots, 5 in use"):
         memory.claim(0, 4)
+
+
+def test_a_model_without_named_adapters_refuses_a_name() -> None:
+    rows = tiny_model().open_rows(1, 4)
+    rows.set_adapter(0, None)
+    with pytest.raises(GenerationError, match="has no adapters with names, so it has no 'french'"):
+        rows.set_adapter(0, "french")
 
 
 def test_rows_that_are_not_neighbours_are_read_in_few_calls_and_few_slots() -> None:

@@ -227,6 +227,15 @@ def test_equal_prefixes_that_arrive_together_are_read_once() -> None:
         check(found)
 
 
+def test_the_last_token_of_a_prompt_is_always_read() -> None:
+    """Its logits are needed, also where all blocks of the prompt are saved."""
+    batch = make_batch()
+    first, second = arrival(stem(0)[:48]), arrival(stem(0)[:48], gap=20)
+    Run(batch, [first, second]).finish()
+    assert second.started is not None and second.started.num_cached_tokens == 32
+    check(second)
+
+
 def test_a_request_that_waits_for_a_cancelled_one_reads_by_itself() -> None:
     batch = make_batch(max_step_tokens=8)
     prefix = stem(0)[:48]

@@ -86,11 +86,12 @@ def apply_count_penalties(logits: Tensor, generated: Sequence[Tensor], frequency
 
     Source: OpenAI's API reference, as vLLM computes it.
     """
-    logits = logits.clone()
-    for row, tokens in zip(logits, generated, strict=True):
-        ids, counts = tokens.to(logits.device).unique(return_counts=True)
-        row[ids] = row[ids] - frequency * counts - presence
-    return logits
+    # counted where the tokens are, so that logits on a GPU need not be waited for
+    counted = [tokens.unique(return_counts=True) for tokens in generated]
+    rows = torch.cat([torch.full_like(ids, row) for row, (ids, _) in enumerate(counted)])
+    places = torch.stack((rows, torch.cat([ids for ids, _ in counted]))).to(logits.device)
+    penalties = torch.cat([frequency * counts + presence for _, counts in counted]).to(logits)
+    return logits.index_put(tuple(places), -penalties, accumulate=True)
 
 
 def add_bias(logits: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:

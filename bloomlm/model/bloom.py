@@ -192,7 +192,10 @@ class BloomModel(nn.Module):
     def _columns(self, positions: Tensor) -> Tensor:
         slopes = [head_slopes(self.config.n_head)[head] for head in self.heads]
         on_device = torch.tensor(slopes, dtype=torch.float32, device=positions.device)
-        return fused_columns(positions, on_device, self.config.head_dim)
+        kind = positions.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        # in the precision of queries and keys at once, not in every block
+        return fused_columns(positions, on_device, self.config.head_dim).to(dtype)
 
 
 class BloomForCausalLM(nn.Module):

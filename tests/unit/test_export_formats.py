@@ -38,7 +38,7 @@ def test_prefix_programs_equal_the_model(loaded: LoadedModel, tmp_path: Path, fo
     found = compare(model, program.model, [[5], [6, 7, 8, 9], [10, 11]], forced)
     assert found.logits_error < 1e-5
     walk = Walk(model, program.model)
-    walk.run(60)
+    walk.run(80)
     assert walk.num_checked > 50
     with pytest.raises(ProgramError, match=f"in the format {format} cannot give the logits of several tokens"):
         program.model.open_rows(1, 3).prefill([0], [[5, 6, 7]], num_logits=[2])

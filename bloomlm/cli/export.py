@@ -31,7 +31,7 @@ class ExportConfig(ModelFlags):
     quantization: Literal["none", "int8", "int4"] = flag(
         "program",
         "none",
-        "round matrices to 8 bits (smaller and faster) or 4 bits (smallest, but slow)",
+        "round matrices to 8 bits (smaller and faster) or 4 bits (smallest and fastest, with larger errors)",
     )
     format: str = flag(
         "program",

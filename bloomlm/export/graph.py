@@ -20,20 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomlm.export.attention import Attention, padded_attention
-from bloomlm.export.weights import EMBEDDING, SLOPES, SUFFIXES, Parts, WeightFormat
+from bloomlm.export.weight_formats import SUFFIXES, Parts, WeightFormat, format_of
+from bloomlm.export.weights import EMBEDDING, SLOPES
 from bloomlm.model.config import BloomConfig
 
 _BLOCK_ELEMENTS = 2**21
-"""Elements that many_rows decodes at a time: 8 MiB in fp32, which stay in a processor's caches until they are used."""
+"""Elements that library_product decodes at a time: 8 MiB in fp32, which stay in a processor's caches."""
 _PAD_SCORE = -1.0e5
 """The score of a pad; beside any real score its softmax is 0 in fp32."""
 
 Weights = Mapping[str, Tensor]
-Multiply = Callable[[Tensor, Tensor], Tensor]
-"""A library's x W^T in fp32: [N, in], [out, in] -> [N, out]."""
-Decode = Callable[[Parts], Tensor]
-"""From an encoded matrix to the matrix in fp32."""
 Product = Callable[[Tensor, Parts], Tensor]
+"""x W^T with an encoded matrix: [N, in] -> [N, out]."""
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -43,16 +41,14 @@ class Graph(nn.Module):
     Args:
         config: the model's shape.
         weights: how matrices are stored.
-        linear: x W^T with a matrix of a block.
-        head: x W^T with the word embedding, [B, D] -> [B, V].
+        product: library_product, or an operator that computes the same.
     """
 
-    def __init__(self, config: BloomConfig, weights: WeightFormat, *, linear: Product, head: Product) -> None:
+    def __init__(self, config: BloomConfig, weights: WeightFormat, *, product: Product) -> None:
         super().__init__()
         self.config = config
         self.weights = weights
-        self.linear = linear
-        self.head = head
+        self.product = product
 
     def run(self, tokens: Tensor, weights: Weights, attend: Attend) -> Tensor:
         """From ids [N] to hidden states [N, D] before the last norm.
@@ -70,7 +66,7 @@ class Graph(nn.Module):
 
     def logits(self, x: Tensor, weights: Weights) -> Tensor:
         """[B, D] hidden states -> [B, V]."""
-        return self.head(self._norm(x, weights, "ln_f"), parts_of(weights, EMBEDDING))
+        return self.product(self._norm(x, weights, "ln_f"), parts_of(weights, EMBEDDING))
 
     def _block(self, x: Tensor, weights: Weights, layer: int, attend: Attend) -> Tensor:
         shape = (self.config.n_head, 3, self.config.head_dim)
@@ -84,7 +80,7 @@ class Graph(nn.Module):
         return (normed if post_norm else x) + self._linear(hidden, weights, "dense_4h_to_h", layer)
 
     def _linear(self, x: Tensor, weights: Weights, name: str, layer: int) -> Tensor:
-        return self.linear(x, parts_of(weights, name, layer)) + weights[f"{name}.bias"][layer]
+        return self.product(x, parts_of(weights, name, layer)) + weights[f"{name}.bias"][layer]
 
     def _norm(self, x: Tensor, weights: Weights, name: str, layer: int | None = None) -> Tensor:
         scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -227,21 +223,15 @@ class Step(Graph):
         return self.logits(hidden.unflatten(0, (num_rows, num_new))[:, -1], self.tensors), grown  # type: ignore[arg-type]
 
 
-def many_rows(x: Tensor, parts: Parts, *, decode: Decode, multiply: Multiply = F.linear) -> Tensor:
-    """x W^T through a library's fp32 product: [N, in] -> [N, out].
-
-    Args:
-        x: [N, in].
-        parts: the encoded matrix.
-        decode: decodes a block of at most _BLOCK_ELEMENTS elements.
-        multiply: multiplies with a decoded block.
-    """
-    if parts["weight"].dtype is torch.float32:
-        return multiply(x, parts["weight"])
-    num_out, block_rows = parts["weight"].shape[0], max(1, _BLOCK_ELEMENTS // x.shape[1])
+def library_product(x: Tensor, parts: Parts) -> Tensor:
+    """x W^T through PyTorch's fp32 product: [N, in] -> [N, out]. A matrix in another format is decoded in blocks."""
+    weight = parts["weight"]
+    if weight.dtype is torch.float32:
+        return F.linear(x, weight)
+    decode, block_rows = format_of(weight.dtype).decode, max(1, _BLOCK_ELEMENTS // x.shape[1])
     blocks = [
-        multiply(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
-        for start in range(0, num_out, block_rows)
+        F.linear(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
+        for start in range(0, weight.shape[0], block_rows)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 

@@ -11,9 +11,9 @@ from typing import Any
 from bloomlm.errors import ProgramError
 
 KIND = "bloomlm program"
-VERSION = 5
-"""In programs of version 4, prefill gives the logits after each prompt only; earlier functions take left-padded rows of
-one length."""
+VERSION = 6
+"""Programs of version 5 have other groups in int4; in version 4, prefill gives the logits after each prompt only;
+earlier functions take left-padded rows of one length."""
 
 VIRTUAL = "virtual_tokens"
 """Name of the tensor with the keys and values that a prefix adapter puts before every prompt."""

@@ -5,7 +5,6 @@
 | open_package | torch._C._aoti.AOTIModelPackageLoader | to run compiled functions without the compiler's Python code |
 | compile_package | torch._inductor.aot_compile, package.package_aoti | several functions in one package |
 | c_function_options | torch._inductor.config.aot_inductor | C++ of our own as operators of a compiled program |
-| onednn_takes_inputs | torch._inductor's tables of lowerings | oneDNN's product with weights that are inputs |
 | find_compiler | torch._inductor.config.cpp.cxx | the C++ compiler that PyTorch would call |
 
 If a PyTorch lacks the loader or the compiler, open_package and compile_package raise ProgramError. If its compiler
@@ -15,12 +14,10 @@ torch._inductor takes a second, so every import is inside its function.
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -68,6 +65,8 @@ def compile_package(
     """
     files: dict[str, Any] = {}
     options = {"aot_inductor.package": True, "cpp.march": instruction_set, **options}
+    if instruction_set == "x86-64-v3":
+        options["cpp.simdlen"] = 256  # the compiler would use the longest vectors of this machine
     try:
         from torch._inductor import aot_compile
         from torch._inductor.package.package import package_aoti
@@ -105,27 +104,6 @@ def c_function_options(operators: Sequence[Any], source: str) -> Mapping[str, An
         # the optimisation level of the file that the definitions become part of
         "aot_inductor.compile_wrapper_opt_level": "O3",
     }
-
-
-@contextmanager
-def onednn_takes_inputs() -> Iterator[None]:
-    """Let the compiler accept oneDNN's product with any weight.
-
-    The compiler inserts this operator itself for weights that are constants of a program, and accepts no other weights.
-    Our weights are inputs of the program, because they are in a mapped file.
-    """
-    from torch._inductor import mkldnn_lowerings  # noqa: F401  (registers the operator's lowering)
-    from torch._inductor.ir import TensorBox
-    from torch._inductor.lowering import lowerings
-    from torch._inductor.mkldnn_ir import LinearUnary
-
-    operator = torch.ops.mkldnn._linear_pointwise.default
-    before = lowerings[operator]
-    lowerings[operator] = lambda *arguments: TensorBox.create(LinearUnary.create(*arguments))
-    try:
-        yield
-    finally:
-        lowerings[operator] = before
 
 
 def find_compiler() -> str | None:

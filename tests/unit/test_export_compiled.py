@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from bloomlm.errors import ProgramError
 from bloomlm.export.parity import compare
 from bloomlm.export.program import export_program
 from bloomlm.model.config import BloomConfig
-from bloomlm.model.linear import uses_onednn
 from bloomlm.runtime import Program
 from bloomlm.runtime.formats.pt2 import Pt2Model
 from bloomlm.runtime.torch_internals import find_compiler
@@ -26,13 +24,13 @@ from tests.tiny_checkpoint import random_model
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
 
-CONFIG = BloomConfig(vocab_size=2048, hidden_size=32, n_layer=1, n_head=2)
+CONFIG = BloomConfig(vocab_size=2048, hidden_size=128, n_layer=1, n_head=2)
 PROMPTS = [[5], list(range(6, 40)), [10, 11], [12] * 9, [13, 14, 15], list(range(50, 67)), [16], [17, 18]]
 """Of unequal length, one with more slots than the widest vector has numbers."""
-LIMITS = {"none": (0.0, 1e-5), "int8": (1e-4, 0.05)}
+LIMITS = {"none": (0.0, 1e-5), "int8": (1e-4, 0.1)}
 """Error of the logits against the model, at least and at most."""
-COMPILED_LIMITS = {"none": 1e-5, "int8": 5e-4}
-"""Of the compiled program against the uncompiled one; with int8 matrices it takes activations to 16 bits."""
+COMPILED_LIMITS = {"none": 1e-5, "int8": 1e-2}
+"""Of the compiled program against the uncompiled one; with int8 matrices it rounds activations, to bfloat16 at the coarsest."""
 
 
 @pytest.fixture(scope="module", params=LIMITS)
@@ -79,17 +77,6 @@ def test_a_random_walk_gives_the_logits_of_whole_texts(exported: Path) -> None:
     walk = Walk(oracle, program.model, tolerance=tolerance)
     walk.run(100)
     assert walk.num_checked > 100
-
-
-@pytest.mark.skipif(not uses_onednn(torch.ones(1, 1), torch.ones(1, 1)), reason="there is no oneDNN")
-def test_prompts_go_to_onednn(exported: Path) -> None:
-    with zipfile.ZipFile(exported.with_suffix(".pt2")) as package:
-        calling = {
-            Path(name).parent.name
-            for name in package.namelist()
-            if name.endswith(".so") and b"aoti_torch_cpu__linear_pointwise" in package.read(name)
-        }
-    assert calling == {"prefill"}
 
 
 def test_the_runtime_needs_no_compiler(exported: Path) -> None:

@@ -1,5 +1,6 @@
-"""The C++ of compiled programs against what it stands for, by value."""
+"""The C++ of compiled programs against what it stands for, by value, with the instructions of every level."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from bloomlm.export.formats.pt2 import compile_functions
-from bloomlm.export.kernels.operators import attend, compiler_options, decoded_of, few_rows_of
-from bloomlm.export.weights import Int4, Int8, Plain, WeightFormat
+from bloomlm.export.kernels.operators import attend, compiler_options, product_of
+from bloomlm.export.weight_formats import Int4, Int8, Plain, WeightFormat
 from bloomlm.runtime.formats.pt2 import instruction_set
 from bloomlm.runtime.torch_internals import find_compiler, open_package
 
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.skipif(
     find_compiler() is None or compiler_options() is None, reason="there is no C++ compiler, or no AVX2"
 )
 
+LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "avx512_bf16")
+"""A processor without one of them computes with the highest that it has."""
 FORMATS: dict[str, WeightFormat] = {
     "float32": Plain(torch.float32),
     "float16": Plain(torch.float16),
@@ -24,25 +27,28 @@ FORMATS: dict[str, WeightFormat] = {
     "int8": Int8(),
     "int4": Int4(),
 }
-SHAPES = [(200, 96), (43, 4416)]
-"""Many short rows, and rows of more than one segment; neither is a multiple of a tile or of a vector."""
+SHAPES = [(200, 96), (75, 1024), (6, 17_408)]
+"""Rows that do not fill vectors, rows that do and are no whole number of tiles, and so long ones that whole numbers of
+32 bits cannot hold the sum of a quarter in int8."""
 MATRICES = [(name, shape) for name in FORMATS for shape in SHAPES]
+MANY = 40
+"""Rows that the library multiplies."""
 
 HEAD_DIMS = [64, 80, 20, 3]
 """Whole tiles, tiles and vectors, a vector and numbers, numbers."""
 
-Outputs = dict[tuple[str, tuple[int, int]], tuple[Tensor, Tensor]]
-"""Product and decoded matrix, by format and shape."""
+Products = dict[tuple[str, tuple[int, int]], Tensor]
+"""By format and shape."""
 
 
 class Everything(nn.Module):
     def forward(
         self, xs: list[Tensor], parts: list[dict[str, Tensor]], attentions: list[tuple[Tensor, ...]]
     ) -> list[Tensor]:
-        results = []
-        for (_, shape), part in zip(MATRICES, parts, strict=True):
-            results += [few_rows_of(xs[SHAPES.index(shape)].clone(), part), decoded_of(part)]
-        return results + [attend(query[:, :, 1], *others) for query, *others in attentions]
+        products = [
+            product_of(xs[SHAPES.index(shape)].clone(), part) for (_, shape), part in zip(MATRICES, parts, strict=True)
+        ]
+        return products + [attend(query[:, :, 1], *others) for query, *others in attentions]
 
 
 class Compiled:
@@ -53,6 +59,7 @@ class Compiled:
         matrices = [(name, torch.randn(shape, generator=random)) for name, shape in MATRICES]
         for _, matrix in matrices:
             matrix[0] = 1.0  # the largest whole numbers in every column
+            matrix[1] = 0.0
         self.parts = [FORMATS[name].encode(matrix, name) for name, matrix in matrices]
         rows, batch, slots, room = (Dim(name, min=1, max=1 << 20) for name in "NBSM")
         arguments = ([torch.randn(3, num_in) for _, num_in in SHAPES], self.parts, attention_inputs([2, 0], [5, 3], 7))
@@ -62,25 +69,44 @@ class Compiled:
             [({0: batch}, {0: slots, 2: room}, {0: slots, 2: room}, None, {0: batch}, {0: batch})] * len(HEAD_DIMS),
         )
         traced = torch.export.export(Everything(), arguments, dynamic_shapes=sizes)
-        compile_functions({"everything": traced}, directory / "p.pt2", instruction_set(), lambda share: None)
-        self._run = open_package(directory / "p.pt2", "everything")
+        self._path = directory / "p.pt2"
+        compile_functions({"everything": traced}, self._path, instruction_set(), lambda share: None)
+        self.level = ""
 
-    def __call__(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> tuple[Outputs, list[Tensor]]:
+    def open(self, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Compute with the instructions of a level, which is chosen when the package is loaded."""
+        if level != self.level:
+            monkeypatch.setenv("BLOOMLM_MAX_CPU_ISA", level)
+            self._run = open_package(self._path, "everything")
+            self.level = level
+
+    def __call__(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> tuple[Products, list[Tensor]]:
         flat = [tensor for part in self.parts for tensor in part.values()]
         out = self._run([*xs, *flat, *(tensor for given in attentions for tensor in given)])
-        products = {key: (out[2 * index], out[2 * index + 1]) for index, key in enumerate(MATRICES)}
-        return products, out[2 * len(MATRICES) :]
+        return dict(zip(MATRICES, out, strict=False)), out[len(MATRICES) :]
 
-    def products(self, xs: list[Tensor]) -> Outputs:
+    def products(self, xs: list[Tensor]) -> Products:
         return self(xs, attention_inputs([0], [0], 1))[0]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def package(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return Compiled(tmp_path_factory.mktemp("kernels"))
 
 
-def attention_inputs(rows: list[int], slots: list[int], room: int) -> list[tuple[Tensor, ...]]:
+@pytest.fixture(params=LEVELS, scope="module")
+def level(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture
+def compiled(package: Compiled, level: str, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    package.open(level, monkeypatch)
+    return package
+
+
+def attention_inputs(rows: Sequence[int], slots: Sequence[int], room: int) -> list[tuple[Tensor, ...]]:
     """For each of HEAD_DIMS queries [B, H, 3, K], of which the second is taken, and attend's other arguments.
 
     The cache has a row more than is used, and holds NaN behind every row's end.
@@ -90,14 +116,15 @@ def attention_inputs(rows: list[int], slots: list[int], room: int) -> list[tuple
     for head_dim in HEAD_DIMS:
         query = torch.randn(len(rows), 2, 3, head_dim, generator=random)
         keys, values = (torch.randn(max(rows) + 2, 2, room, head_dim, generator=random) for _ in range(2))
-        for row, slot in zip(rows, slots, strict=True):
-            keys[row, :, slot + 1 :], values[row, :, slot + 1 :] = torch.nan, torch.nan
+        for row in set(rows):
+            end = 1 + max(slot for other, slot in zip(rows, slots, strict=True) if other == row)
+            keys[row, :, end:], values[row, :, end:] = torch.nan, torch.nan
         found.append((query, keys, values, torch.tensor([0.5, 0.03]), torch.tensor(rows), torch.tensor(slots)))
     return found
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor) -> list[Tensor]:
-    """One row after another in float64, [H * K] each."""
+    """One token after another in float64, [H * K] each."""
     outs = []
     for q, row, slot in zip(query[:, :, 1].double(), rows.tolist(), slots.tolist(), strict=True):
         k, v = keys[row, :, : slot + 1].double(), values[row, :, : slot + 1].double()
@@ -106,50 +133,75 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows:
     return outs
 
 
-def in_16_bits(x: Tensor) -> Tensor:
-    """What few_rows makes of activations that meet int8, with the same roundings to whole numbers."""
-    halves = x.unflatten(1, (4, -1))
-    largest = halves.abs().amax(-1, keepdim=True)
-    return ((halves * (32767 / largest)).round().double() * (largest.double() / 32767)).flatten(1)
+def rounded(x: Tensor, name: str) -> Tensor:
+    """What a product of few rows makes of activations: whole numbers, with a scale for each part, in float64."""
+    most, parts = {"int8": (32767, 4), "int4": (127, x.shape[1] // 32)}.get(name, (0, 1))
+    if not most:
+        return x.double()
+    parted = x.unflatten(1, (parts, -1))
+    largest = parted.abs().amax(-1, keepdim=True)
+    factor = torch.where(largest > 0, most / largest, 0.0)
+    return ((parted * factor).round().double() * (largest.double() / most)).flatten(1)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 21])
-def test_products_are_those_of_the_decoded_matrix(compiled: Compiled, rows: int) -> None:
+def activations(rows: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(rows)
     xs = [torch.randn(rows, num_in, generator=random) for _, num_in in SHAPES]
     for x in xs:
         x[0, 7] = 300.0  # an outlier
         x[-1] = 2.0
+        x[0, 32:64] = 0.0
+    return xs
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 21])
+def test_products_are_those_of_the_decoded_matrix(compiled: Compiled, rows: int) -> None:
+    xs = activations(rows)
     found = compiled.products(xs)
     for (name, shape), part in zip(MATRICES, compiled.parts, strict=True):
-        product, decoded = found[name, shape]
-        expected = FORMATS[name].decode(part)
-        torch.testing.assert_close(decoded, expected, rtol=1e-6, atol=0)
-        x = xs[SHAPES.index(shape)]
-        exact = (in_16_bits(x) if name == "int8" else x.double()) @ expected.double().t()
-        assert (product - exact).norm() / exact.norm() < 2e-6, (name, shape)
-        near = x.double() @ expected.double().t()
-        assert (product - near).norm() / near.norm() < 1e-3, (name, shape)
-        torch.testing.assert_close(few_rows_of(x, part).double(), near, rtol=1e-4, atol=1e-4)
+        x, matrix = xs[SHAPES.index(shape)], FORMATS[name].decode(part).double()
+        exact = rounded(x, name) @ matrix.t()
+        assert error(found[name, shape], exact) < 2e-6, (name, shape)
+        near = x.double() @ matrix.t()
+        assert error(found[name, shape], near) < {"int8": 1e-3, "int4": 0.03}.get(name, 2e-6), (name, shape)
+        assert error(product_of(x, part), near) < 2e-6, (name, shape)
+
+
+def test_many_rows_go_through_the_library(compiled: Compiled) -> None:
+    xs = activations(MANY)
+    found = compiled.products(xs)
+    for (name, shape), part in zip(MATRICES, compiled.parts, strict=True):
+        x, matrix = xs[SHAPES.index(shape)], FORMATS[name].decode(part).double()
+        in_bfloat16 = compiled.level == "avx512_bf16" and name in ("bfloat16", "int8", "int4")
+        assert error(found[name, shape], x.double() @ matrix.t()) < (5e-3 if in_bfloat16 else 2e-6), (name, shape)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_none(compiled: Compiled, value: float) -> None:
-    xs = [torch.ones(2, num_in) for _, num_in in SHAPES]
+@pytest.mark.parametrize("rows", [2, MANY])
+def test_what_is_no_number_stays_none(compiled: Compiled, value: float, rows: int) -> None:
+    xs = [torch.ones(rows, num_in) for _, num_in in SHAPES]
     for x in xs:
         x[1, 3] = value
-    for product, _ in compiled.products(xs).values():
-        assert torch.isfinite(product[0]).all() and not torch.isfinite(product[1]).any()
+    for (_, (num_out, _)), product in compiled.products(xs).items():
+        assert torch.isfinite(product[0]).all() and not torch.isfinite(product[1, [0, *range(2, num_out)]]).any()
 
 
 def test_zeros_give_zeros(compiled: Compiled) -> None:
-    for product, _ in compiled.products([torch.zeros(2, num_in) for _, num_in in SHAPES]).values():
+    for product in compiled.products([torch.zeros(2, num_in) for _, num_in in SHAPES]).values():
         assert not product.any()
+
+
+CHUNK = ([1] * 21 + [0] * 5 + [2] + [0], [*range(40, 61), *range(5), 9, 7])
+"""Neighbouring tokens of one row, more and fewer than a vector has numbers, and single ones."""
 
 
 @pytest.mark.parametrize(
     ("rows", "slots", "room"),
-    [([0], [0], 1), ([1], [3], 9), ([2, 0, 1], [12, 4, 0], 13), ([0, 3], [129, 63], 200)],
+    [([0], [0], 1), ([1], [3], 9), ([2, 0, 1], [12, 4, 0], 13), ([0, 3], [129, 63], 200), (*CHUNK, 64)],
 )
 def test_attention_is_that_of_the_formula(compiled: Compiled, rows: list[int], slots: list[int], room: int) -> None:
     given = attention_inputs(rows, slots, room)
@@ -160,6 +212,17 @@ def test_attention_is_that_of_the_formula(compiled: Compiled, rows: list[int], s
         query, keys, values, *others = arguments
         in_python = attend(query[:, :, 1], keys.nan_to_num(), values.nan_to_num(), *others)
         torch.testing.assert_close(list(in_python.double()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_far_tokens_keep_their_weight(compiled: Compiled) -> None:
+    """Scores of hundreds, and later tokens of a tile with much larger ones, which earlier tokens must not see."""
+    rows, slots = [0] * 8, list(range(8))
+    given = attention_inputs(rows, slots, 8)
+    for query, keys, *_ in given:
+        query.mul_(30.0)
+        keys[0, :, 7] *= 30.0
+    for arguments, out in zip(given, compiled([torch.zeros(1, n) for _, n in SHAPES], given)[1], strict=True):
+        torch.testing.assert_close(list(out.double()), attention(*arguments), rtol=1e-3, atol=1e-4)
 
 
 def test_attention_to_no_number_is_none(compiled: Compiled) -> None:

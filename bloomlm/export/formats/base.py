@@ -10,7 +10,7 @@ import torch
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
-from bloomlm.export.weights import QUANTIZATIONS
+from bloomlm.export.weight_formats import QUANTIZATIONS
 from bloomlm.model.bloom import BloomForCausalLM
 
 OnStage = Callable[[str, float], None]

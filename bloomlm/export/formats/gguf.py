@@ -21,7 +21,7 @@ from bloomlm.data.gpt2_files import BLOOM_WORDS
 from bloomlm.data.tokenizer import TOKENIZER_FILE
 from bloomlm.errors import CheckpointError, ProgramError
 from bloomlm.export.formats.base import ExportFormat, ExportJob
-from bloomlm.export.weights import nearest_int4
+from bloomlm.export.weight_formats import nearest_int4
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.quantized import row_blocks
@@ -182,7 +182,7 @@ def _q4_0(name: str, matrix: Tensor) -> np.ndarray[Any, Any]:
         groups = matrix[block].unflatten(1, (-1, _BLOCK_SIZE))
         if not torch.isfinite(groups).all():
             raise CheckpointError(f"{name} holds NaN or infinite numbers, so it cannot be rounded to int4")
-        numbers, scales = nearest_int4(groups.transpose(1, 2).contiguous(), torch.float16)
-        low, high = (numbers + 8).to(torch.uint8).transpose(1, 2).chunk(2, dim=2)
-        rows.append(torch.cat((scales[..., None].view(torch.uint8), low | high << 4), dim=2).flatten(1))
+        numbers, scales = nearest_int4(groups, lambda scale: scale.half().float())
+        low, high = (numbers + 8).to(torch.uint8).chunk(2, dim=2)
+        rows.append(torch.cat((scales.half()[..., None].view(torch.uint8), low | high << 4), dim=2).flatten(1))
     return torch.cat(rows).numpy()

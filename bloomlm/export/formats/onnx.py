@@ -4,7 +4,6 @@ Matrices stay in fp32, because ONNX runtimes have their own tools for quantisati
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch.export import Dim
 from bloomlm.checkpoint.safetensors_file import write_safetensors
 from bloomlm.errors import ProgramError
 from bloomlm.export.formats.base import ExportFormat, ExportJob
-from bloomlm.export.graph import Step, many_rows
-from bloomlm.export.weights import Plain, named_tensors, virtual_tokens
+from bloomlm.export.graph import Step, library_product
+from bloomlm.export.weight_formats import Plain
+from bloomlm.export.weights import named_tensors, virtual_tokens
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime.formats.onnx import onnx_file
@@ -58,8 +58,7 @@ def write_onnx(directory: Path, prefix: str, model: BloomForCausalLM) -> None:
 
 def _step(model: BloomForCausalLM) -> Step:
     weights = Plain(torch.float32)
-    library = partial(many_rows, decode=weights.decode)
-    step = Step(model.config, weights, linear=library, head=library).eval()
+    step = Step(model.config, weights, product=library_product).eval()
     for name, tensor in named_tensors(model, weights):
         name, _, layer = name.partition("@")
         held = tensor.detach().float()

@@ -5,27 +5,25 @@ Shapes: R rows of the cache, B of them in a call, S slots in use, M slots of the
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bloomlm.export.attention import slot_attention
 from bloomlm.export.formats.base import ExportFormat, ExportJob
-from bloomlm.export.graph import DecodeStep, Multiply, Prefill, Product, many_rows
-from bloomlm.export.kernels.operators import attend_of, compiler_options, decoded_of, few_rows_of
-from bloomlm.export.weights import WeightFormat, weight_entries, weight_format, write_weights
+from bloomlm.export.graph import DecodeStep, Prefill, library_product
+from bloomlm.export.kernels.operators import attend_of, compiler_options, product_of
+from bloomlm.export.weight_formats import WeightFormat, weight_format
+from bloomlm.export.weights import weight_entries, write_weights
 from bloomlm.model.config import BloomConfig
-from bloomlm.model.linear import product, uses_onednn
 from bloomlm.runtime.formats import pt2
 from bloomlm.runtime.manifest import VIRTUAL
-from bloomlm.runtime.torch_internals import compile_package, find_compiler, onednn_takes_inputs
+from bloomlm.runtime.torch_internals import compile_package, find_compiler
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,19 +67,15 @@ def trace_all(
         config: the model's shape.
         weights: how matrices are stored.
         tensors: the weights, in the order of the program's inputs.
-        for_compiler: use the fastest products of this machine; otherwise F.linear, which every PyTorch has.
+        for_compiler: use our own operators where there can be any; otherwise those that every PyTorch has.
     """
     has_kernels = for_compiler and compiler_options() is not None
-    library = partial(
-        many_rows,
-        decode=decoded_of if has_kernels else weights.decode,
-        multiply=_fastest_product() if for_compiler else F.linear,
-    )
-    few: Product = few_rows_of if has_kernels else library
+    product = product_of if has_kernels else library_product
     attention = attend_of if has_kernels else slot_attention
+    prefill_attention = attend_of if has_kernels else None
     functions: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
-        "prefill": (Prefill(config, weights, linear=library, head=few), _prefill_example),
-        "decode_step": (DecodeStep(config, weights, linear=few, head=few, attention=attention), _decode_example),
+        "prefill": (Prefill(config, weights, product=product, attention=prefill_attention), _prefill_example),
+        "decode_step": (DecodeStep(config, weights, product=product, attention=attention), _decode_example),
     }
     traced = {}
     with torch.no_grad():
@@ -106,13 +100,7 @@ def compile_functions(
     Raises:
         ProgramError: the compiler fails.
     """
-    with onednn_takes_inputs() if _fastest_product() is product else nullcontext():
-        compile_package(traced, path, instruction_set=level, options=compiler_options() or {}, on_share=on_share)
-
-
-def _fastest_product() -> Multiply:
-    """oneDNN's product, if the model itself uses that (see model/linear.py), or F.linear."""
-    return product if uses_onednn(torch.zeros(1, 1), torch.zeros(1, 1)) else F.linear
+    compile_package(traced, path, instruction_set=level, options=compiler_options() or {}, on_share=on_share)
 
 
 def _prefill_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

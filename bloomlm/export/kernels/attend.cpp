@@ -1,68 +1,30 @@
-// bloomlm::attend: attention of one new token a row over the slots up to its own. query [B, H, K], keys and values
+// bloomlm::attend: attention of new tokens over the slots of their row up to their own. query [B, H, K], keys and values
 // [R, H, M, K], slopes [H] of ALiBi, rows [B] and slots [B] of the tokens -> [B, H * K].
-// R rows of the cache, B of them in the call, H heads, M slots of the cache, K head_dim.
+// R rows of the cache, B tokens, H heads, M slots of the cache, K head_dim.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "attend.h"
+#include "level.h"
 #include "tensors.h"
-#include "vectors.h"
 
 namespace bloomlm {
 
-// The sum over slots of factor * weight * values, for V vectors of columns from `column` on.
-template <int V>
-inline void weighted_sum(const float* weights, const float* values, int64_t slots, int64_t head_dim, int64_t column,
-                         float factor, float* result) {
-  __m256 sums[V] = {};
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    const __m256 weight = _mm256_set1_ps(weights[slot]);
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j)
-      sums[j] = add_product(sums[j], weight, load(values + slot * head_dim + column + 8 * j));
-  }
-  for (int j = 0; j < V; ++j)
-    _mm256_storeu_ps(result + column + 8 * j, _mm256_mul_ps(sums[j], _mm256_set1_ps(factor)));
-}
+// Neighbouring tokens of one row, which read its keys and values together.
+struct Tile {
+  int64_t first, count;
+};
 
-// softmax(q k^T / sqrt(K) + slope * distance) v for one head of one row. `scores` is room for a number a slot.
-inline void attend(const float* query, const float* keys, const float* values, float slope, int64_t slots,
-                   int64_t head_dim, float* scores, float* result) {
-  constexpr int kSlots = 4, kVectors = 8;
-  const int64_t whole = head_dim / 8 * 8;
-  const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  float largest = -INFINITY;
-  for (int64_t slot = 0; slot < slots; slot += kSlots) {
-    const int64_t count = std::min<int64_t>(kSlots, slots - slot);
-    __m256 sums[kSlots] = {};
-    for (int64_t i = 0; i < whole; i += 8) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kSlots; ++j) {
-        const int64_t from = slot + std::min<int64_t>(j, count - 1);  // the last slot again where there are fewer
-        sums[j] = add_product(sums[j], load(query + i), load(keys + from * head_dim + i));
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      float sum = total(sums[j]);
-      for (int64_t i = whole; i < head_dim; ++i) sum += query[i] * keys[(slot + j) * head_dim + i];
-      scores[slot + j] = sum * factor + slope * static_cast<float>(slot + j + 1 - slots);
-      largest = std::max(largest, scores[slot + j]);
-    }
+inline std::vector<Tile> tiles_of(const int64_t* rows, int64_t count, int64_t most) {
+  std::vector<Tile> tiles;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i > 0 && rows[i] == rows[i - 1] && tiles.back().count < most) ++tiles.back().count;
+    else tiles.push_back({i, 1});
   }
-  float sum = 0.0f;
-  for (int64_t slot = 0; slot < slots; ++slot) sum += scores[slot] = std::exp(scores[slot] - largest);
-  const float inverse = 1.0f / sum;
-  int64_t i = 0;
-  for (; i + 8 * kVectors <= head_dim; i += 8 * kVectors)
-    weighted_sum<kVectors>(scores, values, slots, head_dim, i, inverse, result);
-  for (; i < whole; i += 8) weighted_sum<1>(scores, values, slots, head_dim, i, inverse, result);
-  for (; i < head_dim; ++i) {
-    float sums = 0.0f;
-    for (int64_t slot = 0; slot < slots; ++slot) sums += scores[slot] * values[slot * head_dim + i];
-    result[i] = sums * inverse;
-  }
+  return tiles;
 }
 
 }  // namespace bloomlm
@@ -70,23 +32,29 @@ inline void attend(const float* query, const float* keys, const float* values, f
 extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
                                                 AtenTensorHandle slopes, AtenTensorHandle rows, AtenTensorHandle slots,
                                                 AtenTensorHandle* result) {
+  using namespace bloomlm;
   const bloomlm::Floats q(query), k(keys), v(values), slope(slopes);
-  const int64_t *row = bloomlm::int64s(rows), *last = bloomlm::int64s(slots);
+  const auto *row = data_of<int64_t>(rows), *last = data_of<int64_t>(slots);
   const int64_t count = q.sizes[0], heads = q.sizes[1], head_dim = q.sizes[2];
-  *result = bloomlm::new_floats(count, heads * head_dim);
-  float* out = bloomlm::Floats(*result).data;
+  *result = new_floats(count, heads * head_dim);
+  float* out = data_of<float>(*result);
+  const auto attend = kLevel == kScalar ? scalar::attend : kLevel >= kAvx512 ? avx512::attend : avx2::attend;
+  const std::vector<Tile> tiles = tiles_of(row, count, kLevel == kScalar ? 1 : kLevel >= kAvx512 ? 16 : 8);
+  const int64_t num_tiles = tiles.size();
 #pragma omp parallel
   {
-    std::vector<float> room(k.sizes[2]);
-    // rows differ in length, so a thread takes the next head when it is done with one
+    std::vector<float> room((k.sizes[2] + head_dim + 16) * 16);
+    // rows differ in length, so a thread takes the next tile when it is done with one; those of one head share its cache
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < count * heads; ++unit) {
-      const int64_t i = unit / heads, head = unit % heads;
-      const auto at = [&](const bloomlm::Floats& t, int64_t r) {
-        return t.data + r * t.strides[0] + head * t.strides[1];
+    for (int64_t unit = 0; unit < num_tiles * heads; ++unit) {
+      const int64_t head = unit / num_tiles;
+      const Tile tile = tiles[unit % num_tiles];
+      const auto at = [&](const bloomlm::Floats& t, int64_t index) {
+        return t.data + index * t.strides[0] + head * t.strides[1];
       };
-      bloomlm::attend(at(q, i), at(k, row[i]), at(v, row[i]), slope.data[head], last[i] + 1, head_dim, room.data(),
-                      out + unit * head_dim);
+      attend({at(q, tile.first), at(k, row[tile.first]), at(v, row[tile.first]), q.strides[0], last + tile.first,
+              tile.count, head_dim, slope.data[head], 1.0f / std::sqrt(static_cast<float>(head_dim)), room.data(),
+              out + (tile.first * heads + head) * head_dim, heads * head_dim});
     }
   }
   return AOTI_TORCH_SUCCESS;

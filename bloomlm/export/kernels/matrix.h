@@ -1,83 +1,76 @@
-// A matrix [outs, ins] in any of the formats of export/weights.py, and its rows in float32.
+// Matrices [outs, ins] in the formats of export/weights.py.
+//
+// | format   | stored numbers            | scales                                  | activations are rounded to             |
+// |----------|---------------------------|-----------------------------------------|----------------------------------------|
+// | float32  | float                     |                                         |                                        |
+// | float16  | 16 bits                   |                                         |                                        |
+// | bfloat16 | 16 bits                   |                                         |                                        |
+// | int8     | int8                      | a float for each quarter of a row       | 16 bits, a scale for a quarter of a row |
+// | int4     | two numbers + 8 in a byte | int8 for 16 columns and a float for all | 8 bits, a scale for 32 columns          |
+//
+// int4: a chunk of a row has L lanes of 32 columns, L = 16 or, in a row of other length, the greatest common divisor of
+// 16 and the number of lanes. Byte (step, lane, j) of its 4 * L * 4 bytes holds columns 4 * step + j (low half) and
+// 16 + 4 * step + j (high half) of the lane, so that vectors hold the same four columns of all lanes.
+// Scales are in the order (chunk, half, lane).
 
 #ifndef BLOOMLM_MATRIX_H
 #define BLOOMLM_MATRIX_H
 
-#include <immintrin.h>
-
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace bloomlm {
 
-constexpr int64_t kInt8Parts = 4;  // parts of a row, each with its own scale
+constexpr int64_t kInt8Parts = 4;     // parts of a row, each with a scale
+constexpr int64_t kLaneColumns = 32;  // of int4: columns that share a scale of the activations
+constexpr int64_t kHalfColumns = 16;  // of int4: columns that share a scale of the matrix
+constexpr int64_t kMostLanes = 16;    // lanes of a chunk
+constexpr int64_t kChunk = kMostLanes * kLaneColumns;  // columns of a chunk of kMostLanes lanes
 
-// The number that 16 bits of a bfloat16 stand for.
-inline float bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 struct Matrix {
   enum Format { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 } format;
   const void* data;
   const void* scale;
+  const float* row_scale;
   int64_t outs, ins;
-
-  void decode_row(int64_t row, float* values) const;
 };
 
-// int8 has a scale for each part of a row. int4 keeps columns j and j + ins / 2 in byte j, and has G = ins / 32 scales
-// for a row, of which columns g, g + G, g + 2 G, ... share number g.
-inline void Matrix::decode_row(int64_t row, float* values) const {
-  const int64_t start = row * ins, half = ins / 2, groups = ins / 32;
-  const auto* bytes = static_cast<const int8_t*>(data) + start;
-  const auto* nibbles = static_cast<const uint8_t*>(data) + row * half;
-  const auto* bits = static_cast<const uint16_t*>(data) + start;
-  const auto* scales = static_cast<const float*>(scale) + kInt8Parts * row;
-  const auto* group_scales = static_cast<const uint16_t*>(scale) + row * groups;
-  switch (format) {
-    case kInt8:
-      for (int64_t part = 0, i = 0; part < kInt8Parts; ++part)
-        for (const int64_t end = (part + 1) * ins / kInt8Parts; i < end; ++i) values[i] = scales[part] * bytes[i];
-      break;
-    case kInt4:
-      for (int64_t first = 0; first < half; first += groups) {
-        for (int64_t g = 0; g < groups; ++g) {
-          const float factor = bfloat16(group_scales[g]);
-          values[first + g] = factor * ((nibbles[first + g] & 15) - 8);
-          values[half + first + g] = factor * ((nibbles[first + g] >> 4) - 8);
-        }
-      }
-      break;
-    case kBfloat16:
-      for (int64_t i = 0; i < ins; ++i) values[i] = bfloat16(bits[i]);
-      break;
-    case kFloat16:
-      for (int64_t i = 0; i < ins; ++i) values[i] = _cvtsh_ss(bits[i]);
-      break;
-    case kFloat32:
-      std::copy_n(static_cast<const float*>(data) + start, ins, values);
-  }
+inline int64_t row_bytes(const Matrix& matrix) {
+  constexpr int64_t kHalfBytes[] = {8, 4, 4, 2, 1};
+  return matrix.ins * kHalfBytes[matrix.format] / 2;
 }
 
-inline Matrix matrix_of(AtenTensorHandle weight, AtenTensorHandle* scale) {
-  int32_t dtype = 0;
-  int64_t* sizes = nullptr;
-  void *data = nullptr, *scales = nullptr;
-  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(weight, &dtype));
-  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(weight, &sizes));
-  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(weight, &data));
-  if (scale) AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(*scale, &scales));
-  const auto format = dtype == aoti_torch_dtype_float32()    ? Matrix::kFloat32
-                      : dtype == aoti_torch_dtype_float16()  ? Matrix::kFloat16
-                      : dtype == aoti_torch_dtype_bfloat16() ? Matrix::kBfloat16
-                      : dtype == aoti_torch_dtype_int8()     ? Matrix::kInt8
-                                                             : Matrix::kInt4;
-  return {format, data, scales, sizes[0], format == Matrix::kInt4 ? 2 * sizes[1] : sizes[1]};
+// Lanes of each chunk of int4.
+inline int64_t lanes_of(int64_t ins) {
+  int64_t lanes = kMostLanes;
+  while (ins / kLaneColumns % lanes) lanes /= 2;
+  return lanes;
+}
+
+inline float to_float(float number) { return number; }
+inline float to_float(int8_t number) { return number; }
+inline float to_float(Bfloat16 number) {
+  const uint32_t wide = static_cast<uint32_t>(number.bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+// By the integer value of the bits: the exponent's bias is corrected by a product, which is exact for subnormal numbers too.
+inline float to_float(Float16 number) {
+  const uint32_t magnitude = static_cast<uint32_t>(number.bits & 0x7fff) << 13;
+  const bool is_finite = magnitude < 0x0f800000;
+  const uint32_t wide = is_finite ? magnitude : magnitude | 0x70000000;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  if (is_finite) value *= 0x1p112f;
+  return number.bits & 0x8000 ? -value : value;
 }
 
 }  // namespace bloomlm

@@ -18,29 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bloomlm.export.attention import slot_attention
-from bloomlm.export.weights import Parts, format_of
+from bloomlm.export.weight_formats import Parts, format_of
 from bloomlm.runtime.formats.pt2 import instruction_set
 from bloomlm.runtime.torch_internals import c_function_options
 
-_SOURCES = ("vectors.h", "tensors.h", "matrix.h", "few_rows.cpp", "decoded.cpp", "attend.cpp")
-"""The files in the order in which they are joined into one text: headers before the files that include them."""
+_BEFORE = ("level.h", "tensors.h", "matrix.h", "product.h", "scalar.h", "attend.h")
+_AFTER = ("few_rows.h", "many_rows.h", "product.cpp", "attend.cpp")
+_LEVELS = {
+    "avx2": ("avx2,fma,f16c", "vectors_256.h"),
+    "avxvnni": ("avx2,fma,f16c,avxvnni", "vectors_256.h"),
+    "avx512": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", "vectors_512.h"),
+}
+"""Namespace of the code for a level of instructions -> the instructions, as GCC names them, and their vectors."""
+_OF_EACH_LEVEL = ("rows.h", "attend_rows.h")
 
 
-@torch.library.custom_op("bloomlm::decoded", mutates_args=())
-def decoded(weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The matrix [out, in] in fp32 that a weight and its scale encode."""
-    parts = {"weight": weight} if scale is None else {"weight": weight, "scale": scale}
-    return format_of(weight.dtype).decode(parts).clone()
+@torch.library.custom_op("bloomlm::product", mutates_args=())
+def product(x: Tensor, weight: Tensor, scale: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+    """x W^T: [N, in] -> [N, out], for a weight and scales that encode a matrix.
 
-
-@torch.library.custom_op("bloomlm::few_rows", mutates_args=())
-def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x W^T: [N, in] -> [N, out].
-
-    For an int8 matrix the C++ rounds x to 16-bit numbers, with a scale for each quarter of a row, and adds the
-    products as whole numbers.
+    The C++ rounds x: for few rows as the table in matrix.h says, for many rows and a matrix of at most 16 bits to
+    bfloat16 on processors that multiply such numbers.
     """
-    return F.linear(x, decoded(weight, scale))
+    parts = {"weight": weight, "scale": scale, "row_scale": row_scale}
+    matrix = format_of(weight.dtype).decode({name: part for name, part in parts.items() if part is not None})
+    return F.linear(x, matrix)
 
 
 @torch.library.custom_op("bloomlm::attend", mutates_args=())
@@ -50,14 +52,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Te
     return slot_attention(query, keys, values, slopes, rows, slots, used)
 
 
-@decoded.register_fake
-def _decoded_shape(weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    per_number = 2 if weight.dtype is torch.uint8 else 1
-    return weight.new_empty((weight.shape[0], per_number * weight.shape[1]), dtype=torch.float32)
-
-
-@few_rows.register_fake
-def _few_rows_shape(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+@product.register_fake
+def _product_shape(x: Tensor, weight: Tensor, scale: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -66,15 +62,9 @@ def _attend_shape(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, r
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
 
 
-def few_rows_of(x: Tensor, parts: Parts) -> Tensor:
-    """few_rows with the tensors of an encoded matrix."""
-    out: Tensor = few_rows(x, parts["weight"], parts.get("scale"))
-    return out
-
-
-def decoded_of(parts: Parts) -> Tensor:
-    """decoded with the tensors of an encoded matrix."""
-    out: Tensor = decoded(parts["weight"], parts.get("scale"))
+def product_of(x: Tensor, parts: Parts) -> Tensor:
+    """product with the tensors of an encoded matrix."""
+    out: Tensor = product(x, parts["weight"], parts.get("scale"), parts.get("row_scale"))
     return out
 
 
@@ -88,14 +78,31 @@ def attend_of(
 
 def compiler_options() -> Mapping[str, Any] | None:
     """Options that make the compiler use this C++; None if PyTorch cannot do so or the processor has no AVX2."""
-    if instruction_set() not in ("x86-64-v3", "x86-64-v4"):
+    if instruction_set() != "x86-64-v3" or not torch.backends.mkldnn.is_available():
         return None
-    operators = [getattr(torch.ops.bloomlm, name).default for name in ("few_rows", "decoded", "attend")]
-    return c_function_options(operators, _cpp_source())
+    operators = [getattr(torch.ops.bloomlm, name).default for name in ("product", "attend")]
+    return c_function_options(operators, cpp_source())
 
 
-def _cpp_source() -> str:
-    """All of the C++ as one text, without the includes of its own headers."""
+def cpp_source() -> str:
+    """All of the C++ as one text, with the code of each level of instructions in turn."""
+    levels = []
+    for name, (instructions, vectors) in _LEVELS.items():
+        uses_vnni = "vnni" in instructions
+        levels += [
+            "#pragma GCC push_options",
+            f'#pragma GCC target("{instructions}")',
+            "#define VNNI" if uses_vnni else "#undef VNNI",
+            f"namespace bloomlm::{name} {{",
+            *_lines(vectors, *_OF_EACH_LEVEL),
+            "}",
+            "#pragma GCC pop_options",
+        ]
+    return "\n".join([*_lines(*_BEFORE), *levels, *_lines(*_AFTER)])
+
+
+def _lines(*names: str) -> list[str]:
+    """The lines of files, without the includes of each other."""
     directory = files("bloomlm.export.kernels")
-    lines = [line for name in _SOURCES for line in directory.joinpath(name).read_text(encoding="utf-8").splitlines()]
-    return "\n".join(line for line in lines if not line.startswith('#include "'))
+    lines = [line for name in names for line in directory.joinpath(name).read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if not line.startswith('#include "')]

@@ -24,11 +24,11 @@ from bloomlm.runtime.torch_internals import open_package
 _LOG = logging.getLogger(__name__)
 
 INSTRUCTION_SETS: Mapping[str, frozenset[str]] = {
-    "x86-64-v4": frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"]),
     "x86-64-v3": frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"]),
     "x86-64": frozenset(),
 }
-"""Levels that programs are compiled for, the highest first -> the processor flags that Linux lists for each."""
+"""Levels that programs are compiled for, the highest first -> the processor flags that Linux lists for each.
+Kernels use longer vectors where the processor that runs them has any."""
 
 Function = Callable[..., Tensor]
 

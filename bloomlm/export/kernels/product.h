@@ -1,0 +1,109 @@
+// What product.cpp gives to the code of each level.
+
+#ifndef BLOOMLM_PRODUCT_H
+#define BLOOMLM_PRODUCT_H
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "matrix.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace bloomlm {
+
+// A product of `rows` activations with a matrix.
+struct Operands {
+  Matrix matrix;
+  int64_t rows;
+  int64_t x_stride;         // elements from one row of x to the next
+  const void* x;            // [N, ins]: floats; for int8 16-bit numbers; for int4 bytes in the order (chunk, half, step, lane, j)
+  const float* x_scale;     // of int8 [N, kInt8Parts]; of int4 [N, lanes]
+  const int32_t* x_offset;  // of int4, [N, chunk, half, lane]: -8 times the sum of the half's activations
+  float* results;           // [N, outs]
+};
+
+INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+template <class T>
+INLINE constexpr T least(T a, T b) {
+  return a < b ? a : b;
+}
+
+// A row of activations rounded to whole numbers; see Operands.
+struct RoundedRow {
+  void* numbers;
+  float* scales;
+  int32_t* offsets;
+};
+
+// The factor that brings the largest magnitude to `most`.
+INLINE float factor_to(float most, float largest) { return largest > 0.0f ? most / largest : 0.0f; }
+
+// Rounds a row for a matrix of whole numbers. largest(x, count) is the largest magnitude, or NaN or infinite if one of the
+// numbers is, and so are then the scale and the results; round(x, count, factor, numbers) gives 16-bit numbers.
+template <class Largest, class Round>
+INLINE void round_row(const float* x, const Matrix& matrix, const RoundedRow& row, Largest largest, Round round) {
+  if (matrix.format == Matrix::kInt8) {
+    const int64_t columns = matrix.ins / kInt8Parts;
+    for (int64_t part = 0; part < kInt8Parts; ++part, x += columns) {
+      const float most = largest(x, columns);
+      row.scales[part] = most / 32767.0f;
+      round(x, columns, factor_to(32767.0f, most), static_cast<int16_t*>(row.numbers) + part * columns);
+    }
+    return;
+  }
+  const int64_t lanes = lanes_of(matrix.ins);
+  for (int64_t number = 0; number < matrix.ins / kLaneColumns; ++number, x += kLaneColumns) {
+    const int64_t place = 2 * (number - number % lanes), lane = number % lanes;
+    const float most = largest(x, kLaneColumns);
+    int16_t whole[kLaneColumns];
+    row.scales[number] = most / 127.0f;
+    round(x, kLaneColumns, factor_to(127.0f, most), whole);
+    for (int64_t half = 0; half < 2; ++half) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kHalfColumns; ++i) {
+        const int16_t value = whole[half * kHalfColumns + i];
+        const int64_t step = i / 4, at = (place + half * lanes) * kHalfColumns + (step * lanes + lane) * 4 + i % 4;
+        static_cast<int8_t*>(row.numbers)[at] = static_cast<int8_t>(value);
+        sum += value;
+      }
+      row.offsets[place + half * lanes + lane] = -8 * sum;
+    }
+  }
+}
+
+// A row of a matrix of whole numbers in float32; decode(numbers, count, scale, values) does so for numbers of one scale.
+template <class Decode>
+INLINE void decode_row(const Matrix& matrix, int64_t row, float* values, Decode decode) {
+  if (matrix.format == Matrix::kInt8) {
+    const auto* numbers = static_cast<const int8_t*>(matrix.data) + row * matrix.ins;
+    const auto* scales = static_cast<const float*>(matrix.scale) + row * kInt8Parts;
+    const int64_t columns = matrix.ins / kInt8Parts;
+    for (int64_t i = 0; i < kInt8Parts; ++i) decode(numbers + i * columns, columns, scales[i], values + i * columns);
+    return;
+  }
+  const int64_t lanes = lanes_of(matrix.ins), all_lanes = matrix.ins / kLaneColumns;
+  const auto* bytes = static_cast<const uint8_t*>(matrix.data) + row * matrix.ins / 2;
+  const auto* scales = static_cast<const int8_t*>(matrix.scale) + row * 2 * all_lanes;
+  for (int64_t number = 0; number < all_lanes; ++number) {
+    const int64_t chunk_start = number - number % lanes, lane = number % lanes;
+    uint8_t both[kHalfColumns];
+    for (int64_t step = 0; step < 4; ++step)
+      std::memcpy(both + 4 * step, bytes + chunk_start * kHalfColumns + (step * lanes + lane) * 4, 4);
+    int8_t numbers[kLaneColumns];
+    for (int64_t i = 0; i < kHalfColumns; ++i) {
+      numbers[i] = static_cast<int8_t>((both[i] & 15) - 8);
+      numbers[kHalfColumns + i] = static_cast<int8_t>((both[i] >> 4) - 8);
+    }
+    for (int64_t half = 0; half < 2; ++half)
+      decode(numbers + half * kHalfColumns, kHalfColumns,
+             matrix.row_scale[row] * scales[2 * chunk_start + half * lanes + lane],
+             values + number * kLaneColumns + half * kHalfColumns);
+  }
+}
+
+}  // namespace bloomlm
+
+#endif

@@ -1,0 +1,55 @@
+// Vectors of 16 floats or 32-bit numbers, for AVX-512 with VNNI. vectors_256.h has the same names.
+
+using Floats = __m512;
+using Ints = __m512i;
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+
+INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE Floats load(const Bfloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+INLINE Floats load(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+INLINE Floats load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+INLINE Floats all(float number) { return _mm512_set1_ps(number); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
+// Where the second is NaN, so is the result.
+INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+INLINE Floats nearest(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// v * 2^power for whole powers.
+INLINE Floats scaled(Floats v, Floats power) { return _mm512_scalef_ps(v, power); }
+INLINE Floats zero_where_positive(Floats v, Floats condition) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, _mm512_setzero_ps(), _CMP_NGT_UQ), v);
+}
+INLINE Floats magnitudes(Floats v) { return _mm512_abs_ps(v); }
+INLINE Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
+INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
+
+INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+INLINE Ints load_shorts(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// The nearest whole numbers.
+INLINE void store_rounded(int16_t* p, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+INLINE Ints low_halves(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+INLINE Ints high_halves(Ints v) { return low_halves(_mm512_srli_epi16(v, 4)); }
+
+// sum + the products of two 16-bit numbers in each 32 bits.
+INLINE Ints add_products(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+// sum + the products of four vectors of four numbers from 0 to 15 with numbers of 8 bits, 64 bytes apart.
+INLINE Ints add_products(Ints sum, const Ints (&a)[4], const int8_t* b) {
+  for (int step = 0; step < 4; ++step) sum = _mm512_dpbusd_epi32(sum, a[step], load_ints(b + 64 * step));
+  return sum;
+}

@@ -7,9 +7,10 @@ are stacked, smaller ranks filled up with zeros, and all of their updates are tw
 Shapes: N tokens of a group, K adapters of a group, S slots of each, R largest rank of these, D hidden, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from bloomlm.adapters.trained_rows import TrainedRowsEmbedding
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear
 from bloomlm.model.partition import Partition
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +101,18 @@ class BiasChanges:
     def __init__(self) -> None:
         self.of: dict[str, Tensor] = {}
         """Name of an adapter -> its difference."""
-        self._join = lru_cache(MOST_SETS)(lambda names: _rows(self.of, names, 0.0))
+        self._kept: dict[Names, Tensor | None] = {}
 
     def remove(self, name: str) -> None:
         """Forget an adapter, which may have no difference here."""
         self.of.pop(name, None)
-        self._join.cache_clear()
+        self._kept.clear()
 
     def add_to(self, y: Tensor, selection: Selection) -> None:
         """Add every token's difference to results [N, n] with the base model's bias."""
         for group in selection.groups if self.of else ():
-            if (changes := self._join(group.names)) is not None:
+            changes = _remembered(self._kept, group.names, lambda names: _rows(self.of, names, 0.0))
+            if changes is not None:
                 y[group.tokens] += changes[group.places]
 
 
@@ -124,7 +128,7 @@ class BankedLinear(Linear):
         self.updates: dict[str, Update] = {}
         """Name of an adapter -> its update."""
         self.bias_changes = BiasChanges()
-        self._stack = lru_cache(MOST_SETS)(self._stacked)
+        self._kept: dict[Names, _StackedUpdates | None] = {}
 
     @property
     def update_matrices(self) -> tuple[Tensor, ...]:
@@ -137,7 +141,7 @@ class BankedLinear(Linear):
         """Forget an adapter, which may have nothing here."""
         self.updates.pop(name, None)
         self.bias_changes.remove(name)
-        self._stack.cache_clear()
+        self._kept.clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
@@ -153,7 +157,7 @@ class BankedLinear(Linear):
         return y
 
     def _update(self, names: Names) -> "Update | _StackedUpdates | None":
-        return self._stack(names) if len(names) > 1 else self.updates.get(names[0])
+        return _remembered(self._kept, names, self._stacked) if len(names) > 1 else self.updates.get(names[0])
 
     def _stacked(self, names: Names) -> "_StackedUpdates | None":
         return None if self.updates.keys().isdisjoint(names) else _StackedUpdates.of(self.updates, names)
@@ -213,6 +217,15 @@ class BankedEmbedding(WordEmbedding):
             for place, name in enumerate(group.names)
             if name in self.trained_rows
         ]
+
+
+def _remembered(kept: dict[Names, T], names: Names, make: Callable[[Names], T]) -> T:
+    """What was made of a set of adapters; kept for as many sets as are used again."""
+    if names not in kept:
+        if len(kept) == MOST_SETS:
+            del kept[next(iter(kept))]
+        kept[names] = make(names)
+    return kept[names]
 
 
 def _rows(values: Mapping[str, Tensor], names: Names, default: float) -> Tensor | None:

@@ -193,7 +193,8 @@ class BloomModel(nn.Module):
         slopes = [head_slopes(self.config.n_head)[head] for head in self.heads]
         on_device = torch.tensor(slopes, dtype=torch.float32, device=positions.device)
         kind = positions.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocasts else self.dtype
         # in the precision of queries and keys at once, not in every block
         return fused_columns(positions, on_device, self.config.head_dim).to(dtype)
 

@@ -112,9 +112,8 @@ class StepRows(ProgramRows):
 
     def write_blocks(self, row: int, blocks: Sequence[Tensor]) -> None:
         """Let a row begin with tokens that were read in another row; see ModelRows."""
-        parts = zip(*(block.numpy() for block in blocks), strict=True)
-        before = self._cache(row)
-        self._caches[row] = [np.concatenate((first, *rest), axis=1) for first, rest in zip(before, parts, strict=True)]
+        pieces = zip(self._cache(row), *(block.numpy() for block in blocks), strict=True)
+        self._caches[row] = [np.concatenate(piece, axis=1) for piece in pieces]
         self._joined = None
 
     def copy_row(self, source: int, target: int) -> None:

@@ -34,6 +34,8 @@ NOT_RUN = {
     "bloomlm evaluate --model_name_or_path builtin:tiny --tasks": "the same",
     "bloomlm evaluate --model_name_or_path builtin:tiny --eval_path wikitext-2": "the data come from the hub",
     "bloomlm evaluate --model_name_or_path builtin:tiny --eval_path lambada --": "the data come from the hub",
+    "bloomlm serve": "serves until a signal ends it; tests/unit/test_http_server.py starts it",
+    "curl ": "needs a server",
     "bloomlm demo": "takes minutes; `make demo` runs it",
     "bloomlm finetune --optim adamw_8bit": "needs bitsandbytes; tests/unit/test_adamw_8bit.py runs it",
     "bloomlm finetune ... --resume_from_checkpoint": "needs a run of PaddleNLP's; tests/unit/test_paddle_finetune.py has one",

@@ -188,3 +188,9 @@ def test_wanted_rows_are_those_of_all_rows(post_layernorm: bool) -> None:
         whole = model.transformer(tokens, documents)
         torch.testing.assert_close(model.transformer(tokens, documents, rows=rows), whole[rows])
         assert model.transformer(tokens, documents, rows=rows[:0]).shape == (0, config.hidden_size)
+
+
+def test_a_model_without_memory_gives_shapes() -> None:
+    """On the meta device, which has no autocast."""
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    assert tiny_model().to("meta")(tokens).shape == (2, 5, 64)

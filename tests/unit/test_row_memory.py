@@ -67,6 +67,17 @@ def test_a_freed_row_holds_zeros_and_its_neighbours_stay(num_slots: int) -> None
     assert sums.tolist() == [[float(n)] * num_slots for n in (0, 576, 0, 1728, 0)]
 
 
+def test_slots_behind_a_truncated_row_hold_zeros() -> None:
+    memory = memory_of(2, 8)
+    memory.lengths[1] = memory.claim(1, 6).stop
+    memory.tensor[:, :, 1, :, :6] = float("nan")
+    memory.tensor[:, :, 1, :, :4] = 1.0
+    memory.truncate(1, 4)
+    assert memory.lengths == [0, 4]
+    assert memory.tensor[0, 0, 1, 0, :, 0].tolist() == [1.0] * 4 + [0.0] * 4
+    assert memory.tensor.sum() == 2 * 3 * 4 * 4 * 24
+
+
 def test_what_a_row_does_not_have_is_refused() -> None:
     memory = memory_of(2, 8)
     memory.lengths[0] = memory.claim(0, 5).stop

@@ -21,7 +21,10 @@ class EngineOptions(Flags):
     )
     max_model_len: int = flag("engine", 2048, "most tokens of a sequence, prompt and new ones together", minimum=2)
     kv_cache_gb: float | None = flag(
-        "engine", None, "memory for keys and values in GB (10^9 bytes)  [default: half of the free memory]", above=0
+        "engine",
+        None,
+        "memory for keys and values in GB (10^9 bytes)  [default: half of the free memory, nine tenths on a GPU]",
+        above=0,
     )
     max_queue: int = flag("engine", 256, "requests that may wait; more are turned away", minimum=1)
     prompt_lookup: int = flag(

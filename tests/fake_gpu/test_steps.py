@@ -2,9 +2,11 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
@@ -50,13 +52,35 @@ def fake_model(adapter: Adapter, dtype: torch.dtype = torch.float32) -> BloomFor
     return model
 
 
+class Calls:
+    """Calls of the attention kernels."""
+
+    block_sparse = 0
+    plain = 0
+    with_cudnn = 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    counts, kernel = Calls(), F.scaled_dot_product_attention
+
+    def plain(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        counts.plain += 1
+        counts.with_cudnn += torch.backends.cuda.cudnn_sdp_enabled()
+        return kernel(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
+    return counts
+
+
 @pytest.fixture(params=[True, False], ids=["block-sparse", "plain"])
-def block_sparse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether packed documents go through FlexAttention, whose compiled kernel is replaced by its mask and shapes."""
+def block_sparse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> bool:
+    """Whether packed documents go through FlexAttention, whose compiled kernel is replaced by its shapes."""
 
     def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_mask: object, scale: float):
         assert {tensor.device.type for tensor in (query, key, value)} == {"cuda"}
         assert query.dtype == key.dtype == value.dtype
+        calls.block_sparse += 1
         return query + (key.sum() + value.sum()) * scale
 
     monkeypatch.setattr(flex, "is_available", lambda device: request.param and device.type == "cuda")
@@ -67,7 +91,7 @@ def block_sparse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p.compute_dtype}{'-O2' if p.half_weights else ''}")
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.kind)
-def test_a_step(adapter: Adapter, precision: Precision, block_sparse: bool) -> None:
+def test_a_step(adapter: Adapter, precision: Precision, block_sparse: bool, calls: Calls) -> None:
     with fake_gpu() as waits:
         model = fake_model(adapter, precision.weights_dtype)
         model.transformer.recompute = block_sparse  # with every adapter and precision, too
@@ -81,6 +105,9 @@ def test_a_step(adapter: Adapter, precision: Precision, block_sparse: bool) -> N
         ]
         assert {tensor.device.type for tensor in [*state.values(), *moments]} == {"cuda"}
         assert moments and {tensor.dtype for tensor in moments} == {torch.float32}
+    # every block of both microbatches, the first one of prefix tuning too, whose queries do not learn
+    assert calls.block_sparse == (2 * model.config.n_layer if block_sparse else 0)
+    assert (calls.plain == 0) == block_sparse
     # two microbatches: where the labels are, the slopes, and places of documents; a step: the loss with the norm
     assert waits.count("nonzero") == 2
     assert waits.count("copy from the GPU") + waits.count("item") <= 2, waits
@@ -144,7 +171,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("adapter", ADAPTERS[1:4], ids=lambda adapter: adapter.kind)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_session(config: GenerationConfig, adapter: Adapter) -> None:
+def test_a_session(config: GenerationConfig, adapter: Adapter, calls: Calls) -> None:
     """Prompts are read in chunks beside others, and more sequences do not make a step wait for the GPU more often."""
     counts = []
     for num_prompts in (2, 4):
@@ -159,5 +186,7 @@ def test_a_session(config: GenerationConfig, adapter: Adapter) -> None:
             waits.clear()
             session.step()
             counts.append(len(waits))
+    # cuDNN plans attention anew for the length of every step
+    assert calls.plain > 0 and calls.with_cudnn == 0
     assert counts[1] <= (counts[0] if not isinstance(config.strategy, BeamSearch) else 2 * counts[0]), counts
     assert counts[0] <= 16

@@ -25,13 +25,19 @@ struct Kernels {
   decltype(&scalar::few_rows) few_rows;
   decltype(&scalar::round_row) round_row;
   decltype(&scalar::decode_row) decode_row;
+  decltype(&scalar::to_bfloat16) to_bfloat16;
+  decltype(&scalar::from_bfloat16) from_bfloat16;
 };
 
+#define KERNELS(level) \
+  { level::few_rows, level::round_row, level::decode_row, level::to_bfloat16, level::from_bfloat16 }
+
+
 inline Kernels kernels_for(const Matrix& matrix) {
-  if (!fills_vectors(matrix) || kLevel == kScalar) return {scalar::few_rows, scalar::round_row, scalar::decode_row};
-  if (kLevel >= kAvx512) return {avx512::few_rows, avx512::round_row, avx512::decode_row};
-  if (kLevel == kAvxVnni) return {avxvnni::few_rows, avxvnni::round_row, avxvnni::decode_row};
-  return {avx2::few_rows, avx2::round_row, avx2::decode_row};
+  if (!fills_vectors(matrix) || kLevel == kScalar) return KERNELS(scalar);
+  if (kLevel >= kAvx512) return KERNELS(avx512);
+  if (kLevel == kAvxVnni) return KERNELS(avxvnni);
+  return KERNELS(avx2);
 }
 
 // Room for some numbers, which begins at a cache line.

@@ -20,22 +20,12 @@ namespace bloomlm {
 
 constexpr int64_t kBlockElements = 2 << 20;  // decoded at a time: they stay in the processor's caches until they are used
 
-// Rounds to the nearest; NaN stays NaN.
-inline Bfloat16 to_bfloat16(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return {static_cast<uint16_t>((number == number ? rounded : bits | 0x400000) >> 16)};
+inline void convert(const Kernels&, const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+inline void convert(const Kernels& kernels, const float* from, int64_t count, Bfloat16* to) {
+  kernels.to_bfloat16(from, count, to);
 }
-
-inline void convert(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
-inline void convert(const float* from, int64_t count, Bfloat16* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
-}
-inline void convert(const Bfloat16* from, int64_t count, float* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+inline void convert(const Kernels& kernels, const Bfloat16* from, int64_t count, float* to) {
+  kernels.from_bfloat16(from, count, to);
 }
 
 inline int32_t dtype_of(const float*) { return aoti_torch_dtype_float32(); }
@@ -53,10 +43,10 @@ inline Tensor linear(const Tensor& x, const Tensor& weight) {
 template <class T>
 void many_rows(const float* x, const Matrix& matrix, int64_t rows, float* results) {
   const int64_t ins = matrix.ins, block_rows = std::min(matrix.outs, std::max<int64_t>(1, kBlockElements / ins));
-  const auto decode_row = kernels_for(matrix).decode_row;
+  const Kernels kernels = kernels_for(matrix);
   Room<T> rounded(rows * ins), decoded(block_rows * ins);
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; ++row) convert(x + row * ins, ins, rounded.data() + row * ins);
+  for (int64_t row = 0; row < rows; ++row) convert(kernels, x + row * ins, ins, rounded.data() + row * ins);
   const Tensor x_tensor = tensor_at(rounded.data(), dtype_of(rounded.data()), rows, ins);
   for (int64_t start = 0; start < matrix.outs; start += block_rows) {
     const int64_t count = std::min(block_rows, matrix.outs - start);
@@ -65,14 +55,15 @@ void many_rows(const float* x, const Matrix& matrix, int64_t rows, float* result
       std::vector<float> values(ins);
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < count; ++row) {
-        decode_row(matrix, start + row, values.data());
-        convert(values.data(), ins, decoded.data() + row * ins);
+        kernels.decode_row(matrix, start + row, values.data());
+        convert(kernels, values.data(), ins, decoded.data() + row * ins);
       }
     }
     const Tensor block = linear(x_tensor, tensor_at(decoded.data(), dtype_of(decoded.data()), count, ins));
     const T* products = data_of<T>(block.get());
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) convert(products + row * count, count, results + row * matrix.outs + start);
+    for (int64_t row = 0; row < rows; ++row)
+      convert(kernels, products + row * count, count, results + row * matrix.outs + start);
   }
 }
 

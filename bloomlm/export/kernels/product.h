@@ -87,20 +87,20 @@ INLINE void decode_row(const Matrix& matrix, int64_t row, float* values, Decode 
   const int64_t lanes = lanes_of(matrix.ins), all_lanes = matrix.ins / kLaneColumns;
   const auto* bytes = static_cast<const uint8_t*>(matrix.data) + row * matrix.ins / 2;
   const auto* scales = static_cast<const int8_t*>(matrix.scale) + row * 2 * all_lanes;
-  for (int64_t number = 0; number < all_lanes; ++number) {
-    const int64_t chunk_start = number - number % lanes, lane = number % lanes;
-    uint8_t both[kHalfColumns];
-    for (int64_t step = 0; step < 4; ++step)
-      std::memcpy(both + 4 * step, bytes + chunk_start * kHalfColumns + (step * lanes + lane) * 4, 4);
-    int8_t numbers[kLaneColumns];
-    for (int64_t i = 0; i < kHalfColumns; ++i) {
-      numbers[i] = static_cast<int8_t>((both[i] & 15) - 8);
-      numbers[kHalfColumns + i] = static_cast<int8_t>((both[i] >> 4) - 8);
+  for (int64_t first = 0; first < all_lanes; first += lanes, bytes += lanes * kHalfColumns, scales += 2 * lanes) {
+    for (int64_t lane = 0; lane < lanes; ++lane, values += kLaneColumns) {
+      int32_t steps[4];
+      for (int64_t step = 0; step < 4; ++step) std::memcpy(steps + step, bytes + (step * lanes + lane) * 4, 4);
+      // in a register: one load of four separate stores would have to wait for them
+      const __m128i both = _mm_setr_epi32(steps[0], steps[1], steps[2], steps[3]);
+      const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+      alignas(16) int8_t numbers[kLaneColumns];
+      const auto halves = reinterpret_cast<__m128i*>(numbers);
+      _mm_store_si128(halves, _mm_sub_epi8(_mm_and_si128(both, mask), eight));
+      _mm_store_si128(halves + 1, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), mask), eight));
+      decode(numbers, kHalfColumns, matrix.row_scale[row] * scales[lane], values);
+      decode(numbers + kHalfColumns, kHalfColumns, matrix.row_scale[row] * scales[lanes + lane], values + kHalfColumns);
     }
-    for (int64_t half = 0; half < 2; ++half)
-      decode(numbers + half * kHalfColumns, kHalfColumns,
-             matrix.row_scale[row] * scales[2 * chunk_start + half * lanes + lane],
-             values + number * kLaneColumns + half * kHalfColumns);
   }
 }
 

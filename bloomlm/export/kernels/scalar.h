@@ -102,6 +102,20 @@ inline void decode_row(const Matrix& matrix, int64_t row, float* values) {
   bloomlm::decode_row(matrix, row, values, decode_numbers<int8_t>);
 }
 
+// The nearest, to the even one of two; NaN stays NaN.
+inline void to_bfloat16(const float* from, int64_t count, Bfloat16* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = from[i] == from[i] ? bits + 0x7fff + (bits >> 16 & 1) : 0x7fc00000;
+    to[i] = {static_cast<uint16_t>(rounded >> 16)};
+  }
+}
+
+inline void from_bfloat16(const Bfloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+
 }  // namespace bloomlm::scalar
 
 #endif

@@ -54,6 +54,16 @@ INLINE void store_rounded(int16_t* p, Floats v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
 }
+// The nearest bfloat16, to the even one of two; NaN stays NaN.
+INLINE void store_rounded(Bfloat16* p, Floats v) {
+  const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i whole = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+}
 INLINE Ints low_halves(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 INLINE Ints high_halves(Ints v) { return low_halves(_mm256_srli_epi16(v, 4)); }
 

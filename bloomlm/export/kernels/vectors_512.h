@@ -42,6 +42,15 @@ INLINE Ints load_shorts(const int8_t* p) {
 INLINE void store_rounded(int16_t* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
 }
+// The nearest bfloat16, to the even one of two; NaN stays NaN.
+INLINE void store_rounded(Bfloat16* p, Floats v) {
+  const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i whole = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16)));
+}
 INLINE Ints low_halves(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 INLINE Ints high_halves(Ints v) { return low_halves(_mm512_srli_epi16(v, 4)); }
 

@@ -9,7 +9,7 @@ EVAL_PATH ?= wikitext-2
 EVAL_FLAGS ?=
 TENSOR_PARALLEL_DEGREE ?= 2
 
-.PHONY: demo test check bench run_eval run_eval_tps clean
+.PHONY: demo test check docs bench run_eval run_eval_tps clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/bloomlm demo
@@ -22,6 +22,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/architecture
+
+# The site, in site/; dead links and names that do not exist are errors.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_step.py --tuning full
@@ -49,5 +53,10 @@ $(VENV)/.installed-dev: pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	touch $@ $(VENV)/.installed-demo
 
+$(VENV)/.installed-docs: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[docs,plots,metrics,serve]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo build dist site *.egg-info

@@ -186,7 +186,7 @@ class _SectionedCommand(click.Command):
 
     def __init__(self, name: str, *, sections: Mapping[str, str], **attributes: Any) -> None:
         super().__init__(name, **attributes)
-        self._sections = sections
+        self.sections = sections
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the arguments, which started ranks get, too, and parse them."""
@@ -215,7 +215,7 @@ class _SectionedCommand(click.Command):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                section = self._sections.get(param.name or "", "general")
+                section = self.sections.get(param.name or "", "general")
                 rows.setdefault(section, []).append(record)
         for section, records in rows.items():
             with formatter.section(section.capitalize()):

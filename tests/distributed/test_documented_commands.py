@@ -4,13 +4,17 @@ A block is run, or stands in NOT_RUN with the reason, or shows what a program pr
 run in this process, those of many ranks in the processes that the other tests of ranks use.
 """
 
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +27,8 @@ from tests.distributed.documented import Block, Command, blocks, commands, words
 from tests.distributed.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL})]
 
 # Beginning of a block or a command -> why it is not run here.
 NOT_RUN = {
@@ -226,6 +231,38 @@ def test_every_command_of_the_page_runs(page: Path, reader: Reader) -> None:
         except Exception as error:
             where = reader.done[-1] if reader.done else block.text
             raise AssertionError(f"{page.name}, block in line {block.line}, at: {where}: {error}") from error
+
+
+def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
+    """One shell types all of it, with nothing replaced but the port, which may be taken, and the installation."""
+    script = "set -e\n"
+    for block in blocks(TUTORIAL):
+        if block.is_python:
+            script += f"python - <<'BLOCK'\n{block.text}\nBLOCK\n"
+        elif block.is_shell and not block.text.startswith("pip install"):
+            script += f"{block.text}\n"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    script = script.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    script = script.replace("bloomlm serve", f"bloomlm serve --port {port}")
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **paths, "CXX": "no-compiler", "BLOOMLM_CACHE": str(tmp_path / "cache")}
+    run = subprocess.Popen(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        printed, errors = run.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # the server, where a block has failed
+    assert run.returncode == 0, f"{printed}\n{errors}"
+    assert printed.count("\n1989-07-14") == 2, printed  # predict and infer
+    assert '"text":"1989-07-14"' in printed  # curl
+    assert "\n2024-03-31\n" in printed  # openai
+    reports = [json.loads((tmp_path / name).read_text()) for name in ("before.json", "after.json")]
+    assert [report["metrics"]["exact_match"]["value"] for report in reports] == pytest.approx([0, 1], abs=0.05)
 
 
 @pytest.mark.parametrize("verb", VERBS)

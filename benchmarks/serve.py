@@ -1,18 +1,19 @@
-"""Servers on a random model of bloom-560m's shape, over HTTP: `bloomlm serve` beside llama.cpp's server and vLLM.
+"""Servers on a random model of bloom-560m's shape, over HTTP: `bloomlm serve` beside other servers.
 
     python benchmarks/serve.py --parts rates --sides eager,pt2,llama.cpp-F32 --rounds 3
     python benchmarks/serve.py --quick
 
 Each server runs in a process of its own with the same number of threads, and the sides take turns. The client is one
-process without a library (serve_client.py). Prompts are ids, new for each measurement; all answers are greedy and
-streamed, and have the same number of tokens. Parts:
+process without a library (serve_client.py). Prompts are new for each measurement, ids except for transformers, which
+takes text. All answers are greedy and streamed, and have the same number of tokens. Parts:
 
 - rates: output tokens per second, time to the first token and between tokens, peak memory, by the number of streams.
 - http_overhead: the rate over HTTP beside that of the DecodeSession alone on the same prompts, in a process of its own.
 - long_prompt: streams run, and a long prompt arrives: their longest wait beside the time of a chunk of the prompt.
 - prefix: requests with a common beginning, one after another: first token of the first and of the later ones.
 - lora: as many streams on the base model as divided among it and four LoRAs of rank 8 (eager only).
-- lookup: --prompt_lookup 8 beside none, where a text repeats itself and where it does not.
+- lookup: --prompt_lookup 8 beside none, where each token is the same one, and in the model's own greedy text; tokens
+  per second after the first.
 
 What sides read is made on first use, beside the random model. A peer without its variable (serve_sides.py) is left out
 with a note. The tables are Markdown: medians over the rounds. --quick tries everything on the built-in model.
@@ -29,9 +30,9 @@ from typing import Any
 import numpy as np
 from common import machine, median, run_side
 from serve_client import Answer, rates, stream_all
-from serve_sides import OURS, Server, adapters, missing, model_directory, program, serving
+from serve_sides import OURS, Server, adapters, missing, model_directory, program, serving, words
 
-SIDES = "eager,pt2,pt2-int8,llama.cpp-F32,llama.cpp-Q8_0,vllm"
+SIDES = "eager,pt2,pt2-int8,llama.cpp-F32,llama.cpp-Q8_0,vllm,transformers"
 NUM_LORAS = 4
 GUESSES = 8
 REPEATED_TOKEN = 300
@@ -48,18 +49,23 @@ class Prompts:
     def __init__(self, args: argparse.Namespace) -> None:
         self._random = np.random.default_rng(0)
         self._vocab_size = 2048 if args.size == "tiny" else 250_000
+        self._words = words(args)
+
+    def of(self, server: Server, num_tokens: int) -> list[int] | str:
+        """A prompt in the form that the server takes."""
+        return self.one(num_tokens) if server.takes_ids else "".join(self._random.choice(self._words, num_tokens))
 
     def one(self, num_tokens: int) -> list[int]:
         return self._random.integers(4, self._vocab_size, num_tokens).tolist()
 
 
-def body_of(server: Server, prompt: list[int], num_tokens: int, **fields: Any) -> dict[str, Any]:
+def body_of(server: Server, prompt: list[int] | str, num_tokens: int, **fields: Any) -> dict[str, Any]:
     """A greedy request for that many tokens."""
-    whole = {"temperature": 0, "ignore_eos": True, "max_tokens": num_tokens}
+    whole = {"temperature": 0, "max_tokens": num_tokens, **({"ignore_eos": True} if server.takes_ids else {})}
     return {"model": server.model, "prompt": prompt, **whole, **fields}
 
 
-def ask(server: Server, prompts: Sequence[list[int]], num_tokens: int, **fields: Any) -> list[Answer]:
+def ask(server: Server, prompts: Sequence[list[int] | str], num_tokens: int, **fields: Any) -> list[Answer]:
     """Send prompts at once, and check that every answer is whole."""
     answers = stream_all(server.url, [body_of(server, prompt, num_tokens, **fields) for prompt in prompts])
     found = [answer.num_tokens for answer in answers]
@@ -68,8 +74,8 @@ def ask(server: Server, prompts: Sequence[list[int]], num_tokens: int, **fields:
 
 
 def warm_up(server: Server, args: argparse.Namespace, prompts: Prompts) -> None:
-    ask(server, [prompts.one(args.prompt_tokens)], 4)
-    ask(server, [prompts.one(args.prompt_tokens) for _ in range(2)], 4)
+    for count in (1, 2):
+        ask(server, [prompts.of(server, args.prompt_tokens) for _ in range(count)], 4)
 
 
 def measure_rates(args: argparse.Namespace, side: str, round_number: int) -> dict[str, Row]:
@@ -77,7 +83,7 @@ def measure_rates(args: argparse.Namespace, side: str, round_number: int) -> dic
     with serving(args, side) as server:
         warm_up(server, args, prompts)
         for count in args.streams:
-            asked = [prompts.one(args.prompt_tokens) for _ in range(count)]
+            asked = [prompts.of(server, args.prompt_tokens) for _ in range(count)]
             found[f"{side}, {count} streams"] = rates(ask(server, asked, args.new_tokens))
         peak = server.peak_memory_bytes() / 1e9
     return {name: {**row, "peak_memory_gb": peak} for name, row in found.items()}
@@ -202,9 +208,14 @@ def measure_lora(args: argparse.Namespace, side: str, round_number: int) -> dict
     return rows
 
 
+def decoding_rate(answer: Answer) -> float:
+    """Tokens per second after the first one."""
+    return (answer.num_tokens - 1) / (answer.ended - answer.events[0])
+
+
 def measure_lookup(args: argparse.Namespace, side: str, round_number: int) -> dict[str, Row]:
-    # A bias makes the model repeat one token; random tokens never repeat, and neither does what follows them, at first.
-    kinds: dict[str, dict[str, Any]] = {"repeating": {"logit_bias": {str(REPEATED_TOKEN): 100}}, "random": {}}
+    # A bias makes the model repeat one token, so that every guess is right.
+    kinds: dict[str, dict[str, Any]] = {"repeating": {"logit_bias": {str(REPEATED_TOKEN): 100}}, "greedy": {}}
     speed: dict[tuple[str, int], float] = {}
     for guesses in (0, GUESSES):
         prompts = Prompts(args)
@@ -213,7 +224,7 @@ def measure_lookup(args: argparse.Namespace, side: str, round_number: int) -> di
             for kind, fields in kinds.items():
                 asked = [prompts.one(args.prompt_tokens) for _ in range(4)]
                 answers = [ask(server, [prompt], args.new_tokens, **fields)[0] for prompt in asked]
-                speed[kind, guesses] = statistics.median(rates([each])["tokens_per_second"] for each in answers)
+                speed[kind, guesses] = statistics.median(decoding_rate(answer) for answer in answers)
     return {
         f"{side}, {kind} text": {
             "plain_tokens_per_second": speed[kind, 0],

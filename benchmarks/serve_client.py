@@ -22,7 +22,7 @@ class Answer:
     ended: float = 0.0
     """The connection was closed."""
     num_tokens: int = 0
-    """New tokens, as the server counts them."""
+    """New tokens, as the server counts them; events, where it does not."""
     text: str = ""
     """The joined text."""
 
@@ -72,6 +72,7 @@ async def stream(url: str, body: dict[str, Any], delay_seconds: float = 0.0) -> 
     finally:
         writer.close()
     answer.ended = time.perf_counter()
+    answer.num_tokens = answer.num_tokens or len(answer.events)
     return answer
 
 

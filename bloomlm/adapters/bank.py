@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.adapters.banked import BankedEmbedding, BankedLayerNorm, BankedLinear, Update
-from bloomlm.adapters.base import Adapter, adapter_of
+from bloomlm.adapters.base import Adapter, AdapterModule, adapter_of
 from bloomlm.adapters.lora_linear import LoRALinear
+from bloomlm.adapters.prefix import PrefixEncoder
 from bloomlm.adapters.selection import Selection
 from bloomlm.adapters.trained_rows import TrainedRowsEmbedding
 from bloomlm.errors import AdapterError, name_some
@@ -173,6 +174,12 @@ class AdapterBank:
         adapter = adapter_of(model)
         if adapter is None or adapter.trains_base:
             raise AdapterError(f"the model for {name!r} has no adapter; install one in a model from base_model")
+        known = (LoRALinear, TrainedRowsEmbedding, PrefixEncoder)
+        if any(isinstance(module, AdapterModule) and not isinstance(module, known) for module in model.modules()):
+            raise AdapterError(
+                f"the adapter {name!r} is of the kind {adapter.kind}, which cannot be used beside others; merge it "
+                "into its base model and use that"
+            )
         if adapter.num_virtual_tokens > self.most_virtual:
             raise AdapterError(
                 f"the adapter {name!r} has {adapter.num_virtual_tokens} virtual tokens; there is room for "

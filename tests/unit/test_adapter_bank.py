@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import LayerNorm
 
 from bloomlm.adapters.bank import AdapterBank
-from bloomlm.adapters.base import Adapter, apply_adapter, set_parameter
+from bloomlm.adapters.base import Adapter, AdapterModule, apply_adapter, set_parameter
 from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
@@ -279,6 +280,19 @@ def test_size_of_an_adapter(base: Path, paths: dict[str, Path]) -> None:
     assert bank.size_bytes("lora") == 4 * 2 * 3 * (32 + 96)
     assert bank.size_bytes("prefix") == 4 * 2 * 2 * 5 * 32
     assert bank.adapter("prefix").num_virtual_tokens == 5
+
+
+def test_a_kind_that_the_bank_does_not_know_is_refused(base: Path) -> None:
+    """It would otherwise be ignored: only the layers that the bank knows are asked for their updates."""
+
+    class Unknown(LayerNorm, AdapterModule):
+        config = LoraConfig(r=2)
+
+    bank = AdapterBank(load_model(base))
+    model = bank.base_model()
+    model.transformer.ln_f = Unknown(model.config.hidden_size)
+    with pytest.raises(AdapterError, match="the adapter 'new' is of the kind LoRA, which cannot be used beside others"):
+        bank.load("new", model)
 
 
 def test_mistakes_are_named(base: Path, paths: dict[str, Path], tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def test_every_page_of_docs_is_in_the_navigation() -> None:
     assert pages - set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == set()
 
 
+def test_every_file_that_the_guide_for_contributors_names_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`([\w/]+/[\w/]+\.py)`|(?<!`)\b(tests/\w+/\w+\.py)", text))
+    named = {name for pair in paths for name in pair if name and "NAME" not in name}
+    assert len(named) > 40
+    assert {name for name in named if not ((ROOT / name).is_file() or (ROOT / "bloomlm" / name).is_file())} == set()
+
+
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings_handlers")),
     reason="the site needs the extra `docs`: pip install '.[docs]'",

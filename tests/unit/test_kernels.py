@@ -48,7 +48,7 @@ class Everything(nn.Module):
         products = [
             product_of(xs[SHAPES.index(shape)].clone(), part) for (_, shape), part in zip(MATRICES, parts, strict=True)
         ]
-        return products + [attend(query[:, :, 1], *others) for query, *others in attentions]
+        return products + [attend(*selected(*given)) for given in attentions]
 
 
 class Compiled:
@@ -106,8 +106,14 @@ def compiled(package: Compiled, level: str, monkeypatch: pytest.MonkeyPatch) -> 
     return package
 
 
+def selected(query: Tensor, keys: Tensor, values: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """attend's arguments, three of them parts of wider tensors."""
+    head_dim = query.shape[3]
+    return query[:, :, 1], keys[..., :head_dim], values[..., :head_dim], *others
+
+
 def attention_inputs(rows: Sequence[int], slots: Sequence[int], room: int) -> list[tuple[Tensor, ...]]:
-    """For each of HEAD_DIMS queries [B, H, 3, K], of which the second is taken, and attend's other arguments.
+    """For each of HEAD_DIMS queries [B, H, 3, K], keys and values [R, H, M, K + 8], and attend's other arguments.
 
     The cache has a row more than is used, and holds NaN behind every row's end.
     """
@@ -115,7 +121,7 @@ def attention_inputs(rows: Sequence[int], slots: Sequence[int], room: int) -> li
     found = []
     for head_dim in HEAD_DIMS:
         query = torch.randn(len(rows), 2, 3, head_dim, generator=random)
-        keys, values = (torch.randn(max(rows) + 2, 2, room, head_dim, generator=random) for _ in range(2))
+        keys, values = (torch.randn(max(rows) + 2, 2, room, head_dim + 8, generator=random) for _ in range(2))
         for row in set(rows):
             end = 1 + max(slot for other, slot in zip(rows, slots, strict=True) if other == row)
             keys[row, :, end:], values[row, :, end:] = torch.nan, torch.nan
@@ -126,7 +132,8 @@ def attention_inputs(rows: Sequence[int], slots: Sequence[int], room: int) -> li
 def attention(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Tensor, slots: Tensor) -> list[Tensor]:
     """One token after another in float64, [H * K] each."""
     outs = []
-    for q, row, slot in zip(query[:, :, 1].double(), rows.tolist(), slots.tolist(), strict=True):
+    query, keys, values = selected(query, keys, values)
+    for q, row, slot in zip(query.double(), rows.tolist(), slots.tolist(), strict=True):
         k, v = keys[row, :, : slot + 1].double(), values[row, :, : slot + 1].double()
         scores = (k @ q[:, :, None]).squeeze(2) / q.shape[1] ** 0.5 + slopes[:, None].double() * torch.arange(slot + 1)
         outs.append((scores.softmax(-1)[:, None] @ v).flatten())
@@ -209,8 +216,7 @@ def test_attention_is_that_of_the_formula(compiled: Compiled, rows: list[int], s
     for arguments, out in zip(given, found, strict=True):
         expected = attention(*arguments)
         torch.testing.assert_close(list(out.double()), expected, rtol=1e-5, atol=1e-6)
-        query, keys, values, *others = arguments
-        in_python = attend(query[:, :, 1], keys.nan_to_num(), values.nan_to_num(), *others)
+        in_python = attend(*(t.nan_to_num() if t.is_floating_point() else t for t in selected(*arguments)))
         torch.testing.assert_close(list(in_python.double()), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -52,8 +52,8 @@ extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTens
       const auto at = [&](const bloomlm::Floats& t, int64_t index) {
         return t.data + index * t.strides[0] + head * t.strides[1];
       };
-      attend({at(q, tile.first), at(k, row[tile.first]), at(v, row[tile.first]), q.strides[0], last + tile.first,
-              tile.count, head_dim, slope.data[head], 1.0f / std::sqrt(static_cast<float>(head_dim)), room.data(),
+      attend({at(q, tile.first), at(k, row[tile.first]), at(v, row[tile.first]), q.strides[0], k.strides[2],
+              last + tile.first, tile.count, head_dim, slope.data[head], 1.0f / std::sqrt(static_cast<float>(head_dim)), room.data(),
               out + (tile.first * heads + head) * head_dim, heads * head_dim});
     }
   }

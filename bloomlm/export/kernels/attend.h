@@ -12,7 +12,7 @@ namespace bloomlm {
 // Queries of neighbouring tokens of one row, and one head of that row.
 struct Queries {
   const float *query, *keys, *values;  // [count, K], [M, K], [M, K]
-  int64_t query_stride;                // from one query to the next
+  int64_t query_stride, slot_stride;   // from one query and from one slot to the next
   const int64_t* last;                 // [count]: the last slot that each query attends to, rising
   int64_t count, head_dim;
   float slope, factor;
@@ -29,14 +29,14 @@ inline void attend(const Queries& q) {
   float largest = -INFINITY, sum = 0.0f;
   for (int64_t slot = 0; slot < slots; ++slot) {
     float score = 0.0f;
-    for (int64_t k = 0; k < q.head_dim; ++k) score += q.query[k] * q.keys[slot * q.head_dim + k];
+    for (int64_t k = 0; k < q.head_dim; ++k) score += q.query[k] * q.keys[slot * q.slot_stride + k];
     q.room[slot] = score * q.factor + q.slope * static_cast<float>(slot + 1 - slots);
     largest = std::max(largest, q.room[slot]);
   }
   for (int64_t slot = 0; slot < slots; ++slot) sum += q.room[slot] = std::exp(q.room[slot] - largest);
   for (int64_t k = 0; k < q.head_dim; ++k) {
     float value = 0.0f;
-    for (int64_t slot = 0; slot < slots; ++slot) value += q.room[slot] * q.values[slot * q.head_dim + k];
+    for (int64_t slot = 0; slot < slots; ++slot) value += q.room[slot] * q.values[slot * q.slot_stride + k];
     q.result[k] = value / sum;
   }
 }

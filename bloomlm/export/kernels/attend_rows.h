@@ -19,7 +19,7 @@ INLINE void weighted_sum(const Queries& q, const float* weights, int64_t slots, 
   Floats sums[V] = {};
   for (int64_t slot = 0; slot < slots; ++slot)
     for (int j = 0; j < V; ++j)
-      sums[j] = add_product(sums[j], all(weights[slot]), load(q.values + slot * q.head_dim + column + kLanes * j));
+      sums[j] = add_product(sums[j], all(weights[slot]), load(q.values + slot * q.slot_stride + column + kLanes * j));
   for (int j = 0; j < V; ++j) store(q.result + column + kLanes * j, multiply(sums[j], all(factor)));
 }
 
@@ -31,7 +31,7 @@ void attend_one(const Queries& q) {
   for (int64_t slot = 0; slot < slots; slot += kSlots) {
     const int64_t count = least<int64_t>(kSlots, slots - slot);
     const float* keys[kSlots];  // the last slot again where there are fewer
-    for (int j = 0; j < kSlots; ++j) keys[j] = q.keys + (slot + least<int64_t>(j, count - 1)) * q.head_dim;
+    for (int j = 0; j < kSlots; ++j) keys[j] = q.keys + (slot + least<int64_t>(j, count - 1)) * q.slot_stride;
     Floats sums[kSlots] = {};
     for (int64_t i = 0; i < whole; i += kLanes)
       for (int j = 0; j < kSlots; ++j) sums[j] = add_product(sums[j], load(q.query + i), load(keys[j] + i));
@@ -51,7 +51,7 @@ void attend_one(const Queries& q) {
   for (; i < whole; i += kLanes) weighted_sum<1>(q, q.room, slots, i, 1.0f / sum);
   for (; i < q.head_dim; ++i) {
     float sums = 0.0f;
-    for (int64_t slot = 0; slot < slots; ++slot) sums += q.room[slot] * q.values[slot * q.head_dim + i];
+    for (int64_t slot = 0; slot < slots; ++slot) sums += q.room[slot] * q.values[slot * q.slot_stride + i];
     q.result[i] = sums / sum;
   }
 }
@@ -63,7 +63,7 @@ INLINE void lane_sums(const Queries& q, const float* weights, int64_t slots, int
   for (int64_t slot = 0; slot < slots; ++slot) {
     const Floats weight = load(weights + slot * kLanes);
     for (int j = 0; j < C; ++j)
-      sums[j] = add_product(sums[j], weight, all(q.values[slot * q.head_dim + column + j]));
+      sums[j] = add_product(sums[j], weight, all(q.values[slot * q.slot_stride + column + j]));
   }
   for (int j = 0; j < C; ++j) {
     float numbers[kLanes];
@@ -86,7 +86,7 @@ void attend_lanes(const Queries& q) {
   Floats largest = all(-INFINITY), sum = {};
   for (int64_t slot = 0; slot < slots; slot += kSlots) {
     const float* keys[kSlots];  // the last slot again where there are fewer
-    for (int j = 0; j < kSlots; ++j) keys[j] = q.keys + least(slot + j, slots - 1) * q.head_dim;
+    for (int j = 0; j < kSlots; ++j) keys[j] = q.keys + least(slot + j, slots - 1) * q.slot_stride;
     Floats products[kSlots] = {};
     for (int64_t k = 0; k < q.head_dim; ++k)
       for (int j = 0; j < kSlots; ++j)

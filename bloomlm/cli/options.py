@@ -96,7 +96,13 @@ class Flag:
 
 
 def config_command(
-    name: str, config_class: type[C], run: Callable[[C], None], *, help: str, has_ranks: bool = False
+    name: str,
+    config_class: type[C],
+    run: Callable[[C], None],
+    *,
+    help: str,
+    has_ranks: bool = False,
+    ends_by_signal: bool = False,
 ) -> click.Command:
     """Build a command with a flag for each field of `config_class`.
 
@@ -106,6 +112,7 @@ def config_command(
         run: receives the finished config.
         help: what the verb does; the first line is its summary.
         has_ranks: whether many processes can do it together, which --num_processes then starts.
+        ends_by_signal: whether SIGTERM and SIGINT are the verb's normal end.
     """
     process_flags = config_flags(ProcessFlags) if has_ranks else ()
     flags = (*config_flags(config_class), *process_flags)
@@ -117,7 +124,8 @@ def config_command(
         processes = ProcessFlags(**{flag.name: joined.pop(flag.name) for flag in process_flags if flag.name in joined})
         config = config_class(**joined)
         if starts_ranks(processes):
-            start_ranks(processes, [name, *click.get_current_context().meta[_WORDS]])
+            words = [name, *click.get_current_context().meta[_WORDS]]
+            start_ranks(processes, words, ends_by_signal=ends_by_signal)
         else:
             run(config)
 

@@ -73,12 +73,13 @@ def starts_ranks(flags: ProcessFlags) -> bool:
     return num_processes > 1
 
 
-def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
+def start_ranks(flags: ProcessFlags, words: Sequence[str], *, ends_by_signal: bool = False) -> None:
     """Start this machine's ranks and wait for them.
 
     Args:
         flags: checked by `starts_ranks`.
         words: the verb and its flags, as given.
+        ends_by_signal: whether a first SIGTERM or SIGINT is the normal end of the verb, with status 0.
 
     Raises:
         SystemExit: a rank failed, or a signal ended them, with the status of that rank or signal.
@@ -112,7 +113,8 @@ def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
         except ChildFailedError as error:
             raise SystemExit(_tell_end({rank: failure.exitcode for rank, failure in error.failures.items()})) from None
         except SignalException as error:
-            raise SystemExit(128 + error.sigval) from None
+            is_second = isinstance(error.__context__, SignalException)  # it came while the ranks obeyed the first one
+            raise SystemExit(0 if ends_by_signal and not is_second else 128 + error.sigval) from None
 
 
 def _silence(package: str) -> None:

@@ -1,11 +1,15 @@
 """An engine on two tensor-parallel ranks serves what one process serves."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import httpx
 import pytest
 
 from bloomlm.adapters.lora import LoraConfig
@@ -101,3 +105,30 @@ def refused(bloom: Path) -> str:
 
 def test_copies_of_a_model_are_refused(ranks: RankPool, bloom: Path) -> None:
     assert "have copies of the model" in ranks.run(2, refused, bloom)[0]
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_signal_to_the_launcher_ends_a_server(num_signals: int) -> None:
+    command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", "builtin:tiny", "--port", "0"]
+    command += ["--device", "cpu", "--num_processes", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stderr is not None
+        url = launcher.stderr.readline().split()[2].rstrip(",")
+        while not launcher.stderr.readline().startswith("  try "):
+            pass
+        length = {1: 60, 2: 2000}[num_signals]
+        body = {"prompt": "a", "max_tokens": length, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            events = response.iter_lines()
+            next(events)
+            launcher.send_signal(signal.SIGTERM)
+            while not launcher.stderr.readline().startswith("closing"):
+                pass
+            if num_signals == 1:
+                assert [event for event in events if event][-1] == "data: [DONE]"
+            else:
+                launcher.send_signal(signal.SIGTERM)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(events)
+        launcher.communicate(timeout=60)
+    assert launcher.returncode == {1: 0, 2: 128 + signal.SIGTERM}[num_signals]

@@ -17,7 +17,7 @@ from rich.console import Console
 from bloomlm.api import LoadedModel, load
 from bloomlm.cli.options import config_command
 from bloomlm.errors import BackendMissingError, ConfigError, ServingError, format_bytes
-from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
+from bloomlm.flags import DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device, joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 from bloomlm.runtime.program import Program
@@ -41,10 +41,12 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(EngineOptions, DeviceFlags):
-    """The flags of `bloomlm serve`."""
+class ServedModel(Flags):
+    """The flags of `bloomlm serve` that say what is served."""
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
+    dtype: Dtype | None = same_flag(DeviceFlags, "dtype")
+    device: str | None = same_flag(DeviceFlags, "device")
     model_dir: Path | None = flag(
         "model", None, "instead of --model_name_or_path: directory that `bloomlm export` wrote a program into"
     )
@@ -61,6 +63,11 @@ class ServeConfig(EngineOptions, DeviceFlags):
     chat_template: Path | None = flag(
         "model", None, "file with a Jinja template for /v1/chat/completions  [default: that of the model, if any]"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(EngineOptions, ServedModel):
+    """The flags of `bloomlm serve`."""
 
     host: str = flag("server", "127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = flag("server", 8000, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
@@ -143,7 +150,8 @@ def serve(config: ServeConfig) -> None:
             Engine(_load(config, device, mesh), config).follow()
         return
     adapters, service = config.adapters(), Service(config.server_options())
-    server = HttpServer(create_app(service), host=config.host, port=config.port)
+    timeout = config.request_timeout
+    server = HttpServer(create_app(service), host=config.host, port=config.port, stop_seconds=timeout)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     _write_requests_to_stdout()
     server.start()
@@ -273,6 +281,7 @@ command = config_command(
     ServeConfig,
     serve,
     has_ranks=True,
+    ends_by_signal=True,
     help="""Serve a model to OpenAI's clients, lm-eval and browsers.
 
     Requests that come at different times are computed together. Each request chooses the model or one of its adapters

@@ -48,6 +48,8 @@ class TextStream:
             self._held, self._has_stopped = "", True
             return text[: min(ends)]
         # Hold back the longest end of the text that may be the beginning of a stop text.
-        beginnings = (stop[:n] for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        beginnings = (
+            stop[:n] for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+        )
         self._held = max(beginnings, key=len, default="")
         return text.removesuffix(self._held)

@@ -235,6 +235,8 @@ def test_best_of_returns_the_likeliest_by_mean(client: TestClient, engine: FakeE
     assert answer["usage"]["completion_tokens"] == 9 + 8 + 7
     too_few = client.post("/v1/completions", json={"prompt": "a", "n": 3, "best_of": 2})
     assert error_of(too_few, 400)["param"] == "best_of"
+    scored = client.post("/v1/completions", json={"prompt": "a", "best_of": 2, "max_tokens": 0, "echo": True})
+    assert error_of(scored, 400)["param"] == "best_of"
     streamed = client.post("/v1/completions", json={"prompt": "a", "best_of": 2, "stream": True})
     assert error_of(streamed, 400)["param"] == "best_of"
 

@@ -55,6 +55,8 @@ def refused(body: Any, fields: Fields = COMPLETION) -> ApiError:
         ({"prompt": "a", "top_p": 0}, "top_p", "expected a number above 0 and at most 1"),
         ({"prompt": "a", "n": 0}, "n", "n is 0; expected a whole number at least 1"),
         ({"prompt": "a", "n": 1.5}, "n", "n is 1.5"),
+        ({"prompt": "a", "n": 10**400}, "n", "at most 128"),
+        ({"prompt": "a", "top_p": 10**400}, "top_p", "expected a number above 0 and at most 1"),
         ({"prompt": "a", "n": True}, "n", "n is true"),
         ({"prompt": "a", "echo": 1}, "echo", "echo is 1; expected true or false"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "logprobs is true; expected a whole number"),

@@ -17,6 +17,7 @@ import bloomlm
 from bloomlm.cli.main import main
 from bloomlm.errors import ConfigError
 from bloomlm.serving.engine import Engine
+from bloomlm.serving.http import gate
 from bloomlm.serving.http.app import create_app
 from bloomlm.serving.http.server import HttpServer
 from bloomlm.serving.http.service import ServerOptions, Service
@@ -41,20 +42,23 @@ def slow() -> FakeEngine:
     return engine
 
 
-def serve(engine: Any, **options: Any) -> HttpServer:
+def serve(engine: Any, stop_seconds: float | None = None, **options: Any) -> HttpServer:
     service = Service(ServerOptions(model_name="bloom", **options))
     service.open(engine)
-    server = HttpServer(create_app(service), host="127.0.0.1", port=0)
+    server = HttpServer(create_app(service), host="127.0.0.1", port=0, stop_seconds=stop_seconds)
     server.start()
     return server
 
 
-def start_request(server: HttpServer, body: dict[str, Any]) -> socket.socket:
+def start_request(server: HttpServer, body: dict[str, Any], receive_bytes: int | None = None) -> socket.socket:
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     )
-    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
     connection.sendall(head.encode() + b"\r\n\r\n" + content)
     return connection
 
@@ -220,3 +224,22 @@ def test_a_second_signal_ends_at_once() -> None:
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=WAIT_SECONDS) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("timeout", [3.0, 30.0], ids=["timeout", "closing"])
+def test_a_client_that_does_not_read_is_given_up(
+    slow: FakeEngine, timeout: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", gate.REQUESTS_LOG)
+    monkeypatch.setattr(gate, "_GIVE_UP_SECONDS", 0.1)
+    slow.delay_seconds = 0.0
+    server = serve(slow, stop_seconds=0.5 if timeout > 3 else None, request_timeout_seconds=timeout)
+    body = {"prompt": "a", "max_tokens": 2000, "stream": True, "logprobs": 20, "n": 8, "return_token_ids": True}
+    connection = start_request(server, body, receive_bytes=4096)
+    wait_for(lambda: bool(slow.handles))
+    if timeout == 3:
+        wait_for(lambda: bool(caplog.records))
+        connection.close()
+    server.stop()
+    assert "/v1/completions" in caplog.text and slow.handles[0].cancelled_after is not None
+    connection.close()

@@ -72,3 +72,9 @@ def test_stream_can_be_used_again() -> None:
     for _ in range(2):
         assert "".join([*map(stream.push, TOKENIZER.encode("abc")), stream.finish()]) == "a"
         assert stream.num_characters == 0
+
+
+def test_a_long_stop_text_is_looked_for_no_further_than_the_text_goes() -> None:
+    """Comparing all of its beginnings with every piece would take minutes."""
+    text = "bread and salt"
+    assert "".join(pieces_of(TOKENIZER.encode(text), ["salt" * 500_000])) == text

@@ -33,7 +33,7 @@ _QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds by monitors
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 # A client that is still sending sees the answer only when its body is read, within reason.
 _MAX_DISCARDED_BYTES = 64_000_000
-_DISCARD_SECONDS = 10.0
+_GIVE_UP_SECONDS = 10.0
 
 
 def facts_of(request: Request) -> dict[str, Any]:
@@ -185,9 +185,9 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._id
             self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
-        elif not message.get("more_body", False):
-            self._is_complete = True
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_complete = True
 
     def _as_api_error(self, error: Exception) -> ApiError:
         if isinstance(error, ApiError):
@@ -211,11 +211,13 @@ class _Exchange:
             await error.response()(self._scope, self._receive, self._send_noted)
         elif self._is_stream and not self._is_complete:
             self._facts["error"] = error.message
-            await self._send(_event(json.dumps(error.body(), ensure_ascii=False), more=False))
+            with suppress(TimeoutError):  # a client that does not read has kept the stream from going on
+                async with asyncio.timeout(_GIVE_UP_SECONDS):
+                    await self._send(_event(json.dumps(error.body(), ensure_ascii=False), more=False))
 
     async def _discard_body(self) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(_DISCARD_SECONDS):
+            async with asyncio.timeout(_GIVE_UP_SECONDS):
                 while not self._has_body.is_set() and self._num_body_bytes < _MAX_DISCARDED_BYTES:
                     if (await self._receive_noted())["type"] == "http.disconnect":
                         return

@@ -55,6 +55,10 @@ def plan_completion(body: Mapping[str, Any], service: Service) -> Plan:
         raise bad_request(
             "best_of chooses when all is generated, so it cannot be streamed; leave out stream", "best_of"
         )
+    if not max_tokens and best_of > count:
+        raise bad_request(
+            "best_of chooses among generated answers, and max_tokens 0 generates none; leave it out", "best_of"
+        )
     if not max_tokens and not echo:
         raise bad_request("max_tokens is 0; that is possible with echo only, to score the prompt", "max_tokens")
     # The order of best_of is that of log-probabilities.

@@ -151,7 +151,8 @@ def _has_type(value: Any, kind: str) -> bool:
 
 def _check_number(value: float, schema: Schema, where: str) -> float:
     is_in_range = schema.get("minimum", value) <= value <= schema.get("maximum", value)
-    if not (math.isfinite(value) and is_in_range and value > schema.get("exclusiveMinimum", -math.inf)):
+    is_finite = isinstance(value, int) or math.isfinite(value)  # an integer may be too large for a float
+    if not (is_finite and is_in_range and value > schema.get("exclusiveMinimum", -math.inf)):
         raise _refusal(value, schema, where)
     return int(value) if schema["type"] == "integer" else value
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import socket
 import threading
+from math import ceil
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,12 +23,13 @@ class HttpServer:
         app: what answers.
         host: name or address of the interface to listen on.
         port: the port; 0 takes a free one.
+        stop_seconds: longest time that `stop` waits for answers; then their connections are dropped.
 
     Raises:
         ConfigError: the port is taken, or the host is not an address of this machine.
     """
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, port: int, stop_seconds: float | None = None) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -45,6 +47,7 @@ class HttpServer:
             ws="none",
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=None if stop_seconds is None else ceil(stop_seconds),
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
@@ -54,7 +57,7 @@ class HttpServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more connections, and wait until every request has its answer."""
+        """Take no more connections, and wait until every request has its answer, for at most stop_seconds."""
         self._server.should_exit = True
         self._thread.join()
 

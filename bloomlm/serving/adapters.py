@@ -1,5 +1,6 @@
 """The adapters that requests can name. They are loaded and unloaded between steps, while other requests go on."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from bloomlm.api import LoadedModel
 from bloomlm.checkpoint.adapters.load import load_named_adapter
 from bloomlm.checkpoint.main_rank import fail_together
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.errors import AdapterError, BloomlmError, name_some
+from bloomlm.errors import AdapterError, BloomlmError, first_line, name_some
 from bloomlm.runtime.program import Program
 from bloomlm.serving.commands import Command, LoadAdapter, UnloadAdapter
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +26,15 @@ class AdapterInfo:
     name: str
     path: str
     """The directory or hub name that it was loaded from."""
+    num_virtual_tokens: int
+    """Virtual tokens that it puts before each sequence."""
 
 
 class ServedAdapters:
     """The adapters of an engine.
 
-    Callers use load, unload, check and infos, from any thread of rank 0; the engine uses the rest between steps, on
-    every rank.
+    Callers use load, unload, num_virtual_tokens and infos, from any thread of rank 0; the engine uses the rest between
+    steps, on every rank.
 
     Args:
         generator: what is served. The layers of a model without an adapter of its own are replaced by layers that
@@ -40,8 +45,11 @@ class ServedAdapters:
     def __init__(self, generator: LoadedModel | Program, put: Callable[[Command], None]) -> None:
         self._bank: AdapterBank | None = None
         self._refusal = "an exported program takes no adapters; serve the model that it was exported from"
-        if isinstance(generator, LoadedModel):
+        if isinstance(generator, Program):
+            self._own_virtual = generator.manifest.num_virtual_tokens
+        else:
             self._mesh = generator.mesh
+            self._own_virtual = generator.model.transformer.num_virtual_tokens
             try:
                 self._bank = bank_of(generator.model)
             except AdapterError as error:
@@ -78,19 +86,22 @@ class ServedAdapters:
         Raises:
             AdapterError: there is no such adapter.
         """
-        self.check(name)
-        self._infos.pop(name, None)
+        if self._infos.pop(name, None) is None:  # in one operation, so that of two callers one unloads it
+            raise self._unknown(name)
         self._call(UnloadAdapter(next(self._numbers), name))
 
-    def check(self, name: str | None) -> None:
-        """Check that requests can name an adapter; None is the base model.
+    def num_virtual_tokens(self, name: str | None) -> int:
+        """Virtual tokens before each sequence of an adapter that requests can name; None is the base model.
 
         Raises:
-            AdapterError: they cannot.
+            AdapterError: requests cannot name it.
         """
-        if name is not None and name not in self._infos:
-            known = f"the loaded ones are {name_some(self._infos)}" if self._infos else "none is loaded"
-            raise AdapterError(f"there is no adapter {name!r}; {known}")
+        if name is None:
+            return self._own_virtual
+        info = self._infos.get(name)
+        if info is None:
+            raise self._unknown(name)
+        return info.num_virtual_tokens
 
     def origin(self, name: str | None) -> bytes:
         """What keys and values of this adapter have in common; another one for each adapter that had the name."""
@@ -107,6 +118,10 @@ class ServedAdapters:
             load_named_adapter(self._bank, command.name, command.directory, mesh=self._mesh)
         except BloomlmError as problem:
             error = problem
+        except Exception as problem:  # files that change while they are read, too little memory: others go on
+            _LOG.exception("loading the adapter %s failed", command.name)
+            found = f"{type(problem).__name__}: {first_line(problem)}"
+            error = AdapterError(f"the adapter {command.name!r} could not be loaded ({found}); see the server's log")
         try:
             fail_together(error, self._mesh)
         except BloomlmError as problem:
@@ -114,7 +129,8 @@ class ServedAdapters:
             return
         self._num_loaded += 1
         self._origins[command.name] = f"{self._num_loaded} {command.name}".encode()
-        self._infos[command.name] = AdapterInfo(name=command.name, path=command.path)
+        num_virtual = self._bank.adapter(command.name).num_virtual_tokens
+        self._infos[command.name] = AdapterInfo(name=command.name, path=command.path, num_virtual_tokens=num_virtual)
         self._end(command.number)
 
     def unload_unused(self, is_used: Callable[[str], bool]) -> None:
@@ -132,6 +148,10 @@ class ServedAdapters:
         self._closed = error
         for number in list(self._results):
             self._end(number, error)
+
+    def _unknown(self, name: str) -> AdapterError:
+        known = f"the loaded ones are {name_some(list(self._infos))}" if self._infos else "none is loaded"
+        return AdapterError(f"there is no adapter {name!r}; {known}")
 
     def _call(self, command: LoadAdapter | UnloadAdapter) -> None:
         result: Future[None] = Future()

@@ -74,8 +74,15 @@ class Batch:
         """Whether a request uses an adapter."""
         return any(job.request.adapter == name for job in self._jobs.values())
 
-    def add(self, number: int, request: GenerationRequest, origin: bytes) -> None:
-        """Take a request; origin names its adapter, with another name whenever an adapter of that name was loaded."""
+    def add(self, number: int, request: GenerationRequest, origin: bytes, num_virtual_tokens: int = 0) -> None:
+        """Take a request.
+
+        Args:
+            number: names it in the news.
+            request: the request, which fits into the budget.
+            origin: names its adapter, with another name whenever an adapter of that name was loaded.
+            num_virtual_tokens: virtual tokens before each of its sequences.
+        """
         config = request.config
         guesses = self._options.prompt_lookup if isinstance(config.strategy, Greedy) else 0
         shares = self._options.prefix_caching and request.prompt_log_probs is None
@@ -84,7 +91,7 @@ class Batch:
             request=request,
             origin=origin,
             num_rows=config.num_rows,
-            blocks_per_row=blocks_per_row(request),
+            blocks_per_row=blocks_per_row(request, num_virtual_tokens),
             guesses_per_row=guesses,
             num_unread=len(request.prompt),
             names=block_names(request.prompt, origin=origin) if shares else [],
@@ -98,11 +105,6 @@ class Batch:
         if job is not None:
             self._save_continuation(job)
             self._remove(job)
-
-    def fail_all(self, error: ServingError) -> None:
-        """Let all requests leave with an error."""
-        for job in list(self._jobs.values()):
-            self._remove(job, error)
 
     def step(self) -> None:
         """Compute one step of all requests that fit.

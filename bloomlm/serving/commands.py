@@ -19,6 +19,8 @@ class Submit:
 
     number: int
     request: GenerationRequest
+    num_virtual_tokens: int
+    """Virtual tokens before each of its sequences."""
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,12 @@ class Engine:
         self.tokenizer = generator.tokenizer
         self.options = options = supported_options(options, model)
         self.vocab_size = model.vocab_size
+        self._commands = CommandQueue(mesh)
+        self._adapters = ServedAdapters(generator, self._commands.put)
         budget = find_budget(generator, options, mesh)
         self.kv_cache_bytes = budget.num_blocks * BLOCK_TOKENS * model.bytes_per_token
         """Memory that keys and values may take on this rank."""
         self._limits = Limits(vocab_size=model.vocab_size, features=model.features, options=options, budget=budget)
-        self._commands = CommandQueue(mesh)
-        self._adapters = ServedAdapters(generator, self._commands.put)
         self._batch = Batch(model, self.tokenizer.decode, options, budget)
         self._is_alone = mesh.is_alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -137,8 +137,8 @@ class Engine:
             QueueFullError: as many requests wait as may.
             ClosingError: the engine closes.
         """
-        self._limits.check(request)
-        self._adapters.check(request.adapter)
+        num_virtual_tokens = self._adapters.num_virtual_tokens(request.adapter)
+        self._limits.check(request, num_virtual_tokens)
         with self._lock:
             if self._is_closing:
                 raise ClosingError("the server is closing and takes no more requests")
@@ -151,7 +151,7 @@ class Engine:
             number = self._num_submitted = self._num_submitted + 1
             handle = RequestHandle(request, lambda: self._commands.put(Cancel(number)))
             self._handles[number] = handle
-            self._commands.put(Submit(number, request))
+            self._commands.put(Submit(number, request, num_virtual_tokens))
         return handle
 
     @property
@@ -215,7 +215,8 @@ class Engine:
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, Submit):
-            self._batch.add(command.number, command.request, self._adapters.origin(command.request.adapter))
+            origin = self._adapters.origin(command.request.adapter)
+            self._batch.add(command.number, command.request, origin, command.num_virtual_tokens)
         elif isinstance(command, Cancel):
             self._batch.cancel(command.number)
         elif not isinstance(command, Stop):

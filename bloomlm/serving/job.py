@@ -47,6 +47,7 @@ class Job(Slot):
     """New tokens of its only sequence, where they are worth saving."""
 
 
-def blocks_per_row(request: GenerationRequest) -> int:
-    """Blocks that each sequence of a request needs at its greatest length."""
-    return num_blocks_of(len(request.prompt) + (0 if request.score_only else request.config.max_new_tokens))
+def blocks_per_row(request: GenerationRequest, num_virtual_tokens: int) -> int:
+    """Blocks that each sequence of a request needs at its greatest length, behind so many virtual tokens."""
+    num_new = 0 if request.score_only else request.config.max_new_tokens
+    return num_blocks_of(num_virtual_tokens + len(request.prompt) + num_new)

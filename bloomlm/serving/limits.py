@@ -24,8 +24,13 @@ class Limits:
     options: EngineOptions
     budget: KvBudget
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest, num_virtual_tokens: int) -> None:
         """Refuse a request that could never be served.
+
+        Args:
+            request: the request.
+            num_virtual_tokens: virtual tokens before each of its sequences, which take memory but count in no other
+                limit.
 
         Raises:
             GenerationError: an empty prompt, an unknown id, too many tokens or sequences, or scores of a prompt where
@@ -34,26 +39,27 @@ class Limits:
         config, num_tokens = request.config, len(request.prompt)
         if not request.prompt:
             raise GenerationError("the prompt has no tokens; a continuation needs at least one")
-        for token in (*request.prompt, *config.stop_token_ids, *(token for token, _ in config.logit_bias)):
-            if not 0 <= token < self.vocab_size:
-                raise GenerationError(f"token id {token} is unknown: the model has ids 0 to {self.vocab_size - 1}")
         num_new = 0 if request.score_only else config.max_new_tokens
         if num_tokens + num_new > self.options.max_model_len:
             raise GenerationError(
                 f"the prompt has {num_tokens} tokens and {num_new} new ones are asked for, but this server has room "
                 f"for {self.options.max_model_len} tokens of a sequence (--max_model_len)"
             )
+        for token in (*request.prompt, *config.stop_token_ids, *(token for token, _ in config.logit_bias)):
+            if not 0 <= token < self.vocab_size:
+                raise GenerationError(f"token id {token} is unknown: the model has ids 0 to {self.vocab_size - 1}")
         if config.num_rows > self.budget.num_rows:
             raise GenerationError(
                 f"{config.num_rows} sequences of one prompt are asked for, but this server continues at most "
                 f"{self.budget.num_rows} at once (--max_num_seqs)"
             )
-        needed, found = config.num_rows * blocks_per_row(request), self.budget.num_blocks
+        needed = config.num_rows * blocks_per_row(request, num_virtual_tokens)
+        found = self.budget.num_blocks
         if needed > found:
             raise GenerationError(
-                f"{config.num_rows} sequences of {num_tokens + num_new} tokens need {needed * BLOCK_TOKENS} places for "
-                f"keys and values, but this server has {found * BLOCK_TOKENS} (--kv_cache_gb); ask for fewer sequences "
-                "or fewer tokens"
+                f"{config.num_rows} sequences of {num_virtual_tokens + num_tokens + num_new} tokens, virtual ones "
+                f"included, need {needed * BLOCK_TOKENS} places for keys and values, but this server has "
+                f"{found * BLOCK_TOKENS} (--kv_cache_gb); ask for fewer sequences or fewer tokens"
             )
         if request.prompt_log_probs is not None and not self.features.scores_chunks:
             raise GenerationError("this program cannot score prompts; serve the model, or a pt2 program of it")

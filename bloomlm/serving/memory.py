@@ -45,6 +45,7 @@ def find_budget(generator: LoadedModel | Program, options: EngineOptions, mesh: 
         bytes_per_token=generator.model.bytes_per_token,
         is_paged=generator.model.features.paged,
         device=_device_of(generator),
+        num_virtual_tokens=_num_virtual_tokens(generator),
         mapped_bytes=_mapped_bytes(generator),
     )
     if mesh.is_alone:
@@ -55,7 +56,13 @@ def find_budget(generator: LoadedModel | Program, options: EngineOptions, mesh: 
 
 
 def kv_budget(
-    options: EngineOptions, *, bytes_per_token: int, is_paged: bool, device: torch.device, mapped_bytes: int = 0
+    options: EngineOptions,
+    *,
+    bytes_per_token: int,
+    is_paged: bool,
+    device: torch.device,
+    num_virtual_tokens: int = 0,
+    mapped_bytes: int = 0,
 ) -> KvBudget:
     """Divide the memory for keys and values.
 
@@ -64,6 +71,7 @@ def kv_budget(
         bytes_per_token: keys and values of one token on this rank.
         is_paged: whether rows take memory only as they are written; otherwise all of it is allocated at once.
         device: where the rows are.
+        num_virtual_tokens: virtual tokens for which every row takes memory.
         mapped_bytes: size of weights that are mapped files, which count as free memory although they are in use.
 
     Raises:
@@ -74,13 +82,14 @@ def kv_budget(
     given = options.kv_cache_gb
     total_bytes = share * free if given is None else given * 1e9
     num_blocks = int(total_bytes / (BLOCK_TOKENS * bytes_per_token))
-    blocks_per_row = num_blocks_of(options.max_model_len)
+    blocks_per_row = num_blocks_of(num_virtual_tokens + options.max_model_len)
     if num_blocks < blocks_per_row:
         needed = format_bytes(blocks_per_row * BLOCK_TOKENS * bytes_per_token)
+        of_adapters = f" behind {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
         found = f"--kv_cache_gb is {given:g}" if given is not None else f"only {format_bytes(max(0, free))} are free"
         raise ConfigError(
-            f"one sequence of --max_model_len {options.max_model_len} tokens needs {needed} for its keys and values, "
-            f"and {found}; lower --max_model_len"
+            f"one sequence of --max_model_len {options.max_model_len} tokens{of_adapters} needs {needed} for its keys "
+            f"and values, and {found}; lower --max_model_len"
             + (
                 ", or raise --kv_cache_gb"
                 if given is not None
@@ -106,6 +115,16 @@ def _device_of(generator: LoadedModel | Program) -> torch.device:
     if isinstance(generator, LoadedModel):
         return generator.model.transformer.word_embeddings.weight.device
     return torch.device("cpu")
+
+
+def _num_virtual_tokens(generator: LoadedModel | Program) -> int:
+    """Virtual tokens for which every row takes memory: the model's own, and those of adapters if rows are allocated."""
+    if isinstance(generator, Program):
+        return generator.manifest.num_virtual_tokens
+    model = generator.model
+    if model.adapters is None or model.features.paged:
+        return model.transformer.num_virtual_tokens
+    return model.adapters.most_virtual
 
 
 def _mapped_bytes(generator: LoadedModel | Program) -> int:

@@ -17,8 +17,9 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import LoadedModel
 from bloomlm.checkpoint.adapters.load import load_adapter
 from bloomlm.checkpoint.reader import load_model
-from bloomlm.errors import AdapterError, CheckpointError, ClosingError
+from bloomlm.errors import AdapterError, CheckpointError, ClosingError, GenerationError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
+from bloomlm.serving import adapters
 from bloomlm.serving.engine import Engine
 from bloomlm.serving.options import EngineOptions
 from bloomlm.serving.request import GenerationRequest, Output, RequestHandle, TokenOutput
@@ -184,4 +185,50 @@ def test_a_model_with_an_adapter_takes_no_others(
         engine.load_adapter("dora", paths["dora"])
     request = GenerationRequest(prompt=list(range(4, 24)), config=GenerationConfig(max_new_tokens=9))
     check(request, serve(engine, [request])[0], alone["lora"])
+    engine.close(drain=True)
+
+
+def test_an_adapter_that_cannot_be_loaded_for_any_reason_disturbs_nothing(
+    engine: Engine, alone: dict[str | None, Alone], paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise MemoryError("17 GB are not free")
+
+    monkeypatch.setattr(adapters, "load_named_adapter", fail)
+    with pytest.raises(AdapterError, match=r"'more' could not be loaded .MemoryError: 17 GB are not free"):
+        engine.load_adapter("more", paths["lora"])
+    request = GenerationRequest(prompt=list(range(4, 24)), config=GenerationConfig(max_new_tokens=9), adapter="dora")
+    check(request, serve(engine, [request])[0], alone["dora"])
+
+
+def test_of_two_callers_one_unloads_an_adapter(engine: Engine) -> None:
+    class Raced(dict[str, Any]):
+        """Lets the other caller be faster by one operation."""
+
+        def pop(self, *arguments: Any) -> Any:
+            if not others:
+                others.append(threading.Thread(target=engine.unload_adapter, args=["lora"]))
+                others[0].start()
+                others[0].join()
+            return super().pop(*arguments)
+
+    others: list[threading.Thread] = []
+    engine._adapters._infos = Raced(engine._adapters._infos)
+    with pytest.raises(AdapterError, match="no adapter 'lora'"):
+        engine.unload_adapter("lora")
+    assert engine.is_alive and [info.name for info in engine.adapters] == ["dora", "prefix"]
+
+
+def test_virtual_tokens_take_places_for_keys_and_values(base: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "prefix", base, PrefixConfig(num_prefix_tokens=20))
+    model = loaded(base)
+    places = 112  # as many as 100 tokens need in blocks of 16
+    gigabytes = (places + 0.5) * model.model.bytes_per_token / 1e9
+    engine = Engine(model, replace(OPTIONS, max_model_len=100, kv_cache_gb=gigabytes))
+    engine.start()
+    engine.load_adapter("prefix", path)
+    request = GenerationRequest(prompt=list(range(4, 84)), config=GenerationConfig(max_new_tokens=20))
+    serve(engine, [request, replace(request, prompt=request.prompt[:72], adapter="prefix")])
+    with pytest.raises(GenerationError, match="1 sequences of 120 tokens, virtual ones included, need 128 places"):
+        engine.submit(replace(request, adapter="prefix"))
     engine.close(drain=True)

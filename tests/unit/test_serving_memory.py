@@ -66,3 +66,10 @@ def test_this_machine_has_free_memory() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < free <= total
     assert all(limit > 0 for limit in memory._cgroup_free_bytes())
+
+
+def test_rows_that_are_allocated_have_room_for_virtual_tokens() -> None:
+    found = budget(with_gb(0.0004), is_paged=False, num_virtual_tokens=20)
+    assert found == KvBudget(num_rows=3, num_blocks=25, num_allocated=24)
+    with pytest.raises(ConfigError, match=r"100 tokens behind 20 virtual ones needs 128\.0 kB"):
+        budget(with_gb(0.000112), is_paged=False, num_virtual_tokens=20)

@@ -39,15 +39,16 @@ class Limits:
         config, num_tokens = request.config, len(request.prompt)
         if not request.prompt:
             raise GenerationError("the prompt has no tokens; a continuation needs at least one")
+        ids = (*request.prompt, *config.stop_token_ids, *(token for token, _ in config.logit_bias))
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.vocab_size:
+                raise GenerationError(f"token id {token} is unknown: the model has ids 0 to {self.vocab_size - 1}")
         num_new = 0 if request.score_only else config.max_new_tokens
         if num_tokens + num_new > self.options.max_model_len:
             raise GenerationError(
                 f"the prompt has {num_tokens} tokens and {num_new} new ones are asked for, but this server has room "
                 f"for {self.options.max_model_len} tokens of a sequence (--max_model_len)"
             )
-        for token in (*request.prompt, *config.stop_token_ids, *(token for token, _ in config.logit_bias)):
-            if not 0 <= token < self.vocab_size:
-                raise GenerationError(f"token id {token} is unknown: the model has ids 0 to {self.vocab_size - 1}")
         if config.num_rows > self.budget.num_rows:
             raise GenerationError(
                 f"{config.num_rows} sequences of one prompt are asked for, but this server continues at most "

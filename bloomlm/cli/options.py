@@ -290,12 +290,7 @@ def _parameter_type(hint: Any, item: Field[Any]) -> _ParamType:
 def _expected(param_type: _ParamType) -> str:
     if isinstance(param_type, click.Choice):
         return "one of " + ", ".join(param_type.choices)
-    names = {
-        click.BOOL: "True or False",
-        click.INT: "a whole number",
-        click.FLOAT: "a number",
-        click.STRING: "a text",
-    }
+    names = {click.BOOL: "True or False", click.INT: "a whole number", click.FLOAT: "a number", click.STRING: "a text"}
     return names.get(param_type, "a path" if isinstance(param_type, click.Path) else "names separated by commas")
 
 

@@ -56,10 +56,11 @@ class Limits:
             )
         needed = config.num_rows * blocks_per_row(request, num_virtual_tokens)
         found = self.budget.num_blocks
+        virtual = f" and {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
         if needed > found:
             raise GenerationError(
-                f"{config.num_rows} sequences of {num_virtual_tokens + num_tokens + num_new} tokens, virtual ones "
-                f"included, need {needed * BLOCK_TOKENS} places for keys and values, but this server has "
+                f"{config.num_rows} sequences of {num_tokens + num_new} tokens{virtual} need {needed * BLOCK_TOKENS} "
+                f"places for keys and values, but this server has "
                 f"{found * BLOCK_TOKENS} (--kv_cache_gb); ask for fewer sequences or fewer tokens"
             )
         if request.prompt_log_probs is not None and not self.features.scores_chunks:

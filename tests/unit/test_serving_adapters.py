@@ -229,6 +229,6 @@ def test_virtual_tokens_take_places_for_keys_and_values(base: Path, tmp_path: Pa
     engine.load_adapter("prefix", path)
     request = GenerationRequest(prompt=list(range(4, 84)), config=GenerationConfig(max_new_tokens=20))
     serve(engine, [request, replace(request, prompt=request.prompt[:72], adapter="prefix")])
-    with pytest.raises(GenerationError, match="1 sequences of 120 tokens, virtual ones included, need 128 places"):
+    with pytest.raises(GenerationError, match="1 sequences of 100 tokens and 20 virtual ones need 128 places"):
         engine.submit(replace(request, adapter="prefix"))
     engine.close(drain=True)

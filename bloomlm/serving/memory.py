@@ -84,18 +84,7 @@ def kv_budget(
     num_blocks = int(total_bytes / (BLOCK_TOKENS * bytes_per_token))
     blocks_per_row = num_blocks_of(num_virtual_tokens + options.max_model_len)
     if num_blocks < blocks_per_row:
-        needed = format_bytes(blocks_per_row * BLOCK_TOKENS * bytes_per_token)
-        of_adapters = f" behind {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
-        found = f"--kv_cache_gb is {given:g}" if given is not None else f"only {format_bytes(max(0, free))} are free"
-        raise ConfigError(
-            f"one sequence of --max_model_len {options.max_model_len} tokens{of_adapters} needs {needed} for its keys "
-            f"and values, and {found}; lower --max_model_len"
-            + (
-                ", or raise --kv_cache_gb"
-                if given is not None
-                else f", or set --kv_cache_gb (default: {share:.0%} of the free memory)"
-            )
-        )
+        raise _refusal(options, num_virtual_tokens, blocks_per_row * BLOCK_TOKENS * bytes_per_token, free, share)
     if is_paged:
         return KvBudget(num_rows=options.max_num_seqs, num_blocks=num_blocks, num_allocated=0)
     num_rows = min(options.max_num_seqs, num_blocks // blocks_per_row)
@@ -109,6 +98,19 @@ def kv_budget(
             options.max_num_seqs,
         )
     return KvBudget(num_rows=num_rows, num_blocks=num_blocks, num_allocated=num_rows * blocks_per_row)
+
+
+def _refusal(options: EngineOptions, num_virtual: int, needed_bytes: int, free: int, share: float) -> ConfigError:
+    """Says that not even one sequence fits."""
+    found, hint = f"--kv_cache_gb is {options.kv_cache_gb}", "raise --kv_cache_gb"
+    if options.kv_cache_gb is None:
+        found = f"only {format_bytes(max(0, free))} are free"
+        hint = f"set --kv_cache_gb (default: {share:.0%} of the free memory)"
+    virtual = f" behind {num_virtual} virtual ones" if num_virtual else ""
+    return ConfigError(
+        f"one sequence of --max_model_len {options.max_model_len} tokens{virtual} needs {format_bytes(needed_bytes)} "
+        f"for its keys and values, and {found}; lower --max_model_len, or {hint}"
+    )
 
 
 def _device_of(generator: LoadedModel | Program) -> torch.device:

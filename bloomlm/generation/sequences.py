@@ -156,14 +156,19 @@ def stop_test(stop: Sequence[str], decode_text: DecodeText | None) -> StopTest:
     """A function that tells whether tokens contain a stop text, where all but the last token did not."""
     if not stop or decode_text is None:
         return lambda tokens: False
-    # A stop text that the last token completes lies within as many tokens as it has bytes, at one byte a token.
+    # A stop text that the last token completes lies within as many tokens as it has bytes, at one byte a token,
+    # unless there are special tokens among them, which have no text.
     window = max(len(text.encode()) for text in stop) + 1
+    longest = max(map(len, stop))
 
     def contains(text: str) -> bool:
         return any(end in text for end in stop)
 
     def test(tokens: list[int]) -> bool:
         # The short text is cheap, but may begin inside a character, so the whole text decides.
-        return contains(decode_text(tokens[-window:])) and contains(decode_text(tokens))
+        count = window
+        while len(end := decode_text(tokens[-count:])) <= longest and count < len(tokens):
+            count *= 2
+        return contains(end) and contains(decode_text(tokens))
 
     return test

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.generation.sequences import stop_test
 from bloomlm.serving.text_stream import TextStream
 from tests.fake_engine import TINY
 
@@ -78,3 +79,12 @@ def test_a_long_stop_text_is_looked_for_no_further_than_the_text_goes() -> None:
     """Comparing all of its beginnings with every piece would take minutes."""
     text = "bread and salt"
     assert "".join(pieces_of(TOKENIZER.encode(text), ["salt" * 500_000])) == text
+
+
+def test_a_stop_text_with_special_tokens_inside_ends_a_sequence() -> None:
+    """They have no text, and come where a sequence goes on after </s>."""
+    special = TOKENIZER.encode("</s>")
+    (first,), (last,) = TOKENIZER.encode("a"), TOKENIZER.encode("b")
+    stops = stop_test(["ab"], TOKENIZER.decode)
+    assert len(special) == 1 and stops([5, first, *special * 9, last])
+    assert not stops([5, first, *special * 9]) and not stops([first, 5, *special * 9, last])

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from common import machine
 
-from bloomlm.export.kernels.operators import cpp_source
+from bloomlm.kernels.source import cpp_source
 from bloomlm.runtime.torch_internals import find_compiler
 
 FORMATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 1 / 16}

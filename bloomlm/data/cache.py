@@ -6,7 +6,6 @@ stops a run: the caller computes the arrays again.
 
 import json
 import logging
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +23,6 @@ _LOG = logging.getLogger(__name__)
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-
-
-def default_cache_dir() -> Path:
-    """$BLOOMLM_CACHE, else $XDG_CACHE_HOME/bloomlm, else ~/.cache/bloomlm: for files that can be computed again."""
-    if own := os.environ.get("BLOOMLM_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "bloomlm"
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:

@@ -17,11 +17,12 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bloomlm.data.cache import Arrays, default_cache_dir, read_arrays, write_arrays
+from bloomlm.data.cache import Arrays, read_arrays, write_arrays
 from bloomlm.data.files import FileRows, RowSource
 from bloomlm.data.rows import PromptTemplate, TextPair, read_pair
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
+from bloomlm.files.cache_directory import default_cache_dir
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomlm.data.cache import default_cache_dir
 from bloomlm.data.files import FileRows
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.cache_directory import default_cache_dir
 
 WIKITEXT_NAMES = ("wikitext-2", "wikitext-103")
 LAMBADA_NAME = "lambada"

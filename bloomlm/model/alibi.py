@@ -53,8 +53,13 @@ def key_columns(positions: Tensor) -> Tensor:
     return torch.nn.functional.pad(columns, (0, COLUMNS - columns.shape[-1]))
 
 
-def fused_columns(positions: Tensor, slopes: Tensor, head_dim: int) -> Tensor:
-    """Columns for a fused query_key_value of N tokens: [N, H, 3, C] fp32, zero beside the values."""
-    query = query_columns(slopes, head_dim).expand(len(positions), -1, -1)
+def fused_columns(positions: Tensor, query_columns: Tensor) -> Tensor:
+    """Columns for a fused query_key_value of N tokens: [N, H, 3, C] fp32, zero beside the values.
+
+    Args:
+        positions: [N] integers of any sign.
+        query_columns: [H, C] what query_columns gives.
+    """
+    query = query_columns.expand(len(positions), -1, -1)
     key = key_columns(positions).unsqueeze(1).expand_as(query)
     return torch.stack((query, key, torch.zeros_like(query)), dim=2)

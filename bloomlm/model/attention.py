@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bloomlm.kernels.compiled import operators
 from bloomlm.model import flex
 from bloomlm.model.alibi import key_columns
 from bloomlm.model.documents import Documents
@@ -58,6 +59,8 @@ def attend(
     scale = head_dim**-0.5
     if extension is not None:
         extension.write(layer, fused, virtual)
+        if _takes_attend(fused, extension, dropout):
+            return _attend_singles(fused[:, :, 0, :head_dim], layer, extension)
     if extension is None or extension.is_prefill:
         out = _attend_documents(fused, documents, scale, virtual, dropout)
     else:
@@ -199,6 +202,25 @@ def _causal_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
             scores[:, :, num_before + start :] += future[: stop - start, : stop - start]
             outs[:, start:stop] = scores.softmax(-1) @ values[:, : num_before + stop]
     return out
+
+
+def _takes_attend(fused: Tensor, extension: Extension, dropout: float) -> bool:
+    return (
+        operators() is not None
+        and extension.is_decode
+        and fused.device.type == "cpu"
+        and fused.dtype is extension.cache.keys.dtype is torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _attend_singles(query: Tensor, layer: int, extension: Extension) -> Tensor:
+    """[N, H, K] queries of one new token a row -> [N, H * K], by our operator, which reads used slots only."""
+    loaded, cache, head_dim = operators(), extension.cache, query.shape[2]
+    assert loaded is not None
+    keys, values = cache.keys[layer, ..., :head_dim], cache.values[layer, ..., :head_dim]
+    return loaded.attend(query, keys, values, cache.slopes, extension.token_rows, extension.slots)
 
 
 def _attend_cached(query: Tensor, scale: float, layer: int, extension: Extension) -> Tensor:

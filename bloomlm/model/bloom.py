@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bloomlm.model.alibi import COLUMNS, fused_columns, head_slopes
+from bloomlm.model.alibi import COLUMNS, fused_columns, head_slopes, query_columns
 from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.decoding import BloomRows, RowAdapters
@@ -118,7 +118,7 @@ class BloomBlock(nn.Module):
         self.compile(backend=backend)
 
     def _add(self, residual: Tensor, update: Tensor) -> Tensor:
-        return residual + F.dropout(update, self.hidden_dropout, self.training)
+        return residual + (F.dropout(update, self.hidden_dropout) if self.training else update)
 
 
 class BloomModel(nn.Module):
@@ -171,7 +171,7 @@ class BloomModel(nn.Module):
         if self.prefix is not None and (extension is None or extension.free_rows):
             virtual = self.prefix()
         positions = documents.positions(tokens.device) if extension is None else extension.positions
-        columns = self._columns(positions)
+        columns = self._columns(positions, extension)
         x = self.word_embeddings_layernorm(self.word_embeddings(tokens).to(self.dtype))
         for layer, block in enumerate(self.h):
             block_rows = rows if layer == len(self.h) - 1 else None
@@ -189,14 +189,19 @@ class BloomModel(nn.Module):
             assert isinstance(block, BloomBlock)
             block.compile_around_attention(backend)
 
-    def _columns(self, positions: Tensor) -> Tensor:
-        slopes = [head_slopes(self.config.n_head)[head] for head in self.heads]
-        on_device = torch.tensor(slopes, dtype=torch.float32, device=positions.device)
+    def _columns(self, positions: Tensor, extension: Extension | None = None) -> Tensor:
         kind = positions.device.type
+        if extension is None:
+            all_slopes = head_slopes(self.config.n_head)
+            slopes = [all_slopes[head] for head in self.heads]
+            on_device = torch.tensor(slopes, dtype=torch.float32, device=positions.device)
+            query = query_columns(on_device, self.config.head_dim)
+        else:
+            query = extension.cache.query_columns
         autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocasts else self.dtype
         # in the precision of queries and keys at once, not in every block
-        return fused_columns(positions, on_device, self.config.head_dim).to(dtype)
+        return fused_columns(positions, query).to(dtype)
 
 
 class BloomForCausalLM(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import GenerationError
+from bloomlm.kernels.compiled import load_operators
 from bloomlm.model.attention import virtual_with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
@@ -54,6 +55,8 @@ class BloomRows:
     """Sequences in a cache and the model that continues them, which computes in eval mode and then leaves it again."""
 
     def __init__(self, model: "BloomForCausalLM", num_rows: int, num_tokens: int) -> None:
+        if model.transformer.word_embeddings.weight.device.type == "cpu":
+            load_operators()
         self._model = model
         self._device = model.transformer.word_embeddings.weight.device
         self._adapters: list[str | None] = [None] * num_rows
@@ -63,7 +66,7 @@ class BloomRows:
             num_tokens,
             dtype=model.transformer.dtype,
             device=self._device,
-            n_head=len(model.transformer.heads),
+            heads=model.transformer.heads,
             num_virtual=model.transformer.num_virtual_tokens,
             spare_virtual=0 if model.adapters is None else model.adapters.most_virtual,
         )

@@ -9,12 +9,13 @@ columns, E = K + C, P virtual tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from bloomlm.model.alibi import COLUMNS
+from bloomlm.model.alibi import COLUMNS, head_slopes, query_columns
 from bloomlm.model.config import BloomConfig
 from bloomlm.row_memory import RowMemory
 
@@ -34,7 +35,7 @@ class KVCache(RowMemory):
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        n_head: int | None = None,
+        heads: range | None = None,
         num_virtual: int = 0,
         spare_virtual: int = 0,
     ) -> None:
@@ -46,14 +47,15 @@ class KVCache(RowMemory):
             num_tokens: the most tokens of a sequence, without virtual tokens.
             dtype: precision of the keys and values.
             device: where they are.
-            n_head: number of heads that are computed here (H); None: all of the model's heads.
+            heads: the heads that are computed here (H of them); None: all of the model's heads.
             num_virtual: number of virtual tokens that the model puts before every sequence (P).
             spare_virtual: more slots, for rows that get virtual tokens of their own.
         """
+        heads = heads or range(config.n_head)
         super().__init__(
             num_blocks=config.n_layer,
             num_rows=num_rows,
-            num_heads=n_head or config.n_head,
+            num_heads=len(heads),
             num_slots=num_virtual + spare_virtual + num_tokens,
             width=config.head_dim + COLUMNS,
             dtype=dtype,
@@ -61,6 +63,11 @@ class KVCache(RowMemory):
             num_virtual=num_virtual,
         )
         self.keys, self.values = self.tensor[:, 0], self.tensor[:, 1]
+        all_slopes = head_slopes(config.n_head)
+        self.slopes = torch.tensor([all_slopes[head] for head in heads], device=device)
+        """[H] slopes of ALiBi of the heads that are computed here."""
+        self.query_columns = query_columns(self.slopes, config.head_dim)
+        """[H, C] position columns of every query."""
 
     def extend(self, rows: Sequence[int], num_new: Sequence[int]) -> "Extension":
         """Prepare a forward pass that appends tokens to rows.
@@ -101,23 +108,27 @@ class Extension:
         """Rows that hold nothing yet, so that virtual tokens must be written before their first tokens."""
         self.is_prefill = len(self.free_rows) == len(self.rows)
         """Whether all rows are free, so that attention needs nothing from the cache."""
+        self.is_decode = not self.is_prefill and all(count == 1 for count in num_new)
+        """Whether every row is in use and gets one token."""
         slots = [cache.claim(row, count) for row, count in zip(rows, num_new, strict=True)]
-        self._stops = [new.stop for new in slots]
+        self._claimed = slots
         device = cache.keys.device
-        self._slots = torch.cat([torch.arange(new.start, new.stop) for new in slots]).to(device)
+        self.slots = torch.tensor([slot for new in slots for slot in new], device=device)
+        """[N] slot of each new token."""
         counts = torch.tensor(num_new, device=device)
         firsts = torch.tensor([cache.num_virtual[row] for row in rows], device=device)
-        self.positions = self._slots - firsts.repeat_interleave(counts, output_size=len(self._slots))
+        self.positions = self.slots - firsts.repeat_interleave(counts, output_size=len(self.slots))
         """[N] position of each new token within its sequence."""
-        blocks = list(_equal_neighbours(rows, slots))
+        self._blocks = list(_equal_neighbours(rows, slots))
         self._block = (slice(rows[0], rows[0] + len(rows)), slice(slots[0].start, slots[0].stop))
-        self._is_block = len(blocks) == 1
-        if not self._is_block:
-            self._token_rows = torch.tensor(rows, device=device).repeat_interleave(counts, output_size=len(self._slots))
-        self.calls: list[CachedCall] = []
+        self._is_block = len(self._blocks) == 1
+        self.token_rows = torch.tensor(rows, device=device).repeat_interleave(counts, output_size=len(self.slots))
+        """[N] row of each new token."""
+
+    @cached_property
+    def calls(self) -> list[CachedCall]:
         """The kernel calls, unless this is a prefill."""
-        if not self.is_prefill:
-            self.calls = _plan_calls(rows, slots, blocks, device)
+        return _plan_calls(self.rows, self._claimed, self._blocks, self.slots.device)
 
     def write(self, layer: int, fused: Tensor, virtual: tuple[Tensor, Tensor] | None) -> None:
         """Write the new keys and values of one block into the cache, which carries no gradients.
@@ -133,15 +144,15 @@ class Extension:
                 rows, slots = self._block
                 memory[rows, :, slots] = new.unflatten(0, (len(self.rows), -1)).transpose(1, 2)
             else:
-                memory[self._token_rows, :, self._slots] = new
+                memory[self.token_rows, :, self.slots] = new
             if virtual is not None:
                 for row in self.free_rows:
                     memory[row, :, : self.cache.num_virtual[row]] = virtual[part - 1].detach()
 
     def commit(self) -> None:
         """Count the new tokens, after every block has written them."""
-        for row, stop in zip(self.rows, self._stops, strict=True):
-            self.cache.lengths[row] = stop
+        for row, new in zip(self.rows, self._claimed, strict=True):
+            self.cache.lengths[row] = new.stop
 
 
 def _equal_neighbours(rows: Sequence[int], slots: Sequence[range]) -> Iterator[range]:

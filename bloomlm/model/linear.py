@@ -5,6 +5,9 @@ Both compute the same sums in fp32. MKL reads a weight at a fraction of the memo
 has the measurements. The operator is the one that torch.compile emits; it takes plain tensors of any strides, so
 nothing is packed or copied. Where it does not exist or does not apply, F.linear is called.
 
+Without gradients, a few rows (a decoding step) go to our own operator instead, where this process has loaded it: it
+reads a weight once, at the memory's speed, in every precision.
+
 Shapes: N rows.
 """
 
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bloomlm.kernels.compiled import operators
 from bloomlm.model.partition import WHOLE, Partition
 from bloomlm.model.quantized import dequantize_rows, row_blocks
 
@@ -23,6 +27,14 @@ _ONEDNN_LINEAR = (
     if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
     else None
 )
+
+_MOST_ROWS = 16
+"""The most rows for which our operator is faster than oneDNN."""
+_SCALES = 4
+"""Scales of a row of an int8 weight, for our operator."""
+_COLUMNS = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16, torch.int8: 128}
+"""Rows of a weight must be a multiple of so many columns, or our operator would compute one number at a time."""
+_FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -37,6 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     Returns:
         [..., out].
     """
+    if x.dim() == 2 and len(x) <= _MOST_ROWS and _takes_few_rows(x, weight, scale):
+        return _few_rows(x, weight, bias, scale)
     if scale is not None:
         return _int8_linear(x, weight, scale, bias)
     if not uses_onednn(x, weight):
@@ -57,6 +71,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool
     assert _ONEDNN_LINEAR is not None
     out: Tensor = _ONEDNN_LINEAR(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     return out
+
+
+def _takes_few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    return (
+        operators() is not None
+        and not torch.is_grad_enabled()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and x.device.type == "cpu"
+        and weight.device.type == "cpu"
+        and x.dtype in _FEW_ROWS_DTYPES
+        and (weight.dtype is x.dtype or scale is not None)
+        and weight.shape[1] % _COLUMNS[weight.dtype] == 0
+        and x.numel() > 0
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Linear for [N, in] by our operator, which computes in fp32."""
+    loaded = operators()
+    assert loaded is not None
+    scales = None if scale is None else scale[:, None].expand(-1, _SCALES).contiguous()
+    out = loaded.product(x.float().contiguous(), weight, scales)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype)
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -184,6 +227,7 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh form) of the layer's result, in one pass where possible."""
         is_plain = not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2
-        if is_plain and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
+        few = len(x) <= _MOST_ROWS and operators() is not None
+        if is_plain and not few and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
             return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

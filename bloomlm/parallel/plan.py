@@ -240,7 +240,7 @@ def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, 
     dtype = model.transformer.dtype
     slots = num_tokens + model.transformer.num_virtual_tokens
     heads = config.n_head // tp_degree
-    cache = KVCache(config, batch_size, slots, dtype=dtype, device="meta", n_head=heads)
+    cache = KVCache(config, batch_size, slots, dtype=dtype, device="meta", heads=range(heads))
     per_token = (3 * config.hidden_size + 8 * config.hidden_size // tp_degree) * dtype.itemsize
     logits = batch_size * config.vocab_size * (dtype.itemsize + _FP32)
     return PredictionMemory(

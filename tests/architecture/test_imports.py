@@ -18,6 +18,7 @@ ROWS = [
     {"generation", "checkpoint", "data"},
     {"adapters", "parallel"},
     {"model"},
+    {"kernels"},
     {"flags", "files"},
     {"errors", "assets", "allocator", "row_memory", "version"},
 ]

@@ -11,6 +11,7 @@ import bloomlm.data.examples
 from bloomlm.data.examples import ExampleSet, load_examples
 from bloomlm.data.files import FileRows
 from bloomlm.errors import ConfigError, DataError
+from bloomlm.files.cache_directory import default_cache_dir
 from tests.bloom_tokenizer import make_tokenizer
 
 THE, _THE, AND, ZH = 261, 262, 264, 269
@@ -218,7 +219,7 @@ def test_full_disk_is_a_warning_and_leaves_nothing(tmp_path, cache, monkeypatch,
 
 
 def test_cache_directory(monkeypatch, tmp_path):
-    where = bloomlm.data.cache.default_cache_dir
+    where = default_cache_dir
     monkeypatch.setenv("BLOOMLM_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
     assert where() == Path("/own")

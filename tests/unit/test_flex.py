@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from bloomlm.model import attention, flex
-from bloomlm.model.alibi import fused_columns, head_slopes
+from bloomlm.model.alibi import fused_columns, head_slopes, query_columns
 from bloomlm.model.documents import Documents
 from tests.unit.test_adapters import tiny_model
 
@@ -20,7 +20,8 @@ SLOW = pytest.mark.filterwarnings("ignore:flex_attention called without torch.co
 def packed(lengths: tuple[int, ...], num_virtual: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     generator = torch.Generator().manual_seed(0)
     columns = fused_columns(
-        Documents.packed(lengths).positions(torch.device("cpu")), torch.tensor(head_slopes(HEADS)), HEAD_DIM
+        Documents.packed(lengths).positions(torch.device("cpu")),
+        query_columns(torch.tensor(head_slopes(HEADS)), HEAD_DIM),
     )
     fused = torch.randn(sum(lengths), HEADS, 3, HEAD_DIM, generator=generator)
     virtual = torch.randn(2, HEADS, num_virtual, HEAD_DIM, generator=generator)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from bloomlm.export.formats.pt2 import compile_functions
-from bloomlm.export.kernels.operators import attend, compiler_options, product_of
+from bloomlm.export.operators import attend, compiler_options, product_of
 from bloomlm.export.weight_formats import Int4, Int8, Plain, WeightFormat
 from bloomlm.runtime.formats.pt2 import instruction_set
 from bloomlm.runtime.torch_internals import find_compiler, open_package

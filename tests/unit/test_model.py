@@ -165,7 +165,7 @@ def test_documents_of_a_pack_equal_single_documents(num_virtual: int) -> None:
 def test_attention_in_blocks_equals_the_kernel(num_virtual: int, lengths: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     documents = Documents.packed(list(lengths))
-    columns = fused_columns(documents.positions(torch.device("cpu")), torch.tensor(head_slopes(4)), 16)
+    columns = fused_columns(documents.positions(torch.device("cpu")), query_columns(torch.tensor(head_slopes(4)), 16))
     fused = with_columns(torch.randn(sum(lengths), 4, 3, 16, generator=generator), columns)
     virtual = None
     if num_virtual:

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from bloomlm.export.attention import slot_attention
 from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import DecodeStep, Prefill, library_product
-from bloomlm.export.kernels.operators import attend_of, compiler_options, product_of
+from bloomlm.export.operators import attend_of, compiler_options, product_of
 from bloomlm.export.weight_formats import WeightFormat, weight_format
 from bloomlm.export.weights import weight_entries, write_weights
 from bloomlm.model.config import BloomConfig

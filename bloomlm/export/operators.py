@@ -1,16 +1,15 @@
 """The operators of compiled programs: in Python, which the tests compare with, and in C++ for the compiler.
 
 The compiler's own loops convert a matrix to fp32 once for every row of activations, and on AVX2 one number at a time.
-Libraries read a weight that is not packed for them at a fraction of the memory's speed. The C++ in this directory reads
-weights and cache once, at the memory's speed; docs/decisions/programs.md has the measurements. It becomes part of each
-function of a package: for operators that it does not know, the compiler accepts declarations of C functions, and it is
-given their definitions instead.
+Libraries read a weight that is not packed for them at a fraction of the memory's speed. The C++ of bloomlm/kernels
+reads weights and cache once, at the memory's speed; docs/decisions/programs.md has the measurements. It becomes part of
+each function of a package: for operators that it does not know, the compiler accepts declarations of C functions, and
+it is given their definitions instead.
 
 Shapes are those of graph.py.
 """
 
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -19,18 +18,9 @@ from torch import Tensor
 
 from bloomlm.export.attention import slot_attention
 from bloomlm.export.weight_formats import Parts, format_of
+from bloomlm.kernels.source import cpp_source
 from bloomlm.runtime.formats.pt2 import instruction_set
 from bloomlm.runtime.torch_internals import c_function_options
-
-_BEFORE = ("level.h", "tensors.h", "matrix.h", "product.h", "scalar.h", "attend.h")
-_AFTER = ("few_rows.h", "many_rows.h", "product.cpp", "attend.cpp")
-_LEVELS = {
-    "avx2": ("avx2,fma,f16c", "vectors_256.h"),
-    "avxvnni": ("avx2,fma,f16c,avxvnni", "vectors_256.h"),
-    "avx512": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", "vectors_512.h"),
-}
-"""Namespace of the code for a level of instructions -> the instructions, as GCC names them, and their vectors."""
-_OF_EACH_LEVEL = ("rows.h", "attend_rows.h")
 
 
 @torch.library.custom_op("bloomlm::product", mutates_args=())
@@ -82,27 +72,3 @@ def compiler_options() -> Mapping[str, Any] | None:
         return None
     operators = [getattr(torch.ops.bloomlm, name).default for name in ("product", "attend")]
     return c_function_options(operators, cpp_source())
-
-
-def cpp_source() -> str:
-    """All of the C++ as one text, with the code of each level of instructions in turn."""
-    levels = []
-    for name, (instructions, vectors) in _LEVELS.items():
-        uses_vnni = "vnni" in instructions
-        levels += [
-            "#pragma GCC push_options",
-            f'#pragma GCC target("{instructions}")',
-            "#define VNNI" if uses_vnni else "#undef VNNI",
-            f"namespace bloomlm::{name} {{",
-            *_lines(vectors, *_OF_EACH_LEVEL),
-            "}",
-            "#pragma GCC pop_options",
-        ]
-    return "\n".join([*_lines(*_BEFORE), *levels, *_lines(*_AFTER)])
-
-
-def _lines(*names: str) -> list[str]:
-    """The lines of files, without the includes of each other."""
-    directory = files("bloomlm.export.kernels")
-    lines = [line for name in names for line in directory.joinpath(name).read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if not line.startswith('#include "')]

@@ -1,0 +1,43 @@
+"""The C++ of this directory as one text, for compilers."""
+
+from importlib.resources import files
+
+_BEFORE = ("level.h", "tensors.h", "matrix.h", "product.h", "scalar.h", "attend.h")
+_AFTER = ("few_rows.h", "many_rows.h", "product.cpp", "attend.cpp")
+_LEVELS = {
+    "avx2": ("avx2,fma,f16c", "vectors_256.h"),
+    "avxvnni": ("avx2,fma,f16c,avxvnni", "vectors_256.h"),
+    "avx512": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", "vectors_512.h"),
+}
+"""Namespace of the code for a level of instructions -> the instructions, as GCC names them, and their vectors."""
+_OF_EACH_LEVEL = ("rows.h", "attend_rows.h")
+
+
+def cpp_source() -> str:
+    """All of the C++ as one text, with the code of each level of instructions in turn."""
+    levels = []
+    for name, (instructions, vectors) in _LEVELS.items():
+        uses_vnni = "vnni" in instructions
+        levels += [
+            "#pragma GCC push_options",
+            f'#pragma GCC target("{instructions}")',
+            "#define VNNI" if uses_vnni else "#undef VNNI",
+            f"namespace bloomlm::{name} {{",
+            *_lines(vectors, *_OF_EACH_LEVEL),
+            "}",
+            "#pragma GCC pop_options",
+        ]
+    return "\n".join([*_lines(*_BEFORE), *levels, *_lines(*_AFTER)])
+
+
+def library_source() -> str:
+    """The C++ as a library for PyTorch."""
+    # the compiler of programs includes this header itself
+    return "\n".join(["#include <torch/csrc/inductor/aoti_runtime/utils.h>", cpp_source(), *_lines("library.cpp")])
+
+
+def _lines(*names: str) -> list[str]:
+    """The lines of files, without the includes of each other."""
+    directory = files("bloomlm.kernels")
+    lines = [line for name in names for line in directory.joinpath(name).read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if not line.startswith('#include "')]

@@ -449,6 +449,8 @@ def test_key(engine: FakeEngine) -> None:
     for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"}):
         error = error_of(client.post("/v1/completions", json={"prompt": "a"}, headers=given), 401)
         assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
+    for right in (b"Bearer s3cret \xc3\xa9", b"bearer s3cret \xc3\xa9"):  # UTF-8; the scheme's case has no meaning
+        assert client.get("/metrics", headers={"authorization": right}).status_code == 200
     for endpoint in ENDPOINTS:
         path = endpoint.path.replace("{name:path}", "bloom")
         status = client.request(endpoint.method, path, json={} if endpoint.body else None).status_code

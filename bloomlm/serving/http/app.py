@@ -116,12 +116,13 @@ def _route(endpoint: Endpoint, service: Service) -> Route:
 
 
 def _check_key(request: Request, key: str | None) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    if key is not None and not secrets.compare_digest(given, key.encode()):
-        found = "no key is given" if not given else "the key is wrong"
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    found = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # Starlette reads bytes as Latin-1
+    if key is not None and not secrets.compare_digest(found, key.encode()):
+        what = "the key is wrong" if found else "no key is given"
         raise ApiError(
             401,
-            f"{found}; expected the header `Authorization: Bearer KEY` with the server's --api_key (api_key=... in "
+            f"{what}; expected the header `Authorization: Bearer KEY` with the server's --api_key (api_key=... in "
             "OpenAI's client)",
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},

@@ -133,7 +133,7 @@ def test_other_settings_have_another_cache_entry(tmp_path, options):
     tokenizer = make_tokenizer()
     if options.pop("tokenizer", None):
         tokenizer = type(tokenizer)(
-            tokenizer._json, config={}, special_tokens=tokenizer._special_tokens | {"eos_token": "<pad>"}, name="other"
+            tokenizer._json, config={}, special_tokens=tokenizer.special_tokens | {"eos_token": "<pad>"}, name="other"
         )
     changed = load_examples(path, tokenizer, **{"src_length": 3, "tgt_length": 3} | options)
     assert not changed.report.from_cache

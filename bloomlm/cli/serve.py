@@ -154,9 +154,9 @@ def serve(config: ServeConfig) -> None:
     server = HttpServer(create_app(service), host=config.host, port=config.port, stop_seconds=timeout)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     _write_requests_to_stdout()
-    server.start()
-    console.print(f"listening on {server.url}, loading {config.model_name}")
-    with joined_ranks(degrees, device.type) as mesh, _stop_signals(service) as stopping:
+    with _stop_signals(service) as stopping, joined_ranks(degrees, device.type) as mesh:
+        server.start()
+        console.print(f"listening on {server.url}, loading {config.model_name}")
         generator = _load(config, device, mesh)
         engine = Engine(generator, config)
         engine.start()

@@ -209,6 +209,14 @@ def test_flags_that_cannot_be_used(flags: list[str], words: str, capsys: pytest.
     assert words in capsys.readouterr().err
 
 
+def test_a_signal_ends_a_server_that_is_loading() -> None:
+    command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", "builtin:tiny", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stderr.readline().startswith("listening")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=WAIT_SECONDS) == 0
+
+
 def test_a_second_signal_ends_at_once() -> None:
     command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", "builtin:tiny", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

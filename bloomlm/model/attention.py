@@ -206,12 +206,12 @@ def _causal_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 def _takes_attend(fused: Tensor, extension: Extension, dropout: float) -> bool:
     return (
-        operators() is not None
+        not torch.compiler.is_compiling()
+        and operators() is not None
         and extension.is_decode
         and fused.device.type == "cpu"
         and fused.dtype is extension.cache.keys.dtype is torch.float32
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     Returns:
         [..., out].
     """
-    if x.dim() == 2 and len(x) <= _MOST_ROWS and _takes_few_rows(x, weight, scale):
+    if _takes_few_rows(x, weight, scale):
         return _few_rows(x, weight, bias, scale)
     if scale is not None:
         return _int8_linear(x, weight, scale, bias)
@@ -74,8 +74,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool
 
 
 def _takes_few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    # is_compiling comes first: a graph that has looked at the number of rows would be compiled again for other numbers
     return (
-        operators() is not None
+        not torch.compiler.is_compiling()
+        and operators() is not None
+        and x.dim() == 2
+        and len(x) <= _MOST_ROWS
         and not torch.is_grad_enabled()
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
@@ -87,7 +91,6 @@ def _takes_few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
         and x.numel() > 0
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -227,7 +230,7 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh form) of the layer's result, in one pass where possible."""
         is_plain = not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2
-        few = len(x) <= _MOST_ROWS and operators() is not None
+        few = not torch.compiler.is_compiling() and len(x) <= _MOST_ROWS and operators() is not None
         if is_plain and not few and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
             return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

@@ -40,7 +40,7 @@ from tests.unit.test_loop import V, some_examples
 ADAPTERS: dict[str, Adapter] = {"full": FullTuning(), "lora": LoraConfig(r=2, lora_dropout=0.2)}
 MAX_STEPS = 40
 NUM_KILLS = 12
-"""More attempts on a busy machine, where each does fewer steps."""
+"""More attempts on a busy machine, where each does fewer steps; they get longer until one comes to another step."""
 
 
 def build_model(adapter_name: str, checkpoint: Path | None) -> BloomForCausalLM:
@@ -127,7 +127,8 @@ def main(adapter_name: str, directory: Path) -> None:
         began_from.append(0 if checkpoint is None else read_values(checkpoint)["step"])
         print(began_from[-1], flush=True)
         process_id = fork_attempt(adapter_name, directory / "killed")
-        time.sleep(moments.uniform(0.02, 0.22) * whole_seconds)
+        patience = max(1.0, len(began_from) / NUM_KILLS)
+        time.sleep(moments.uniform(0.02, 0.22) * whole_seconds * patience)
         os.kill(process_id, signal.SIGKILL)
         os.waitpid(process_id, 0)
     _, status = os.waitpid(fork_attempt(adapter_name, directory / "killed"), 0)

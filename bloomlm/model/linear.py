@@ -6,7 +6,8 @@ has the measurements. The operator is the one that torch.compile emits; it takes
 nothing is packed or copied. Where it does not exist or does not apply, F.linear is called.
 
 Without gradients, a few rows (a decoding step) go to our own operator instead, where this process has loaded it: it
-reads a weight once, at the memory's speed, in every precision.
+reads a weight once, at the memory's speed. Weights in int8 keep to the library, because the operator would round their
+inputs to 16 bits.
 
 Shapes: N rows.
 """
@@ -30,9 +31,7 @@ _ONEDNN_LINEAR = (
 
 _MOST_ROWS = 16
 """The most rows for which our operator is faster than oneDNN."""
-_SCALES = 4
-"""Scales of a row of an int8 weight, for our operator."""
-_COLUMNS = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16, torch.int8: 128}
+_COLUMNS = 16
 """Rows of a weight must be a multiple of so many columns, or our operator would compute one number at a time."""
 _FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,10 +48,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     Returns:
         [..., out].
     """
-    if _takes_few_rows(x, weight, scale):
-        return _few_rows(x, weight, bias, scale)
     if scale is not None:
         return _int8_linear(x, weight, scale, bias)
+    if _takes_few_rows(x, weight):
+        return _few_rows(x, weight, bias)
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     if x.dim() != 2:
@@ -73,7 +72,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool
     return out
 
 
-def _takes_few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+def _takes_few_rows(x: Tensor, weight: Tensor) -> bool:
     # is_compiling comes first: a graph that has looked at the number of rows would be compiled again for other numbers
     return (
         not torch.compiler.is_compiling()
@@ -86,20 +85,19 @@ def _takes_few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype in _FEW_ROWS_DTYPES
-        and (weight.dtype is x.dtype or scale is not None)
-        and weight.shape[1] % _COLUMNS[weight.dtype] == 0
+        and weight.dtype is x.dtype
+        and weight.shape[1] % _COLUMNS == 0
         and x.numel() > 0
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Linear for [N, in] by our operator, which computes in fp32."""
     loaded = operators()
     assert loaded is not None
-    scales = None if scale is None else scale[:, None].expand(-1, _SCALES).contiguous()
-    out = loaded.product(x.float().contiguous(), weight, scales)
+    out = loaded.product(x.float().contiguous(), weight, None)
     if bias is not None:
         out += bias
     return out.to(x.dtype)

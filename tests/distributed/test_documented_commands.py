@@ -88,6 +88,7 @@ SUBSTITUTIONS = {
     r"\./data/wikitext-103/wiki.valid.tokens": "my.txt",
     r"\./data/(lambada_test.jsonl)": r"\1",
     r"--lora_path (\./checkpoints/bloom-560m|LORA|checkpoints/my-lora|runs/lora|runs/176b)\b": "--lora_path demo",
+    r"--lora_path checkpoints/bloom-560m --output_path merged": "--lora_path demo --output_path merged",
     r"--prefix_path \S+": "--prefix_path prefix",
     r"\bBASE\b": "builtin:tiny",
     r"--add_tokens \d+": "--add_tokens 2",
@@ -158,7 +159,7 @@ def reader(files: Path, ranks: RankPool, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.stdin", None)
     monkeypatch.setattr(bloomlm.export.formats.pt2, "find_compiler", lambda: None)
 
-    def start_ranks(flags: processes.ProcessFlags, words: Sequence[str]) -> None:
+    def start_ranks(flags: processes.ProcessFlags, words: Sequence[str], *, ends_by_signal: bool) -> None:
         alone = ("--num_processes", "1", "--nnodes", "1")
         ranks.run(flags.num_processes, call_on_rank, str(directory), [*words, *alone], joins=False)
 
@@ -211,6 +212,8 @@ class Reader:
             return
         self.done.append(text)
         words = words_of(text.splitlines()[0])
+        if ">" in words:
+            words = words[: words.index(">")]
         if words[0] == "python":
             verb = re.search(r'run_verb\("(\w+)"\)', (ROOT / words[1]).read_text())
             assert verb is not None
@@ -269,7 +272,7 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
 def test_every_example_of_the_help_runs(verb: str, reader: Reader) -> None:
     text = inspect.cleandoc(importlib.import_module(VERBS[verb][0]).command.help)
     examples = text.rpartition("\n\n\b\n")[2]
-    assert examples.startswith(f"bloomlm {verb} ")
+    assert examples.startswith(f"bloomlm {verb}")
     reader.run(Block(1, "sh", examples))
 
 

@@ -238,7 +238,7 @@ def test_int4_refuses_what_it_cannot_hold() -> None:
         (lambda p: p.with_suffix(".json").write_text("{"), "no JSON"),
         (lambda p: p.with_suffix(".json").write_text("{}"), "does not describe an exported program"),
         (lambda p: edit(p, version=99), "version 99"),
-        (lambda p: edit(p, version=4), "is of version 4, this bloomlm runs version 5; export the program again"),
+        (lambda p: edit(p, version=5), "is of version 5, this bloomlm runs version 6; export the program again"),
         (lambda p: edit(p, format="tflite"), "damaged: format 'tflite'"),
         (lambda p: edit(p, unknown=1), "unexpected keyword argument 'unknown'"),
         (lambda p: tamper(p, n_head=5), "damaged or was edited"),

@@ -31,7 +31,7 @@ def run_toy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[Toy]
     ran: list[Toy] = []
     started: list[Any] = []
 
-    def start_ranks(flags: ProcessFlags, words: Sequence[str]) -> None:
+    def start_ranks(flags: ProcessFlags, words: Sequence[str], *, ends_by_signal: bool) -> None:
         started.append((flags.num_processes, list(words)))
 
     monkeypatch.setattr(options, "start_ranks", start_ranks)

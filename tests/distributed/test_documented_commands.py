@@ -44,6 +44,7 @@ NOT_RUN = {
     "from openai": "the same",
     "from langchain": "the same",
     "vllm ": "needs vLLM",
+    "pytest -n 10 tests/gpu": "needs a GPU; its tests are skipped without one",
     "FROM ": "needs a container engine; tests/clients/test_docs.py starts the command in it",
     "[Unit]": "needs systemd; tests/clients/test_docs.py starts the command in it",
     "bloomlm demo": "takes minutes; `make demo` runs it",
@@ -66,6 +67,7 @@ SHOWN = (
         "pairs.jsonl, line ",
         "compared with the ",
         "acc 0.500 ",
+        "  ok      logits in fp32",
     ),
 )
 # Programs of PaddleNLP's, shown beside ours under this comment. Where ours is "the same line", it is that line that runs.

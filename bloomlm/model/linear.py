@@ -228,7 +228,7 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh form) of the layer's result, in one pass where possible."""
         is_plain = not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2
-        few = not torch.compiler.is_compiling() and len(x) <= _MOST_ROWS and operators() is not None
-        if is_plain and not few and not torch.is_grad_enabled() and uses_onednn(x, self.weight):
+        is_fused = not torch.is_grad_enabled() and uses_onednn(x, self.weight) and not _takes_few_rows(x, self.weight)
+        if is_plain and is_fused:
             return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

@@ -23,7 +23,7 @@ from common import memory_bytes
 
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES
@@ -190,12 +190,7 @@ def random_trainer(mesh: Mesh, adapter: Adapter, recompute: bool) -> Trainer:
 def some_examples(count: int) -> list[Example]:
     generator = np.random.default_rng(0)
     return [
-        Example(
-            tokens=generator.integers(4, CONFIG.vocab_size, SOURCE + TARGET).astype(np.int32),
-            num_source_tokens=SOURCE,
-            source_text="",
-            target_text="",
-        )
+        Example.pair(generator.integers(4, CONFIG.vocab_size, SOURCE + TARGET).astype(np.int32), SOURCE)
         for _ in range(count)
     ]
 

@@ -18,7 +18,7 @@ import torch
 
 from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.allocator import keep_freed_memory
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES
@@ -103,12 +103,7 @@ def measure(degree: int, steps: int) -> None:
 def some_examples(vocab_size: int) -> list[Example]:
     generator = np.random.default_rng(0)
     return [
-        Example(
-            tokens=generator.integers(4, vocab_size, SOURCE + TARGET).astype(np.int32),
-            num_source_tokens=SOURCE,
-            source_text="",
-            target_text="",
-        )
+        Example.pair(generator.integers(4, vocab_size, SOURCE + TARGET).astype(np.int32), SOURCE)
         for _ in range(EXAMPLES)
     ]
 

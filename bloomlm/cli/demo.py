@@ -10,7 +10,8 @@ from rich.table import Table
 
 from bloomlm.api import LoadedModel, load
 from bloomlm.cli.options import config_command
-from bloomlm.data.examples import Example, load_examples
+from bloomlm.data.example import Example
+from bloomlm.data.examples import load_examples
 from bloomlm.data.splits import open_dataset
 from bloomlm.errors import DataError
 from bloomlm.flags import Flags, flag

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bloomlm.data.cache import Arrays, read_arrays, write_arrays
+from bloomlm.data.example import Example
 from bloomlm.data.files import FileRows, RowSource
 from bloomlm.data.rows import PromptTemplate, TextPair, read_pair
 from bloomlm.data.tokenizer import Tokenizer
@@ -27,25 +28,6 @@ from bloomlm.files.cache_directory import default_cache_dir
 _LOG = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Example:
-    """A source, which is given, and a target, which the model learns to continue it with before it stops."""
-
-    tokens: npt.NDArray[np.int32]
-    """Source tokens, target tokens, </s>."""
-    num_source_tokens: int
-    """Number of source tokens."""
-    source_text: str
-    """The source before it was cut."""
-    target_text: str
-    """The target before it was cut."""
-
-    @property
-    def prompt_tokens(self) -> npt.NDArray[np.int32]:
-        """The source tokens, from which generation starts."""
-        return self.tokens[: self.num_source_tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +74,9 @@ class ExampleSet:
             raise IndexError(f"example {index} of a set of {len(self)}")
         index %= len(self)
         start, end = self._token_offsets[index : index + 2]
-        return Example(
-            tokens=self._tokens[start:end],
-            num_source_tokens=int(self._num_source_tokens[index]),
+        return Example.pair(
+            self._tokens[start:end],
+            int(self._num_source_tokens[index]),
             source_text=self._text(2 * index),
             target_text=self._text(2 * index + 1),
         )
@@ -113,6 +95,11 @@ class ExampleSet:
             "text_offsets": self._text_offsets[2 * start : 2 * stop + 1],
         }
         return ExampleSet(arrays, self.report)
+
+    @property
+    def name(self) -> str:
+        """Where the examples come from, for messages."""
+        return self.report.name
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -236,7 +223,7 @@ def _cache_key(
 ) -> str:
     """Digest of everything that the examples depend on, including the code that makes them."""
     code = hashlib.sha256()
-    for module in ("cache.py", "examples.py", "files.py", "rows.py", "tokenizer.py"):
+    for module in ("cache.py", "example.py", "examples.py", "files.py", "rows.py", "tokenizer.py"):
         code.update((importlib.resources.files("bloomlm.data") / module).read_bytes())
     parts = (
         source.fingerprint(),

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example, Examples
 from bloomlm.errors import ConfigError, TrainingError
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
@@ -59,19 +59,6 @@ class Batch:
         )
 
 
-class Examples(Protocol):
-    """What a loader reads: an ExampleSet, or another sequence of examples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-    @property
-    def lengths(self) -> Sequence[int] | npt.NDArray[np.int64]:
-        """Number of tokens of each example; a loader with a TokenBudget needs it."""
-        ...
-
-
 class Batches(Protocol):
     """What training reads: a BatchLoader, or an object in its place."""
 
@@ -100,11 +87,12 @@ def collate(examples: Sequence[Example]) -> Batch:
     labels = np.full(sum(lengths), IGNORE_INDEX, dtype=np.int64)
     start, num_supervised_tokens = 0, 0
     for example, length in zip(examples, lengths, strict=True):
-        first = max(example.num_source_tokens - 1, 0)  # the last source token predicts the first target token
         tokens[start : start + length] = example.tokens[:-1]
-        labels[start + first : start + length] = example.tokens[first + 1 :]
+        for span_start, span_end in example.learned:
+            first = max(span_start - 1, 0)  # a position predicts the token after it, and nothing predicts the first
+            labels[start + first : start + span_end - 1] = example.tokens[first + 1 : span_end]
+            num_supervised_tokens += span_end - 1 - first
         start += length
-        num_supervised_tokens += length - first
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

@@ -16,7 +16,7 @@ from torch import Tensor
 from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.api import load
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example
 from bloomlm.data.loader import Batch, BatchLoader, collate
 from bloomlm.errors import first_line
 from bloomlm.generation.config import GenerationConfig
@@ -92,12 +92,7 @@ class _Subject:
         self.exact = load(MODEL, dtype=torch.float64).model
         draw = np.random.default_rng(0)
         self.examples = _Examples(
-            Example(
-                tokens=draw.integers(4, self.exact.config.vocab_size, length).astype(np.int32),
-                num_source_tokens=length // 3,
-                source_text="",
-                target_text="",
-            )
+            Example.pair(draw.integers(4, self.exact.config.vocab_size, length).astype(np.int32), length // 3)
             for length in LENGTHS
         )
         self.batch = collate(self.examples)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bloomlm.data.examples import Example
-from bloomlm.data.loader import BatchLoader, Examples
+from bloomlm.data.example import Example, Examples
+from bloomlm.data.loader import BatchLoader
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.evaluation.answer_scores import score_generations
 from bloomlm.generation.generate import generate

@@ -5,7 +5,6 @@ The result depends on flags and machine alone. Resolving resolved flags changes 
 
 import importlib.util
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -14,11 +13,8 @@ from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.formats import ForeignReading
-from bloomlm.checkpoint.writer import parse_size
-from bloomlm.data.loader import TokenBudget
 from bloomlm.errors import ConfigError
 from bloomlm.flags import reading_flags
-from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.parallel.launch import world_size
 from bloomlm.parallel.mesh import Degrees, degrees_from_flags
 from bloomlm.training.checks import (
@@ -33,20 +29,14 @@ from bloomlm.training.checks import (
     resolve_tasks,
 )
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import precision_from_flags
 from bloomlm.training.run_plan import (
-    DataPlan,
-    EvaluationPlan,
-    Interval,
     ModelPlan,
-    OutputPlan,
     ParallelPlan,
     ReportPlan,
     RunPlan,
-    TrainingPlan,
 )
-from bloomlm.training.step import StepConfig
+from bloomlm.training.sections import data_plan, evaluation_plan, output_plan, training_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +92,10 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
         parallelism=ParallelPlan(
             degrees=degrees_of(config, machine.world_size), reshard_after_forward=config.sharding == "stage3"
         ),
-        data=_data_plan(config),
-        training=_training_plan(config) if config.do_train else None,
-        evaluation=_evaluation_plan(config),
-        output=_output_plan(config),
+        data=data_plan(config),
+        training=training_plan(config) if config.do_train else None,
+        evaluation=evaluation_plan(config),
+        output=output_plan(config),
         report=ReportPlan(
             show_bar=not config.disable_tqdm,
             use_tensorboard=config.report_to == "tensorboard",
@@ -185,98 +175,6 @@ def _resolve_reports(config: TrainingConfig, machine: Machine, notices: list[str
     if config.do_train and not machine.has_tensorboard:
         notices.append("no TensorBoard files, which need pip install 'bloomlm[tensorboard]'")
     return replace(config, report_to="tensorboard" if machine.has_tensorboard else "none")
-
-
-def _data_plan(config: TrainingConfig) -> DataPlan:
-    return DataPlan(
-        dataset_name_or_path=config.dataset_name_or_path,
-        train_file=config.train_file,
-        eval_file=config.eval_file,
-        prompt_template=config.prompt_template,
-        src_length=config.src_length,
-        tgt_length=config.tgt_length,
-        show_progress=not config.disable_tqdm,
-    )
-
-
-def _training_plan(config: TrainingConfig) -> TrainingPlan:
-    budget = config.max_tokens_per_batch
-    return TrainingPlan(
-        batch_size=config.per_device_train_batch_size if budget is None else TokenBudget(budget),
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps if config.max_steps > 0 else None,
-        step=StepConfig(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            max_grad_norm=config.max_grad_norm,
-            label_smoothing=config.label_smoothing,
-            seed=config.seed,
-        ),
-        optimizer=AdamWConfig(
-            weight_decay=config.weight_decay,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            optim=config.optim,
-        ),
-        schedule=ScheduleConfig(
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            warmup_ratio=config.warmup_ratio,
-            lr_decay_ratio=config.lr_decay_ratio,
-        ),
-        logging_steps=config.logging_steps,
-        evaluate_every=_interval(config.evaluation_strategy, config.eval_steps),
-        save_every=_interval(config.save_strategy, config.save_steps),
-    )
-
-
-def _interval(strategy: str, steps: int | None) -> Interval | None:
-    return None if strategy == "no" else Interval(None if strategy == "epoch" else steps)
-
-
-def _evaluation_plan(config: TrainingConfig) -> EvaluationPlan:
-    return EvaluationPlan(
-        evaluates=bool(config.do_eval),
-        batch_size=config.per_device_eval_batch_size,
-        scores_answers=config.do_generation,
-        decoding=_decoding(config),
-        num_written_answers=config.generate_num,
-        best_metric=config.metric_for_best_model or "eval_loss",
-        greater_is_better=bool(config.greater_is_better),
-    )
-
-
-def _decoding(config: TrainingConfig) -> GenerationConfig:
-    """Greedy decoding unless the flags ask for a beam search or for sampling."""
-    top_k = config.top_k or 0 if config.select_topk else 0
-    top_p = config.top_p or 0.0
-    strategy: Strategy = Greedy()
-    if config.num_beams is not None and config.num_beams > 1:
-        penalty = 1.0 if config.length_penalty is None else config.length_penalty
-        strategy = BeamSearch(num_beams=config.num_beams, length_penalty=penalty)
-    elif top_k > 1 or top_p > 0:
-        # as a flag, top_p 0 means off; in Sampling, 1.0 keeps all tokens
-        strategy = Sampling(top_k=top_k, top_p=top_p or 1.0, seed=config.seed)
-    return GenerationConfig(
-        strategy=strategy,
-        max_new_tokens=config.tgt_length,
-        min_new_tokens=config.min_tgt_length,
-        no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
-    )
-
-
-def _output_plan(config: TrainingConfig) -> OutputPlan:
-    chosen = config.resume_from_checkpoint
-    return OutputPlan(
-        directory=Path(config.output_dir),
-        overwrites=config.overwrite_output_dir,
-        resume_from=None if chosen is None else Path(chosen),
-        save_total_limit=config.save_total_limit,
-        ends_with_best=config.load_best_model_at_end,
-        merges_adapter=config.merge_weights and config.lora,
-        max_shard_size_bytes=parse_size(config.max_shard_size),
-    )
 
 
 def _installed(package: str) -> bool:

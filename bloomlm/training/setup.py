@@ -1,7 +1,6 @@
 """What a run needs before its first step: the model with its adapter, tokenizer, examples, and the trainer."""
 
 import math
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +12,8 @@ from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.main_rank import main_first
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
-from bloomlm.data.examples import ExampleSet, load_examples
-from bloomlm.data.files import RowSource
-from bloomlm.data.loader import Batches, BatchLoader, Examples
-from bloomlm.data.splits import resolve_splits
+from bloomlm.data.example import Examples, TrainingSet
+from bloomlm.data.loader import Batches, BatchLoader
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -25,13 +22,12 @@ from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.evaluate import Evaluator
 from bloomlm.training.precision import Precision
 from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorded_adapter
-from bloomlm.training.run_plan import DataPlan, RunPlan, TrainingPlan
+from bloomlm.training.run_data import load_run_examples
+from bloomlm.training.run_plan import RunPlan, TrainingPlan
 from bloomlm.training.step import Trainer, steps_per_epoch
 from bloomlm.training.summary import describe_parameters
 from bloomlm.version import __version__
 from bloomlm.vocabulary.new_tokens import NEW_TOKENS_FILE, read_new_tokens
-
-MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,7 @@ class RunSetup:
     model: BloomForCausalLM
     """With its adapter, and divided among the ranks."""
     tokenizer: Tokenizer
-    train_examples: ExampleSet | None
+    train_examples: TrainingSet | None
     """None if the run does not train."""
     evaluator: Evaluator
     """Uses the evaluation examples, or the training examples if there are none."""
@@ -178,86 +174,4 @@ def build_trainer(
         precision=precision,
         config=training.step,
         mesh=mesh,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunExamples:
-    """The examples of a run; None for a set that the run does not need."""
-
-    train: ExampleSet | None
-    dev: ExampleSet | None
-    descriptions: tuple[str, ...]
-    """One line about each set."""
-
-    @property
-    def fingerprint(self) -> tuple[int, ...]:
-        """Sizes, and checksums of samples: they almost surely differ between ranks that read different data."""
-        found: list[int] = []
-        for examples in (self.train, self.dev):
-            if examples is None:
-                continue
-            step = max(1, len(examples) // 1000)
-            checksum = 0
-            for index in range(0, len(examples), step):
-                checksum = zlib.crc32(examples[index].tokens.tobytes(), checksum)
-            found += [len(examples), checksum]
-        return tuple(found)
-
-
-def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
-    """Load the examples that the plan names.
-
-    If the run evaluates and the data has no evaluation split, the last 5 % of the training examples, at most 1000, are
-    evaluated and not trained on.
-
-    Raises:
-        ConfigError, DataError: see resolve_splits and load_examples.
-    """
-    data, trains, evaluates = plan.data, plan.training is not None, plan.evaluation.evaluates
-    splits = resolve_splits(
-        dataset_name_or_path=data.dataset_name_or_path, train_file=data.train_file, eval_file=data.eval_file
-    )
-    if trains and splits.train is None:
-        raise ConfigError(f"{data.name} has no training examples; give --train_file or another data set")
-    holds_out = evaluates and splits.dev is None
-    if holds_out and splits.train is None:
-        raise ConfigError(f"{data.name} has no examples to evaluate on; give --eval_file")
-    train = dev = None
-    descriptions = []
-    if splits.train is not None and (trains or holds_out):
-        train = _load(splits.train, data, tokenizer)
-        if trains:
-            descriptions.append(
-                f"training: {len(train):,} examples from {train.report.name}, {train.num_tokens:,} tokens, "
-                f"{train.num_supervised_tokens:,} of them learned"
-            )
-    if splits.dev is not None and (evaluates or plan.evaluation.num_written_answers > 0):
-        dev = _load(splits.dev, data, tokenizer)
-        descriptions.append(f"evaluation: {len(dev):,} examples from {dev.report.name}")
-    if holds_out and train is not None:
-        train, dev = _hold_out(train, data)
-        descriptions.append(
-            f"evaluation: the data has no evaluation split, so the last {len(dev)} training examples are used for it "
-            "and not trained on; --eval_file names others"
-        )
-    return RunExamples(train=train, dev=dev, descriptions=tuple(descriptions))
-
-
-def _hold_out(examples: ExampleSet, data: DataPlan) -> tuple[ExampleSet, ExampleSet]:
-    """Split a set into examples to train on and examples to evaluate on."""
-    split = len(examples) - max(1, min(MOST_HELD_OUT, len(examples) // 20))
-    if split < 1:
-        raise ConfigError(f"{data.name} has one example, too few to train and evaluate; give --eval_file")
-    return examples.part(0, split), examples.part(split, len(examples))
-
-
-def _load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> ExampleSet:
-    return load_examples(
-        rows,
-        tokenizer,
-        src_length=data.src_length,
-        tgt_length=data.tgt_length,
-        prompt_template=data.prompt_template,
-        show_progress=data.show_progress,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.precision import Precision
@@ -66,12 +66,7 @@ def some_examples(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[Example]
     """Examples of random tokens."""
     generator = np.random.default_rng(5)
     return [
-        Example(
-            tokens=generator.integers(4, CONFIG.vocab_size, source + target).astype(np.int32),
-            num_source_tokens=source,
-            source_text="",
-            target_text="",
-        )
+        Example.pair(generator.integers(4, CONFIG.vocab_size, source + target).astype(np.int32), source)
         for source, target in lengths
     ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -43,12 +43,7 @@ def examples(num: int = 12, longest: int = 120) -> list[Example]:
     """Random ones, of lengths that differ, with ids that every model of these tests has."""
     draw = np.random.default_rng(5)
     return [
-        Example(
-            tokens=draw.integers(4, 250, int(source + target)).astype(np.int32),
-            num_source_tokens=int(source),
-            source_text="",
-            target_text="",
-        )
+        Example.pair(draw.integers(4, 250, int(source + target)).astype(np.int32), int(source))
         for source, target in zip(draw.integers(1, longest, num), draw.integers(2, longest, num), strict=True)
     ]
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from bloomlm.data.examples import Example, load_examples
+from bloomlm.data.example import Example
+from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import Batch, BatchLoader, TokenBudget, collate
 from bloomlm.errors import ConfigError, TrainingError
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
@@ -13,7 +14,7 @@ from tests.bloom_tokenizer import make_tokenizer
 
 
 def example(*tokens: int, source: int) -> Example:
-    return Example(tokens=np.array(tokens, dtype=np.int32), num_source_tokens=source, source_text="s", target_text="t")
+    return Example.pair(np.array(tokens, dtype=np.int32), source, source_text="s", target_text="t")
 
 
 def numbered(count: int) -> list[Example]:
@@ -23,6 +24,16 @@ def numbered(count: int) -> list[Example]:
 
 def order(batches) -> list[list[int]]:
     return [[token - 100 for token in batch.tokens.tolist() if token < 200] for batch in batches]
+
+
+def test_every_learned_span_has_labels_and_nothing_else() -> None:
+    tokens = np.array([5, 6, 7, 8, 9, 10, 11], dtype=np.int32)
+    several = Example(tokens=tokens, learned=((0, 2), (3, 4), (6, 7)), source_text="", target_text="")
+    batch = collate([several])
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 10]
+    assert batch.labels.tolist() == [6, IGNORE_INDEX, 8, IGNORE_INDEX, IGNORE_INDEX, 11]  # nothing predicts the first
+    assert batch.num_supervised_tokens == 3
+    assert several.prompt_tokens.tolist() == [5, 6, 7, 8, 9, 10]
 
 
 def test_collate_packs_and_shifts():

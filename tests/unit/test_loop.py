@@ -17,7 +17,7 @@ from torch import Tensor
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.data.examples import Example
+from bloomlm.data.example import Example
 from bloomlm.data.loader import Batch, BatchLoader, collate
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
@@ -55,12 +55,7 @@ def tiny_model(adapter: Adapter | None = None, dropout: float = 0.0, seed: int =
 def some_examples(repeats: int = 1) -> list[Example]:
     generator = np.random.default_rng(5)
     return [
-        Example(
-            tokens=generator.integers(4, V, source + target).astype(np.int32),
-            num_source_tokens=source,
-            source_text="",
-            target_text="",
-        )
+        Example.pair(generator.integers(4, V, source + target).astype(np.int32), source)
         for source, target in LENGTHS * repeats
     ]
 
@@ -330,7 +325,8 @@ def test_a_run_without_anything_to_learn_is_refused() -> None:
     model.requires_grad_(False)
     with pytest.raises(TrainingError, match="no parameter"):
         some_trainer(model)
-    example = dataclasses.replace(some_examples()[0], num_source_tokens=len(some_examples()[0].tokens))
+    tokens = some_examples()[0].tokens
+    example = Example.pair(tokens, len(tokens))
     with pytest.raises(TrainingError, match="step 1: its examples have no supervised token"):
         some_trainer(tiny_model(), examples=[example]).run_step()
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bloomlm.api import LoadedModel, load
 from bloomlm.cli.options import config_command
+from bloomlm.data.chat_template import read_chat_template
 from bloomlm.errors import BackendMissingError, ConfigError, ServingError, format_bytes
 from bloomlm.flags import DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device, joined_ranks, world_size
@@ -60,8 +61,8 @@ class ServedModel(Flags):
     served_model_name: str | None = flag(
         "model", None, "name of the model for requests  [default: --model_name_or_path or --model_prefix]"
     )
-    chat_template: Path | None = flag(
-        "model", None, "file with a Jinja template for /v1/chat/completions  [default: that of the model, if any]"
+    chat_template: str | None = flag(
+        "model", None, "Jinja template for /v1/chat/completions: a file, or plain  [default: that of the model, if any]"
     )
 
 
@@ -114,7 +115,7 @@ class ServeConfig(EngineOptions, ServedModel):
             allow_adapter_loading=self.allow_adapter_loading,
             log_prompts=self.log_prompts,
             runs_dir=self.runs,
-            chat_template=None if self.chat_template is None else _read_template(self.chat_template),
+            chat_template=None if self.chat_template is None else read_chat_template(self.chat_template),
         )
 
     def adapters(self) -> dict[str, str]:
@@ -230,13 +231,6 @@ def _write_requests_to_stdout() -> None:
     log = logging.getLogger(REQUESTS_LOG)
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat_template {path} cannot be read: {error}") from error
 
 
 def _show_banner(

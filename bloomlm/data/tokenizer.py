@@ -7,6 +7,7 @@ A text is encoded as it is: nothing is added before or after it. A special token
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ class Tokenizer:
             changed._config["added_tokens_decoder"] = {str(token_id): entry for token_id, entry in ids.items()}
         return changed
 
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with a Jinja template of conversations, which save writes."""
+        changed = copy(self)
+        changed._config = {**self._config, "chat_template": template}
+        return changed
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without added special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -154,6 +161,11 @@ class Tokenizer:
         """Ids of many texts, computed on all cores unless TOKENIZERS_PARALLELISM is false."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of many texts, and the (start, stop) of the characters that each id stands for, wholly or in part."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids, with its original spaces; bytes that are not UTF-8 become U+FFFD.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bloomlm.errors import DataError
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.serving.engine import Engine
 from bloomlm.serving.http.choices import token_names
@@ -95,7 +96,7 @@ def plan_chat(body: Mapping[str, Any], service: Service) -> Plan:
         "max_completion_tokens", body.get("max_tokens")
     ):
         raise bad_request("max_tokens is the older name of max_completion_tokens; give one of them", "max_tokens")
-    prompt = engine.tokenizer.encode(service.chat_template.render(body["messages"]))
+    prompt = engine.tokenizer.encode(_prompt_of(body["messages"], service))
     room = engine.options.max_model_len - len(prompt)
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens", max(1, room)))
     config = _config(
@@ -147,6 +148,19 @@ def _read_prompts(prompt: Any, engine: Engine) -> list[list[int]]:
             which = "the prompt" if len(prompts) == 1 else f"prompt {place} of {len(prompts)}"
             raise bad_request(f"{which} is empty; to write from nothing, send '<s>', BLOOM's first token", "prompt")
     return prompts
+
+
+def _prompt_of(messages: Sequence[Mapping[str, Any]], service: Service) -> str:
+    """The text after which the model is to answer; a content in parts becomes one text."""
+    plain = [{**message, "content": _joined(message["content"])} for message in messages]
+    try:
+        return service.chat_template.render(plain, add_generation_prompt=True)
+    except DataError as error:
+        raise bad_request(str(error), "messages") from error
+
+
+def _joined(content: str | Sequence[Mapping[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _config(body: Mapping[str, Any], *, max_new_tokens: int, num_log_probs: int | None, num: int) -> GenerationConfig:

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bloomlm.data.chat_template import ChatTemplate
 from bloomlm.serving.engine import Engine
-from bloomlm.serving.http.chat import ChatTemplate
 from bloomlm.serving.http.errors import ApiError
 from bloomlm.serving.http.metrics import Metrics
 
@@ -97,7 +97,7 @@ class Service:
                 400,
                 f"{self.options.model_name} has no chat template, so messages cannot be turned into a prompt. Use "
                 "/v1/completions, or start the server with --chat_template FILE, a Jinja template such as those in "
-                "transformers' tokenizer_config.json",
+                "transformers' tokenizer_config.json, or with --chat_template plain",
                 code="no_chat_template",
             )
         return self._chat_template

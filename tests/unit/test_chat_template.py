@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+
+from bloomlm.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_chat_template
+from bloomlm.errors import ConfigError, DataError
+from tests.bloom_tokenizer import make_tokenizer
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+CONVERSATION = [
+    {"role": "system", "content": "Be brief. "},
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "\n中é "},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "(no)"},
+]
+# Without blocks that mark the answers.
+UNMARKED = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def answers_of(template: str, messages: list[dict[str, str]] = CONVERSATION) -> tuple[str, list[str]]:
+    text, answers = ChatTemplate(template, SPECIAL).render_with_answers(messages)
+    return text, [text[start:stop] for start, stop in answers]
+
+
+def test_plain_template() -> None:
+    text, answers = answers_of(PLAIN_TEMPLATE)
+    assert text == "Be brief.\n\nUser: Who?\nAssistant: 中é</s>User: Why?\nAssistant: (no)</s>"
+    assert answers == [" 中é</s>", " (no)</s>"]
+    template = ChatTemplate(PLAIN_TEMPLATE, SPECIAL)
+    assert template.render(CONVERSATION[1:2], add_generation_prompt=True) == "User: Who?\nAssistant:"
+    assert template.render(CONVERSATION, add_generation_prompt=False) == text
+
+
+@pytest.mark.parametrize("answer", ["hello", "(a)", ".", "  the", "\nthe", "中", "-", "</s>"])
+def test_a_plain_prompt_has_the_same_tokens_before_an_answer(answer: str) -> None:
+    """Otherwise a model would be asked with other tokens than it learned from."""
+    template, tokenizer = ChatTemplate(PLAIN_TEMPLATE, SPECIAL), make_tokenizer()
+    messages = [{"role": "user", "content": "the end"}]
+    prompt = tokenizer.encode(template.render(messages, add_generation_prompt=True))
+    whole = tokenizer.encode(
+        template.render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    )
+    assert whole[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("roles", [("user", "system"), ("user", "tool"), ("system", "system")])
+def test_plain_template_refuses_other_orders(roles: tuple[str, ...]) -> None:
+    messages = [{"role": role, "content": "a"} for role in roles]
+    with pytest.raises(DataError, match="expected user and assistant messages"):
+        ChatTemplate(PLAIN_TEMPLATE, SPECIAL).render(messages, add_generation_prompt=False)
+
+
+def test_marked_answers() -> None:
+    text, answers = answers_of(MARKED)
+    assert text == "<system>Be brief. <user>Who?<assistant>\n中é </s><user>Why?<assistant>(no)</s>"
+    assert answers == ["\n中é </s>", "(no)</s>"]
+
+
+def test_nested_blocks_are_one_answer() -> None:
+    text, answers = answers_of("a{% generation %}b{% generation %}c{% endgeneration %}d{% endgeneration %}e")
+    assert (text, answers) == ("abcde", ["bcd"])
+
+
+def test_a_block_inside_a_macro_and_a_captured_text_is_found() -> None:
+    template = (
+        "{% macro say(m) %}[{% generation %}{{ m.content }}{% endgeneration %}]{% endmacro %}"
+        "{% set all %}{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}{% else %}{{ m.role }}{% endif %}"
+        "{% endfor %}{% endset %}{{ all }}"
+    )
+    text, answers = answers_of(template)
+    assert (text, answers) == ("systemuser[\n中é ]user[(no)]", ["\n中é ", "(no)"])
+
+
+def test_answers_of_a_template_without_blocks_are_found_by_prefixes() -> None:
+    text, answers = answers_of(UNMARKED)
+    assert text.startswith("<system>Be brief. </system><user>Who?</user><assistant>\n中é </assistant>")
+    assert answers == ["\n中é </assistant>", "(no)</assistant>"]
+
+
+def test_a_template_that_changes_earlier_turns_needs_blocks() -> None:
+    forgets = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
+    with pytest.raises(DataError, match=r"first 3 messages. Put \{% generation %\}"):
+        answers_of(forgets)
+
+
+def test_templates_that_are_none() -> None:
+    with pytest.raises(ConfigError, match="no Jinja template"):
+        ChatTemplate("{% for %}", SPECIAL)
+    with pytest.raises(ConfigError, match="no Jinja template"):
+        ChatTemplate("{% generation %}", SPECIAL)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].nothing.more }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for i in range(10 ** 9) %}a{% endfor %}",
+        "{{ messages.clear() }}",
+    ],
+)
+def test_a_template_that_fails_does_not_take_the_messages(template: str) -> None:
+    with pytest.raises(DataError, match="does not take these messages"):
+        ChatTemplate(template, SPECIAL).render(CONVERSATION, add_generation_prompt=True)
+
+
+def test_read_chat_template(tmp_path: Path) -> None:
+    assert read_chat_template("plain") == PLAIN_TEMPLATE
+    (tmp_path / "chat.jinja").write_text("{{ messages }}中", encoding="utf-8")
+    assert read_chat_template(str(tmp_path / "chat.jinja")) == "{{ messages }}中"
+    with pytest.raises(ConfigError, match=r"--chat_template .*missing cannot be read: .*or plain"):
+        read_chat_template(str(tmp_path / "missing"))

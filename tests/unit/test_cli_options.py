@@ -221,6 +221,17 @@ def test_every_verb_has_its_file_and_help_needs_no_torch() -> None:
         assert arguments[0] == "--version" or "finetune" in done.stdout
 
 
+def test_importing_a_verb_looks_for_no_garbage_and_switches_the_collector_on_again() -> None:
+    code = (
+        "import gc\nfrom bloomlm.cli.main import main\n"
+        "full = gc.get_stats()[2]['collections']\n"
+        "try: main(['infer', '--model_dir', 'nowhere', '--prompt', 'x'])\nexcept SystemExit: pass\n"
+        "assert gc.get_stats()[2]['collections'] - full <= 1 and gc.get_freeze_count() > 100_000 and gc.isenabled()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bloomlm_without_a_verb_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([])

@@ -16,13 +16,14 @@ from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.options import config_command
+from bloomlm.data.corpus import Piece, find_corpus
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device
-from bloomlm.vocabulary.corpus import HeldOut, Piece, find_corpus, first_pieces
 from bloomlm.vocabulary.extend import Extension, plan_extension, write_extended
 from bloomlm.vocabulary.extend_report import change_line, measure_extension, report_markdown, report_values
+from bloomlm.vocabulary.held_out import HeldOut, first_pieces
 from bloomlm.vocabulary.merges import learn_merges
 from bloomlm.vocabulary.report import number, write_report
 from bloomlm.vocabulary.selection import read_vocabulary
@@ -36,7 +37,7 @@ class ExtendConfig(Flags):
     corpus: tuple[str, ...] = flag(
         "corpus",
         REQUIRED,
-        "files or directories of .txt, .jsonl, .json or .csv to learn tokens from, or builtin:dates",
+        "files or directories of .txt, .jsonl, .json, .csv or .parquet to learn tokens from, or builtin:dates",
     )
     kept_languages_from: str | None = flag(
         "corpus",

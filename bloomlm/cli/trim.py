@@ -16,12 +16,13 @@ from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.options import config_command
+from bloomlm.data.corpus import Corpus, Piece, find_corpus
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError, format_bytes
 from bloomlm.flags import REQUIRED, DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device
-from bloomlm.vocabulary.corpus import Corpus, HeldOut, Piece, find_corpus, first_pieces
 from bloomlm.vocabulary.effects import measure_trimmed, measure_whole
+from bloomlm.vocabulary.held_out import HeldOut, first_pieces
 from bloomlm.vocabulary.report import number, write_report
 from bloomlm.vocabulary.selection import Ids, count_tokens, rank_tokens, read_vocabulary, select_tokens
 from bloomlm.vocabulary.trim import (
@@ -45,7 +46,9 @@ class TrimConfig(Flags):
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path")
     corpus: tuple[str, ...] = flag(
-        "corpus", (), "files or directories of .txt, .jsonl, .json or .csv in the languages to keep, or builtin:dates"
+        "corpus",
+        (),
+        "files or directories in the languages to keep (.txt, .jsonl, .json, .csv, .parquet), or builtin:dates",
     )
     languages_from: str | None = flag(
         "corpus", None, "directory with one file or subdirectory of such texts for each language"

@@ -1,4 +1,7 @@
-"""Rows of .jsonl, .json and .csv files, each with its line number. rows.py knows what their fields mean."""
+"""Rows of .jsonl, .json, .csv and .parquet files, each with its line number. rows.py knows what their fields mean.
+
+Files of .jsonl and .parquet are read a part at a time; those of .json and .csv fit into memory.
+"""
 
 import csv
 import hashlib
@@ -10,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bloomlm.errors import DataError
+from bloomlm.errors import ConfigError, DataError
 
 _SPACE = re.compile(r"\s*")
 _BOM = b"\xef\xbb\xbf"
+_PARQUET_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,8 @@ class FileRows:
 
     Args:
         path: a UTF-8 file, with or without a byte order mark: .jsonl (one object on each line), .json (a list of
-            objects, or one object on each line) or .csv (separated by commas, with column names in the first line).
+            objects, or one object on each line), .csv (separated by commas, with column names in the first line) or
+            .parquet (which needs pyarrow).
 
     Raises:
         DataError: the file cannot be read, or its name has another ending.
@@ -138,7 +143,26 @@ def _read_csv(path: Path) -> Iterator[Row]:
             yield Row(fields=dict(zip(names, cells, strict=True)), where=f"{path}, line {line}")
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow  # comes with an extra
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: to read .parquet needs: pip install 'bloomlm[datasets]'") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(fields=fields, where=f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet after row {number} ({error}); write it again") from error
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+ROW_SUFFIXES = tuple(_READERS)
+"""The endings of files of rows."""
 
 
 def _csv_names(cells: list[str], where: str) -> list[str]:

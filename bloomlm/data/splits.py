@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bloomlm.data.files import FileRows, Row, RowSource
+from bloomlm.data.files import ROW_SUFFIXES, FileRows, Row, RowSource
 from bloomlm.errors import ConfigError, DataError
 
 BUILTIN_PREFIX = "builtin:"
 
-_SUFFIXES = (".jsonl", ".json", ".csv")
 # The names that a split may have; directories of files and the hub name the dev split differently.
 _SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -68,7 +67,8 @@ def open_dataset(name_or_path: str) -> DatasetSplits:
 
     Args:
         name_or_path: `builtin:NAME`; a directory with train, dev (or validation, valid) and test files ending in
-            .jsonl, .json or .csv, of which some may be missing; or a hub name, `NAME` or `NAME:CONFIGURATION`.
+            .jsonl, .json, .csv or .parquet, of which some may be missing; or a hub name, `NAME` or
+            `NAME:CONFIGURATION`.
 
     Raises:
         ConfigError: it is a hub name, and the `datasets` extra is not installed.
@@ -99,7 +99,7 @@ def _open_builtin(name: str) -> DatasetSplits:
 def _open_directory(directory: Path) -> DatasetSplits:
     found: dict[str, RowSource] = {}
     for split, names in _SPLIT_NAMES.items():
-        paths = [directory / (name + suffix) for name in names for suffix in _SUFFIXES]
+        paths = [directory / (name + suffix) for name in names for suffix in ROW_SUFFIXES]
         present = [path for path in paths if path.is_file()]
         if len(present) > 1:
             listed = ", ".join(path.name for path in present)
@@ -107,7 +107,9 @@ def _open_directory(directory: Path) -> DatasetSplits:
         if present:
             found[split] = FileRows(present[0])
     if not found:
-        raise DataError(f"{directory}: it has no split; expected train.jsonl, dev.jsonl or test.jsonl (or .json, .csv)")
+        raise DataError(
+            f"{directory}: it has no split; expected train, dev or test with the ending {', '.join(ROW_SUFFIXES)}"
+        )
     return DatasetSplits(**found)
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bloomlm.checkpoint.output import Report, no_report
+from bloomlm.data.corpus import Piece
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.vocabulary.corpus import Piece
 from bloomlm.vocabulary.embedding import changed_model
 from bloomlm.vocabulary.measure import Fit, measure
 from bloomlm.vocabulary.selection import Ids

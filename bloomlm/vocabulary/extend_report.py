@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bloomlm.checkpoint.output import Report
+from bloomlm.data.corpus import Piece
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
-from bloomlm.vocabulary.corpus import Piece
 from bloomlm.vocabulary.embedding import changed_model
 from bloomlm.vocabulary.extend import Extension
 from bloomlm.vocabulary.measure import Fit, measure

@@ -16,11 +16,11 @@ from itertools import groupby
 import torch
 
 from bloomlm.checkpoint.output import Report, no_report
+from bloomlm.data.corpus import Piece
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
 from bloomlm.parallel.vocabulary_scores import LabelScores, score_labels
-from bloomlm.vocabulary.corpus import Piece
 
 BATCH_TOKENS = 2048
 # Scripts that write no spaces between words; each of their characters counts as a word.

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomlm.data.corpus import Piece
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
-from bloomlm.vocabulary.corpus import Piece
 
 Ids = NDArray[np.int64]
 _BATCH_PIECES = 1024

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from bloomlm.data import files
 from bloomlm.data.files import FileRows, Row
 from bloomlm.data.rows import PromptTemplate, TextPair, read_pair, read_source
 from bloomlm.data.splits import HubRows, open_dataset, resolve_splits
@@ -213,7 +214,7 @@ def test_damaged_files_say_line_and_reason(tmp_path, name, content, message):
 
 
 def test_files_with_another_ending_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"ends in \.jsonl, \.json, \.csv, not in '\.txt'"):
+    with pytest.raises(DataError, match=r"ends in \.jsonl, \.json, \.csv, \.parquet, not in '\.txt'"):
         FileRows(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(No such file or directory\)"):
         FileRows(tmp_path / "a.jsonl")
@@ -264,7 +265,7 @@ def test_directory_with_other_names(tmp_path):
 
 
 def test_missing_data_sets_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"it has no split; expected train\.jsonl"):
+    with pytest.raises(DataError, match=r"it has no split; expected train, dev or test"):
         open_dataset(str(tmp_path))
     with pytest.raises(DataError, match="nowhere: no such directory"):
         open_dataset(str(tmp_path / "nowhere"))
@@ -368,3 +369,20 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
         TextPair(source="Question: How tall is the Eiffel tower?\nAnswer:", target=" 330 metres.")
     ]
     assert open_dataset(str(tmp_path / "mydata")).dev is not None
+
+
+def test_parquet_rows_are_those_of_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(files, "_PARQUET_ROWS", 2)
+    expected = [{"src": f"{number}", "tgt": "x", "notes": [number]} for number in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(expected), tmp_path / "a.parquet")
+    found = list(FileRows(tmp_path / "a.parquet").rows())
+    assert [dict(row.fields) for row in found] == expected
+    assert [row.where.removeprefix(str(tmp_path)) for row in found][3:] == ["/a.parquet, row 4", "/a.parquet, row 5"]
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 is not enough")
+    with pytest.raises(DataError, match=r"b\.parquet: cannot be read as Parquet after row 0"):
+        list(FileRows(tmp_path / "b.parquet").rows())
+    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+        FileRows(tmp_path / "c.parquet")

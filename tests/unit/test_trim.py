@@ -14,10 +14,10 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.api import load
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.cli.main import main
+from bloomlm.data.corpus import Piece, find_corpus
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.config import BloomConfig
-from bloomlm.vocabulary.corpus import Piece, find_corpus
 from bloomlm.vocabulary.effects import measure_trimmed, measure_whole
 from bloomlm.vocabulary.embedding import changed_model, mean_row
 from bloomlm.vocabulary.selection import (

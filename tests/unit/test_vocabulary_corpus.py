@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bloomlm.api import load
+from bloomlm.data import corpus
+from bloomlm.data.corpus import CORPUS, Piece, find_corpus, split_text
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
-from bloomlm.vocabulary import corpus
-from bloomlm.vocabulary.corpus import CORPUS, HeldOut, Piece, find_corpus, split_text
+from bloomlm.vocabulary.held_out import HeldOut
 from bloomlm.vocabulary.measure import Fit, measure, total
 from bloomlm.vocabulary.report import compare_fits, fit_table
 from tests.bloom_tokenizer import make_tokenizer
@@ -84,7 +85,7 @@ def test_rows_and_languages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a.parquet": "x"}, "no file in it ends in .txt"),
+        ({"a.rst": "x"}, "no file in it ends in .txt"),
         ({"a.txt": b"\xff"}, "not UTF-8"),
         ({"a.jsonl": '{"text": 3}'}, "'text' is int"),
         ({"a.jsonl": '{"text": "\\ud800"}'}, "half of a surrogate pair"),
@@ -99,10 +100,10 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path, content: dict, message:
 
 
 def test_missing_files_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_text("x")
+    (tmp_path / "a.rst").write_text("x")
     for names, message in [
         ([str(tmp_path / "none")], "no such file"),
-        ([str(tmp_path / "a.parquet")], "write other kinds, such as .parquet, as .jsonl"),
+        ([str(tmp_path / "a.rst")], "write other kinds as .jsonl"),
         ([], "no corpus is named"),
         (["builtin:none"], "there is builtin:dates"),
     ]:
@@ -159,3 +160,17 @@ def test_comparisons_as_values_and_as_a_table() -> None:
     assert lines[4].startswith("| all | 20 | 1.500 | 1.750 | 1.0000 | 1.0500 |")
     unscored = Fit(num_bytes=10, num_words=4, num_tokens=6)
     assert fit_table(compare_fits({"en": unscored}, {"en": unscored})).splitlines()[2].endswith("| - | - | - |")
+
+
+def test_pieces_say_where_a_document_ends(tmp_path: Path) -> None:
+    long = whole_texts()["en"][:5000]
+    (tmp_path / "a.txt").write_text(long, newline="")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", long, "")))
+    (tmp_path / "c.txt").write_text("")
+    documents, joined = [], ""
+    for piece in find_corpus([str(tmp_path)]).pieces():
+        joined += piece.text
+        if piece.ends_document:
+            documents.append(joined)
+            joined = ""
+    assert documents == [long, "one", long] and not joined

@@ -1,20 +1,20 @@
-"""The texts of files, in short pieces that are tokenized as the whole text is, and a share of them held out.
+"""The texts of files, in short pieces that are tokenized as the whole text is.
+
+A .txt file is one document; in other files each row holds one.
 
 A corpus may be larger than memory: files are read a block at a time. A piece ends before a word, at a place where
 BLOOM's tokenizer starts a new word anyway, so that the tokens of the pieces are those of the text; only a run of
 thousands of characters without such a place is cut inside. Pieces are short so that many can be encoded in parallel,
-and so that each is a context of its own when a model is measured on it.
+and so that each can be a context of its own when a model is measured on it.
 """
 
 import importlib.resources
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bloomlm.checkpoint.output import Report, no_report
-from bloomlm.data.files import FileRows, Row
+from bloomlm.data.files import ROW_SUFFIXES, FileRows, Row, RowSource
 from bloomlm.data.rows import read_pair
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import DataError
@@ -23,10 +23,7 @@ CORPUS = "corpus"
 """The language of texts for which none is named."""
 PIECE_CHARACTERS = 1024
 LONGEST_PIECE_CHARACTERS = 8 * PIECE_CHARACTERS
-HELD_OUT_SHARE = 16
-"""One text in so many is held out, until there are enough bytes."""
 TEXT_SUFFIX = ".txt"
-ROW_SUFFIXES = (".jsonl", ".json", ".csv")
 _BLOCK_CHARACTERS = 2**20
 # Places before a word: after a line end, before a space, or after one of the marks that BLOOM's expression cuts at.
 _BEFORE_LINE = re.compile(r"(?<=\n)(?=\w)")
@@ -35,10 +32,12 @@ _BEFORE_WORD = re.compile("(?<=\\w)(?= \\w)|(?<=[.,!?\u2026\u3002\uff0c\u3001\u0
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a text."""
+    """A piece of a document."""
 
     language: str
     text: str
+    ends_document: bool = True
+    """Whether the next piece belongs to another document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class Corpus:
         """Size of all files; what `pieces` reports in total."""
         return sum(path.stat().st_size for _, path in self.files)
 
-    def pieces(self, report: Report = no_report) -> Iterator[Piece]:
+    def pieces(self, report: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Piece]:
         """All texts in order, in pieces.
 
         Args:
@@ -64,8 +63,7 @@ class Corpus:
         """
         for language, path in self.files:
             size_bytes, done = path.stat().st_size, 0
-            read = _text_blocks if path.suffix.lower() == TEXT_SUFFIX else _row_texts
-            for piece in read(path, language):
+            for piece in file_pieces(path, language, _texts_of):
                 now = min(size_bytes - done, len(piece.text.encode("utf-8", "surrogatepass")))
                 done += now
                 report(now)
@@ -84,52 +82,17 @@ def find_corpus(names: Sequence[str] = (), languages_from: str | None = None) ->
     Raises:
         DataError: something named does not exist, holds no text, or is of a kind that is not read.
     """
-    files = [(CORPUS, path) for name in names for path in _files_of(_path_of(name))]
+    files = [(CORPUS, path) for name in names for path in corpus_files(_path_of(name))]
     if languages_from is not None:
         directory = _path_of(languages_from)
         if not directory.is_dir():
             raise DataError(f"{directory}: no such directory; expected one with a file or a subdirectory a language")
         for entry in sorted(directory.iterdir()):
             if not entry.name.startswith("."):
-                files += [(entry.stem if entry.is_file() else entry.name, path) for path in _files_of(entry)]
+                files += [(entry.stem if entry.is_file() else entry.name, path) for path in corpus_files(entry)]
     if not files:
         raise DataError("no corpus is named, or it holds no files")
     return Corpus(files=tuple(files))
-
-
-@dataclass
-class HeldOut:
-    """Takes some pieces out of a corpus, chosen by a digest of their text, so that a repeated text is taken as one.
-
-    Args:
-        bytes_per_language: how much to take of each language at most.
-    """
-
-    bytes_per_language: int
-    pieces: list[Piece] = field(default_factory=list)
-    """What has been taken so far."""
-
-    def rest(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces that stay."""
-        taken: dict[str, int] = {}
-        for piece in pieces:
-            encoded = piece.text.encode()
-            num_bytes = taken.get(piece.language, 0) + len(encoded)
-            if zlib.crc32(encoded) % HELD_OUT_SHARE or num_bytes > self.bytes_per_language:
-                yield piece
-            else:
-                taken[piece.language] = num_bytes
-                self.pieces.append(piece)
-
-
-def first_pieces(corpus: Corpus, bytes_per_language: int) -> list[Piece]:
-    """The first pieces of each language, up to a number of bytes."""
-    pieces, taken = list[Piece](), dict[str, int]()
-    for piece in corpus.pieces():
-        taken[piece.language] = taken.get(piece.language, 0) + len(piece.text.encode())
-        if taken[piece.language] <= bytes_per_language:
-            pieces.append(piece)
-    return pieces
 
 
 def split_text(text: str, *, is_last: bool = True) -> tuple[list[str], str]:
@@ -163,34 +126,73 @@ def _piece_end(text: str, start: int) -> int:
     return later.start() if later else min(len(text), start + LONGEST_PIECE_CHARACTERS)
 
 
+def file_pieces(path: Path, language: str, texts_of: Callable[[Row], tuple[str, ...]]) -> Iterator[Piece]:
+    """The documents of one file in order, in pieces.
+
+    Args:
+        path: a file that ends in .txt, or one of rows.
+        language: of its texts.
+        texts_of: the texts of a row, each a document.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or has a row without text.
+    """
+    if path.suffix.lower() == TEXT_SUFFIX:
+        return _text_blocks(path, language)
+    return row_pieces(FileRows(path), language, texts_of)
+
+
+def row_pieces(rows: RowSource, language: str, texts_of: Callable[[Row], tuple[str, ...]]) -> Iterator[Piece]:
+    """As file_pieces, of rows; a row with a field `lang` has that language instead."""
+    for row in rows.rows():
+        own = row.fields.get("lang")
+        name = own if isinstance(own, str) and own else language
+        for text in texts_of(row):
+            yield from _last_ends(Piece(name, piece, ends_document=False) for piece in split_text(text)[0])
+
+
 def _text_blocks(path: Path, language: str) -> Iterator[Piece]:
     rest = ""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             while block := file.read(_BLOCK_CHARACTERS):
                 pieces, rest = split_text(rest + block, is_last=False)
-                yield from (Piece(language, piece) for piece in pieces)
+                yield from (Piece(language, piece, ends_document=False) for piece in pieces)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    yield from (Piece(language, piece) for piece in split_text(rest)[0])
+    yield from _last_ends(Piece(language, piece, ends_document=False) for piece in split_text(rest)[0])
 
 
-def _row_texts(path: Path, language: str) -> Iterator[Piece]:
-    for row in FileRows(path).rows():
-        own = row.fields.get("lang")
-        name = own if isinstance(own, str) and own else language
-        for text in _texts_of(row):
-            yield from (Piece(name, piece) for piece in split_text(text)[0])
+def _last_ends(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces, the last of which ends its document."""
+    last = next(pieces, None)
+    for piece in pieces:
+        assert last is not None
+        yield last
+        last = piece
+    if last is not None:
+        yield replace(last, ends_document=True)
 
 
 def _texts_of(row: Row) -> tuple[str, ...]:
+    if "text" in row.fields:
+        return (text_of(row),)
+    pair = read_pair(row)
+    return pair.source, pair.target
+
+
+def text_of(row: Row) -> str:
+    """The field `text` of a row.
+
+    Raises:
+        DataError: it is missing, or is not text.
+    """
     if "text" not in row.fields:
-        pair = read_pair(row)
-        return pair.source, pair.target
+        raise DataError(f"{row.where}: found the fields {', '.join(row.fields) or 'none'}, expected 'text'")
     text = row.fields["text"]
     if not isinstance(text, str):
         raise DataError(f"{row.where}: 'text' is {type(text).__name__} {text!r:.40}, expected text")
@@ -198,7 +200,7 @@ def _texts_of(row: Row) -> tuple[str, ...]:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{row.where}: 'text' holds half of a surrogate pair, which is no character") from error
-    return (text,)
+    return text
 
 
 def _path_of(name: str) -> Path:
@@ -210,7 +212,12 @@ def _path_of(name: str) -> Path:
     return Path(name).expanduser()
 
 
-def _files_of(path: Path) -> list[Path]:
+def corpus_files(path: Path) -> list[Path]:
+    """The files of a corpus: `path` itself, or those of a directory, at any depth and in order of their names.
+
+    Raises:
+        DataError: there is no such file, or it is of a kind that is not read.
+    """
     known = (TEXT_SUFFIX, *ROW_SUFFIXES)
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
@@ -223,6 +230,6 @@ def _files_of(path: Path) -> list[Path]:
     if path.suffix.lower() not in known:
         raise DataError(
             f"{path}: a corpus is read from files that end in {', '.join(known)}, not in {path.suffix!r}; "
-            "write other kinds, such as .parquet, as .jsonl with a field 'text'"
+            "write other kinds as .jsonl with a field 'text'"
         )
     return [path]

@@ -8,7 +8,8 @@ from safetensors.numpy import load_file
 
 import bloomlm.data.cache
 import bloomlm.data.examples
-from bloomlm.data.examples import ExampleSet, load_examples
+from bloomlm.data.example_set import ExampleSet
+from bloomlm.data.examples import load_examples
 from bloomlm.data.files import FileRows
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.files.cache_directory import default_cache_dir
@@ -120,7 +121,8 @@ def test_cache_file_is_a_safetensors_file(tmp_path, cache):
     (file,) = cache.rglob("*.safetensors")
     arrays = load_file(file)
     assert arrays["token_offsets"].tolist() == [0, 4, 10, 14]
-    assert arrays["num_source_tokens"].tolist() == [2, 3, 1]
+    assert arrays["spans"].tolist() == [[2, 4], [3, 6], [1, 4]]
+    assert arrays["span_offsets"].tolist() == [0, 1, 2, 3]
     assert arrays["tokens"].dtype == np.int32
 
 

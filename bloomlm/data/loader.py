@@ -10,9 +10,9 @@ Nothing is predicted from the closing </s>, so the model does not read it:
 A batch holds a number of examples, or as many as fit into a budget of tokens (TokenPlan).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -49,13 +49,12 @@ class Batch:
     num_supervised_tokens: int
     """Number of positions that have a label."""
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on a device."""
-        return Batch(
+        return replace(
+            self,
             tokens=self.tokens.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            lengths=self.lengths,
-            num_supervised_tokens=self.num_supervised_tokens,
         )
 
 
@@ -80,7 +79,15 @@ class Batches(Protocol):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pack examples, each of at least two tokens, into one batch in their order."""
+    """Pack examples, each of at least two tokens, into one batch in their order.
+
+    Without examples, the batch has a token and no label: for a rank that has no examples left but must take part in
+    every exchange.
+    """
+    if not examples:
+        return Batch(
+            tokens=torch.tensor([0]), labels=torch.tensor([IGNORE_INDEX]), lengths=(1,), num_supervised_tokens=0
+        )
     lengths = tuple(len(example.tokens) - 1 for example in examples)
     assert min(lengths) > 0
     tokens = np.empty(sum(lengths), dtype=np.int64)
@@ -170,6 +177,7 @@ class BatchLoader:
         dp_degree: number of data-parallel ranks. Each of them gets one of this many successive batches. If an epoch
             ends with fewer, the last ranks get one token without a label. Position and length count for all ranks.
         dp_rank: number of this rank.
+        collate: makes a batch of examples; without examples, one that changes nothing.
 
     Raises:
         ConfigError: batch_size or the number of examples is below 1, or seed is negative.
@@ -184,6 +192,7 @@ class BatchLoader:
         seed: int = 0,
         dp_degree: int = 1,
         dp_rank: int = 0,
+        collate: Callable[[Sequence[Example]], Batch] = collate,
     ) -> None:
         budget = batch_size.max_tokens if isinstance(batch_size, TokenBudget) else batch_size
         if budget < 1 or len(examples) < 1 or seed < 0:
@@ -200,6 +209,7 @@ class BatchLoader:
         self._shuffle = shuffle
         self._seed = seed
         self._dp_degree, self._dp_rank = dp_degree, dp_rank
+        self._collate = collate
         self._epoch = 0
         self._position = 0
 
@@ -225,7 +235,7 @@ class BatchLoader:
                 stop = min(self._end_of_batch(position, ends), len(order))
                 chosen = order[position:stop] if dp_rank == self._dp_rank else chosen
                 position = stop
-            batch = collate([self._examples[int(index)] for index in chosen]) if len(chosen) else self._idle_batch()
+            batch = self._collate([self._examples[int(index)] for index in chosen])
             # moved before the batch is yielded, so that a state saved meanwhile does not repeat it
             self._position = position
             if self._position >= len(order):
@@ -265,11 +275,6 @@ class BatchLoader:
             later = np.searchsorted(ends, position, side="right")
             return int(ends[later]) if later < len(ends) else position
         return position + self._batch_size
-
-    def _idle_batch(self) -> Batch:
-        """A batch without labels, for a rank that has no examples left but must take part in every exchange."""
-        token = torch.from_numpy(self._examples[0].tokens[:1].astype(np.int64))
-        return Batch(tokens=token, labels=torch.tensor([IGNORE_INDEX]), lengths=(1,), num_supervised_tokens=0)
 
     def _epoch_plan(self, epoch: int) -> tuple[Indices, Indices]:
         """The examples of an epoch in their order, and the end of each batch of a TokenPlan."""

@@ -22,7 +22,7 @@ from bloomlm.errors import first_line
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.training.losses import batch_loss
+from bloomlm.training.objectives.cross_entropy import batch_loss
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer

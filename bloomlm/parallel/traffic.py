@@ -20,7 +20,7 @@ from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.plan import GRADIENT_BYTES, Workload, block_linears, rank_numel
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
-_FP32, _FP64, _INT64 = 4, 8, 8
+_FP32, _FP64, _FP64 = 4, 8, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def step_traffic(
         found.append(_replicated(model, degrees, 1))
     if degrees.dp > 1:
         axes = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
-        counts = 2 * _INT64 + _FP32  # tokens, tokens with a label, loss
+        counts = 3 * _FP64 + _FP32  # tokens, tokens with a label, terms of the loss; loss
         found += [_all_reduce("counts and loss", axis, k, counts, counts) for axis, k in axes.items() if k > 1]
     if degrees.world_size > 1:
         found.append(_all_reduce("gradient norm", "all", degrees.world_size, _FP64, _FP64))

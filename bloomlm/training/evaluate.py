@@ -1,4 +1,4 @@
-"""Evaluation during and after training: loss, token accuracy, and on request the scores of generated answers."""
+"""Evaluation during and after training: the objective's metrics, and on request the scores of generated answers."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.objectives.base import Objective
 from bloomlm.training.precision import Precision
 from bloomlm.training.run_plan import EvaluationPlan
 
@@ -28,6 +28,7 @@ class Evaluator:
     examples: Examples
     """At least one example."""
     plan: EvaluationPlan
+    objective: Objective
     precision: Precision
     """Number formats for the loss; answers are generated in the precision of the weights."""
     mesh: Mesh = ALONE
@@ -48,13 +49,9 @@ class Evaluator:
             shuffle=False,
             dp_degree=self.mesh.degrees.dp,
             dp_rank=self.mesh.dp_rank,
+            collate=self.objective.collate,
         )
-        result = evaluate_loss(self.model, batches, self.precision, self.mesh)
-        metrics: dict[str, Any] = {
-            "eval_loss": result.loss,
-            "eval_ppl": result.perplexity,
-            "eval_accuracy": result.token_accuracy,
-        }
+        metrics: dict[str, Any] = self.objective.evaluate(self.model, batches, self.precision, self.mesh)
         if self.plan.scores_answers:
             examples = [self.examples[index] for index in range(len(self.examples))]
             scores = score_generations(self._answers(examples), [example.target_text for example in examples])

@@ -85,8 +85,11 @@ class TrainingRun:
         plan, mesh = setup.plan, setup.mesh
         self._setup = setup
         self._num_examples = len(setup.train_examples)
-        self._meter = BatchMeter(load_batches(training, setup.train_examples, mesh), StepFlops(setup.model))
-        trainer = self._trainer = build_trainer(training, setup.model, self._meter, plan.precision, mesh)
+        batches = load_batches(training, setup.train_examples, plan.objective, mesh)
+        self._meter = BatchMeter(batches, StepFlops(setup.model))
+        trainer = self._trainer = build_trainer(
+            training, setup.model, self._meter, plan.objective, plan.precision, mesh
+        )
         self._peak_flops = measure_peak_flops(trainer.device, plan.precision.compute_dtype)
         per_epoch, max_steps = trainer.steps_per_epoch, trainer.schedule.max_steps
         self._loop = LoopConfig(

@@ -154,6 +154,7 @@ def _step_log(trainer: Trainer, result: StepResult, speed: _Stopwatch, max_steps
         loss_scale=None if trainer.loss_scale is None else trainer.loss_scale.value,
         peak_memory_bytes=peak_memory_bytes(trainer.device),
         eta_seconds=(max_steps - trainer.step) * speed.seconds / speed.steps,
+        metrics=trainer.objective.metrics(trainer.window.sums) if trainer.window.loss_terms else {},
     )
 
 

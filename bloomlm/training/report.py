@@ -62,6 +62,7 @@ class Reporter:
             "step": log.step,
             "epoch": round(log.epoch, 4),
             "loss": log.loss,
+            **log.metrics,
             "learning_rate": log.learning_rate,
             "grad_norm": log.grad_norm,
             "tokens_per_second": round(log.tokens_per_second, 1),

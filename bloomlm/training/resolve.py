@@ -29,6 +29,7 @@ from bloomlm.training.checks import (
     resolve_tasks,
 )
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.objectives.cross_entropy import CrossEntropy
 from bloomlm.training.precision import precision_from_flags
 from bloomlm.training.run_plan import (
     ModelPlan,
@@ -93,6 +94,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             degrees=degrees_of(config, machine.world_size), reshard_after_forward=config.sharding == "stage3"
         ),
         data=data_plan(config),
+        objective=CrossEntropy(label_smoothing=config.label_smoothing),
         training=training_plan(config) if config.do_train else None,
         evaluation=evaluation_plan(config),
         output=output_plan(config),

@@ -26,7 +26,7 @@ class StepResult:
     step: int
     """Number of steps done, this one included."""
     loss: float
-    """Mean over the supervised tokens of the step."""
+    """Mean over the terms of the step: its supervised tokens, or what the objective says."""
     learning_rate: float
     """Learning rate of this update."""
     grad_norm: float
@@ -35,6 +35,10 @@ class StepResult:
     """Number of tokens."""
     num_supervised_tokens: int
     """Number of tokens that have a label."""
+    num_terms: float
+    """Number of terms of the loss."""
+    sums: Mapping[str, float]
+    """The objective's sums, from which it computes its metrics."""
     skipped: str | None
     """Why the weights were not updated; None if they were."""
     step_seconds: float
@@ -46,9 +50,11 @@ class Totals:
     """Sums over steps; saved in checkpoints."""
 
     loss: float = 0.0
-    """Sum of the losses of supervised tokens, over the steps that updated the weights."""
-    loss_tokens: int = 0
-    """Number of tokens in that sum."""
+    """Sum of the losses of all terms, over the steps that updated the weights."""
+    loss_terms: float = 0
+    """Number of terms in that sum."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """The objective's sums, over the same steps."""
     tokens: int = 0
     supervised_tokens: int = 0
     """Number of tokens that have a label, over all steps."""
@@ -60,15 +66,16 @@ class Totals:
         self.tokens += result.num_tokens
         self.supervised_tokens += result.num_supervised_tokens
         if result.skipped is None:
-            self.loss += result.loss * result.num_supervised_tokens
-            self.loss_tokens += result.num_supervised_tokens
+            self.loss += result.loss * result.num_terms
+            self.loss_terms += result.num_terms
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in result.sums.items()}
         else:
             self.skipped_steps += 1
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss per supervised token; NaN if there is none."""
-        return self.loss / self.loss_tokens if self.loss_tokens else math.nan
+        """Mean loss per term; NaN if there is none."""
+        return self.loss / self.loss_terms if self.loss_terms else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +87,7 @@ class StepLog:
     epoch: float
     """Number of epochs done."""
     loss: float
-    """Mean over the supervised tokens of steps that updated the weights; NaN if none did."""
+    """Mean over the terms of steps that updated the weights; NaN if none did."""
     learning_rate: float
     """Learning rate of the last step."""
     grad_norm: float
@@ -99,6 +106,8 @@ class StepLog:
     """Largest use so far of the GPU's memory, or on a CPU of the memory of the process."""
     eta_seconds: float
     """Time of the remaining steps at this speed."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The objective's metrics over the steps that updated the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +119,7 @@ class TrainResult:
     interrupted: bool
     """Whether SIGTERM ended the loop after a step that was saved; then exit with SIGTERM_EXIT_CODE."""
     train_loss: float
-    """Mean over the supervised tokens of the whole run."""
+    """Mean over the terms of the whole run."""
     train_seconds: float
     """Time that this process spent in steps."""
     num_steps: int

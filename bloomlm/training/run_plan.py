@@ -11,6 +11,7 @@ from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.objectives.base import Objective
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig
@@ -180,6 +181,8 @@ class RunPlan:
     """Number formats."""
     parallelism: ParallelPlan
     data: DataPlan
+    objective: Objective
+    """What is minimised, and evaluated."""
     training: TrainingPlan | None
     """None: the model is only evaluated."""
     evaluation: EvaluationPlan

@@ -37,7 +37,6 @@ def training_plan(config: TrainingConfig) -> TrainingPlan:
         step=StepConfig(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             max_grad_norm=config.max_grad_norm,
-            label_smoothing=config.label_smoothing,
             seed=config.seed,
         ),
         optimizer=AdamWConfig(

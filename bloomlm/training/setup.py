@@ -20,6 +20,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.evaluate import Evaluator
+from bloomlm.training.objectives.base import Objective
 from bloomlm.training.precision import Precision
 from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorded_adapter
 from bloomlm.training.run_data import load_run_examples
@@ -83,7 +84,7 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
         model=model,
         tokenizer=tokenizer,
         train_examples=examples.train if plan.training is not None else None,
-        evaluator=Evaluator(model, tokenizer, to_evaluate, plan.evaluation, plan.precision, mesh),
+        evaluator=Evaluator(model, tokenizer, to_evaluate, plan.evaluation, plan.objective, plan.precision, mesh),
         resume_point=resume_point,
         console=console,
     )
@@ -148,7 +149,7 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     return model
 
 
-def load_batches(training: TrainingPlan, examples: Examples, mesh: Mesh = ALONE) -> BatchLoader:
+def load_batches(training: TrainingPlan, examples: Examples, objective: Objective, mesh: Mesh = ALONE) -> BatchLoader:
     """This rank's batches of the training examples."""
     return BatchLoader(
         examples,
@@ -157,11 +158,17 @@ def load_batches(training: TrainingPlan, examples: Examples, mesh: Mesh = ALONE)
         seed=training.step.seed,
         dp_degree=mesh.degrees.dp,
         dp_rank=mesh.dp_rank,
+        collate=objective.collate,
     )
 
 
 def build_trainer(
-    training: TrainingPlan, model: BloomForCausalLM, batches: Batches, precision: Precision, mesh: Mesh = ALONE
+    training: TrainingPlan,
+    model: BloomForCausalLM,
+    batches: Batches,
+    objective: Objective,
+    precision: Precision,
+    mesh: Mesh = ALONE,
 ) -> Trainer:
     """The trainer before its first step, with a schedule for the length of this run."""
     per_epoch = steps_per_epoch(len(batches), training.step.gradient_accumulation_steps)
@@ -173,5 +180,6 @@ def build_trainer(
         schedule=training.schedule.over(max_steps),
         precision=precision,
         config=training.step,
+        objective=objective,
         mesh=mesh,
     )

@@ -1,10 +1,10 @@
 """One training step. It is the same for full tuning and all adapters, which differ in what requires a gradient.
 
 A step updates the weights from gradient_accumulation_steps microbatches. All are fetched before the first one is
-computed, so that the loss is the mean over their supervised tokens, as for one large batch. The last step of an epoch
-takes the microbatches that are left. Every step seeds dropout from (seed, step), so a run that resumes does not need
-the random state of earlier steps. Nothing here reads or writes files: Trainer.state and Trainer.load_state exchange
-values.
+computed, so that the loss is the mean over their terms, as for one large batch (objectives/base.py). The last step of
+an epoch takes the microbatches that are left. Every step seeds dropout from (seed, step), so a run that resumes does
+not need the random state of earlier steps. Nothing here reads or writes files: Trainer.state and Trainer.load_state
+exchange values.
 """
 
 import logging
@@ -23,7 +23,8 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
 from bloomlm.parallel.layout import global_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.training.losses import batch_loss
+from bloomlm.training.objectives.base import Objective
+from bloomlm.training.objectives.cross_entropy import CROSS_ENTROPY
 from bloomlm.training.optimizer import AdamWConfig, Schedule, build_optimizer, optimizer_tensors, set_learning_rate
 from bloomlm.training.precision import LearnedParameters, LossScale, Precision, reason_to_skip
 from bloomlm.training.results import StepResult, Totals
@@ -42,8 +43,6 @@ class StepConfig:
     """Number of microbatches of a step."""
     max_grad_norm: float = 1.0
     """Norm to which the gradients are clipped; 0 turns clipping off."""
-    label_smoothing: float = 0.0
-    """Probability that is spread over the whole vocabulary in the targets."""
     seed: int = 42
     """Seed of dropout."""
 
@@ -58,6 +57,7 @@ class Trainer:
         schedule: learning rate of each step.
         precision: number formats.
         config: how gradients become an update.
+        objective: what is minimised.
         mesh: the ranks among which model and batches are divided; every rank must make each call.
 
     Raises:
@@ -73,6 +73,7 @@ class Trainer:
         schedule: Schedule,
         precision: Precision,
         config: StepConfig,
+        objective: Objective = CROSS_ENTROPY,
         mesh: Mesh = ALONE,
     ) -> None:
         self.model = model
@@ -81,6 +82,7 @@ class Trainer:
         self.schedule = schedule
         self.precision = precision
         self.config = config
+        self.objective = objective
         self.step = 0
         self.totals = Totals()
         """Sums since the run began, including steps of earlier processes."""
@@ -116,13 +118,13 @@ class Trainer:
             TrainingError: the tenth NaN or infinite loss in a row, or a step without supervised tokens.
         """
         start = time.perf_counter()
-        microbatches = self._next_microbatches()
-        num_tokens, num_supervised_tokens = self._count_tokens(microbatches)
+        microbatches = [batch.to(self.device) for batch in self._next_microbatches()]
+        num_tokens, num_supervised_tokens, step_sums = self._sum_up(microbatches)
         if num_supervised_tokens == 0:
             raise TrainingError(f"step {self.step + 1}: its examples have no supervised token; check the targets")
         torch.manual_seed(step_seed(self.config.seed, self.step, self.mesh.dp_rank))
         learning_rate = self.schedule(self.step)
-        loss, grad_norm = self._accumulate_gradients(microbatches, num_supervised_tokens)
+        loss, grad_norm, sums = self._accumulate_gradients(microbatches, step_sums)
         self.step += 1
         skipped = reason_to_skip(loss, grad_norm)
         if skipped is None:
@@ -136,6 +138,8 @@ class Trainer:
             grad_norm=grad_norm,
             num_tokens=num_tokens,
             num_supervised_tokens=num_supervised_tokens,
+            num_terms=step_sums[0],
+            sums=sums,
             skipped=skipped,
             step_seconds=time.perf_counter() - start,
         )
@@ -214,37 +218,36 @@ class Trainer:
                 self._epoch = iter(self.batches)
         return microbatches
 
-    def _count_tokens(self, microbatches: list[Batch]) -> tuple[int, int]:
-        """Number of tokens and of supervised tokens of the step, over all data-parallel ranks."""
+    def _sum_up(self, microbatches: list[Batch]) -> tuple[int, int, list[float]]:
+        """Tokens, supervised tokens and the objective's sums of the step, over all data-parallel ranks."""
+        own = self.objective.step_sums(self.model, microbatches, self.precision)
         with_label = sum(batch.num_supervised_tokens for batch in microbatches)
         if self.mesh.degrees.dp == 1:
-            return sum(len(batch.tokens) for batch in microbatches), with_label
+            return sum(len(batch.tokens) for batch in microbatches), with_label, list(own)
         total = sum(len(batch.tokens) for batch in microbatches if batch.num_supervised_tokens)
-        counts = torch.tensor([total, with_label], device=self.device)
-        total, with_label = self.mesh.sum_over(counts, ("dp_replicate", "dp_shard")).tolist()
-        return total, with_label
+        sums = torch.tensor([total, with_label, *own], dtype=torch.float64, device=self.device)
+        num_tokens, with_label, *step_sums = self.mesh.sum_over(sums, ("dp_replicate", "dp_shard")).tolist()
+        return int(num_tokens), int(with_label), step_sums
 
-    def _accumulate_gradients(self, microbatches: list[Batch], num_supervised_tokens: int) -> tuple[float, float]:
-        """Compute gradients, which include the loss scale; return loss and gradient norm, which do not."""
+    def _accumulate_gradients(
+        self, microbatches: list[Batch], step_sums: list[float]
+    ) -> tuple[float, float, dict[str, float]]:
+        """Compute gradients, with the loss scale; return loss, gradient norm and the objective's sums, without it."""
         self.model.train()
-        loss_scale = self._loss_scale_value
-        total = torch.zeros((), device=self.device)
+        scale, memory = self._loss_scale_value, self._gradient_memory
+        totals: dict[str, Tensor] = {}
         for batch in microbatches:
-            loss = batch_loss(
-                self.model,
-                batch.to(self.device),
-                self.precision,
-                scale=loss_scale / num_supervised_tokens,
-                label_smoothing=self.config.label_smoothing,
-                gradient_memory=self._gradient_memory,
+            result = self.objective.batch_loss(
+                self.model, batch, self.precision, step_sums=step_sums, loss_scale=scale, gradient_memory=memory
             )
-            loss.backward()
-            total += loss.detach()
-        self.mesh.sum_over(total, ("dp_replicate", "dp_shard"))
+            result.loss.backward()
+            for name, value in {"loss": result.loss.detach(), **result.sums}.items():
+                totals[name] = totals[name] + value if name in totals else value
+        values = self.mesh.sum_over(torch.stack(list(totals.values())), ("dp_replicate", "dp_shard"))
         add_up_gradients(self.learned.gradients(), self.mesh)
         norm = global_norm(self.learned.named_gradients(), self.mesh)
-        loss, grad_norm = (torch.stack([total, norm.to(total)]) / loss_scale).tolist()
-        return loss, grad_norm
+        grad_norm, loss, *sums = torch.stack([norm.to(values), *values]).tolist()
+        return loss / scale, grad_norm / scale, dict(zip(list(totals)[1:], sums, strict=True))
 
     def _drop_gradients(self) -> None:
         """Drop gradients, but keep the memory of the largest one, because new memory costs time in the next step."""

@@ -62,9 +62,7 @@ def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
 def run_title(plan: RunPlan) -> str:
     """Title of the picture: the model, the training data, and how the model learns."""
     data = plan.data.dataset_name_or_path or Path(plan.data.train_file or "").name
-    how = plan.adapter.describe()
-    if smoothing := _label_smoothing(plan):
-        how += f", label smoothing {smoothing:g} in training"
+    how = ", ".join(filter(None, (plan.adapter.describe(), plan.objective.describe())))
     name = plan.model.name_or_path
     return f"{name if ':' in name else '/'.join(Path(name).parts[-2:])} on {data}\n{how}"
 
@@ -104,10 +102,6 @@ def next_commands(plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -
     return commands
 
 
-def _label_smoothing(plan: RunPlan) -> float:
-    return 0.0 if plan.training is None else plan.training.step.label_smoothing
-
-
 def _quoted(text: str) -> str:
     """A text as one word of a shell command. Line ends and tabs need the form $'...' of bash and zsh."""
     if text.isprintable():
@@ -120,10 +114,10 @@ def _train_rows(plan: RunPlan, outcome: FinetuneResult) -> dict[str, str]:
     metrics = outcome.train_metrics
     if metrics is None:
         return {}
-    smoothing = ", with label smoothing" if _label_smoothing(plan) else ""
+    mean = ", ".join(filter(None, ("mean of the run", plan.objective.describe())))
     rows = {
         "steps": f"{outcome.step:,} ({metrics['epoch']:.2f} epochs)",
-        "loss in training": f"{metrics['train_loss']:.4f} (mean of the run{smoothing})",
+        "loss in training": f"{metrics['train_loss']:.4f} ({mean})",
     }
     if metrics["train_runtime"] > 0:
         speed = f"{metrics['train_tokens_per_second']:,.0f} tokens/s"

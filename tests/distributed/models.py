@@ -82,4 +82,5 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 def values(result: Any) -> dict[str, float]:
     """The numbers of a result without times."""
-    return {name: value for name, value in vars(result).items() if name != "step_seconds"}
+    numbers = {name: value for name, value in vars(result).items() if name not in ("step_seconds", "sums")}
+    return {**numbers, **vars(result).get("sums", {})}

@@ -18,8 +18,8 @@ from bloomlm.parallel.plan import Workload, activation_bytes, parameter_bytes, t
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.parallel.traffic import Traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
-from bloomlm.training.losses import batch_loss
 from bloomlm.training.meter import memory_by_kind
+from bloomlm.training.objectives.cross_entropy import CrossEntropy, batch_loss
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
@@ -83,7 +83,8 @@ def some_trainer(case: Case, degrees: Degrees, *, reshards: bool = True) -> Trai
         optimizer=AdamWConfig(),
         schedule=ScheduleConfig(learning_rate=0.01).over(10),
         precision=case.precision,
-        config=StepConfig(gradient_accumulation_steps=case.accumulation, label_smoothing=case.label_smoothing),
+        config=StepConfig(gradient_accumulation_steps=case.accumulation),
+        objective=CrossEntropy(label_smoothing=case.label_smoothing),
         mesh=mesh,
     )
 

@@ -25,7 +25,7 @@ from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model, tensor_parallel_group
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
-from bloomlm.training.losses import batch_loss
+from bloomlm.training.objectives.cross_entropy import batch_loss
 from bloomlm.training.precision import Precision
 from tests.distributed.models import Case, assert_close, some_examples, tiny_model
 from tests.distributed.pool import RankPool

@@ -18,7 +18,7 @@ from bloomlm.parallel.data_parallel import reshard, shard_model
 from bloomlm.parallel.layout import tp_part, whole_tensor
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
-from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.objectives.cross_entropy import CrossEntropy, evaluate_loss
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
@@ -71,9 +71,9 @@ def some_trainer(case: Case, degrees: Degrees, *, stage: int = 3, learning_rate:
         config=StepConfig(
             gradient_accumulation_steps=case.accumulation,
             max_grad_norm=case.max_grad_norm,
-            label_smoothing=case.label_smoothing,
             seed=3,
         ),
+        objective=CrossEntropy(label_smoothing=case.label_smoothing),
         mesh=mesh,
     )
 

@@ -21,7 +21,7 @@ from bloomlm.model import flex
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.embedding import _Lookup
 from bloomlm.model.linear import _Int8Linear
-from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.objectives.cross_entropy import evaluate_loss
 from bloomlm.training.precision import Precision
 from tests.fake_gpu.device import fake_gpu, made_up_gradients, to_fake_gpu
 from tests.gpu.models import random_model, trainer

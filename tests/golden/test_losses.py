@@ -19,6 +19,8 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.loader import BatchLoader
 from bloomlm.data.splits import open_dataset
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.training.objectives.base import Objective
+from bloomlm.training.objectives.cross_entropy import CrossEntropy
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
@@ -28,16 +30,16 @@ NUM_STEPS = 6
 # Another processor or torch adds up in another order; six steps amplify that to a few 1e-6.
 RELATIVE = 2e-5
 
-RUNS: dict[str, tuple[Adapter, StepConfig]] = {
-    "full": (FullTuning(), StepConfig(gradient_accumulation_steps=2)),
-    "full_label_smoothing": (FullTuning(), StepConfig(label_smoothing=0.1)),
-    "lora": (LoraConfig(r=4, target_modules=BLOCK_LINEARS), StepConfig()),
-    "prefix": (PrefixConfig(num_prefix_tokens=5, prefix_projection=True), StepConfig()),
+RUNS: dict[str, tuple[Adapter, StepConfig, Objective]] = {
+    "full": (FullTuning(), StepConfig(gradient_accumulation_steps=2), CrossEntropy()),
+    "full_label_smoothing": (FullTuning(), StepConfig(), CrossEntropy(label_smoothing=0.1)),
+    "lora": (LoraConfig(r=4, target_modules=BLOCK_LINEARS), StepConfig(), CrossEntropy()),
+    "prefix": (PrefixConfig(num_prefix_tokens=5, prefix_projection=True), StepConfig(), CrossEntropy()),
 }
 
 
 def losses_of(name: str, cache_dir: Path) -> list[float]:
-    adapter, step_config = RUNS[name]
+    adapter, step_config, objective = RUNS[name]
     tokenizer = Tokenizer.from_directory(resolve_source("builtin:tiny").directory)
     rows = open_dataset("builtin:dates").train
     assert rows is not None
@@ -51,6 +53,7 @@ def losses_of(name: str, cache_dir: Path) -> list[float]:
         schedule=ScheduleConfig(learning_rate=1e-3).over(NUM_STEPS),
         precision=Precision(),
         config=step_config,
+        objective=objective,
     )
     return [trainer.run_step().loss for _ in range(NUM_STEPS)]
 

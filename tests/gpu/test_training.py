@@ -15,7 +15,7 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.model import flex
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
-from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.objectives.cross_entropy import evaluate_loss
 from bloomlm.training.precision import Precision
 from tests.gpu.models import CONFIG, GPU, losses, on_gpu, random_model, relative_error, trainer
 from tests.tiny_bloom import write_bloom

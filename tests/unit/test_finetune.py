@@ -21,7 +21,7 @@ from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.evaluation.answer_scores import score_generations
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
-from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.objectives.cross_entropy import CrossEntropy, evaluate_loss
 from bloomlm.training.optimizer import ScheduleConfig
 from bloomlm.training.output_dir import CheckpointWriter
 from bloomlm.training.precision import Precision
@@ -320,10 +320,13 @@ def test_every_flag_reaches_the_trainer(material: Path, tmp_path: Path) -> None:
     examples = list(
         load_examples(material / "train.jsonl", bloomlm.load(material / "model").tokenizer, src_length=9, tgt_length=9)
     )
-    trainer = build_trainer(plan.training, model, load_batches(plan.training, examples), plan.precision)
+    trainer = build_trainer(
+        plan.training, model, load_batches(plan.training, examples, plan.objective), plan.objective, plan.precision
+    )
     assert trainer.schedule.max_steps == 3 and model.transformer.recompute is True
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert trainer.config == StepConfig(gradient_accumulation_steps=2, max_grad_norm=0.5, label_smoothing=0.4, seed=7)
+    assert trainer.config == StepConfig(gradient_accumulation_steps=2, max_grad_norm=0.5, seed=7)
+    assert trainer.objective == CrossEntropy(label_smoothing=0.4)
     assert trainer.schedule == ScheduleConfig(
         learning_rate=0.01, lr_scheduler_type="cosine", warmup_steps=2, lr_decay_ratio=0.05
     ).over(3)

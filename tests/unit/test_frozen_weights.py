@@ -16,7 +16,7 @@ from bloomlm.model.alibi import COLUMNS
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
-from bloomlm.training.losses import batch_loss
+from bloomlm.training.objectives.cross_entropy import batch_loss
 from bloomlm.training.precision import Precision
 
 L, D, H, V, R = 3, 24, 3, 64, 2

@@ -23,7 +23,7 @@ from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.training.loop import LoopConfig, train
-from bloomlm.training.losses import evaluate_loss
+from bloomlm.training.objectives.cross_entropy import evaluate_loss
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.results import StepLog, StepResult

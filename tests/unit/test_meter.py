@@ -15,8 +15,8 @@ from bloomlm.data.loader import Batch
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
-from bloomlm.training.losses import batch_loss
 from bloomlm.training.meter import BatchMeter, StepFlops, StepProfiler, measure_peak_flops, memory_by_kind
+from bloomlm.training.objectives.cross_entropy import batch_loss
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer

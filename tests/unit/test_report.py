@@ -56,6 +56,8 @@ def step_result(step: int, skipped: str | None = None) -> StepResult:
         grad_norm=1.0,
         num_tokens=10,
         num_supervised_tokens=5,
+        num_terms=5,
+        sums={},
         skipped=skipped,
         step_seconds=0.1,
     )

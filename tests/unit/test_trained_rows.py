@@ -21,7 +21,7 @@ from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.quantized import dequantize_rows
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_labels
-from bloomlm.training.losses import batch_loss, evaluate_loss
+from bloomlm.training.objectives.cross_entropy import batch_loss, evaluate_loss
 from bloomlm.training.precision import Precision
 from tests.distributed.models import some_examples
 from tests.tiny_bloom import write_adapter

@@ -1,8 +1,9 @@
-"""The loss of a batch in training, and the mean loss of a set of examples in evaluation."""
+"""Learning to write given tokens: the cross entropy of a batch in training, and its mean in evaluation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,60 @@ from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
+from bloomlm.training.objectives.base import BatchLoss, Objective
 from bloomlm.training.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Objective):
+    """The mean cross entropy of the supervised tokens."""
+
+    label_smoothing: float = 0.0
+    """Probability that is spread over the whole vocabulary in the targets; not in evaluation."""
+
+    loss_unit: ClassVar[str] = "learned token"
+    metric_names: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_ppl", "eval_accuracy")
+    lower_is_better: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_ppl")
+
+    def describe(self) -> str:
+        """Its label smoothing, if there is any."""
+        return f"label smoothing {self.label_smoothing:g} in training" if self.label_smoothing else ""
+
+    def step_sums(self, model: BloomForCausalLM, batches: Sequence[Batch], precision: Precision) -> tuple[float, ...]:
+        """The number of supervised tokens."""
+        return (sum(batch.num_supervised_tokens for batch in batches),)
+
+    def batch_loss(
+        self,
+        model: BloomForCausalLM,
+        batch: Batch,
+        precision: Precision,
+        *,
+        step_sums: Sequence[float],
+        loss_scale: float = 1.0,
+        gradient_memory: list[Tensor] | None = None,
+    ) -> BatchLoss:
+        """The sum of the tokens' losses, divided by the supervised tokens of the step."""
+        loss = batch_loss(
+            model,
+            batch,
+            precision,
+            scale=loss_scale / step_sums[0],
+            label_smoothing=self.label_smoothing,
+            gradient_memory=gradient_memory,
+        )
+        return BatchLoss(loss=loss, sums={})
+
+    def evaluate(
+        self, model: BloomForCausalLM, batches: Iterable[Batch], precision: Precision, mesh: Mesh
+    ) -> dict[str, float]:
+        """Loss, perplexity and token accuracy; see evaluate_loss."""
+        result = evaluate_loss(model, batches, precision, mesh)
+        return {"eval_loss": result.loss, "eval_ppl": result.perplexity, "eval_accuracy": result.token_accuracy}
+
+
+CROSS_ENTROPY = CrossEntropy()
+"""The objective unless another one is wanted."""
 
 
 def batch_loss(

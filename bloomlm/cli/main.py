@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from bloomlm.allocator import keep_freed_memory
+from bloomlm.allocator import bound_product_caches, keep_freed_memory
 from bloomlm.errors import BloomlmError
 from bloomlm.version import __version__
 
@@ -136,6 +136,7 @@ def _command_of(verb: str) -> click.Command:
 
 def _exit_with(command: click.Command, arguments: list[str], program: str) -> NoReturn:
     keep_freed_memory()  # the process runs nothing else
+    bound_product_caches()
     wants_traceback = os.environ.get("BLOOMLM_DEBUG") == "1"
     try:
         status = command.main(args=arguments, prog_name=program, standalone_mode=False)

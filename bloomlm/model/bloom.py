@@ -24,6 +24,7 @@ from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.kv_cache import Extension, KVCache
 from bloomlm.model.linear import Linear
+from bloomlm.model.noise import embedding_noise
 from bloomlm.row_memory import RowFeatures, is_paged
 
 
@@ -136,6 +137,8 @@ class BloomModel(nn.Module):
         """The heads that are computed here."""
         self.recompute = False
         """Compute each block's activations again in the backward pass instead of keeping them."""
+        self.noise_alpha = 0.0
+        """Size of the noise on the embeddings in training (model/noise.py); 0: none."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,7 +175,10 @@ class BloomModel(nn.Module):
             virtual = self.prefix()
         positions = documents.positions(tokens.device) if extension is None else extension.positions
         columns = self._columns(positions, extension)
-        x = self.word_embeddings_layernorm(self.word_embeddings(tokens).to(self.dtype))
+        x = self.word_embeddings(tokens).to(self.dtype)
+        if self.training and self.noise_alpha:
+            x = x + embedding_noise(x, documents, self.noise_alpha)
+        x = self.word_embeddings_layernorm(x)
         for layer, block in enumerate(self.h):
             block_rows = rows if layer == len(self.h) - 1 else None
             if self.recompute and self.training and torch.is_grad_enabled():

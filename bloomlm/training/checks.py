@@ -14,7 +14,16 @@ DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
 """The data set, on the Hugging Face hub, that finetune_generation.py has always used if none is named."""
 
 # Flags that act only if another one is given.
-_LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "train_new_tokens")
+_LORA_FLAGS = (
+    "loraplus_lr_ratio",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "train_new_tokens",
+)
 _PREFIX_FLAGS = ("num_prefix_tokens", "prefix_projection")
 LOSS_METRICS = ("eval_loss", "eval_ppl")
 TOKEN_METRICS = (*LOSS_METRICS, "eval_accuracy")
@@ -255,6 +264,10 @@ def check_unused(config: TrainingConfig, notices: list[str]) -> None:
         notices.append("--dataloader_num_workers is not used: batches are slices of tokens that are in memory already")
     if config.warmup_steps > 0 and config.warmup_ratio > 0:
         notices.append("--warmup_ratio is not used: --warmup_steps is given too and overrides it")
+    if config.early_stopping_patience is not None and not (config.do_train and config.do_eval):
+        raise ConfigError("--early_stopping_patience counts evaluations during training; add --do_train and --do_eval")
+    if config.early_stopping_patience is None and config.early_stopping_threshold > 0:
+        notices.append("--early_stopping_threshold is not used without --early_stopping_patience")
     is_constant = config.lr_scheduler_type.startswith("constant")
     if is_constant and config.lr_decay_ratio != default_of("lr_decay_ratio"):
         notices.append(f"--lr_decay_ratio is not used: --lr_scheduler_type {config.lr_scheduler_type} does not decay")

@@ -67,6 +67,15 @@ class TrainingConfig(Flags):
         "adamw_8bit keeps AdamW's two moments in 8 bits each, a quarter of their memory (needs bloomlm[optim8bit])")
     seed: int = flag("training", 42,
         "seed of all random numbers: order of the examples, adapter weights, dropout", minimum=0)
+    loraplus_lr_ratio: float = flag("training", 1.0,
+        "LoRA+: learning rate of LoRA's matrix B divided by that of A; 16 is usual", above=0)
+    neftune_noise_alpha: float = flag("training", 0.0,
+        "NEFTune: size of the noise on the embeddings of training, usually 5 to 15; 0 turns it off", minimum=0)
+    early_stopping_patience: int | None = flag("training", None,
+        "end after so many evaluations in a row that did not improve metric_for_best_model  [default: never]",
+        minimum=1)
+    early_stopping_threshold: float = flag("training", 0.0,
+        "the least change of that metric that counts as an improvement", minimum=0)
 
     device: Literal["auto", "gpu", "cuda", "cpu"] = flag("precision and memory", "auto",
         "where to compute; auto chooses the GPU if there is one")

@@ -109,6 +109,7 @@ class TrainingRun:
             base_model=plan.model.name_for_adapter,
             recorded_adapter=setup.resume_point.recorded_adapter,
         )
+        self._early_stopping = training.early_stopping
         self._profiler: StepProfiler | None = None
         self.reporter = _reporter(setup, self._history)
         for line in resumed:
@@ -120,6 +121,9 @@ class TrainingRun:
         if result.interrupted:
             self.reporter.say(f"stopped by SIGTERM after step {result.step}; the same command continues from there")
             return self._outcome(result)
+        if result.step < self._loop.max_steps:
+            assert self._early_stopping is not None
+            self.reporter.say(f"stopped after step {result.step}: {self._early_stopping.describe()}")
         final_step = self._choose_final_step()
         merged_path = self._write_model()
         eval_metrics = self._final_evaluation(final_step)
@@ -158,6 +162,10 @@ class TrainingRun:
     def on_save(self, step: int) -> None:
         """Write checkpoint-STEP."""
         self._checkpoints.save(step)
+
+    def ends_early(self) -> bool:
+        """Whether too many evaluations in a row did not improve; the log alone decides, so a run that resumes knows."""
+        return self._early_stopping is not None and self._early_stopping.is_due(self._history.log_history)
 
     def _train(self) -> TrainResult:
         plan = self._setup.plan

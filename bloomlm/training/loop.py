@@ -57,20 +57,24 @@ class Callbacks(Protocol):
         ...
 
     def on_save(self, step: int) -> None:
-        """After every save_steps, and after SIGTERM: write checkpoint-STEP."""
+        """After every save_steps, after SIGTERM, and where the run ends early: write checkpoint-STEP."""
+        ...
+
+    def ends_early(self) -> bool:
+        """Before every step: whether the run is over, with the same answer on all ranks."""
         ...
 
 
 def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainResult:
-    """Run the remaining steps, until config.max_steps or SIGTERM.
+    """Run the remaining steps, until config.max_steps, callbacks.ends_early or SIGTERM.
 
     Raises:
         TrainingError: see Trainer.run_step.
     """
     speed, run = _Stopwatch(), _Stopwatch()
     with sigterm_requests() as requests:
-        stops = False
-        while trainer.step < config.max_steps and not stops:
+        stops, is_over = False, callbacks.ends_early()
+        while trainer.step < config.max_steps and not (stops or is_over):
             result = trainer.run_step()
             speed.add(result)
             run.add(result)
@@ -81,12 +85,12 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
                 speed = _Stopwatch()
             if _due(trainer.step, config.eval_steps, config.max_steps):
                 callbacks.on_evaluate(trainer.step)
-            stops = agreed(bool(requests), trainer.mesh)
-            if stops or config.saves_after(trainer.step):
+            stops, is_over = agreed(bool(requests), trainer.mesh), callbacks.ends_early()
+            if stops or is_over or config.saves_after(trainer.step):
                 callbacks.on_save(trainer.step)
     return TrainResult(
         step=trainer.step,
-        interrupted=stops and trainer.step < config.max_steps,
+        interrupted=stops and not is_over and trainer.step < config.max_steps,
         train_loss=trainer.totals.mean_loss,
         train_seconds=run.seconds,
         num_steps=run.steps,

@@ -1,4 +1,4 @@
-"""AdamW with fp32 or 8-bit moments, and learning-rate schedules as pure functions of the step."""
+"""AdamW and its groups of parameters, and learning-rate schedules as pure functions of the step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.errors import ConfigError
-
-BLOCK_VALUES = 256
-"""8-bit moments: values that share a scale; the kernels of bitsandbytes support no other number."""
-MIN_VALUES = 4096
-"""8-bit moments: smaller parameters (biases, norms) keep fp32 moments, as in bitsandbytes, which take little memory."""
-PIECE_VALUES = 2**20
-"""8-bit moments: values that are updated at once. The embedding of a large model is too large for the kernels, which
-make five fp32 copies of their input on a CPU, and count in 32 bits on a GPU. A piece consists of whole blocks, so the
-results are the same."""
+from bloomlm.training.adamw_8bit import AdamW8bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +26,8 @@ class AdamWConfig:
     """Added to the denominator."""
     optim: str = "adamw"
     """A name in OPTIMIZERS; decides the format of the moments."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: learning rate of lora_B divided by that of lora_A."""
 
 
 def is_decayed(name: str) -> bool:
@@ -42,18 +36,31 @@ def is_decayed(name: str) -> bool:
     return kind != "bias" and not module_name.endswith(("layernorm", "ln_f"))
 
 
+def rate_factor(name: str, parameter: Tensor, config: AdamWConfig) -> float:
+    """The factor of the learning rate for a parameter: loraplus_lr_ratio for lora_B and for vectors, 1 for others.
+
+    The vectors that learn beside LoRA's matrices are DoRA's magnitudes and biases. Source: Hayou et al., LoRA+,
+    https://arxiv.org/abs/2402.12354; the groups are those of PEFT's create_loraplus_optimizer.
+    """
+    return config.loraplus_lr_ratio if name.endswith(".lora_B") or parameter.dim() == 1 else 1.0
+
+
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.Optimizer:
     """AdamW whose state exists from the start, so that a saved state can be read into it.
 
     `parameters` maps names to fp32 parameters (LearnedParameters.optimized). The learning rate is set at each step.
     """
-    decayed = [p for name, p in parameters.items() if is_decayed(name)]
-    others = [p for name, p in parameters.items() if not is_decayed(name)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return OPTIMIZERS[config.optim]([group for group in groups if group["params"]], config)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        weight_decay = config.weight_decay if is_decayed(name) else 0.0
+        groups.setdefault((weight_decay, rate_factor(name, parameter, config)), []).append(parameter)
+    return OPTIMIZERS[config.optim](
+        [
+            {"params": members, "weight_decay": weight_decay, "rate_factor": factor}
+            for (weight_decay, factor), members in groups.items()
+        ],
+        config,
+    )
 
 
 def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> torch.optim.AdamW:
@@ -68,108 +75,6 @@ def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> to
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
-
-
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with moments of one byte per value instead of four, rounded and updated by the kernels of bitsandbytes.
-
-    A block of values shares a scale, and a byte selects one of 256 unevenly spaced values between -1 and 1 (0 and 1 for
-    squares). Source: Dettmers et al., 8-bit optimizers via block-wise quantization, https://arxiv.org/abs/2110.02861.
-
-    The state of a parameter consists of tensors that exist from the start: "step"; and "exp_avg" and "exp_avg_sq" in
-    fp32, or for a large parameter "exp_avg_codes" and "exp_avg_sq_codes" (uint8, its shape) with "exp_avg_scales" and
-    "exp_avg_sq_scales" (fp32, one for each block).
-
-    Args:
-        groups: groups of fp32 parameters on one device, each with its weight_decay.
-        betas: decays of the two means.
-        epsilon: added to the denominator.
-    """
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]], betas: tuple[float, float], epsilon: float) -> None:
-        from bitsandbytes import functional  # an extra
-
-        super().__init__([dict(group) for group in groups], {"lr": 0.0, "betas": betas, "eps": epsilon})
-        self._kernels = functional
-        device = self.param_groups[0]["params"][0].device
-        self._maps = tuple(functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = _initial_state(parameter)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["step"] += 1
-                if "exp_avg" in state:
-                    self._update_small(parameter, state, group)
-                else:
-                    self._update_large(parameter, state, group)
-
-    def _update_small(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-        assert parameter.grad is not None
-        self._kernels.optimizer_update_32bit(
-            "adam",
-            parameter.grad,
-            parameter,
-            state["exp_avg"],
-            beta1=group["betas"][0],
-            eps=group["eps"],
-            step=int(state["step"]),
-            lr=group["lr"],
-            state2=state["exp_avg_sq"],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-        )
-
-    def _update_large(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-        assert parameter.grad is not None
-        by_value = [parameter.grad.reshape(-1)]
-        by_value += [tensor.view(-1) for tensor in (parameter, state["exp_avg_codes"], state["exp_avg_sq_codes"])]
-        by_block = [state["exp_avg_scales"], state["exp_avg_sq_scales"]]
-        pieces = zip(
-            *(tensor.split(PIECE_VALUES) for tensor in by_value),
-            *(tensor.split(PIECE_VALUES // BLOCK_VALUES) for tensor in by_block),
-            strict=True,
-        )
-        for gradient, values, codes, sq_codes, scales, sq_scales in pieces:
-            self._kernels.optimizer_update_8bit_blockwise(
-                "adam",
-                gradient,
-                values,
-                codes,
-                sq_codes,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                beta3=0.0,  # beta3 and alpha belong to other optimizers
-                alpha=0.0,
-                eps=group["eps"],
-                step=int(state["step"]),
-                lr=group["lr"],
-                qmap1=self._maps[0],
-                qmap2=self._maps[1],
-                absmax1=scales,
-                absmax2=sq_scales,
-                weight_decay=group["weight_decay"],
-            )
-
-
-def _initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    # always on the CPU, because the kernels take the count as a Python number
-    state = {"step": torch.zeros((), dtype=torch.float32)}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        if parameter.numel() < MIN_VALUES:
-            state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        else:
-            num_blocks = -(-parameter.numel() // BLOCK_VALUES)
-            state[f"{moment}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
-            state[f"{moment}_scales"] = torch.zeros(num_blocks, dtype=torch.float32, device=parameter.device)
-    return state
 
 
 def _adamw_8bit(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> AdamW8bit:
@@ -193,9 +98,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of the next update."""
+    """Set the learning rate of the next update, which each group multiplies by its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_factor"]
 
 
 def linear_decay(progress: float, lr_decay_ratio: float) -> float:

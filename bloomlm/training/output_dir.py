@@ -62,6 +62,7 @@ _FREE_FLAGS = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "report_to", "logging_steps"),
     *("save_steps", "save_strategy", "save_total_limit", "eval_steps", "evaluation_strategy", "merge_weights"),
     *("generate_num", "max_shard_size", "per_device_eval_batch_size", "do_eval", "eval_file"),
+    *("early_stopping_patience", "early_stopping_threshold"),
 }
 
 

@@ -83,6 +83,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             device=torch.device("cuda" if config.device == "gpu" else "cpu"),
             int8=config.base_quantization == "int8",
             recompute=config.recompute,
+            noise_alpha=config.neftune_noise_alpha,
             compiles_blocks=config.torch_compile,
         ),
         adapter=adapter_from_flags(config),

@@ -11,6 +11,7 @@ from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.early_stopping import EarlyStopping
 from bloomlm.training.objectives.base import Objective
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
@@ -29,6 +30,8 @@ class ModelPlan:
     """Whether the weights that do not learn are rounded to 8 bits."""
     recompute: bool
     """Whether the backward pass computes activations again."""
+    noise_alpha: float
+    """Size of the noise on the embeddings in training (model/noise.py); 0: none."""
     compiles_blocks: bool
     """Whether torch.compile fuses the small operations of each block."""
 
@@ -108,6 +111,8 @@ class TrainingPlan:
     """None: never during training."""
     save_every: Interval | None
     """None: a checkpoint is written only after SIGTERM."""
+    early_stopping: EarlyStopping | None
+    """When the run ends before its last step; None: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from bloomlm.checkpoint.writer import parse_size
 from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.early_stopping import EarlyStopping
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.run_plan import DataPlan, EvaluationPlan, Interval, OutputPlan, TrainingPlan
 from bloomlm.training.step import StepConfig
@@ -45,6 +46,7 @@ def training_plan(config: TrainingConfig) -> TrainingPlan:
             beta2=config.adam_beta2,
             epsilon=config.adam_epsilon,
             optim=config.optim,
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
         ),
         schedule=ScheduleConfig(
             learning_rate=config.learning_rate,
@@ -56,6 +58,18 @@ def training_plan(config: TrainingConfig) -> TrainingPlan:
         logging_steps=config.logging_steps,
         evaluate_every=_interval(config.evaluation_strategy, config.eval_steps),
         save_every=_interval(config.save_strategy, config.save_steps),
+        early_stopping=_early_stopping(config),
+    )
+
+
+def _early_stopping(config: TrainingConfig) -> EarlyStopping | None:
+    if config.early_stopping_patience is None:
+        return None
+    return EarlyStopping(
+        metric=config.metric_for_best_model or "eval_loss",
+        greater_is_better=bool(config.greater_is_better),
+        patience=config.early_stopping_patience,
+        threshold=config.early_stopping_threshold,
     )
 
 

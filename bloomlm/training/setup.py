@@ -144,6 +144,7 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     else:
         plan.adapter.start_from_weights(model)
     model.transformer.recompute = plan.model.recompute
+    model.transformer.noise_alpha = plan.model.noise_alpha
     if plan.model.compiles_blocks:
         model.transformer.compile_blocks()
     return model

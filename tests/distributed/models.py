@@ -28,6 +28,7 @@ class Case:
     post_layernorm: bool = False
     recompute: bool = False
     dropout: float = 0.0
+    noise_alpha: float = 0.0
     label_smoothing: float = 0.0
     accumulation: int = 1
     max_grad_norm: float = 0.0
@@ -59,6 +60,7 @@ def tiny_model(case: Case) -> BloomForCausalLM:
         for tensor in learned_tensors(model).values():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     model.transformer.recompute = case.recompute
+    model.transformer.noise_alpha = case.noise_alpha
     return model.to(case.precision.weights_dtype)
 
 

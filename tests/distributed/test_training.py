@@ -1,5 +1,6 @@
 """Training on many ranks compared with one: losses, norms and weights after five steps, and resuming with other degrees."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from bloomlm.adapters.base import Adapter, FullTuning
 from bloomlm.adapters.dora import DoraConfig
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
@@ -252,6 +254,20 @@ def test_resuming_on_other_degrees(ranks: RankPool, tmp_path: Path, name: str, t
         if then == before:
             assert results == expected
         assert_equal_results(results, expected)
+
+
+@pytest.mark.parametrize("setup", ["tp 2", "tp 4"])
+@pytest.mark.parametrize("adapter", [FullTuning(), ALL_LINEARS])
+def test_noise_on_embeddings_is_the_same_on_tensor_parallel_ranks(
+    ranks: RankPool, setup: str, adapter: Adapter
+) -> None:
+    case = Case(noise_alpha=5.0, adapter=adapter)
+    results, weights = run_steps(case, Degrees())
+    quiet, _ = run_steps(dataclasses.replace(case, noise_alpha=0.0), Degrees())
+    assert abs(results[0]["loss"] - quiet[0]["loss"]) > 1e-3
+    for found, found_weights in ranks.run(SETUPS[setup].world_size, run_steps, case, SETUPS[setup]):
+        assert_equal_results(found, results)
+        assert_close(found_weights, weights, 1e-4)
 
 
 def draw_of_rank(degrees: Degrees) -> tuple[int, float]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.training.adamw_8bit import BLOCK_VALUES
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import FinetuneResult, finetune
-from bloomlm.training.optimizer import BLOCK_VALUES, AdamWConfig, build_optimizer, optimizer_tensors, set_learning_rate
+from bloomlm.training.optimizer import AdamWConfig, build_optimizer, optimizer_tensors, set_learning_rate
 from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.resume import read_resume_point
 from tests.unit.test_paddle_finetune import write_full
@@ -79,7 +80,7 @@ def test_moments_are_rounded_to_the_nearest_of_256_values(bitsandbytes: Any) -> 
 @pytest.mark.usefixtures("bitsandbytes")
 def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, whole_state = updated("adamw_8bit", 4)
-    monkeypatch.setattr("bloomlm.training.optimizer.PIECE_VALUES", 1024)  # four whole pieces and part of another
+    monkeypatch.setattr("bloomlm.training.adamw_8bit.PIECE_VALUES", 1024)  # four whole pieces and part of another
     pieces, pieces_state = updated("adamw_8bit", 4)
     assert all(torch.equal(pieces[name], whole[name]) for name in SHAPES)
     assert all(torch.equal(pieces_state[name], whole_state[name]) for name in whole_state)

@@ -381,6 +381,44 @@ def test_an_adapter_trained_on_an_int8_base_works_with_the_original_base(
     assert torch.equal(merged.transformer.word_embeddings.weight, untouched["transformer.word_embeddings.weight"])
 
 
+def test_a_run_stops_early_and_does_not_go_on(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a learning rate of 0 no evaluation improves on the first one."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"lora": True, "learning_rate": 0.0, "max_steps": 20, "early_stopping_patience": 2}
+    options |= {"eval_steps": 1, "save_steps": 5}
+    assert finetune(flags(material, out, **options)).step == 3
+    assert "stopped after step 3: eval_loss did not improve in the last 2 evaluations" in capfd.readouterr().err
+    assert (out / "checkpoint-3").is_dir() and (out / "adapter_model.safetensors").is_file()
+    assert finetune(flags(material, out, **options)).step == 3
+    options["early_stopping_patience"] = 4  # counts the evaluations before it resumed
+    result = finetune(flags(material, out, **options))
+    assert (result.step, result.interrupted) == (5, False)
+    assert [entry["step"] for entry in metrics(out) if "eval_loss" in entry] == [1, 2, 3, 4, 5]
+
+
+def test_noise_and_loraplus_resume_by_value(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"lora": True, "neftune_noise_alpha": 5.0, "loraplus_lr_ratio": 4.0}
+    finetune(flags(material, tmp_path / "whole", **options))
+    saved = CheckpointWriter.save
+
+    def crash(self: CheckpointWriter, step: int) -> None:
+        saved(self, step)
+        if step == 4:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "save", crash)
+        with pytest.raises(Crash):
+            finetune(flags(material, tmp_path / "broken", **options))
+    finetune(flags(material, tmp_path / "broken", **options))
+    assert reproducible(metrics(tmp_path / "broken")) == reproducible(metrics(tmp_path / "whole"))
+    for changed in ({"neftune_noise_alpha": 0.0}, {"loraplus_lr_ratio": 1.0}):
+        finetune(flags(material, tmp_path / "other", overwrite_output_dir=True, **{**options, **changed}))
+        assert reproducible(metrics(tmp_path / "other")) != reproducible(metrics(tmp_path / "whole"))
+
+
 def test_the_run_file_repeats_the_run(material: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     options: dict[str, Any] = {"lora": True, "lora_dropout": 0.2, "label_smoothing": 0.1, "warmup_ratio": 0.5}

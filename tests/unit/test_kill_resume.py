@@ -68,6 +68,9 @@ class Saver:
 
     def on_evaluate(self, step: int) -> None: ...
 
+    def ends_early(self) -> bool:
+        return False
+
     def on_save(self, step: int) -> None:
         with checkpoint_directory(self.output_dir, step) as directory:
             if all(p.requires_grad for p in self.trainer.model.parameters()):

@@ -389,6 +389,8 @@ class Recorder:
         self.kill_at: int | None = None
         self.kills = 1
         self.kills_while_saving = 0
+        self.last_evaluation: int | None = None
+        """The run ends early after the evaluation of this step."""
 
     def on_step(self, result: StepResult) -> None:
         self.results.append(result)
@@ -407,6 +409,20 @@ class Recorder:
         for _ in range(self.kills_while_saving):
             os.kill(os.getpid(), signal.SIGTERM)
         self.calls.append(f"save {step}")
+
+    def ends_early(self) -> bool:
+        return f"evaluate {self.last_evaluation}" in self.calls
+
+
+def test_a_run_that_ends_early_saves_and_is_not_interrupted() -> None:
+    recorder = Recorder()
+    recorder.last_evaluation, recorder.kill_at = 4, 4
+    trainer = some_trainer(tiny_model(), batch_size=3)
+    config = LoopConfig(max_steps=7, logging_steps=5, eval_steps=2, save_steps=3)
+    result = train(trainer, config, recorder)
+    assert recorder.calls == ["evaluate 2", "save 3", "evaluate 4", "save 4"]
+    assert (result.step, result.interrupted) == (4, False)
+    assert train(trainer, config, recorder).num_steps == 0  # nor does it go on when it is called again
 
 
 def test_callbacks_are_called_at_their_intervals() -> None:

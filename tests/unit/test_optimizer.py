@@ -67,9 +67,9 @@ def test_updates_equal_those_of_adamw() -> None:
 def test_preallocated_state_changes_no_update() -> None:
     weights = [nn.Parameter(torch.tensor([0.3, -0.7])) for _ in range(2)]
     ours = build_optimizer({"w.weight": weights[0]}, AdamWConfig())
-    plain = torch.optim.AdamW([weights[1]], weight_decay=0.0, fused=True)
+    set_learning_rate(ours, 0.1)
+    plain = torch.optim.AdamW([weights[1]], lr=0.1, weight_decay=0.0, fused=True)
     for optimizer, weight in zip((ours, plain), weights, strict=True):
-        set_learning_rate(optimizer, 0.1)
         for gradient in ([0.1, 0.2], [0.4, -0.1]):
             weight.grad = torch.tensor(gradient)
             optimizer.step()

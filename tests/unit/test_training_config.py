@@ -104,6 +104,7 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"load_best_model_at_end": True, "do_eval": True, "eval_steps": 30, "save_steps": 50}, "not a multiple"),
         ({"do_eval": True, "metric_for_best_model": "rouge1"}, "it needs --do_generation|this run has"),
         ({"do_eval": True, "metric_for_best_model": "eval_bleu4"}, "it needs --do_generation"),
+        ({"early_stopping_patience": 2}, "counts evaluations during training; add --do_train and --do_eval"),
         ({"do_generation": True, "select_topk": False}, "give --top_p"),
         ({"do_generation": True, "num_beams": 4, "top_p": 0.9}, "one kind of decoding"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "constant_with_warmup"),
@@ -152,6 +153,8 @@ def test_missing_extras_are_named_before_training() -> None:
     ("options", "words"),
     [
         ({"r": 8}, "--r: not used without --lora"),
+        ({"loraplus_lr_ratio": 16.0, "prefix_tuning": True}, "--loraplus_lr_ratio: not used without --lora"),
+        ({"early_stopping_threshold": 0.1}, "--early_stopping_threshold is not used without --early_stopping_patience"),
         ({"train_new_tokens": True, "prefix_tuning": True}, "--train_new_tokens: not used without --lora"),
         ({"num_prefix_tokens": 3, "lora": True}, "--num_prefix_tokens: not used without --prefix_tuning"),
         ({"merge_weights": True}, "--merge_weights is not used"),

@@ -1,0 +1,118 @@
+"""AdamW with 8-bit moments, by the kernels of bitsandbytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCK_VALUES = 256
+"""8-bit moments: values that share a scale; the kernels of bitsandbytes support no other number."""
+MIN_VALUES = 4096
+"""8-bit moments: smaller parameters (biases, norms) keep fp32 moments, as in bitsandbytes, which take little memory."""
+PIECE_VALUES = 2**20
+"""8-bit moments: values that are updated at once. The embedding of a large model is too large for the kernels, which
+make five fp32 copies of their input on a CPU, and count in 32 bits on a GPU. A piece consists of whole blocks, so the
+results are the same."""
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with moments of one byte per value instead of four, rounded and updated by the kernels of bitsandbytes.
+
+    A block of values shares a scale, and a byte selects one of 256 unevenly spaced values between -1 and 1 (0 and 1 for
+    squares). Source: Dettmers et al., 8-bit optimizers via block-wise quantization, https://arxiv.org/abs/2110.02861.
+
+    The state of a parameter consists of tensors that exist from the start: "step"; and "exp_avg" and "exp_avg_sq" in
+    fp32, or for a large parameter "exp_avg_codes" and "exp_avg_sq_codes" (uint8, its shape) with "exp_avg_scales" and
+    "exp_avg_sq_scales" (fp32, one for each block).
+
+    Args:
+        groups: groups of fp32 parameters on one device, each with its weight_decay.
+        betas: decays of the two means.
+        epsilon: added to the denominator.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], betas: tuple[float, float], epsilon: float) -> None:
+        from bitsandbytes import functional  # an extra
+
+        super().__init__([dict(group) for group in groups], {"lr": 0.0, "betas": betas, "eps": epsilon})
+        self._kernels = functional
+        device = self.param_groups[0]["params"][0].device
+        self._maps = tuple(functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = _initial_state(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["step"] += 1
+                if "exp_avg" in state:
+                    self._update_small(parameter, state, group)
+                else:
+                    self._update_large(parameter, state, group)
+
+    def _update_small(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+        assert parameter.grad is not None
+        self._kernels.optimizer_update_32bit(
+            "adam",
+            parameter.grad,
+            parameter,
+            state["exp_avg"],
+            beta1=group["betas"][0],
+            eps=group["eps"],
+            step=int(state["step"]),
+            lr=group["lr"],
+            state2=state["exp_avg_sq"],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _update_large(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+        assert parameter.grad is not None
+        by_value = [parameter.grad.reshape(-1)]
+        by_value += [tensor.view(-1) for tensor in (parameter, state["exp_avg_codes"], state["exp_avg_sq_codes"])]
+        by_block = [state["exp_avg_scales"], state["exp_avg_sq_scales"]]
+        pieces = zip(
+            *(tensor.split(PIECE_VALUES) for tensor in by_value),
+            *(tensor.split(PIECE_VALUES // BLOCK_VALUES) for tensor in by_block),
+            strict=True,
+        )
+        for gradient, values, codes, sq_codes, scales, sq_scales in pieces:
+            self._kernels.optimizer_update_8bit_blockwise(
+                "adam",
+                gradient,
+                values,
+                codes,
+                sq_codes,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                beta3=0.0,  # beta3 and alpha belong to other optimizers
+                alpha=0.0,
+                eps=group["eps"],
+                step=int(state["step"]),
+                lr=group["lr"],
+                qmap1=self._maps[0],
+                qmap2=self._maps[1],
+                absmax1=scales,
+                absmax2=sq_scales,
+                weight_decay=group["weight_decay"],
+            )
+
+
+def _initial_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    # always on the CPU, because the kernels take the count as a Python number
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if parameter.numel() < MIN_VALUES:
+            state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        else:
+            num_blocks = -(-parameter.numel() // BLOCK_VALUES)
+            state[f"{moment}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
+            state[f"{moment}_scales"] = torch.zeros(num_blocks, dtype=torch.float32, device=parameter.device)
+    return state

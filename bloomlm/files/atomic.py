@@ -10,7 +10,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def directory_beside(path: Path) -> Iterator[Path]:
         OSError: it cannot be created.
     """
     _clean(path.parent)
-    temporary, lock = _make_locked(path)
+    temporary, lock = _make_locked(path, Path.mkdir)
     try:
         yield temporary
     finally:
@@ -78,21 +78,21 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     Raises:
         CheckpointError: it cannot be written; an older file is unchanged.
     """
-    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean(path.parent)
-        with temporary.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary, lock = _make_locked(path, _create_file)
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.fsync(lock)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):  # normally it has its final name by now
+                temporary.unlink()
+            os.close(lock)
         sync(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -140,18 +140,22 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
 
 
-def _make_locked(path: Path) -> tuple[Path, int]:
-    """A new directory beside a path, and the descriptor that holds its lock."""
+def _make_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
+    """Create a file or directory beside a path; returns it and the descriptor that holds its lock."""
     while True:
         temporary = _beside(path)
-        temporary.mkdir()
+        create(temporary)
         with suppress(FileNotFoundError):
             lock = os.open(temporary, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if temporary.is_dir():
+            if temporary.exists():
                 return temporary, lock
             os.close(lock)
         # Before it was locked, another process has removed it as left behind by a killed writer.
+
+
+def _create_file(path: Path) -> None:
+    path.touch(exist_ok=False)
 
 
 def _put_back(final: Path) -> None:

@@ -117,6 +117,7 @@ class TrainingRun:
 
     def run(self) -> FinetuneResult:
         """Train to the end or until SIGTERM, then write model, results and picture."""
+        self._checkpoints.prune()  # a run that was killed after it had saved may not have done so
         result = self._train()
         if result.interrupted:
             self.reporter.say(f"stopped by SIGTERM after step {result.step}; the same command continues from there")

@@ -145,9 +145,7 @@ class CheckpointWriter:
     """An adapter that another program began, which checkpoints record; None: the flags describe it."""
 
     def save(self, step: int) -> None:
-        """Write checkpoint-STEP, then remove the oldest checkpoints beyond the limit.
-
-        The best checkpoint is kept if the run will end with it.
+        """Write checkpoint-STEP, then prune.
 
         Raises:
             CheckpointError: the checkpoint cannot be written; older ones are unchanged.
@@ -160,7 +158,12 @@ class CheckpointWriter:
             save_training_state(directory, *self.trainer.state(), mesh=mesh)
             if mesh.is_main:
                 self.history.write(directory)
-        if output.save_total_limit is not None and mesh.is_main:
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove the oldest checkpoints beyond the limit, but not the best one if the run will end with it."""
+        output = self.output
+        if output.save_total_limit is not None and self.trainer.mesh.is_main:
             best = self.history.best_model_checkpoint if output.ends_with_best else None
             kept = None if best is None else output.directory / best
             prune_checkpoints(output.directory, output.save_total_limit, kept)

@@ -121,14 +121,20 @@ class MetricsFile:
     Args:
         path: the file, which need not exist.
         step: number of steps done.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs_before(line, step)]
             atomic_write(path, "".join(line + "\n" for line in kept))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}; checkpoints are unchanged") from error
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and flush it, so that others can follow the file; raises CheckpointError if it cannot."""

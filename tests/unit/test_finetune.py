@@ -234,6 +234,25 @@ def test_sigterm_saves_and_the_same_command_resumes(
     assert reproducible(metrics(stopped)) == reproducible(metrics(whole))
 
 
+def test_a_run_that_was_stopped_before_it_pruned_prunes_when_it_resumes(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    config = flags(material, out, lora=True, save_total_limit=1)
+
+    def stop_after_last_save(self: CheckpointWriter) -> None:
+        if (out / "checkpoint-6").exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "prune", stop_after_last_save)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    assert len(list(out.glob("checkpoint-*"))) == 3
+    finetune(config)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_best_checkpoint_is_the_result(kind: str, material: Path, tmp_path: Path) -> None:
     options, weights_file, _ = ADAPTERS[kind]

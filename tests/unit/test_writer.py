@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -268,20 +267,48 @@ def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch) -> None:
     assert names_in(path.parent) == ["state.json"]
 
 
-def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_what_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Between mkdir and flock another process may take it for one that a killed writer left behind."""
+    """Between creation and flock another process may take it for one that a killed writer left behind."""
     flock, removed = fcntl.flock, []
 
     def lock_late(descriptor: int, operation: int) -> None:
         if operation == fcntl.LOCK_EX and not removed:
             removed.extend(tmp_path.glob(".*.bloomlm-tmp"))
-            shutil.rmtree(removed[0])
+            removed[0].unlink() if kind == "file" else removed[0].rmdir()
         flock(descriptor, operation)
 
     monkeypatch.setattr("bloomlm.files.atomic.fcntl.flock", lock_late)
-    with atomic_directory(tmp_path / "model") as directory:
-        (directory / "file").write_text("content")
-    assert removed and (tmp_path / "model" / "file").read_text() == "content"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    if kind == "file":
+        atomic_write(tmp_path / "written", "content")
+        assert (tmp_path / "written").read_text() == "content"
+    else:
+        with atomic_directory(tmp_path / "written") as directory:
+            (directory / "file").write_text("content")
+        assert (tmp_path / "written" / "file").read_text() == "content"
+    assert removed and names_in(tmp_path) == ["written"]
+
+
+def test_a_living_writers_file_is_not_cleaned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock lasts until the file has its final name."""
+    replace = Path.replace
+
+    def clean_first(self: Path, target: Path) -> Path:
+        atomic._clean(tmp_path)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", clean_first)
+    atomic_write(tmp_path / "written", "content")
+    assert (tmp_path / "written").read_text() == "content"
+
+
+def test_a_file_system_that_became_read_only_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    for name in ("touch", "unlink", "replace", "write_bytes"):
+        monkeypatch.setattr(Path, name, read_only)
+    with pytest.raises(CheckpointError, match=r"written cannot be written.*Read-only file system"):
+        atomic_write(tmp_path / "written", "content")

@@ -20,7 +20,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        if not tokenizer.has_byte_decoder():
+        if not tokenizer.has_byte_decoder:
             raise CheckpointError(
                 f"{tokenizer.name}: {TOKENIZER_FILE} does not have BLOOM's decoder, ByteLevel, so its text cannot be "
                 "streamed. Decode the whole sequence instead"

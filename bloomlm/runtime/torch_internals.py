@@ -2,21 +2,25 @@
 
 | here | private names | what for |
 |---|---|---|
-| open_package | torch._C._aoti.AOTIModelPackageLoader | to run compiled functions without the compiler's Python code |
+| open_package | torch._C._aoti's handles of tensors | to call compiled functions by their C interface |
 | compile_package | torch._inductor.aot_compile, package.package_aoti | several functions in one package |
 | c_function_options | torch._inductor.config.aot_inductor | C++ of our own as operators of a compiled program |
 | find_compiler | torch._inductor.config.cpp.cxx | the C++ compiler that PyTorch would call |
 
-If a PyTorch lacks the loader or the compiler, open_package and compile_package raise ProgramError. If its compiler
+If a PyTorch lacks the handles or the compiler, open_package and compile_package raise ProgramError. If its compiler
 lacks the option for C functions, c_function_options returns None, and programs call libraries instead. Importing
 torch._inductor takes a second, so every import is inside its function.
 """
 
+import ctypes
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import byref, c_char_p, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -27,6 +31,10 @@ from bloomlm.errors import ProgramError, first_line
 def open_package(path: Path, name: str) -> Callable[[list[Tensor]], list[Tensor]]:
     """Load a compiled function: from a list of all its input tensors, which must be contiguous, to its outputs.
 
+    Other threads of Python run while it computes. PyTorch's own loader, AOTIModelPackageLoader, keeps the interpreter
+    locked (https://github.com/pytorch/pytorch/issues/197516), so a server could not answer during a step. The
+    function's C interface is that of torch/csrc/inductor/aoti_runtime/interface.h.
+
     Args:
         path: a package that compile_package wrote.
         name: name of the function in the package.
@@ -35,12 +43,49 @@ def open_package(path: Path, name: str) -> Callable[[list[Tensor]], list[Tensor]
         ProgramError: the function cannot be loaded.
     """
     try:
-        from torch._C._aoti import AOTIModelPackageLoader
+        from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs, unsafe_alloc_void_ptrs_from_tensors
 
-        run: Callable[[list[Tensor]], list[Tensor]] = AOTIModelPackageLoader(str(path), name, False, 1, -1).boxed_run
-    except (ImportError, RuntimeError) as error:
+        library = _load_library(path, name)
+        container, num_outputs = c_void_p(), c_size_t()
+        _check(library.AOTInductorModelContainerCreateWithDevice(byref(container), c_size_t(1), b"cpu", None))
+        _check(library.AOTInductorModelContainerGetNumOutputs(container, byref(num_outputs)))
+    except (AttributeError, ImportError, OSError, RuntimeError, StopIteration, BadZipFile) as error:
         raise ProgramError(f"{path} cannot be loaded: {first_line(error)}") from error
+    address_of, capsule_of = _capsules()
+    outputs_type = c_void_p * num_outputs.value
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        addresses = [address_of(capsule, None) for capsule in unsafe_alloc_void_ptrs_from_tensors(inputs)]
+        handles, outputs = (c_void_p * len(addresses))(*addresses), outputs_type()
+        # The call takes over the handles of the inputs, and hands over those of the outputs.
+        _check(
+            library.AOTInductorModelContainerRun(
+                container, handles, c_size_t(len(addresses)), outputs, num_outputs, None, None
+            )
+        )
+        return alloc_tensors_by_stealing_from_void_ptrs([capsule_of(address, None, None) for address in outputs])
+
     return run
+
+
+def _load_library(path: Path, name: str) -> ctypes.CDLL:
+    """The library of one function in a package. Calls of a CDLL release Python's lock."""
+    with ZipFile(path) as package, tempfile.TemporaryDirectory() as directory:
+        members = package.namelist()
+        member = next(each for each in members if f"/aotinductor/{name}/" in each and each.endswith(".so"))
+        return ctypes.CDLL(package.extract(member, directory))  # it stays loaded without its file
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError("the compiled function failed; PyTorch has written the reason to standard error")
+
+
+def _capsules() -> tuple[Callable[[Any, None], int], Callable[[int | None, None, None], Any]]:
+    """Capsule -> the address in it, and address -> capsule, by Python's C interface."""
+    address_of = ctypes.PYFUNCTYPE(c_void_p, ctypes.py_object, c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, c_void_p, c_char_p, c_void_p)(("PyCapsule_New", ctypes.pythonapi))
+    return address_of, new
 
 
 def compile_package(

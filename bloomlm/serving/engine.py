@@ -22,6 +22,7 @@ from pathlib import Path
 from bloomlm.api import LoadedModel
 from bloomlm.errors import ClosingError, ConfigError, QueueFullError, ServingError, first_line
 from bloomlm.generation.language_model import LanguageModel
+from bloomlm.openmp import end_workers
 from bloomlm.parallel.mesh import ALONE
 from bloomlm.runtime.program import Program
 from bloomlm.serving.adapters import AdapterInfo, ServedAdapters
@@ -108,6 +109,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread that runs the steps; on rank 0."""
+        end_workers()  # of the thread that has loaded the model
         self._thread.start()
 
     def follow(self) -> None:

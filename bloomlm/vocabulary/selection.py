@@ -65,7 +65,7 @@ def read_vocabulary(tokenizer: Tokenizer, named: Iterable[int | None] = ()) -> V
     """
     content = json.loads(tokenizer.json)
     model = content.get("model") or {}
-    if model.get("type") != "BPE" or not tokenizer.has_byte_decoder():
+    if model.get("type") != "BPE" or not tokenizer.has_byte_decoder:
         raise CheckpointError(f"{tokenizer.name}: its tokenizer is not byte-level BPE, as BLOOM's is")
     processors = content.get("post_processor") or {}
     kinds = {step.get("type") for step in processors.get("processors", [processors])} - {None, "ByteLevel"}

@@ -1,5 +1,7 @@
 """The C++ of compiled programs against what it stands for, by value, with the instructions of every level."""
 
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,12 +79,15 @@ class Compiled:
         """Compute with the instructions of a level, which is chosen when the package is loaded."""
         if level != self.level:
             monkeypatch.setenv("BLOOMLM_MAX_CPU_ISA", level)
-            self._run = open_package(self._path, "everything")
+            self.run = open_package(self._path, "everything")
             self.level = level
 
-    def __call__(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> tuple[Products, list[Tensor]]:
+    def inputs(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> list[Tensor]:
         flat = [tensor for part in self.parts for tensor in part.values()]
-        out = self._run([*xs, *flat, *(tensor for given in attentions for tensor in given)])
+        return [*xs, *flat, *(tensor for given in attentions for tensor in given)]
+
+    def __call__(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> tuple[Products, list[Tensor]]:
+        out = self.run(self.inputs(xs, attentions))
         return dict(zip(MATRICES, out, strict=False)), out[len(MATRICES) :]
 
     def products(self, xs: list[Tensor]) -> Products:
@@ -237,3 +242,30 @@ def test_attention_to_no_number_is_none(compiled: Compiled) -> None:
         keys[1, 0, 4, 1] = float("nan")
     for out in compiled([torch.zeros(1, num_in) for _, num_in in SHAPES], given)[1]:
         assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1, : out.shape[1] // 2]).any()
+
+
+def test_other_threads_run_while_a_function_computes(package: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python gives the lock to another thread only where a function releases it, as the interval never ends here."""
+    package.open("avx2", monkeypatch)
+    inputs = package.inputs([torch.randn(MANY, num_in) for _, num_in in SHAPES], attention_inputs([0], [0], 1))
+    may_run, has_run = threading.Event(), False
+
+    def other() -> None:
+        nonlocal has_run
+        may_run.wait()
+        has_run = True
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        may_run.set()
+        for _ in range(2000):
+            package.run(inputs)
+            if has_run:
+                break
+        assert has_run
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()

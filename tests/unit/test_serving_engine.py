@@ -1,13 +1,16 @@
 """The engine's thread and its callers: outputs as they come, cancels, limits, closing, errors."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bloomlm.errors import ClosingError, ConfigError, GenerationError, QueueFullError, ServingError
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
@@ -283,3 +286,18 @@ def test_an_idle_engine_waits_without_asking(engine: Engine, monkeypatch: pytest
     before = len(calls)
     time.sleep(0.05)
     assert len(calls) == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux does")
+def test_the_thread_that_loaded_the_model_keeps_no_workers() -> None:
+    """They would make libgomp let the workers of the engine's thread sleep between operations."""
+    made, threads, num_threads = Engine(small_model(), OPTIONS), Path("/proc/self/task"), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.zeros(1 << 20).add_(1)
+        with_workers = len(list(threads.iterdir()))
+        made.start()
+        made.close(drain=False)
+        assert len(list(threads.iterdir())) == with_workers - 2
+    finally:
+        torch.set_num_threads(num_threads)

@@ -24,6 +24,7 @@ from bloomlm.checkpoint.paddle.importer import ForeignReading
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.tokenizer_files import read_saved_template
 from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import Generation, OnToken
@@ -123,17 +124,17 @@ def load(
         trained_tensor_parallel_degree=trained_tensor_parallel_degree,
         paddle_tokenization=paddle_tokenization,
     )
-    if not given:
-        for name in reading.adapter_flags:
-            raise ConfigError(f"{name} says how to read an adapter; give adapter_path too, or leave it out")
+    if reading.adapter_flags and not given:
+        raise ConfigError(f"{reading.adapter_flags[0]} says how to read an adapter; give adapter_path, or leave it out")
     directory = resolve_source(str(name_or_path)).directory
     tokenizer = Tokenizer.from_directory(directory, as_gpt2=reading.tokenization)
     model = load_model(directory, dtype=dtype_of(dtype), device=device, mesh=mesh)
     for name, path in given.items():
-        load_adapter(model, resolve_source(path).directory, reading=reading, mesh=mesh)
+        of_adapter = resolve_source(path).directory
+        load_adapter(model, of_adapter, reading=reading, mesh=mesh)
         _check_kind(model, path, name)
-    adapter = next(iter(given.values()), None)
-    return LoadedModel(model.eval(), tokenizer, mesh, name=str(name_or_path), adapter=adapter)
+        tokenizer = tokenizer.with_chat_template(read_saved_template(of_adapter))
+    return LoadedModel(model.eval(), tokenizer, mesh, name=str(name_or_path), adapter=next(iter(given.values()), None))
 
 
 def generate(model: LoadedModel | str | Path, prompts: str | Sequence[str], **options: Any) -> list[Completion]:

@@ -20,7 +20,8 @@ from bloomlm.checkpoint.writer import parse_size
 from bloomlm.cli.display import BytesDisplay
 from bloomlm.cli.options import config_command
 from bloomlm.data.gpt2_files import ADDED_TOKENS_FILE, MERGES_FILE, VOCAB_FILE, find_gpt2_files
-from bloomlm.data.tokenizer import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.tokenizer_files import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from bloomlm.errors import ConfigError, format_bytes
 from bloomlm.flags import REQUIRED, Dtype, Flags, ModelFlags, PrefixLayoutName, flag, reading_flags, same_flag
 

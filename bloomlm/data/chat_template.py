@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
@@ -54,22 +55,6 @@ PLAIN_TEMPLATE = r"""{%- for message in messages %}
 
 _MARKS = "bloomlm_marks"
 """The variable that tells generation blocks to mark their text."""
-
-
-def read_chat_template(name: str) -> str:
-    """The template that the flag --chat_template names: `plain`, or a file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if name == PLAIN:
-        return PLAIN_TEMPLATE
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--chat_template {name} cannot be read: {error}; expected a file with a Jinja template, or {PLAIN}"
-        ) from error
 
 
 class ChatTemplate:
@@ -146,7 +131,8 @@ class ChatTemplate:
                     f"conversation does not begin with that of its first {number + 1} messages. Put "
                     "{% generation %} and {% endgeneration %} around the answers in the template"
                 )
-            answers.append((len(before), len(after)))
+            if len(after) > len(before):
+                answers.append((len(before), len(after)))
         return answers
 
     def _render(self, messages: Sequence[Message], **variables: Any) -> str:
@@ -154,6 +140,34 @@ class ChatTemplate:
             return self._template.render(messages=list(messages), **self._special_tokens, **variables)
         except Exception as error:  # a template may fail in any way that Python code may
             raise DataError(f"the chat template does not take these messages: {error}") from error
+
+
+def read_chat_template(name: str) -> str:
+    """The template that the flag --chat_template names: `plain`, or a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if name == PLAIN:
+        return PLAIN_TEMPLATE
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat_template {name} cannot be read: {error}; expected a file with a Jinja template, or {PLAIN}"
+        ) from error
+
+
+def with_given_template(tokenizer: Tokenizer, name: str | None) -> Tokenizer:
+    """The tokenizer with the template that the flag --chat_template names; unchanged if it names none.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no Jinja template.
+    """
+    if name is None:
+        return tokenizer
+    template = ChatTemplate(read_chat_template(name), tokenizer.special_tokens)
+    return tokenizer.with_chat_template(template.text)
 
 
 class _GenerationBlocks(Extension):

@@ -22,7 +22,7 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.files.cache_directory import default_cache_dir
 
 # The code that every set depends on.
-_MODULES = ("cache.py", "example.py", "example_set.py", "files.py", "tokenizer.py")
+_MODULES = ("cache.py", "example.py", "example_set.py", "files.py", "tokenizer.py", "tokenizer_files.py")
 
 T = TypeVar("T")
 

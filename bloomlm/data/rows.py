@@ -126,6 +126,29 @@ def read_source(row: Row, template: PromptTemplate | None = None) -> str:
     return _filled(_only(with_target or fitting, row, expected=expected).compose(row), row, "source")
 
 
+def checked_text(value: object, where: str, name: str) -> str:
+    """The value of a field, if it is text.
+
+    Args:
+        value: what the field holds.
+        where: where the field is, for the message.
+        name: name of the field.
+
+    Raises:
+        DataError: it is something else, or it has half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise DataError(f"{where}: {name!r} is {found}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name!r} has half of a surrogate pair ({value[error.start]!a}), which is no character"
+        ) from error
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class _RowFormat:
     required: str
@@ -184,16 +207,7 @@ def _text(row: Row, name: str) -> str:
                 "write one row for each turn"
             )
         value = value[0]
-    if not isinstance(value, str):
-        found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise DataError(f"{row.where}: {name!r} is {found}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{row.where}: {name!r} has half of a surrogate pair ({value[error.start]!a}), which is no character"
-        ) from error
-    return value
+    return checked_text(value, row.where, name)
 
 
 def _filled(text: str, row: Row, what: str) -> str:

@@ -2,7 +2,8 @@
 
 import codecs
 
-from bloomlm.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.tokenizer_files import TOKENIZER_FILE
 from bloomlm.errors import CheckpointError
 
 

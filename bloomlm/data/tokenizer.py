@@ -16,15 +16,16 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from bloomlm.data.gpt2_files import MERGES_FILE, VOCAB_FILE, build_tokenizer_json, find_gpt2_files, write_gpt2_files
+from bloomlm.data.tokenizer_files import (
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    missing_message,
+    named_special_tokens,
+    read_json_object,
+    read_saved_template,
+)
 from bloomlm.errors import CheckpointError
-
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-# BLOOM's special tokens, used unless a JSON file beside tokenizer.json names others.
-DEFAULT_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 # Written into tokenizer_config.json unless the file that was read had another value.
 _CONFIG_DEFAULTS = {
@@ -96,17 +97,16 @@ class Tokenizer:
         path = directory / TOKENIZER_FILE
         has_gpt2_files = not path.is_file() and find_gpt2_files(directory)
         if not (path.is_file() or has_gpt2_files):
-            raise CheckpointError(_missing_message(directory))
+            raise CheckpointError(missing_message(directory))
         if as_gpt2 and not has_gpt2_files:
             raise CheckpointError(
                 f"{directory} holds {TOKENIZER_FILE}, which says how texts are split into words; {VOCAB_FILE} and "
                 f"{MERGES_FILE} can be read as by GPT-2's tokenizer only without it"
             )
-        config = _read_json_object(directory / TOKENIZER_CONFIG_FILE)
-        template = directory / CHAT_TEMPLATE_FILE
-        if template.is_file():  # transformers reads it from the other file, too, where it is saved from now on
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        special_tokens = _named_special_tokens(config, _read_json_object(directory / SPECIAL_TOKENS_FILE))
+        config = read_json_object(directory / TOKENIZER_CONFIG_FILE)
+        if template := read_saved_template(directory):
+            config["chat_template"] = template
+        special_tokens = named_special_tokens(config, read_json_object(directory / SPECIAL_TOKENS_FILE))
         if has_gpt2_files:
             prefix_space = bool(config.get("add_prefix_space", False))
             content = build_tokenizer_json(directory, special_tokens, as_gpt2=as_gpt2, add_prefix_space=prefix_space)
@@ -121,11 +121,8 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of conversations that came with the tokenizer, the default one of several."""
-        found = self._config.get("chat_template")
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        return None if found is None else str(found)
+        """The Jinja template of conversations that came with the tokenizer."""
+        return self._config.get("chat_template")
 
     @property
     def fingerprint(self) -> str:
@@ -148,8 +145,10 @@ class Tokenizer:
             changed._config["added_tokens_decoder"] = {str(token_id): entry for token_id, entry in ids.items()}
         return changed
 
-    def with_chat_template(self, template: str) -> "Tokenizer":
-        """The same tokenizer with a Jinja template of conversations, which save writes."""
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """The same tokenizer with this Jinja template of conversations, which save writes; None: with its own."""
+        if template is None:
+            return self
         changed = copy(self)
         changed._config = {**self._config, "chat_template": template}
         return changed
@@ -257,32 +256,3 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_alphabet()
-
-
-def _named_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    # as in transformers, the map counts only without added_tokens_decoder in the config, and then it comes first
-    sources = (config, special_map) if "added_tokens_decoder" in config else (special_map, config)
-    named = {}
-    for key, default in DEFAULT_SPECIAL_TOKENS.items():
-        value = next((source[key] for source in sources if source.get(key)), default)
-        named[key] = str(value["content"] if isinstance(value, dict) else value)
-    return named
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}). Fetch or save it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _missing_message(directory: Path) -> str:
-    if not directory.is_dir():
-        return f"{directory}: no such directory; expected one that holds {TOKENIZER_FILE}"
-    found = ", ".join(sorted(path.name for path in directory.iterdir())[:12]) or "nothing"
-    return f"{directory}: looked for {TOKENIZER_FILE}, found {found}. Save the tokenizer into this directory"

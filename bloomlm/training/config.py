@@ -20,7 +20,7 @@ class TrainingConfig(Flags):
     paddle_tokenization: bool = same_flag(ModelFlags, "paddle_tokenization")
 
     train_file: str | None = flag("data", None,
-        "training examples: .jsonl, .json or .csv with src/tgt, instruction/output, prompt/completion, ... in each row")
+        "training examples: .jsonl, .json or .csv with src/tgt, instruction/output, messages, ... in each row")
     eval_file: str | None = flag("data", None, "evaluation examples, in the same formats")
     dataset_name_or_path: str | None = flag("data", None,
         "a data set with both: builtin:dates, a directory with train.json and dev.json, or a name on the hub")
@@ -32,6 +32,13 @@ class TrainingConfig(Flags):
     dataloader_num_workers: int = flag("data", 0,
         "accepted for compatibility with PaddleNLP; tokenising uses all cores anyway", minimum=0)
     task_name: str | None = flag("data", None, "accepted for compatibility with PaddleNLP, which ignored it")
+
+    max_length: int = flag("data", 1024,
+        "raw text: most tokens of a window; conversations: most tokens of one, which then loses its last turns",
+        minimum=2)
+    chat_template: str | None = flag("data", None,
+        "conversations: a file with a Jinja template, or plain; saved with the model  [default: the model's own]")
+    learn_last_turn: bool = flag("data", False, "conversations: learn the last answer only instead of all")
 
     do_train: bool | None = flag("training", None, "train  [default: True, unless only --do_eval is given]")
     num_train_epochs: float = flag("training", 3.0, "passes through the examples; may be a fraction")

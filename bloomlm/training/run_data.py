@@ -1,16 +1,22 @@
 """The examples of a run: which sets its flags name, and what is trained on and what is evaluated."""
 
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from bloomlm.data.conversations import load_conversations
 from bloomlm.data.example import TrainingSet
 from bloomlm.data.examples import load_examples
 from bloomlm.data.files import RowSource
+from bloomlm.data.messages import has_messages
 from bloomlm.data.splits import resolve_splits
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
+from bloomlm.training.config import default_of
 from bloomlm.training.run_plan import DataPlan, RunPlan
+
+_LOG = logging.getLogger(__name__)
 
 MOST_HELD_OUT = 1000
 
@@ -26,25 +32,55 @@ def _load_pairs(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> Traini
     )
 
 
+def _load_conversations(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
+    return load_conversations(
+        rows,
+        tokenizer,
+        max_length=data.max_length,
+        learn_last_turn=data.learn_last_turn,
+        show_progress=data.show_progress,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataForm:
     """What the rows of a file may be, and how they become examples."""
+
+    name: str
+    """What such rows are called in messages."""
 
     fits: Callable[[Mapping[str, object]], bool]
     """Whether a row with these fields has this form."""
     load: Callable[[RowSource, DataPlan, Tokenizer], TrainingSet]
     """Reads all rows."""
+    flags: tuple[str, ...]
+    """The flags that act on this form, of those that do not act on all forms."""
 
 
 FORMS = (
-    DataForm(fits=lambda fields: True, load=_load_pairs),  # the last form says what a row may have
+    DataForm(
+        name="conversations",
+        fits=has_messages,
+        load=_load_conversations,
+        flags=("max_length", "learn_last_turn", "tgt_length"),  # tgt_length limits generated answers
+    ),
+    DataForm(
+        name="pairs of a source and a target",
+        fits=lambda fields: True,  # the last form says what a row may have
+        load=_load_pairs,
+        flags=("src_length", "tgt_length", "prompt_template"),
+    ),
 )
 """The first form that fits the first row is that of all rows."""
 
 
 def _load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
     first: Mapping[str, object] = next((row.fields for row in rows.rows()), {})
-    return next(form for form in FORMS if form.fits(first)).load(rows, data, tokenizer)
+    form = next(form for form in FORMS if form.fits(first))
+    names = dict.fromkeys(name for other in FORMS for name in other.flags if name not in form.flags)
+    if unused := [f"--{name}" for name in names if getattr(data, name) != default_of(name)]:
+        _LOG.warning("%s: not used, because the rows of %s are %s", ", ".join(unused), rows.name, form.name)
+    return form.load(rows, data, tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,12 @@ class DataPlan:
     """Maximum number of tokens of a prompt."""
     tgt_length: int
     """Maximum number of tokens of a target, </s> included."""
+    max_length: int
+    """Maximum number of tokens of a window of raw text or of a conversation."""
+    chat_template: str | None
+    """`plain`, or a file with the template of conversations; None: the template of the model."""
+    learn_last_turn: bool
+    """Whether only the last answer of a conversation is learned."""
     show_progress: bool
     """Whether a bar is shown while texts are tokenised."""
 

@@ -24,6 +24,9 @@ def data_plan(config: TrainingConfig) -> DataPlan:
         prompt_template=config.prompt_template,
         src_length=config.src_length,
         tgt_length=config.tgt_length,
+        max_length=config.max_length,
+        chat_template=config.chat_template,
+        learn_last_turn=config.learn_last_turn,
         show_progress=not config.disable_tqdm,
     )
 

@@ -12,6 +12,7 @@ from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.main_rank import main_first
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
+from bloomlm.data.chat_template import with_given_template
 from bloomlm.data.example import Examples, TrainingSet
 from bloomlm.data.loader import Batches, BatchLoader
 from bloomlm.data.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
     """
     source = resolve_source(plan.model.name_or_path).directory
     tokenizer = Tokenizer.from_directory(source, as_gpt2=plan.reading.tokenization)
+    tokenizer = with_given_template(tokenizer, plan.data.chat_template)
     resume_point = read_resume_point(plan, source, checkpoint)
     plan = with_new_tokens(with_recorded_adapter(plan, resume_point), source, resume_point)
     # the main rank comes first and tokenises; the others find the result in the cache

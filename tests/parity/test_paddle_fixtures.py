@@ -14,7 +14,8 @@ from bloomlm.checkpoint.paddle.importer import PrefixLayout, find_model, open_mo
 from bloomlm.checkpoint.paddle.unpickler import load_paddle_pickle
 from bloomlm.checkpoint.reader import read_config, read_into_model
 from bloomlm.data.gpt2_files import build_tokenizer_json
-from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.tokenizer_files import DEFAULT_SPECIAL_TOKENS
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM

@@ -12,7 +12,8 @@ from bloomlm.data.gpt2_files import (
     read_merges,
     write_gpt2_files,
 )
-from bloomlm.data.tokenizer import DEFAULT_SPECIAL_TOKENS, Tokenizer
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.tokenizer_files import DEFAULT_SPECIAL_TOKENS
 from bloomlm.errors import CheckpointError
 from tests.bloom_tokenizer import MERGES, make_tokenizer, tokenizer_json
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bloomlm.checkpoint.merge import merged_parameters
 from bloomlm.data.gpt2_files import BLOOM_WORDS
-from bloomlm.data.tokenizer import TOKENIZER_FILE
+from bloomlm.data.tokenizer_files import TOKENIZER_FILE
 from bloomlm.errors import CheckpointError, ProgramError
 from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.weight_formats import nearest_int4

@@ -115,7 +115,7 @@ class FakeEngine:
 
     def _sequence(self, request: GenerationRequest, index: int) -> list[TokenOutput]:
         config = request.config
-        has_stop, outputs = stop_test(config.stop, self.tokenizer.decode), []
+        has_stop, outputs = stop_test(config.stop, self.tokenizer.decode, config.min_new_tokens), []
         tokens = self.continuation(request, index)[: config.max_new_tokens]
         if isinstance(config.strategy, Sampling):  # so that samples differ
             tokens = tokens[: max(1, len(tokens) - index)]

@@ -58,7 +58,9 @@ class CompletionFlags(Flags):
     decode_strategy: Literal["greedy", "sampling", "beam_search"] = flag(
         "decoding", "greedy", "how tokens are chosen: the likeliest, at random, or by following several texts at once"
     )
-    min_new_tokens: int | None = flag("decoding", None, "minimum tokens before </s>  [default: 0]")
+    min_new_tokens: int | None = flag(
+        "decoding", None, "minimum tokens before </s>, and behind which a stop text must end  [default: 0]"
+    )
     stop: tuple[str, ...] = flag(
         "decoding", (), r"text at which a completion ends (\n: line end); give the flag again for more", repeatable=True
     )
@@ -200,7 +202,7 @@ def run_completions(
             messages.print(f"{num_before} completions are there from a stopped run; going on after them")
         stream = None
         if config.stream and is_main:
-            stream = TokenPrinter(printer, completer.tokenizer, prompts.texts, generation.stop)
+            stream = TokenPrinter(printer, completer.tokenizer, prompts.texts, generation)
         bar = messages if messages.is_terminal and file is not None and stream is None else None
         for completion in _completions(config, generation, completer, prompts, num_before, stream, bar):
             if file is not None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import format_bytes
+from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.text import Completion
 from bloomlm.serving.text_stream import TextStream
 
@@ -148,14 +149,14 @@ class TokenPrinter:
         printer: prints the pieces.
         tokenizer: decodes the tokens.
         prompts: each is printed before its completion.
-        stop: texts at which a completion ends.
+        config: how completions end.
     """
 
     def __init__(
-        self, printer: CompletionPrinter, tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]
+        self, printer: CompletionPrinter, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerationConfig
     ) -> None:
         self._printer = printer
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, config.stop, config.min_new_tokens)
         self._prompts = prompts
         self._index: int | None = None
 

@@ -36,6 +36,11 @@ class StreamDecoder:
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether the bytes so far end with a part of a character."""
+        return bool(self._utf8.getstate()[0])
+
     def finish(self) -> str:
         """End the text: return U+FFFD if it ends inside a character, else "". The next text can follow."""
         return self._utf8.decode(b"", final=True)

@@ -155,7 +155,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without added special tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]  # unlike the backend's encode, it lets other threads run meanwhile
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, computed on all cores unless TOKENIZERS_PARALLELISM is false."""

@@ -14,12 +14,12 @@ from bloomlm.generation.config import GenerationConfig, Sampling
 from bloomlm.generation.log_probs import TokenScore, log_probs_of
 from bloomlm.generation.rows import History
 from bloomlm.generation.sampling import draw, most_likely
-from bloomlm.generation.sequences import Sample, Search, group_of
+from bloomlm.generation.sequences import LogitOptions, Sample, Search
 
 StepLogits = Mapping[int, Tensor]
 """Row -> logits [B, V], one after its newest token and one after each token that was guessed."""
 
-_PLAIN = group_of(GenerationConfig())
+_PLAIN = LogitOptions(GenerationConfig())
 
 
 @dataclass(frozen=True)
@@ -43,29 +43,29 @@ def choose_next(
         history: the tokens of their rows.
         eos_token_id: the token that ends a sequence.
     """
-    groups: dict[GenerationConfig, list[Sample | Search]] = {}
+    groups: dict[LogitOptions, list[Sample | Search]] = {}
     for sequence in running:
         groups.setdefault(sequence.group, []).append(sequence)
     chosen = Chosen({}, {})
-    for config, members in groups.items():
+    for group, members in groups.items():
         members.sort(key=lambda member: member.rows[0])
         samples = [member for member in members if isinstance(member, Sample)]
         searches = [member for member in members if isinstance(member, Search)]
         own_rows = [row for member in members for row in member.rows]
         logits = [step[row] for row in own_rows]
-        if config == _PLAIN:
+        if group == _PLAIN:
             found = most_likely(logits)
         else:
             scores = torch.cat(logits).float()
             if searches:
                 scores = scores.log_softmax(dim=-1)
             rows = [row for row, own in zip(own_rows, logits, strict=True) for _ in own]
-            scores = history.adjust(scores, rows, config, eos_token_id)
+            scores = history.adjust(scores, rows, group.config, eos_token_id)
             if searches:
                 parts = scores.split([len(search.rows) for search in searches])
                 chosen.beams.update(zip(searches, parts, strict=True))
                 continue
-            found = _choose(samples, scores, config)
+            found = _choose(samples, scores, group.config)
         tokens = iter(found)
         chosen.tokens.update((sample, list(islice(tokens, len(step[sample.rows[0]])))) for sample in samples)
     return chosen

@@ -72,7 +72,7 @@ class GenerationConfig:
     max_new_tokens: int = 200
     """Tokens to generate at most, `</s>` included."""
     min_new_tokens: int = 0
-    """Tokens before `</s>` and stop_token_ids are allowed."""
+    """Tokens before `</s>` and stop_token_ids are allowed, and behind which a stop text must end."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Ids and the numbers added to their logits, each id once."""
     repetition_penalty: float = 1.0

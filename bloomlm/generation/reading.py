@@ -16,7 +16,7 @@ from bloomlm.generation.language_model import ModelRows
 from bloomlm.generation.log_probs import PromptScores, log_probs_of
 from bloomlm.generation.lookup import PromptLookup, can_be_guessed
 from bloomlm.generation.sampling import uniform_numbers
-from bloomlm.generation.sequences import DecodeText, Sample, Search, group_of, stop_test
+from bloomlm.generation.sequences import DecodeText, LogitOptions, Sample, Search, stop_test
 from bloomlm.row_memory import RowFeatures
 
 MOST_SCORED = 128
@@ -60,7 +60,8 @@ class Prompt:
         self, eos_token_id: int | None, decode_text: DecodeText | None, device: torch.device, *, looks_up: bool
     ) -> list[Sample] | list[Search]:
         """Its sequences, once it is read; looks_up: whether their tokens are guessed where they can be."""
-        config, group, stops = self.config, group_of(self.config), stop_test(self.config.stop, decode_text)
+        config, group = self.config, LogitOptions(self.config)
+        stops = stop_test(config.stop, decode_text, config.min_new_tokens)
         if isinstance(config.strategy, BeamSearch):
             state = BeamSearchState(
                 config.strategy.num_beams,

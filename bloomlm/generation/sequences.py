@@ -47,8 +47,8 @@ class Running:
     """Rows of the model's memory."""
     config: GenerationConfig
     """How it is continued."""
-    group: GenerationConfig
-    """Sequences with equal groups choose their tokens together; see group_of."""
+    group: "LogitOptions"
+    """Sequences with equal groups choose their tokens together."""
     stops: StopTest
     """Whether tokens now contain a stop text."""
 
@@ -134,26 +134,51 @@ class Search(Running):
         return events
 
 
-def group_of(config: GenerationConfig) -> GenerationConfig:
-    """The options that act on logits; every other option is replaced by a constant."""
-    strategy = config.strategy
-    if isinstance(strategy, Sampling):
-        strategy = replace(strategy, seed=0)
-    longest = max(1, config.min_new_tokens)
-    return replace(
-        config,
-        strategy=strategy,
-        stop=(),
-        stop_token_ids=config.stop_token_ids if config.min_new_tokens else (),
-        ignore_eos=False,
-        max_new_tokens=longest,
-        num_return_sequences=1,
-        num_log_probs=None,
-    )
+class LogitOptions:
+    """The options that act on logits, hashed once, because each step looks for sequences with equal ones.
+
+    Args:
+        config: a sequence's options.
+    """
+
+    def __init__(self, config: GenerationConfig) -> None:
+        strategy = config.strategy
+        if isinstance(strategy, Sampling):
+            strategy = replace(strategy, seed=0)
+        self.config = replace(
+            config,
+            strategy=strategy,
+            stop=(),
+            stop_token_ids=config.stop_token_ids if config.min_new_tokens else (),
+            ignore_eos=False,
+            max_new_tokens=max(1, config.min_new_tokens),
+            num_return_sequences=1,
+            num_log_probs=None,
+        )
+        """The options; those that do not act on logits are replaced by constants."""
+        self._hash = hash(self.config)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LogitOptions) and self._hash == other._hash and self.config == other.config
 
 
-def stop_test(stop: Sequence[str], decode_text: DecodeText | None) -> StopTest:
-    """A function that tells whether tokens contain a stop text, where all but the last token did not."""
+def find_stop(text: str, stop: Sequence[str], behind: int) -> int | None:
+    """Where the first stop text begins that ends behind the first `behind` characters; None without one."""
+    places = [text.find(end, max(0, behind - len(end) + 1)) for end in stop]
+    return min((place for place in places if place >= 0), default=None)
+
+
+def stop_test(stop: Sequence[str], decode_text: DecodeText | None, min_tokens: int = 0) -> StopTest:
+    """A function that tells whether tokens contain a stop text, where all but the last token did not.
+
+    Args:
+        stop: the stop texts.
+        decode_text: ids to text.
+        min_tokens: a stop text counts only where it ends behind the text of so many tokens, as in vLLM.
+    """
     if not stop or decode_text is None:
         return lambda tokens: False
     # A stop text that the last token completes lies within as many tokens as it has bytes, at one byte a token,
@@ -161,14 +186,15 @@ def stop_test(stop: Sequence[str], decode_text: DecodeText | None) -> StopTest:
     window = max(len(text.encode()) for text in stop) + 1
     longest = max(map(len, stop))
 
-    def contains(text: str) -> bool:
-        return any(end in text for end in stop)
-
     def test(tokens: list[int]) -> bool:
+        if len(tokens) <= min_tokens:
+            return False
         # The short text is cheap, but may begin inside a character, so the whole text decides.
         count = window
         while len(end := decode_text(tokens[-count:])) <= longest and count < len(tokens):
             count *= 2
-        return contains(end) and contains(decode_text(tokens))
+        if find_stop(end, stop, 0) is None:
+            return False
+        return find_stop(decode_text(tokens), stop, len(decode_text(tokens[:min_tokens]))) is not None
 
     return test

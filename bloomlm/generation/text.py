@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from bloomlm.errors import GenerationError
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import Generation, OnToken
-from bloomlm.generation.sequences import FinishReason
+from bloomlm.generation.sequences import FinishReason, find_stop
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class TextGenerator(ABC):
             )
             for place, result in enumerate(results):
                 prompt = prompts[start + place // config.num_return_sequences]
-                yield _completion(self.tokenizer, prompt, result, config.stop)
+                yield _completion(self.tokenizer, prompt, result, config)
 
     def _default_options(self) -> dict[str, Any]:
         """Options of `generate` where they are not given."""
@@ -171,10 +171,10 @@ def _encode(tokenizer: TextCodec, prompts: Sequence[str], src_length: int | None
     return [tokens[:src_length] for tokens in encoded]
 
 
-def _completion(tokenizer: TextCodec, prompt: str, result: Generation, stop: Sequence[str]) -> Completion:
+def _completion(tokenizer: TextCodec, prompt: str, result: Generation, config: GenerationConfig) -> Completion:
     text = tokenizer.decode(result.tokens)
     if result.finish_reason == "stop":
-        text = text[: min(text.index(end) for end in stop if end in text)]
+        text = text[: find_stop(text, config.stop, len(tokenizer.decode(result.tokens[: config.min_new_tokens])))]
     return Completion(prompt=prompt, completion=text, finish_reason=result.finish_reason, tokens=result.tokens)
 
 

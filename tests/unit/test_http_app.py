@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from bloomlm.errors import ClosingError, GenerationError, QueueFullError, ServingError
+from bloomlm.errors import ClosingError, ConfigError, GenerationError, QueueFullError, ServingError
 from bloomlm.serving.http.app import ENDPOINTS, create_app
 from bloomlm.serving.http.gate import REQUESTS_LOG
 from bloomlm.serving.http.service import ServerOptions, Service
@@ -326,6 +326,11 @@ def test_chat_log_probabilities(engine: FakeEngine) -> None:
     assert "id" not in content[0]
     lone = client.post("/v1/chat/completions", json={**body, "top_logprobs": 1})
     assert error_of(lone, 400)["param"] == "top_logprobs"
+
+
+def test_a_template_that_is_none_is_told_before_there_is_a_model() -> None:
+    with pytest.raises(ConfigError, match="the chat template is no Jinja template"):
+        Service(ServerOptions(model_name="bloom", chat_template="{% if messages %}"))
 
 
 def test_chat_without_a_template_says_how_to_give_one(client: TestClient) -> None:

@@ -53,6 +53,11 @@ def refused(body: Any, fields: Fields = COMPLETION) -> ApiError:
         ({"prompt": "a", "temperature": False}, "temperature", "temperature is false"),
         ({"prompt": "a", "temperature": float("inf")}, "temperature", "temperature is Infinity"),
         ({"prompt": "a", "top_p": 0}, "top_p", "expected a number above 0 and at most 1"),
+        (
+            {"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}},
+            "logit_bias",
+            "logit_bias has 1025 entries; expected at most 1024",
+        ),
         ({"prompt": "a", "n": 0}, "n", "n is 0; expected a whole number at least 1"),
         ({"prompt": "a", "n": 1.5}, "n", "n is 1.5"),
         ({"prompt": "a", "n": 10**400}, "n", "at most 128"),

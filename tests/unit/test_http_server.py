@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -134,6 +136,20 @@ def test_ports_and_hosts_that_cannot_be_had(slow: FakeEngine) -> None:
     server.stop()
 
 
+def test_adapters_that_wait_for_requests_take_no_threads_from_texts(slow: FakeEngine) -> None:
+    goes_on = threading.Event()
+    slow.unload_adapter = lambda name: bool(goes_on.wait(WAIT_SECONDS))  # type: ignore[method-assign]
+    server = serve(slow, allow_adapter_loading=True)
+    with ThreadPoolExecutor(40) as pool:
+        url = f"{server.url}/v1/unload_lora_adapter"
+        changes = [pool.submit(httpx.post, url, json={"lora_name": "dates"}, timeout=60) for _ in range(40)]
+        wait_for(lambda: len(server._server.server_state.tasks) == 40)
+        assert httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}, timeout=WAIT_SECONDS / 2).status_code == 200
+        goes_on.set()
+        assert {change.result().status_code for change in changes} == {200}
+    server.stop()
+
+
 @pytest.fixture(scope="module")
 def real() -> Iterator[tuple[HttpServer, Engine]]:
     engine = Engine(bloomlm.load("builtin:tiny"), EngineOptions(max_num_seqs=8, max_step_tokens=64))
@@ -209,6 +225,16 @@ def test_flags_that_cannot_be_used(flags: list[str], words: str, capsys: pytest.
     assert words in capsys.readouterr().err
 
 
+def test_a_bad_chat_template_is_found_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% if messages %}")
+    with pytest.raises(SystemExit):
+        main(["serve", "--model_name_or_path", "/nowhere", "--port", "0", "--chat_template", str(template)])
+    assert "the chat template is no Jinja template" in capsys.readouterr().err
+
+
 def test_a_signal_ends_a_server_that_is_loading() -> None:
     command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", "builtin:tiny", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -241,13 +267,13 @@ def test_a_client_that_does_not_read_is_given_up(
     caplog.set_level("INFO", gate.REQUESTS_LOG)
     monkeypatch.setattr(gate, "_GIVE_UP_SECONDS", 0.1)
     slow.delay_seconds = 0.0
-    server = serve(slow, stop_seconds=0.5 if timeout > 3 else None, request_timeout_seconds=timeout)
+    server = serve(slow, stop_seconds=min(timeout, 4.0), request_timeout_seconds=timeout)
     body = {"prompt": "a", "max_tokens": 2000, "stream": True, "logprobs": 20, "n": 8, "return_token_ids": True}
     connection = start_request(server, body, receive_bytes=4096)
     wait_for(lambda: bool(slow.handles))
     if timeout == 3:
         wait_for(lambda: bool(caplog.records))
-        connection.close()
+        wait_for(lambda: not server._server.server_state.connections)  # although the client keeps its end
     server.stop()
     assert "/v1/completions" in caplog.text and slow.handles[0].cancelled_after is not None
     connection.close()

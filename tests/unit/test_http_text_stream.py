@@ -3,6 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bloomlm
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.generation.sequences import stop_test
 from bloomlm.serving.text_stream import TextStream
@@ -15,18 +16,30 @@ LETTERS = st.text("ab\u00e9\u4e2d\U0001f600", max_size=12)
 STOPS = st.lists(st.text("ab\u00e9\u4e2d\U0001f600", min_size=1, max_size=4), max_size=3)
 
 
-def cut(text: str, stops: list[str]) -> str:
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+def cut(text: str, stops: list[str], behind: int = 0) -> str:
+    """The text before the first stop text that ends behind so many characters."""
+    places = [place for place in range(len(text)) for stop in stops if ends_behind(text, place, stop, behind)]
+    return text[: min(places, default=len(text))]
 
 
-def ended(ids: list[int], stops: list[str]) -> list[int]:
+def ends_behind(text: str, place: int, stop: str, behind: int) -> bool:
+    return text.startswith(stop, place) and place + len(stop) > behind
+
+
+def length_of(ids: list[int]) -> int:
+    return len(TOKENIZER.decode(ids))
+
+
+def ended(ids: list[int], stops: list[str], min_tokens: int = 0) -> list[int]:
     """The ids up to the one that completes a stop text, where a session ends the sequence."""
-    ends = (n for n in range(1, len(ids) + 1) if any(stop in TOKENIZER.decode(ids[:n]) for stop in stops))
+    behind = length_of(ids[:min_tokens])
+    texts = {count: TOKENIZER.decode(ids[:count]) for count in range(min_tokens + 1, len(ids) + 1)}
+    ends = (count for count, text in texts.items() if cut(text, stops, behind) != text)
     return ids[: next(ends, len(ids))]
 
 
-def pieces_of(ids: list[int], stops: list[str]) -> list[str]:
-    stream = TextStream(TOKENIZER, stops)
+def pieces_of(ids: list[int], stops: list[str], min_tokens: int = 0) -> list[str]:
+    stream = TextStream(TOKENIZER, stops, min_tokens)
     return [*map(stream.push, ids), stream.finish()]
 
 
@@ -58,6 +71,31 @@ def test_what_is_shown_is_never_taken_back(text: str, stops: list[str]) -> None:
     for count, token in enumerate(ids, start=1):
         shown += stream.push(token)
         assert cut(TOKENIZER.decode(ids[:count]), stops).startswith(shown)
+
+
+@settings(max_examples=500, deadline=None)
+@given(LETTERS, STOPS, st.integers(0, 8))
+def test_stop_texts_that_end_within_the_least_number_of_tokens_do_not_count(
+    text: str, stops: list[str], min_tokens: int
+) -> None:
+    ids = TOKENIZER.encode(text)
+    expected = ended(ids, stops, min_tokens)
+    test = stop_test(stops, TOKENIZER.decode, min_tokens)
+    assert next((ids[:count] for count in range(1, len(ids) + 1) if test(ids[:count])), ids) == expected
+    pieces = pieces_of(expected, stops, min_tokens)
+    assert "".join(pieces) == cut(TOKENIZER.decode(expected), stops, length_of(expected[:min_tokens]))
+
+
+def test_a_completion_goes_on_behind_stop_texts_within_its_least_number_of_tokens() -> None:
+    model = bloomlm.load("builtin:tiny")
+    prompt, options = "The history of bread", {"max_new_tokens": 40, "stop": [" "]}
+    (whole,) = model.generate(prompt, max_new_tokens=40)
+    (first,) = model.generate(prompt, **options)
+    (later,) = model.generate(prompt, **options, min_new_tokens=20)
+    behind = length_of(whole.tokens[:20])
+    assert len(first.tokens) < 10 and "stop" == first.finish_reason == later.finish_reason
+    assert later.completion == cut(whole.completion, [" "], behind) and len(later.completion) >= behind
+    assert "".join(pieces_of(later.tokens, [" "], 20)) == later.completion
 
 
 def test_beginning_of_a_stop_text_is_held_back_until_it_is_decided() -> None:

@@ -17,6 +17,7 @@ from bloomlm.cli import main as cli
 from bloomlm.cli import predict as predict_module
 from bloomlm.cli.completion import ResultFile
 from bloomlm.cli.display import CompletionPrinter, TokenPrinter
+from bloomlm.generation.config import GenerationConfig
 from tests.bloom_tokenizer import make_tokenizer
 from tests.tiny_bloom import write_adapter, write_bloom
 
@@ -310,7 +311,9 @@ def test_stream_shows_text_as_soon_as_it_is_certain() -> None:
         def piece(self, text: str) -> None:
             pieces.append(text)
 
-    printer = TokenPrinter(Recorder(Console(file=io.StringIO())), tokenizer, ["prompt"], ["and中"])
+    printer = TokenPrinter(
+        Recorder(Console(file=io.StringIO())), tokenizer, ["prompt"], GenerationConfig(stop=("and中",))
+    )
     for token in [
         *tokenizer.encode("a é"),
         *tokenizer.encode("an"),
@@ -327,7 +330,9 @@ def test_stream_shows_text_as_soon_as_it_is_certain() -> None:
 def test_stream_shows_in_the_end_what_was_held_back() -> None:
     tokenizer = make_tokenizer()
     file = io.StringIO()
-    printer = TokenPrinter(CompletionPrinter(Console(file=file)), tokenizer, ["p", "q"], ["and中"])
+    printer = TokenPrinter(
+        CompletionPrinter(Console(file=file)), tokenizer, ["p", "q"], GenerationConfig(stop=("and中",))
+    )
     for index in (0, 1):
         for token in tokenizer.encode("x and"):
             printer.push(index, token)

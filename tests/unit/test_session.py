@@ -406,3 +406,22 @@ def test_refusals_leave_the_session_as_it_was() -> None:
     (handle,) = session.open([5], plain)
     session.evict([handle, 77])
     assert session.num_free_rows == 2 and session.step() == []
+
+
+class CountedHashes(tuple[tuple[int, float], ...]):
+    """Biases that count how often they are hashed."""
+
+    count = 0
+
+    def __hash__(self) -> int:
+        CountedHashes.count += 1
+        return super().__hash__()
+
+
+def test_options_are_not_hashed_at_every_step() -> None:
+    """A request may bias a thousand tokens."""
+    session = DecodeSession(eager_model(101, with_prefix=False), max_rows=1, max_tokens=MAX_TOKENS)
+    session.open([5], GenerationConfig(max_new_tokens=9, ignore_eos=True, logit_bias=CountedHashes(((9, 2.0),))))
+    for _ in range(9):
+        session.step()
+    assert session.is_empty and CountedHashes.count == 1

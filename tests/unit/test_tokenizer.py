@@ -2,6 +2,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -42,9 +44,21 @@ def test_encode_adds_nothing_and_reads_special_tokens_in_the_text():
     assert tokenizer.encode("<s>the</s></s>") == [1, THE, 2, 2]
 
 
-def test_encode_batch_equals_encode():
+def test_batches_equal_single_texts():
     tokenizer = make_tokenizer()
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    single = [tokenizer._backend.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS] == single
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    tokenizer, text = make_tokenizer(), "the cat and the hen " * 50_000
+    encoding = threading.Thread(target=tokenizer.encode, args=[text])
+    encoding.start()
+    num_turns = 0
+    while encoding.is_alive():
+        time.sleep(0)
+        num_turns += 1
+    assert num_turns > 100
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -54,14 +54,15 @@ class Choice:
         index: its number in the answer.
         tokenizer: decodes the tokens.
         stop: texts at which it ends.
+        min_tokens: tokens behind whose text a stop text must end.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int) -> None:
         self.index = index
         self.last_token_at: float | None = None
         """When its last token came, for the metrics."""
         self._tokenizer = tokenizer
-        self._stream = TextStream(tokenizer, stop)
+        self._stream = TextStream(tokenizer, stop, min_tokens)
         self._num_echoed = 0
 
     def start(self, prompt: list[int], *, echo: bool, scores: PromptScores | None) -> Piece:

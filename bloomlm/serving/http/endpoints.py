@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from bloomlm.serving.engine import Engine
 from bloomlm.serving.http.choices import token_names
 from bloomlm.serving.http.errors import ApiError, bad_request
 from bloomlm.serving.http.generation import answer
@@ -65,7 +66,7 @@ async def load_adapter(service: Service, request: Request, body: Body) -> Respon
     name, path = body["lora_name"], body["lora_path"]
     if name == service.options.model_name:
         raise bad_request(f"lora_name is {name!r}, the name of the model; choose another one", "lora_name")
-    await asyncio.to_thread(service.engine.load_adapter, name, path)
+    await service.change_adapters(service.engine.load_adapter, name, path)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -75,7 +76,7 @@ async def unload_adapter(service: Service, request: Request, body: Body) -> Resp
     name = body["lora_name"]
     if name == service.options.model_name or service.adapter_of(name) is None:
         raise bad_request(f"lora_name is {name!r}, the name of the model, which stays", "lora_name")
-    await asyncio.to_thread(service.engine.unload_adapter, name)
+    await service.change_adapters(service.engine.unload_adapter, name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
@@ -92,23 +93,29 @@ def _check_adapter_loading(service: Service) -> None:
 async def tokenize(service: Service, request: Request, body: Body) -> Response:
     """POST /tokenize: text -> ids."""
     service.adapter_of(body.get("model"))
-    engine = service.engine
-    tokens = await asyncio.to_thread(engine.tokenizer.encode, body["prompt"])
-    answer = {"count": len(tokens), "max_model_len": engine.options.max_model_len, "tokens": tokens}
-    if body.get("return_token_strs"):
-        answer["token_strs"] = [token_names(engine.tokenizer, as_ids=False)(token) for token in tokens]
-    return JSONResponse(answer)
+    # All of it for a body of megabytes takes seconds, in which other requests need the event loop.
+    return await asyncio.to_thread(_tokenized, service.engine, body["prompt"], body.get("return_token_strs", False))
+
+
+def _tokenized(engine: Engine, text: str, has_names: bool) -> Response:
+    tokens = engine.tokenizer.encode(text)
+    content = {"count": len(tokens), "max_model_len": engine.options.max_model_len, "tokens": tokens}
+    if has_names:
+        content["token_strs"] = list(map(token_names(engine.tokenizer, as_ids=False), tokens))
+    return JSONResponse(content)
 
 
 async def detokenize(service: Service, request: Request, body: Body) -> Response:
     """POST /detokenize: ids -> text, with special tokens."""
     service.adapter_of(body.get("model"))
-    engine = service.engine
-    unknown = max(body["tokens"], default=0)
+    return await asyncio.to_thread(_detokenized, service.engine, body["tokens"])
+
+
+def _detokenized(engine: Engine, tokens: list[int]) -> Response:
+    unknown = max(tokens, default=0)
     if unknown >= engine.vocab_size:
         raise bad_request(f"tokens has the id {unknown}; the model has ids 0 to {engine.vocab_size - 1}", "tokens")
-    text = await asyncio.to_thread(engine.tokenizer.decode, body["tokens"], skip_special_tokens=False)
-    return JSONResponse({"prompt": text})
+    return JSONResponse({"prompt": engine.tokenizer.decode(tokens, skip_special_tokens=False)})
 
 
 async def tokenizer_info(service: Service, request: Request, body: Body) -> Response:

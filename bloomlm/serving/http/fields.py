@@ -10,6 +10,8 @@ from bloomlm.serving.http.schema import Field, Fields, Schema
 
 MAX_LOG_PROBS = 20
 """Most alternatives of a token."""
+MAX_BIASES = 1024
+"""Most ids in logit_bias, which act on the logits at every step."""
 MAX_SEQUENCES = 128
 """Most choices that one prompt may ask for."""
 DEFAULT_MAX_TOKENS = 16
@@ -62,7 +64,7 @@ COMMON: dict[str, Field] = {
         help="draw from the likeliest tokens of this total probability",
     ),
     "logit_bias": Field(
-        schema={"type": "object", "additionalProperties": number(-100, 100)},
+        schema={"type": "object", "additionalProperties": number(-100, 100), "maxProperties": MAX_BIASES},
         help="id of a token -> number that is added to its logit",
     ),
     "frequency_penalty": Field(

@@ -107,7 +107,8 @@ class Run:
     def _choices_of(self, place: int) -> list[Choice]:
         config = self._plan.requests[place].config
         count, tokenizer = config.num_return_sequences, self._service.engine.tokenizer
-        return [Choice(place * count + index, tokenizer, config.stop) for index in range(count)]
+        first, stop = place * count, config.stop
+        return [Choice(first + index, tokenizer, stop, config.min_new_tokens) for index in range(count)]
 
     def _first_pieces(self, place: int, choices: Iterable[Choice], scores: PromptScores | None) -> Iterable[Piece]:
         request = self._plan.requests[place]

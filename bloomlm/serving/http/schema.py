@@ -184,6 +184,9 @@ def _check_list(value: list[Any], schema: Schema, where: str) -> list[Any]:
 
 def _check_object(value: dict[str, Any], schema: Schema, where: str) -> dict[str, Any]:
     properties, others = schema.get("properties", {}), schema.get("additionalProperties", False)
+    most = schema.get("maxProperties", len(value))
+    if len(value) > most:
+        raise bad_request(f"{where} has {len(value)} entries; expected at most {most}", where)
     for name in schema.get("required", ()):
         if name not in value:
             raise bad_request(f"{where}.{name} is missing; expected {describe(properties[name])}", f"{where}.{name}")

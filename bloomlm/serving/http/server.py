@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import socket
+import sys
 import threading
 from math import ceil
 
@@ -23,7 +24,8 @@ class HttpServer:
         app: what answers.
         host: name or address of the interface to listen on.
         port: the port; 0 takes a free one.
-        stop_seconds: longest time that `stop` waits for answers; then their connections are dropped.
+        stop_seconds: longest time that `stop` waits for answers; then their connections are dropped. On Linux it is
+            also the longest time that a client may read nothing of what was sent to it.
 
     Raises:
         ConfigError: the port is taken, or the host is not an address of this machine.
@@ -36,6 +38,10 @@ class HttpServer:
         except (OSError, OverflowError) as error:
             hint = "; another program listens there, choose another --port" if _is_taken(error) else ""
             raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}{hint}") from error
+        if sys.platform == "linux" and stop_seconds is not None:
+            # Connections inherit it. Without it, one whose client never reads would stay open behind its closed
+            # request, because uvicorn waits until all is sent (TCP_USER_TIMEOUT in tcp(7)).
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ceil(1000 * stop_seconds))
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
         """The address at which clients find it."""

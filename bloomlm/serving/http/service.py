@@ -1,6 +1,9 @@
 """What the endpoints share: the engine, once there is one, the options of the server, and the names of the models."""
 
+import asyncio
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from bloomlm.serving.http.errors import ApiError
 from bloomlm.serving.http.metrics import Metrics
 
 LOADING_RETRY_SECONDS = 5
+_MOST_CHANGES = 32
+"""Adapters that are loaded and unloaded at once; further requests to do so wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,9 @@ class Service:
 
     Args:
         options: how it answers.
+
+    Raises:
+        ConfigError: the options' chat template is none.
     """
 
     def __init__(self, options: ServerOptions) -> None:
@@ -50,7 +58,11 @@ class Service:
         self.started = int(time.time())
         self.metrics = Metrics(options.model_name)
         self._engine: Engine | None = None
+        if options.chat_template is not None:
+            ChatTemplate(options.chat_template, {})  # an error in it is told before the model is loaded
         self._chat_template: ChatTemplate | None = None
+        # They wait for running requests, and must not take the threads that texts are encoded in.
+        self._changes = ThreadPoolExecutor(_MOST_CHANGES, thread_name_prefix="adapters")
 
     def open(self, engine: Engine) -> None:
         """Answer from now on with an engine that runs.
@@ -101,6 +113,10 @@ class Service:
                 code="no_chat_template",
             )
         return self._chat_template
+
+    async def change_adapters(self, change: Callable[..., None], *arguments: str) -> None:
+        """Call the engine's load_adapter or unload_adapter in a thread of its own."""
+        await asyncio.get_running_loop().run_in_executor(self._changes, change, *arguments)
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's model names; None for the model itself.

@@ -191,9 +191,7 @@ def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degre
     shared = {item.name for item in fields(TrainingConfig)} & {item.name for item in fields(config)}
     training = TrainingConfig(**{name: getattr(config, name) for name in shared}, output_dir="", do_train=True)
     processes = config.num_processes or max(1, config.tensor_parallel_degree) * max(1, config.sharding_parallel_degree)
-    machine = Machine(
-        has_cuda=True, has_tensorboard=False, has_matplotlib=False, has_metrics=False, world_size=processes
-    )
+    machine = Machine(has_cuda=True, has_matplotlib=False, has_metrics=False, world_size=processes)
     training, notices = resolve_setup(training, machine)
     idle = []
     if config.fp16_opt_level == "O2" and not (config.fp16 or config.bf16):

@@ -167,8 +167,8 @@ class TrainingConfig(Flags):
         "divide optimizer state and gradients among the copies (stage2), and weights too (stage3)")
 
     logging_steps: int = flag("reporting", 500, "steps between two lines of metrics", minimum=1)
-    report_to: Literal["all", "tensorboard", "none"] = flag("reporting", "all",
-        "where metrics go besides metrics.jsonl; all means TensorBoard if it is installed")
+    report_to: str = flag("reporting", "all",
+        "where metrics go too: any of tensorboard,wandb,mlflow,trackio; all is TensorBoard if installed; or none")
     profile: bool = flag("reporting", False,
         "profile steps 3 to 5 into profile/: a Chrome trace and a table of the ten most costly operations")
     disable_tqdm: bool = flag("reporting", False, "print plain lines instead of a progress bar")

@@ -31,6 +31,8 @@ from bloomlm.training.output_dir import (
     write_run_file,
 )
 from bloomlm.training.report import Reporter
+from bloomlm.training.reporters import Trackers
+from bloomlm.training.reporters.base import TrackedRun
 from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.results import (
     FinetuneResult,
@@ -269,12 +271,14 @@ def _show_notices(plan: RunPlan, checkpoint: Path | None, console: Console) -> N
 
 def _reporter(setup: RunSetup, history: History) -> Reporter:
     report, is_main = setup.plan.report, setup.mesh.is_main
+    directory = setup.plan.output.directory
+    tracked = TrackedRun(output_dir=directory, step=history.global_step, flags=asdict(setup.plan.flags))
     return Reporter(
-        setup.plan.output.directory,
+        directory,
         history,
         setup.console,
         show_bar=report.show_bar and setup.plan.training is not None and is_main,
-        use_tensorboard=report.use_tensorboard,
+        trackers=Trackers(report.trackers, tracked) if is_main else None,
         writes_files=is_main,
     )
 

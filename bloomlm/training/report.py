@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it runs: metrics.jsonl, screen and TensorBoard."""
+"""Where the numbers of a run go while it runs: metrics.jsonl, the screen and trackers."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bloomlm.errors import CheckpointError, format_bytes
 from bloomlm.files.atomic import atomic_write
+from bloomlm.training.reporters import Trackers
 from bloomlm.training.results import Entry, History, StepLog, StepResult, plain
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIRECTORY = "runs"
 
 
 class Reporter:
@@ -24,7 +24,7 @@ class Reporter:
         history: the log so far, to which entries are added.
         console: where progress is shown.
         show_bar: whether a terminal shows a bar instead of lines.
-        use_tensorboard: whether TensorBoard's files are written to output_dir/runs.
+        trackers: other programs that record the numbers.
         writes_files: whether this rank writes files.
     """
 
@@ -35,7 +35,7 @@ class Reporter:
         console: Console,
         *,
         show_bar: bool,
-        use_tensorboard: bool,
+        trackers: Trackers | None = None,
         writes_files: bool = True,
     ) -> None:
         self.output_dir = output_dir
@@ -44,9 +44,7 @@ class Reporter:
         self._display = ProgressDisplay(
             console, max_steps=history.max_steps, step=history.global_step, show_bar=show_bar
         )
-        self._tensorboard = None
-        if use_tensorboard and writes_files:
-            self._tensorboard = _open_tensorboard(output_dir, history.global_step)
+        self._trackers = trackers
 
     def on_step(self, result: StepResult) -> None:
         """Record a step; a step that did not update the weights gets an entry in the log."""
@@ -76,14 +74,14 @@ class Reporter:
             entry["loss_scale"] = log.loss_scale
         self._add(entry)
         self._display.show_log(entry)
-        self._add_scalars("train", entry)
+        self._track("train", entry)
 
     def add_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Write the metrics (eval_...) of the evaluation after the current step."""
         entry: Entry = {"step": self.history.global_step, "epoch": round(self.history.epoch, 4), **metrics}
         self._add(entry)
         self._display.show_evaluation(entry)
-        self._add_scalars("eval", entry)
+        self._track("eval", entry)
 
     def say(self, message: str) -> None:
         """Show a line."""
@@ -94,22 +92,17 @@ class Reporter:
         self._display.stop()
         if self._metrics is not None:
             self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _add(self, entry: Entry) -> None:
         if self._metrics is not None:
             self._metrics.write(entry)
         self.history.log_history.append(plain(entry))
 
-    def _add_scalars(self, group: str, entry: Entry) -> None:
-        if self._tensorboard is None:
-            return
-        for name, value in entry.items():
-            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, entry["step"])
-        self._tensorboard.flush()
+    def _track(self, group: str, entry: Entry) -> None:
+        if self._trackers is not None:
+            self._trackers.log(entry["step"], group, entry)
 
 
 class MetricsFile:
@@ -239,10 +232,3 @@ def _belongs_before(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _open_tensorboard(output_dir: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # an extra
-
-    # purge_step drops what an interrupted run wrote after its last checkpoint
-    return SummaryWriter(str(output_dir / TENSORBOARD_DIRECTORY), purge_step=step + 1 if step else None)

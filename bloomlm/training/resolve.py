@@ -31,6 +31,7 @@ from bloomlm.training.checks import (
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.objectives.cross_entropy import CrossEntropy
 from bloomlm.training.precision import precision_from_flags
+from bloomlm.training.reporters import TRACKERS, installed_trackers
 from bloomlm.training.run_plan import (
     ModelPlan,
     ParallelPlan,
@@ -45,11 +46,12 @@ class Machine:
     """What a run can use on this machine; passed to `resolve`, so that tests can describe any machine."""
 
     has_cuda: bool
-    has_tensorboard: bool
     has_matplotlib: bool
     has_metrics: bool
     """Whether ROUGE and BLEU can be computed."""
     has_bitsandbytes: bool = False
+    trackers: frozenset[str] = frozenset()
+    """Programs for --report_to that are installed."""
     world_size: int = 1
     """Number of processes of the job."""
 
@@ -58,10 +60,10 @@ class Machine:
         """Look for a GPU, for optional packages and for other processes of the job."""
         return cls(
             has_cuda=torch.cuda.is_available(),
-            has_tensorboard=_installed("tensorboard"),
             has_matplotlib=_installed("matplotlib"),
             has_metrics=_installed("sacrebleu") and _installed("rouge_score"),
             has_bitsandbytes=_installed("bitsandbytes"),
+            trackers=installed_trackers(),
             world_size=world_size(),
         )
 
@@ -101,7 +103,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
         output=output_plan(config),
         report=ReportPlan(
             show_bar=not config.disable_tqdm,
-            use_tensorboard=config.report_to == "tensorboard",
+            trackers=() if config.report_to == "none" else tuple(config.report_to.split(",")),
             profile=config.profile,
         ),
         reading=ForeignReading.from_flags(**reading_flags(config)),
@@ -169,15 +171,22 @@ def _resolve_parallelism(config: TrainingConfig, machine: Machine, notices: list
 
 
 def _resolve_reports(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
-    if config.report_to == "tensorboard" and not machine.has_tensorboard:
-        raise ConfigError("--report_to tensorboard needs: pip install 'bloomlm[tensorboard]'")
     if config.do_train and not machine.has_matplotlib:
         notices.append("no loss picture, which needs pip install 'bloomlm[plots]'; metrics.jsonl has the numbers")
-    if config.report_to != "all":
-        return config
-    if config.do_train and not machine.has_tensorboard:
-        notices.append("no TensorBoard files, which need pip install 'bloomlm[tensorboard]'")
-    return replace(config, report_to="tensorboard" if machine.has_tensorboard else "none")
+    if config.report_to == "all":
+        has_tensorboard = "tensorboard" in machine.trackers
+        if config.do_train and not has_tensorboard:
+            notices.append("no TensorBoard files, which need pip install 'bloomlm[tensorboard]'")
+        return replace(config, report_to="tensorboard" if has_tensorboard else "none")
+    names = [name.strip() for name in config.report_to.split(",")]
+    if names != ["none"] and (unknown := [name for name in names if name not in TRACKERS]):
+        raise ConfigError(
+            f"--report_to {config.report_to}: {', '.join(map(repr, unknown))} is none of {', '.join(TRACKERS)}, which "
+            "may be joined by commas; all and none stand alone"
+        )
+    if missing := [name for name in names if name != "none" and name not in machine.trackers]:
+        raise ConfigError(f"--report_to {config.report_to} needs: pip install 'bloomlm[{','.join(missing)}]'")
+    return replace(config, report_to=",".join(dict.fromkeys(names)))
 
 
 def _installed(package: str) -> bool:

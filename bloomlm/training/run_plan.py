@@ -167,8 +167,8 @@ class ReportPlan:
 
     show_bar: bool
     """Whether a terminal shows a progress bar."""
-    use_tensorboard: bool
-    """Whether TensorBoard's files are written."""
+    trackers: tuple[str, ...]
+    """Names in training/reporters of the programs that record the metrics."""
     profile: bool
     """Whether a few steps are profiled."""
 

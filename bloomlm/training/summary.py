@@ -23,7 +23,8 @@ from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.meter import PROFILE_DIRECTORY
 from bloomlm.training.output_dir import RUN_FILE
-from bloomlm.training.report import METRICS_FILE, TENSORBOARD_DIRECTORY, duration
+from bloomlm.training.report import METRICS_FILE, duration
+from bloomlm.training.reporters.base import RUNS_DIRECTORY
 from bloomlm.training.results import ALL_RESULTS_FILE, ANSWERS_FILE, FinetuneResult, History
 from bloomlm.training.run_plan import RunPlan
 
@@ -97,8 +98,8 @@ def next_commands(plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -
     data_file = plan.data.eval_file or (dataset if dataset.startswith(BUILTIN_PREFIX) else None)
     if data_file is not None:
         commands.append(shlex.join(["bloomlm", "predict", *model, "--data_file", data_file]))
-    if outcome.train_metrics is not None and plan.report.use_tensorboard:
-        commands.append(shlex.join(["tensorboard", "--logdir", str(outcome.output_dir / TENSORBOARD_DIRECTORY)]))
+    if outcome.train_metrics is not None and "tensorboard" in plan.report.trackers:
+        commands.append(shlex.join(["tensorboard", "--logdir", str(outcome.output_dir / RUNS_DIRECTORY)]))
     return commands
 
 

@@ -40,7 +40,7 @@ def log(step: int, loss: float, **others: Any) -> StepLog:
 def reporter(directory: Path) -> Reporter:
     """What bloomlm finetune writes metrics.jsonl with."""
     history = History(max_steps=100, num_train_epochs=1.0)
-    return Reporter(directory, history, Console(quiet=True), show_bar=False, use_tensorboard=False)
+    return Reporter(directory, history, Console(quiet=True), show_bar=False)
 
 
 def write(directory: Path, losses: dict[int, float], **others: Any) -> Reporter:

@@ -21,7 +21,7 @@ from tests.unit.test_paddle_finetune import write_full
 
 LARGE, SMALL = "h.0.mlp.dense_h_to_4h.weight", "h.0.mlp.dense_h_to_4h.bias"
 SHAPES = {LARGE: (50, 101), SMALL: (101,)}  # 5,050 values are 19 whole blocks and part of another
-CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True, has_bitsandbytes=True)
+CPU = Machine(has_cuda=False, has_matplotlib=True, has_metrics=True, has_bitsandbytes=True)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from rich.console import Console
 from bloomlm.errors import CheckpointError, format_bytes
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.report import MetricsFile, Reporter, duration
+from bloomlm.training.reporters import Trackers
+from bloomlm.training.reporters.base import TrackedRun
 from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.results import (
     FinetuneResult,
@@ -68,11 +70,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def reporter_in(
-    directory: Path, history: History, *, use_tensorboard: bool = False, **console: Any
+    directory: Path, history: History, *, trackers: Trackers | None = None, **console: Any
 ) -> tuple[Reporter, io.StringIO]:
     shown = io.StringIO()
     screen = Console(file=shown, width=100, **console)
-    return Reporter(directory, history, screen, show_bar=True, use_tensorboard=use_tensorboard), shown
+    return Reporter(directory, history, screen, show_bar=True, trackers=trackers), shown
 
 
 def test_metrics_and_lines(tmp_path: Path) -> None:
@@ -191,7 +193,8 @@ def test_metrics_file_starts_empty_and_drops_incomplete_lines(tmp_path: Path) ->
 def test_tensorboard_events(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     history = History(max_steps=8, num_train_epochs=2.0)
-    reporter, _ = reporter_in(tmp_path, history, use_tensorboard=True)
+    run = TrackedRun(output_dir=tmp_path, step=0, flags={})
+    reporter, _ = reporter_in(tmp_path, history, trackers=Trackers(["tensorboard"], run))
     for step in (1, 2):
         reporter.on_step(step_result(step))
         reporter.on_log(step_log(step))
@@ -281,7 +284,7 @@ def outcome(**changes: Any) -> FinetuneResult:
 
 
 def planned(**options: Any) -> RunPlan:
-    machine = Machine(has_cuda=False, has_tensorboard=False, has_matplotlib=True, has_metrics=True)
+    machine = Machine(has_cuda=False, has_matplotlib=True, has_metrics=True)
     return resolve(TrainingConfig(**{"output_dir": "out", **options}), machine)
 
 

@@ -23,9 +23,9 @@ from bloomlm.training.precision import Precision
 from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.run_plan import Interval
 
-CPU = Machine(has_cuda=False, has_tensorboard=True, has_matplotlib=True, has_metrics=True)
+CPU = Machine(has_cuda=False, has_matplotlib=True, has_metrics=True, trackers=frozenset({"tensorboard", "wandb"}))
 GPU = dataclasses.replace(CPU, has_cuda=True)
-BARE = Machine(has_cuda=False, has_tensorboard=False, has_matplotlib=False, has_metrics=False)
+BARE = Machine(has_cuda=False, has_matplotlib=False, has_metrics=False)
 
 # The flags that PaddleNLP's documentation gives for one GPU, to which tests add those of an adapter.
 PADDLENLP_FLAGS = """--model_name_or_path bigscience/bloom-560m --num_train_epochs 2 --learning_rate 3e-4
@@ -121,6 +121,8 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"adam_epsilon": 0.0}, "adam_epsilon"),
         ({"packing": False}, "would only waste time on padding"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
+        ({"report_to": "visualdl"}, "'visualdl' is none of tensorboard, wandb, mlflow, trackio"),
+        ({"report_to": "wandb,all"}, "'all' is none of .* all and none stand alone"),
     ],
 )
 def test_what_cannot_act_is_refused_with_the_reason(options: dict[str, Any], reason: str) -> None:
@@ -144,6 +146,8 @@ def test_missing_extras_are_named_before_training() -> None:
         resolved(BARE, do_generation=True)
     with pytest.raises(ConfigError, match=r"bloomlm\[tensorboard\]"):
         resolved(BARE, report_to="tensorboard")
+    with pytest.raises(ConfigError, match=r"--report_to wandb,mlflow needs: pip install 'bloomlm\[mlflow\]'"):
+        resolved(report_to="wandb,mlflow")
     assert resolved(BARE).report_to == "none"
     assert r"bloomlm[plots]" in notices(BARE) and "bloomlm[tensorboard]" in notices(BARE)
     assert resolved().report_to == "tensorboard"

@@ -47,12 +47,14 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.adapters.prefix import PrefixConfig
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
+    from bloomlm.kernels.compiled import load_operators
     from bloomlm.model.documents import Documents
     from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
     from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
     from bloomlm.training.meter import StepFlops
 
     keep_freed_memory()  # as every command does
+    load_operators()  # as fine-tuning does
     model = load_model(str(random_model(args.size)), device=args.device)
     adapters = {
         "full": FullTuning(),

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +44,17 @@ class Operators:
     It takes queries [B, H, K], keys and values [R, H, M, K] with the same strides (all three may be views whose last
     dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each token.
     """
+    causal: Callable[..., None] | None = None
+    """Causal attention of whole documents: causal(fused, virtuals, slopes, starts, out, log_sums) writes the last two.
+
+    Fused [N, H, 3, K] in fp32 or bf16, virtuals [2, H, P, K] and slopes [H] in fp32, int64 starts [D + 1] of documents
+    -> out [N, H * K] in the dtype of fused, log_sums [H, N] in fp32. None: PyTorch lacks the products that it needs.
+    """
+    causal_gradient: Callable[..., None] | None = None
+    """Its gradient, (grad_out, fused, virtuals, slopes, starts, out, log_sums, grad_fused, grad_virtuals).
+
+    It writes grad_fused, with the shape of fused, and grad_virtuals [D, 2, H, P, K], one for each document.
+    """
 
 
 def operators() -> Operators | None:
@@ -67,10 +78,19 @@ def load_operators() -> None:
     try:
         torch.ops.load_library(_library())
     except (OSError, subprocess.SubprocessError) as error:
-        _LOG.warning("decoding uses PyTorch's operators, which are slower: %s", _reason(error))
+        _LOG.warning("PyTorch's operators are used, which are slower: %s", _reason(error))
         return
     namespace = torch.ops.bloomlm_kernels
     _loaded = Operators(product=namespace.product.default, attend=namespace.attend.default)
+    one = torch.zeros(1, 1, 3, 1)
+    try:
+        namespace.causal(
+            one, one.new_empty(2, 1, 0, 1), one.new_zeros(1), torch.tensor([0, 1]), one[0, 0, :1], one[0, 0, 1:]
+        )
+    except RuntimeError as error:
+        _LOG.info("attention of whole documents uses PyTorch's operator: %s", error)
+        return
+    _loaded = replace(_loaded, causal=namespace.causal.default, causal_gradient=namespace.causal_gradient.default)
 
 
 def _library() -> Path:
@@ -93,7 +113,7 @@ def _library() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         _compile(command, source, path)
-        _LOG.warning("compiled operators for decoding in %.0f s into %s", time.monotonic() - started, path)
+        _LOG.warning("compiled operators in %.0f s into %s", time.monotonic() - started, path)
     return path
 
 

@@ -25,14 +25,40 @@ inline Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
   return Tensor(result);
 }
 
+// The results are written into the last tensors.
+inline void causal(const Tensor& fused, const Tensor& virtuals, const Tensor& slopes, const Tensor& starts, Tensor out,
+                   Tensor log_sums) {
+  int32_t dtype;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(fused.get(), &dtype));
+  const auto run = dtype == aoti_torch_dtype_float32() ? bloomlm::causal<float> : bloomlm::causal<Bfloat16>;
+  run(fused.get(), virtuals.get(), slopes.get(), starts.get(), out.get(), log_sums.get());
+}
+
+inline void causal_gradient(const Tensor& grad_out, const Tensor& fused, const Tensor& virtuals, const Tensor& slopes,
+                            const Tensor& starts, const Tensor& out, const Tensor& log_sums, Tensor grad_fused,
+                            Tensor grad_virtuals) {
+  int32_t dtype;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(fused.get(), &dtype));
+  const auto run =
+      dtype == aoti_torch_dtype_float32() ? bloomlm::causal_gradient<float> : bloomlm::causal_gradient<Bfloat16>;
+  run(grad_out.get(), fused.get(), virtuals.get(), slopes.get(), starts.get(), out.get(), log_sums.get(),
+      grad_fused.get(), grad_virtuals.get());
+}
+
 }  // namespace bloomlm::library
 
 STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
   library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor slopes, Tensor rows, Tensor slots) -> Tensor");
+  library.def("causal(Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor(a!) out, Tensor(b!) log_sums) -> ()");
+  library.def(
+      "causal_gradient(Tensor grad_out, Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor out, "
+      "Tensor log_sums, Tensor(a!) grad_fused, Tensor(b!) grad_virtuals) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bloomlm_kernels, CPU, library) {
   library.impl("product", TORCH_BOX(&bloomlm::library::product));
   library.impl("attend", TORCH_BOX(&bloomlm::library::attend));
+  library.impl("causal", TORCH_BOX(&bloomlm::library::causal));
+  library.impl("causal_gradient", TORCH_BOX(&bloomlm::library::causal_gradient));
 }

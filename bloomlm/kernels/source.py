@@ -1,5 +1,6 @@
 """The C++ of this directory as one text, for compilers."""
 
+from collections.abc import Sequence
 from importlib.resources import files
 
 _BEFORE = ("level.h", "tensors.h", "matrix.h", "product.h", "scalar.h", "attend.h")
@@ -14,7 +15,21 @@ _OF_EACH_LEVEL = ("rows.h", "attend_rows.h")
 
 
 def cpp_source() -> str:
-    """All of the C++ as one text, with the code of each level of instructions in turn."""
+    """The C++ of compiled programs as one text."""
+    return _assembled(_BEFORE, _OF_EACH_LEVEL, _AFTER)
+
+
+def library_source() -> str:
+    """The C++ as a library for PyTorch, with the operators that only the model uses."""
+    text = _assembled(
+        (*_BEFORE, "causal.h"), (*_OF_EACH_LEVEL, "causal_rows.h"), (*_AFTER, "causal.cpp", "library.cpp")
+    )
+    # the compiler of programs includes this header itself
+    return f"#include <torch/csrc/inductor/aoti_runtime/utils.h>\n{text}"
+
+
+def _assembled(before: Sequence[str], of_each_level: Sequence[str], after: Sequence[str]) -> str:
+    """Files, with the code of each level of instructions in turn."""
     levels = []
     for name, (instructions, vectors) in _LEVELS.items():
         uses_vnni = "vnni" in instructions
@@ -23,17 +38,11 @@ def cpp_source() -> str:
             f'#pragma GCC target("{instructions}")',
             "#define VNNI" if uses_vnni else "#undef VNNI",
             f"namespace bloomlm::{name} {{",
-            *_lines(vectors, *_OF_EACH_LEVEL),
+            *_lines(vectors, *of_each_level),
             "}",
             "#pragma GCC pop_options",
         ]
-    return "\n".join([*_lines(*_BEFORE), *levels, *_lines(*_AFTER)])
-
-
-def library_source() -> str:
-    """The C++ as a library for PyTorch."""
-    # the compiler of programs includes this header itself
-    return "\n".join(["#include <torch/csrc/inductor/aoti_runtime/utils.h>", cpp_source(), *_lines("library.cpp")])
+    return "\n".join([*_lines(*before), *levels, *_lines(*after)])
 
 
 def _lines(*names: str) -> list[str]:

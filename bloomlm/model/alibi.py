@@ -13,6 +13,7 @@ Shapes: N packed tokens, H heads, K head_dim, C = COLUMNS.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from torch import Tensor
 COLUMNS = 8
 _SLOPE_PARTS = 3
 _POSITION_UNIT = 256
+
+
+class Alibi(NamedTuple):
+    """What attention needs of the positions of N packed tokens."""
+
+    slopes: Tensor
+    """[H] fp32: the slope of each head that is computed here."""
+    columns: Tensor
+    """[N, H, 3, C] what fused_columns gives, in the precision of queries and keys."""
 
 
 def head_slopes(n_head: int) -> list[float]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bloomlm.kernels.compiled import operators
 from bloomlm.model import flex
 from bloomlm.model.alibi import key_columns
+from bloomlm.model.causal import causal_attention, takes_causal
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import Extension
 from bloomlm.model.partition import WHOLE, Partition
@@ -61,6 +62,9 @@ def attend(
         extension.write(layer, fused, virtual)
         if _takes_attend(fused, extension, dropout):
             return _attend_singles(fused[:, :, 0, :head_dim], layer, extension)
+        if extension.is_prefill and takes_causal(fused, dropout):
+            own = None if virtual is None else (virtual[0][..., :head_dim], virtual[1][..., :head_dim])
+            return causal_attention(fused[..., :head_dim], documents.lengths, extension.cache.slopes, own)
     if extension is None or extension.is_prefill:
         out = _attend_documents(fused, documents, scale, virtual, dropout)
     else:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bloomlm.model.alibi import COLUMNS, fused_columns, head_slopes, query_columns
+from bloomlm.model.alibi import COLUMNS, Alibi, fused_columns, head_slopes, query_columns
 from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
+from bloomlm.model.causal import causal_attention, takes_causal
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.decoding import BloomRows, RowAdapters
 from bloomlm.model.documents import Documents
@@ -43,19 +44,22 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        columns: Tensor,
+        alibi: Alibi,
         documents: Documents,
         virtual: tuple[Tensor, Tensor] | None,
         layer: int,
         extension: Extension | None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] -> [N, D], or [M, D] for the given rows [M]; columns [N, H, 3, C] carry the positions."""
+        """[N, D] -> [N, D], or [M, D] for the given rows [M]."""
         fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
+        if extension is None and takes_causal(fused, dropout):
+            context = causal_attention(fused, documents.lengths, alibi.slopes, virtual)
+            return self.dense(context if rows is None else context[rows])
         with self.dense.partition.input_randomness() if dropout else nullcontext():
             context = self.attend(
-                with_columns(fused, columns),
+                with_columns(fused, alibi.columns),
                 documents,
                 head_dim=self.head_dim,
                 virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
@@ -94,7 +98,7 @@ class BloomBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        columns: Tensor,
+        alibi: Alibi,
         documents: Documents,
         virtual: tuple[Tensor, Tensor] | None = None,
         layer: int = 0,
@@ -103,7 +107,7 @@ class BloomBlock(nn.Module):
     ) -> Tensor:
         """[N, D] -> [N, D], or [M, D] for the given rows [M]."""
         normed = self.input_layernorm(x)
-        attended = self.self_attention(normed, columns, documents, virtual, layer, extension, rows)
+        attended = self.self_attention(normed, alibi, documents, virtual, layer, extension, rows)
         residual = normed if self.post_layernorm_residual else x
         x = self._add(residual if rows is None else residual[rows], attended)
         normed = self.post_attention_layernorm(x)
@@ -174,7 +178,7 @@ class BloomModel(nn.Module):
         if self.prefix is not None and (extension is None or extension.free_rows):
             virtual = self.prefix()
         positions = documents.positions(tokens.device) if extension is None else extension.positions
-        columns = self._columns(positions, extension)
+        alibi = self._alibi(positions, extension)
         x = self.word_embeddings(tokens).to(self.dtype)
         if self.training and self.noise_alpha:
             x = x + embedding_noise(x, documents, self.noise_alpha)
@@ -182,9 +186,9 @@ class BloomModel(nn.Module):
         for layer, block in enumerate(self.h):
             block_rows = rows if layer == len(self.h) - 1 else None
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, columns, documents, virtual[layer], rows=block_rows, use_reentrant=False)
+                x = checkpoint(block, x, alibi, documents, virtual[layer], rows=block_rows, use_reentrant=False)
             else:
-                x = block(x, columns, documents, virtual[layer], layer, extension, block_rows)
+                x = block(x, alibi, documents, virtual[layer], layer, extension, block_rows)
         if extension is not None:
             extension.commit()
         return self.ln_f(x)
@@ -195,19 +199,19 @@ class BloomModel(nn.Module):
             assert isinstance(block, BloomBlock)
             block.compile_around_attention(backend)
 
-    def _columns(self, positions: Tensor, extension: Extension | None = None) -> Tensor:
+    def _alibi(self, positions: Tensor, extension: Extension | None = None) -> Alibi:
         kind = positions.device.type
         if extension is None:
             all_slopes = head_slopes(self.config.n_head)
-            slopes = [all_slopes[head] for head in self.heads]
-            on_device = torch.tensor(slopes, dtype=torch.float32, device=positions.device)
-            query = query_columns(on_device, self.config.head_dim)
+            here = [all_slopes[head] for head in self.heads]
+            slopes = torch.tensor(here, dtype=torch.float32, device=positions.device)
+            query = query_columns(slopes, self.config.head_dim)
         else:
-            query = extension.cache.query_columns
+            slopes, query = extension.cache.slopes, extension.cache.query_columns
         autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocasts else self.dtype
         # in the precision of queries and keys at once, not in every block
-        return fused_columns(positions, query).to(dtype)
+        return Alibi(slopes, fused_columns(positions, query).to(dtype))
 
 
 class BloomForCausalLM(nn.Module):

@@ -17,6 +17,7 @@ from bloomlm.data.example import Examples, TrainingSet
 from bloomlm.data.loader import Batches, BatchLoader
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
+from bloomlm.kernels.compiled import load_operators
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement
 from bloomlm.parallel.mesh import ALONE, Mesh
@@ -123,6 +124,8 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     It is read from the directory `source`, or from the checkpoint of a run that resumes and trains the whole model.
     """
     device = plan.model.device
+    if device.type == "cpu":
+        load_operators()
     generator = torch.Generator(device).manual_seed(plan.seed)
 
     def install(model: BloomForCausalLM) -> None:

@@ -126,8 +126,8 @@ def test_double_precision_gradients_equal_finite_differences() -> None:
     model = tiny_model().double()
     hidden = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     documents = Documents.packed((2, 3))
-    columns = model.transformer._columns(documents.positions(hidden.device))
-    assert torch.autograd.gradcheck(lambda x: model.transformer.h[0](x, columns, documents), hidden)
+    alibi = model.transformer._alibi(documents.positions(hidden.device))
+    assert torch.autograd.gradcheck(lambda x: model.transformer.h[0](x, alibi, documents), hidden)
 
 
 def test_short_documents_are_computed_together_and_long_ones_alone() -> None:

@@ -160,7 +160,7 @@ def test_without_a_library_one_line_says_why(
         load_operators.__wrapped__()
     assert operators() is None
     (message,) = caplog.messages
-    assert "decoding uses PyTorch's operators, which are slower" in message
+    assert "PyTorch's operators are used, which are slower" in message
     assert expected in message
 
 

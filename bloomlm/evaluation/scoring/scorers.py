@@ -36,6 +36,7 @@ from bloomlm.evaluation.scoring.shared_prefix import (
 )
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, WindowScorer
 from bloomlm.generation.language_model import LanguageModel
+from bloomlm.kernels.compiled import load_operators
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
@@ -60,6 +61,8 @@ class EagerScorer(WindowScorer[BloomForCausalLM]):
 
     def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
         groups = find_branches(join_documents(windows, numbers), self.max_batch_tokens)
+        if self._model.transformer.word_embeddings.weight.device.type == "cpu":
+            load_operators()
         was_training = self._model.training
         self._model.eval()
         try:

@@ -16,6 +16,7 @@ import torch
 
 from bloomlm.errors import format_bytes
 from bloomlm.model import flex
+from bloomlm.system_memory import free_bytes, limit_bytes, total_bytes
 from bloomlm.training.meter import measure_peak_flops
 from bloomlm.version import __version__
 
@@ -68,7 +69,6 @@ def processor() -> Facts:
     lines = _lines("/proc/cpuinfo")
     have = {word for line in lines if line.startswith("flags") for word in line.split()}
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    total, available = (_memory(name) for name in ("MemTotal", "MemAvailable"))
     return {
         "name": names[0] if names else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -76,9 +76,9 @@ def processor() -> Facts:
         "instruction_sets": [flag for flag in _FLAGS if flag in have],
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),
-        "memory_bytes": total,
-        "available_bytes": available,
-        "memory_limit_bytes": _memory_limit(),
+        "memory_bytes": total_bytes(),
+        "available_bytes": free_bytes(),
+        "memory_limit_bytes": limit_bytes(),
     }
 
 
@@ -94,14 +94,14 @@ def gpus() -> Facts:
         return facts
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(number)
+        free, total = torch.cuda.mem_get_info(number)
         facts["devices"].append(
             {
                 "name": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
                 "multiprocessors": properties.multi_processor_count,
-                "memory_bytes": total_bytes,
-                "free_bytes": free_bytes,
+                "memory_bytes": total,
+                "free_bytes": free,
                 "block_sparse_attention": flex.is_available(torch.device("cuda", number)),
             }
         )
@@ -211,17 +211,3 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-
-
-def _memory(name: str) -> int | None:
-    """A line of /proc/meminfo in bytes."""
-    values = [line.split()[1] for line in _lines("/proc/meminfo") if line.startswith(f"{name}:")]
-    return int(values[0]) * 1024 if values else None
-
-
-def _memory_limit() -> int | None:
-    """The limit of this process's control group, in bytes; None without one."""
-    words = [*_lines("/sys/fs/cgroup/memory.max"), *_lines("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    limits = [int(word) for word in words if word.isdigit()]
-    # version 1 writes a number beyond any memory where there is no limit
-    return min(limits) if limits and min(limits) < 2**60 else None

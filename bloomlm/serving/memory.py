@@ -1,9 +1,7 @@
 """How much memory there is for keys and values, and how it is divided into rows and blocks."""
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +12,7 @@ from bloomlm.parallel.mesh import Mesh
 from bloomlm.runtime.program import Program
 from bloomlm.serving.options import EngineOptions
 from bloomlm.serving.scheduler import BLOCK_TOKENS, num_blocks_of
+from bloomlm.system_memory import free_bytes
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,6 +80,12 @@ def kv_budget(
     share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
     given = options.kv_cache_gb
     total_bytes = share * free if given is None else given * 1e9
+    if total_bytes > free:
+        _LOG.warning(
+            "--kv_cache_gb %s is more than the %s that are free: the system may end this process when requests fill it",
+            given,
+            format_bytes(max(0, free)),
+        )
     num_blocks = int(total_bytes / (BLOCK_TOKENS * bytes_per_token))
     blocks_per_row = num_blocks_of(num_virtual_tokens + options.max_model_len)
     if num_blocks < blocks_per_row:
@@ -138,53 +143,4 @@ def _mapped_bytes(generator: LoadedModel | Program) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min([_system_free_bytes(), *_cgroup_free_bytes()])
-
-
-def _system_free_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: half of the memory is taken for free
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _cgroup_free_bytes() -> list[int]:
-    """What the control groups of this process, one within the other, leave free; the files of version 2 and 1.
-
-    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html.
-    """
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        root = Path("/sys/fs/cgroup/memory") if controllers == "memory" else Path("/sys/fs/cgroup")
-        if controllers not in ("", "memory"):
-            continue
-        names = (
-            ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("max", "current", "inactive_file")
-        )
-        own = root / group.lstrip("/")
-        for directory in (own, *own.parents):
-            if not directory.is_relative_to(root):
-                break
-            found += _group_free_bytes(directory, *names)
-    return found
-
-
-def _group_free_bytes(directory: Path, limit_name: str, usage_name: str, cache_name: str) -> list[int]:
-    """[limit - usage + what the kernel can drop], or [] without a limit."""
-    try:
-        limit = (directory / f"memory.{limit_name}").read_text().strip()
-        usage = int((directory / f"memory.{usage_name}").read_text())
-        stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return []
-    return [] if limit == "max" else [int(limit) - usage + int(stat.get(cache_name, 0))]
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()

@@ -20,7 +20,7 @@ ROWS = [
     {"model"},
     {"kernels"},
     {"flags", "files"},
-    {"errors", "assets", "allocator", "openmp", "row_memory", "version"},
+    {"errors", "assets", "allocator", "openmp", "row_memory", "system_memory", "version"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 FILES = sorted(

@@ -1,6 +1,5 @@
 """How the memory for keys and values is found and divided."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,35 +36,20 @@ def test_rows_that_are_allocated_at_once_are_as_many_as_fit(caplog: pytest.LogCa
 
 
 def test_half_of_the_free_memory_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_system_free_bytes", lambda: 10_000_000)
-    monkeypatch.setattr(memory, "_cgroup_free_bytes", list)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10_000_000)
     assert budget().num_blocks == 312
     assert budget(mapped_bytes=4_000_000).num_blocks == 187
     with pytest.raises(ConfigError, match=r"only 0\.0 kB are free; lower --max_model_len"):
         budget(mapped_bytes=11_000_000)
-    monkeypatch.setattr(memory, "_cgroup_free_bytes", lambda: [7_000_000, 2_000_000])
-    assert budget().num_blocks == 62
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 2"}, []),
-        ({"memory.max": "100", "memory.current": "70", "memory.stat": "anon 9\ninactive_file 25"}, [55]),
-        ({"memory.max": "100"}, []),
-    ],
-)
-def test_limits_of_a_control_group(tmp_path: Path, files: dict[str, str], expected: list[int]) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    assert memory._group_free_bytes(tmp_path, "max", "current", "inactive_file") == expected
-
-
-def test_this_machine_has_free_memory() -> None:
-    free = memory._system_free_bytes()
-    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < free <= total
-    assert all(limit > 0 for limit in memory._cgroup_free_bytes())
+def test_more_memory_than_is_free_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10_000_000)
+    assert budget(with_gb(0.01)).num_blocks == 625 and not caplog.records
+    assert budget(with_gb(0.011)).num_blocks == 687
+    assert "--kv_cache_gb 0.011 is more than the 10.0 MB that are free" in caplog.text
 
 
 def test_rows_that_are_allocated_have_room_for_virtual_tokens() -> None:

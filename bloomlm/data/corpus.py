@@ -195,7 +195,8 @@ def text_of(row: Row) -> str:
         raise DataError(f"{row.where}: found the fields {', '.join(row.fields) or 'none'}, expected 'text'")
     text = row.fields["text"]
     if not isinstance(text, str):
-        raise DataError(f"{row.where}: 'text' is {type(text).__name__} {text!r:.40}, expected text")
+        found = "null" if text is None else f"{type(text).__name__} {text!r:.40}"
+        raise DataError(f"{row.where}: 'text' is {found}, expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
 """One example, and what every set of examples offers, whichever form its rows had."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -20,6 +20,8 @@ class Example:
     """The text before the last span, before it was cut."""
     target_text: str
     """The text of the last span, before it was cut."""
+    document_starts: tuple[int, ...] = (0,)
+    """Where each of its documents starts; they do not see each other, and nothing predicts the first token of one."""
 
     @classmethod
     def pair(
@@ -71,6 +73,20 @@ class TrainingSet(Examples, Protocol):
         """Number of tokens that are learned."""
         ...
 
-    def part(self, start: int, stop: int) -> Self:
-        """The examples from start to stop - 1."""
+    @property
+    def unit(self) -> str:
+        """What its examples are called, in the plural."""
         ...
+
+    def describe(self) -> Iterable[str]:
+        """What else there is to say about it when a run begins, line by line."""
+        ...
+
+    def hold_out(self, most: int) -> tuple[Self, Self]:
+        """The examples without the last 5 %, at least one and at most so many, and these; the first may be empty."""
+        ...
+
+
+def num_held_out(length: int, most: int) -> int:
+    """How many of a number of examples are held out."""
+    return max(1, min(most, length // 20))

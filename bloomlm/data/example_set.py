@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bloomlm.data.cache import Arrays, read_arrays, write_arrays
-from bloomlm.data.example import Example
+from bloomlm.data.example import Example, num_held_out
 from bloomlm.data.files import RowSource
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.files.cache_directory import default_cache_dir
@@ -41,6 +41,8 @@ R = TypeVar("R", bound=SetReport)
 
 class ExampleSet(Generic[R]):
     """Examples by index, stored as the arrays that example_arrays makes."""
+
+    unit = "examples"
 
     def __init__(self, arrays: Arrays, report: R) -> None:
         self._arrays = arrays
@@ -74,10 +76,19 @@ class ExampleSet(Generic[R]):
         }
         return ExampleSet(arrays, self.report)
 
+    def hold_out(self, most: int) -> "tuple[ExampleSet[R], ExampleSet[R]]":
+        """The examples without the last 5 %, at least one and at most so many, and these."""
+        split = len(self) - num_held_out(len(self), most)
+        return self.part(0, split), self.part(split, len(self))
+
     @property
     def name(self) -> str:
         """Where the examples come from, for messages."""
         return self.report.name
+
+    def describe(self) -> tuple[str, ...]:
+        """Nothing more than its sizes."""
+        return ()
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ A batch holds a number of examples, or as many as fit into a budget of tokens (T
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -19,13 +20,9 @@ import numpy.typing as npt
 import torch
 
 from bloomlm.data.example import Example, Examples
+from bloomlm.data.token_plan import Indices, TokenPlan
 from bloomlm.errors import ConfigError, TrainingError
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
-
-CLASS_TOKENS = 16
-"""For a TokenPlan, lengths are rounded up to a multiple of this; a batch wastes less than this for each example."""
-
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Batch:
     labels: torch.Tensor
     """[N] int64: the token that each position must predict, or IGNORE_INDEX."""
     lengths: tuple[int, ...]
-    """Number of positions of each example; their sum is N."""
+    """Number of positions of each document; their sum is N."""
     num_supervised_tokens: int
     """Number of positions that have a label."""
 
@@ -79,7 +76,7 @@ class Batches(Protocol):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pack examples, each of at least two tokens, into one batch in their order.
+    """Pack examples, whose documents have at least two tokens each, into one batch in their order.
 
     Without examples, the batch has a token and no label: for a rank that has no examples left but must take part in
     every exchange.
@@ -88,79 +85,45 @@ def collate(examples: Sequence[Example]) -> Batch:
         return Batch(
             tokens=torch.tensor([0]), labels=torch.tensor([IGNORE_INDEX]), lengths=(1,), num_supervised_tokens=0
         )
-    lengths = tuple(len(example.tokens) - 1 for example in examples)
+    tokens, labels = list[npt.NDArray[np.int32]](), list[npt.NDArray[np.int64]]()
+    for example in examples:
+        learned = np.full(len(example.tokens), IGNORE_INDEX, dtype=np.int64)
+        for start, stop in example.learned:
+            learned[start:stop] = example.tokens[start:stop]
+        for start, stop in pairwise((*example.document_starts, len(example.tokens))):
+            # a position predicts the token after it, and nothing predicts the first
+            tokens.append(example.tokens[start : stop - 1])
+            labels.append(learned[start + 1 : stop])
+    lengths = tuple(map(len, tokens))
     assert min(lengths) > 0
-    tokens = np.empty(sum(lengths), dtype=np.int64)
-    labels = np.full(sum(lengths), IGNORE_INDEX, dtype=np.int64)
-    start, num_supervised_tokens = 0, 0
-    for example, length in zip(examples, lengths, strict=True):
-        tokens[start : start + length] = example.tokens[:-1]
-        for span_start, span_end in example.learned:
-            first = max(span_start - 1, 0)  # a position predicts the token after it, and nothing predicts the first
-            labels[start + first : start + span_end - 1] = example.tokens[first + 1 : span_end]
-            num_supervised_tokens += span_end - 1 - first
-        start += length
+    joined = np.concatenate(labels)
     return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
+        tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
+        labels=torch.from_numpy(joined),
         lengths=lengths,
-        num_supervised_tokens=num_supervised_tokens,
+        num_supervised_tokens=int((joined != IGNORE_INDEX).sum()),
     )
 
 
-class TokenPlan:
-    """The places for examples in the batches of an epoch, where the size of a batch is a number of tokens.
+class IndexSequence(Protocol):
+    """Indices of examples, which need not be in memory."""
 
-    The plan is made once and depends on the lengths alone. Lengths are rounded up to classes; each batch takes as many
-    examples of the largest class as fit, then of the next class. An epoch assigns its shuffled examples to the places
-    of their classes and shuffles the batches. So every epoch has the same number of equally full batches, each with a
-    new mix of examples.
+    def __len__(self) -> int: ...
 
-    Args:
-        lengths: number of tokens of each example, at least 1.
-        max_tokens: maximum number of tokens of a batch.
-    """
-
-    def __init__(self, lengths: Sequence[int] | Indices, max_tokens: int) -> None:
-        rounded = -(-np.asarray(lengths, dtype=np.int64) // CLASS_TOKENS) * CLASS_TOKENS
-        # the classes, largest first, and the class of each example
-        sizes, self._class_of = np.unique(-rounded, return_inverse=True)
-        takes, repeats = _fill(-sizes, np.bincount(self._class_of), max_tokens)
-        rows = np.repeat(takes, repeats, axis=0)  # [batches, classes]
-        self._place_classes = np.repeat(np.tile(np.arange(len(sizes)), len(rows)), rows.ravel())
-        self._batch_sizes = rows.sum(axis=1)
-
-    def __len__(self) -> int:
-        """Number of batches of an epoch."""
-        return len(self._batch_sizes)
-
-    def deal(self, order: Indices, batch_order: Indices) -> tuple[Indices, Indices]:
-        """Assign the shuffled examples and batches of an epoch: the examples batch by batch, and each batch's end."""
-        places = np.argsort(self._place_classes, kind="stable")
-        dealt = np.empty_like(order)
-        dealt[places] = order[np.argsort(self._class_of[order], kind="stable")]
-        batches = np.split(dealt, np.cumsum(self._batch_sizes)[:-1])
-        return np.concatenate([batches[number] for number in batch_order]), np.cumsum(self._batch_sizes[batch_order])
+    def __getitem__(self, part: slice, /) -> Indices: ...
 
 
-def _fill(sizes: Indices, counts: Indices, max_tokens: int) -> tuple[Indices, Indices]:
-    """How many examples of each class a batch takes, [patterns, classes], and how often each pattern occurs."""
-    left = counts.copy()
-    takes, repeats = [], []
-    while left.any():
-        take = np.zeros_like(left)
-        room = max_tokens
-        for index, size in enumerate(sizes):
-            take[index] = min(left[index], room // size)
-            room -= take[index] * size
-        if not take.any():
-            take[np.flatnonzero(left)[0]] = 1  # an example that is longer than a whole batch
-        taken = take > 0
-        times = int((left[taken] // take[taken]).min())
-        left -= take * times
-        takes.append(take)
-        repeats.append(times)
-    return np.stack(takes), np.array(repeats)
+class EpochOrder(Protocol):
+    """An order of examples that is computed when it is asked for."""
+
+    @property
+    def identity(self) -> str:
+        """Differs for another order; a run resumes only with the same."""
+        ...
+
+    def of_epoch(self, epoch: int) -> IndexSequence:
+        """The examples of an epoch, numbered from 0, in their order; every epoch has as many as there are examples."""
+        ...
 
 
 class BatchLoader:
@@ -178,6 +141,7 @@ class BatchLoader:
             ends with fewer, the last ranks get one token without a label. Position and length count for all ranks.
         dp_rank: number of this rank.
         collate: makes a batch of examples; without examples, one that changes nothing.
+        order: the order of the examples in each epoch; None: as shuffle and seed say.
 
     Raises:
         ConfigError: batch_size or the number of examples is below 1, or seed is negative.
@@ -193,6 +157,7 @@ class BatchLoader:
         dp_degree: int = 1,
         dp_rank: int = 0,
         collate: Callable[[Sequence[Example]], Batch] = collate,
+        order: EpochOrder | None = None,
     ) -> None:
         budget = batch_size.max_tokens if isinstance(batch_size, TokenBudget) else batch_size
         if budget < 1 or len(examples) < 1 or seed < 0:
@@ -207,6 +172,7 @@ class BatchLoader:
             # a batch has one position less than an example has tokens
             self._plan = TokenPlan(np.asarray(examples.lengths) - 1, batch_size.max_tokens)
         self._shuffle = shuffle
+        self._order = order
         self._seed = seed
         self._dp_degree, self._dp_rank = dp_degree, dp_rank
         self._collate = collate
@@ -267,6 +233,7 @@ class BatchLoader:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "max_tokens": max_tokens,
+            **({} if self._order is None else {"order": self._order.identity}),
         }
 
     def _end_of_batch(self, position: int, ends: Indices) -> int:
@@ -276,8 +243,10 @@ class BatchLoader:
             return int(ends[later]) if later < len(ends) else position
         return position + self._batch_size
 
-    def _epoch_plan(self, epoch: int) -> tuple[Indices, Indices]:
+    def _epoch_plan(self, epoch: int) -> tuple[IndexSequence, Indices]:
         """The examples of an epoch in their order, and the end of each batch of a TokenPlan."""
+        if self._order is not None:
+            return self._order.of_epoch(epoch), np.arange(0)
         # sorts raw 64-bit draws, because numpy may change Generator.permutation from version to version
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
 

@@ -108,6 +108,11 @@ def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
     )
 
 
+def has_target(fields: Mapping[str, object]) -> bool:
+    """Whether one of these fields is the target of a pair."""
+    return any(form.target in fields for form in _FORMATS)
+
+
 def read_source(row: Row, template: PromptTemplate | None = None) -> str:
     """The source of one row, which need not have a target.
 

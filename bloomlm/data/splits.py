@@ -5,7 +5,6 @@ A data set is a directory with train, dev and test files, `builtin:NAME`, or a n
 
 import hashlib
 import importlib.resources
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -115,23 +114,26 @@ def _open_directory(directory: Path) -> DatasetSplits:
 
 @dataclass(frozen=True)
 class HubRows:
-    """The rows of one split of a data set that the `datasets` library loaded."""
+    """The rows of one split of a data set, which the `datasets` library streams."""
 
     dataset: Any
     name: str
     """Names of the data set and the split."""
+    revision: str
+    """What `datasets` would call the directory of its prepared files: it names configuration, files and commit."""
 
     def rows(self) -> Iterator[Row]:
         """Rows in the order of the data set, numbered from 1."""
-        for number, fields in enumerate(self.dataset, start=1):
-            yield Row(fields=fields, where=f"{self.name}, row {number}")
+        number = 0
+        try:
+            for number, fields in enumerate(self.dataset, start=1):
+                yield Row(fields=fields, where=f"{self.name}, row {number}")
+        except Exception as error:  # of the network, of a file: the message says which
+            raise DataError(f"{self.name}: cannot be read after row {number} ({error})") from error
 
     def fingerprint(self) -> str:
-        """Digest of all rows."""
-        digest = hashlib.sha256()
-        for fields in self.dataset:
-            digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
-        return digest.hexdigest()
+        """Digest of name and revision; the rows need not be read for it."""
+        return hashlib.sha256(f"{self.name} {self.revision}".encode()).hexdigest()
 
 
 def _open_hub(name: str) -> DatasetSplits:
@@ -143,21 +145,22 @@ def _open_hub(name: str) -> DatasetSplits:
         ) from error
     repository, _, configuration = name.partition(":")
     try:
-        loaded = datasets.load_dataset(repository, configuration or None)
+        builder = datasets.load_dataset_builder(repository, configuration or None)
+        loaded = builder.as_streaming_dataset()
     except Exception as error:  # offline, unknown, gated, without configuration: the message says which
         raise DataError(
             f"{name}: no such directory, and the hub cannot provide such a data set ({error}). Name a configuration "
             "after a colon, for example openai/gsm8k:main"
         ) from error
-    return _hub_splits(loaded, name)
+    return _hub_splits(loaded, name, builder.cache_dir)
 
 
-def _hub_splits(loaded: Mapping[str, Any], name: str) -> DatasetSplits:
+def _hub_splits(loaded: Mapping[str, Any], name: str, revision: str) -> DatasetSplits:
     found: dict[str, RowSource] = {}
     for split, names in _SPLIT_NAMES.items():
         present = next((candidate for candidate in names if candidate in loaded), None)
         if present is not None:
-            found[split] = HubRows(loaded[present], name=f"{name}, split {present}")
+            found[split] = HubRows(loaded[present], name=f"{name}, split {present}", revision=revision)
     if not found:
         raise DataError(f"{name}: it has the splits {', '.join(loaded)}; expected train, validation or test")
     return DatasetSplits(**found)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from bloomlm.errors import ConfigError
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig, default_of
+from bloomlm.training.data_checks import check_data
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
 """The data set, on the Hugging Face hub, that finetune_generation.py has always used if none is named."""
@@ -73,15 +74,14 @@ def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
         wants_eval = bool(config.eval_file) or config.evaluation_strategy != "no" or config.do_generation
     wants_train = config.do_train
     if wants_train is None:
-        wants_train = bool(config.train_file) or not config.do_eval
+        wants_train = bool(config.train_file or config.mixture) or not config.do_eval
     if not (wants_train or wants_eval):
         raise ConfigError("nothing to do: give --do_train, --do_eval or both")
     if config.eval_file and not wants_eval and config.generate_num == 0:
         notices.append(f"--eval_file {config.eval_file} is not used, because --do_eval is False")
-    if config.train_file and config.dataset_name_or_path:
-        raise ConfigError("--train_file and --dataset_name_or_path both name training examples; give one of them")
+    check_data(config)
     dataset = config.dataset_name_or_path
-    if not (config.train_file or config.eval_file or dataset):
+    if not (config.train_file or config.mixture or config.eval_file or dataset):
         if config.do_generation:
             raise ConfigError("no data is named: give --train_file and --eval_file, or --dataset_name_or_path")
         dataset = DEFAULT_DATASET
@@ -89,7 +89,7 @@ def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
             f"no data is named, so {dataset} is downloaded from the Hugging Face hub, as finetune_generation.py has "
             "always done; --train_file names other data"
         )
-    if wants_train and not (config.train_file or dataset):
+    if wants_train and not (config.train_file or config.mixture or dataset):
         raise ConfigError("--do_train needs training examples: give --train_file or --dataset_name_or_path")
     return replace(config, do_train=wants_train, do_eval=wants_eval, dataset_name_or_path=dataset)
 

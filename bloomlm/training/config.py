@@ -20,8 +20,8 @@ class TrainingConfig(Flags):
     paddle_tokenization: bool = same_flag(ModelFlags, "paddle_tokenization")
 
     train_file: str | None = flag("data", None,
-        "training examples: .jsonl, .json or .csv with src/tgt, instruction/output, messages, ... in each row")
-    eval_file: str | None = flag("data", None, "evaluation examples, in the same formats")
+        "training data: pairs or texts in rows (.jsonl, .json, .csv, .parquet), a .txt file, or a directory of texts")
+    eval_file: str | None = flag("data", None, "evaluation data, in the same formats; for --mixture also such a file")
     dataset_name_or_path: str | None = flag("data", None,
         "a data set with both: builtin:dates, a directory with train.json and dev.json, or a name on the hub")
     prompt_template: str | None = flag("data", None,
@@ -32,7 +32,8 @@ class TrainingConfig(Flags):
     dataloader_num_workers: int = flag("data", 0,
         "accepted for compatibility with PaddleNLP; tokenising uses all cores anyway", minimum=0)
     task_name: str | None = flag("data", None, "accepted for compatibility with PaddleNLP, which ignored it")
-
+    mixture: str | None = flag("data", None,
+        "raw text from several sources: a YAML list with name, path, weight and, if wanted, language of each")
     max_length: int = flag("data", 1024,
         "raw text: most tokens of a window; conversations: most tokens of one, which then loses its last turns",
         minimum=2)

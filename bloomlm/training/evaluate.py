@@ -3,16 +3,19 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bloomlm.data.example import Example, Examples
 from bloomlm.data.loader import BatchLoader
+from bloomlm.data.mixture import Mixture
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.evaluation.answer_scores import score_generations
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import ALONE, Mesh
+from bloomlm.training.evaluate_text import count_bytes, text_metrics
 from bloomlm.training.objectives.base import Objective
 from bloomlm.training.precision import Precision
 from bloomlm.training.run_plan import EvaluationPlan
@@ -42,16 +45,10 @@ class Evaluator:
     def run(self) -> dict[str, Any]:
         """Metrics over all examples; their names begin with eval_."""
         start = time.perf_counter()
-        # a new loader each time, because every evaluation makes one pass over the examples
-        batches = BatchLoader(
-            self.examples,
-            self.plan.batch_size,
-            shuffle=False,
-            dp_degree=self.mesh.degrees.dp,
-            dp_rank=self.mesh.dp_rank,
-            collate=self.objective.collate,
-        )
-        metrics: dict[str, Any] = self.objective.evaluate(self.model, batches, self.precision, self.mesh)
+        if isinstance(self.examples, Mixture):
+            metrics = text_metrics(self.examples, self._score, self._byte_counts)
+        else:
+            metrics = self._score(self.examples)
         if self.plan.scores_answers:
             examples = [self.examples[index] for index in range(len(self.examples))]
             scores = score_generations(self._answers(examples), [example.target_text for example in examples])
@@ -61,6 +58,24 @@ class Evaluator:
         metrics["eval_runtime"] = round(seconds, 4)
         metrics["eval_samples_per_second"] = round(len(self.examples) / seconds, 3)
         return metrics
+
+    def _score(self, examples: Examples) -> dict[str, Any]:
+        """The objective's metrics over all examples."""
+        # a new loader each time, because every evaluation makes one pass over the examples
+        batches = BatchLoader(
+            examples,
+            self.plan.batch_size,
+            shuffle=False,
+            dp_degree=self.mesh.degrees.dp,
+            dp_rank=self.mesh.dp_rank,
+            collate=self.objective.collate,
+        )
+        return dict(self.objective.evaluate(self.model, batches, self.precision, self.mesh))
+
+    @cached_property
+    def _byte_counts(self) -> dict[str, int]:
+        assert isinstance(self.examples, Mixture)
+        return count_bytes(self.examples, self.tokenizer)
 
     def answer_rows(self, count: int) -> list[dict[str, str]]:
         """Prompt, target and generated answer of the first examples, with the keys of infer_result.json."""

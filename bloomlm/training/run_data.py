@@ -4,16 +4,29 @@ import logging
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bloomlm.data.conversations import load_conversations
 from bloomlm.data.example import TrainingSet
 from bloomlm.data.examples import load_examples
 from bloomlm.data.files import RowSource
 from bloomlm.data.messages import has_messages
+from bloomlm.data.mixture import Mixture
+from bloomlm.data.rows import has_target
 from bloomlm.data.splits import resolve_splits
+from bloomlm.data.text_sources import (
+    MIXTURE_SUFFIXES,
+    TextSources,
+    is_text_path,
+    load_mixture,
+    read_mixture,
+    sources_of_path,
+    sources_of_rows,
+)
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.training.config import default_of
+from bloomlm.training.data_checks import check_texts
 from bloomlm.training.run_plan import DataPlan, RunPlan
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +55,11 @@ def _load_conversations(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -
     )
 
 
+def _load_texts(source: RowSource | TextSources, data: DataPlan, tokenizer: Tokenizer) -> Mixture:
+    texts = source if isinstance(source, TextSources) else sources_of_rows(source)
+    return load_mixture(texts, tokenizer, data.max_length, show_progress=data.show_progress)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataForm:
     """What the rows of a file may be, and how they become examples."""
@@ -57,6 +75,11 @@ class DataForm:
     """The flags that act on this form, of those that do not act on all forms."""
 
 
+def _is_raw_text(fields: Mapping[str, object]) -> bool:
+    return "text" in fields and not has_target(fields)
+
+
+RAW_TEXT = DataForm(name="raw text", fits=_is_raw_text, load=_load_texts, flags=("max_length",))
 FORMS = (
     DataForm(
         name="conversations",
@@ -64,6 +87,7 @@ FORMS = (
         load=_load_conversations,
         flags=("max_length", "learn_last_turn", "tgt_length"),  # tgt_length limits generated answers
     ),
+    RAW_TEXT,
     DataForm(
         name="pairs of a source and a target",
         fits=lambda fields: True,  # the last form says what a row may have
@@ -74,13 +98,44 @@ FORMS = (
 """The first form that fits the first row is that of all rows."""
 
 
-def _load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
-    first: Mapping[str, object] = next((row.fields for row in rows.rows()), {})
+def _load(source: RowSource | TextSources, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
+    if isinstance(source, TextSources):
+        _warn_of_unused(RAW_TEXT, source.name, data)
+        return _load_texts(source, data, tokenizer)
+    first: Mapping[str, object] = next((row.fields for row in source.rows()), {})
     form = next(form for form in FORMS if form.fits(first))
-    names = dict.fromkeys(name for other in FORMS for name in other.flags if name not in form.flags)
-    if unused := [f"--{name}" for name in names if getattr(data, name) != default_of(name)]:
-        _LOG.warning("%s: not used, because the rows of %s are %s", ", ".join(unused), rows.name, form.name)
-    return form.load(rows, data, tokenizer)
+    _warn_of_unused(form, source.name, data)
+    return form.load(source, data, tokenizer)
+
+
+def _warn_of_unused(form: DataForm, name: str, data: DataPlan) -> None:
+    flags = dict.fromkeys(flag for other in FORMS for flag in other.flags if flag not in form.flags)
+    if unused := [f"--{flag}" for flag in flags if getattr(data, flag) != default_of(flag)]:
+        _LOG.warning("%s: not used, because the rows of %s are %s", ", ".join(unused), name, form.name)
+
+
+def _open(data: DataPlan) -> tuple[RowSource | TextSources | None, RowSource | TextSources | None]:
+    """The training data and the evaluation data that the flags name."""
+    train = dev = None
+    if data.mixture is not None:
+        train = read_mixture(data.mixture)
+    elif data.train_file is not None and is_text_path(data.train_file):
+        train = sources_of_path(data.train_file)
+    if data.eval_file is not None and Path(data.eval_file).suffix in MIXTURE_SUFFIXES:
+        dev = read_mixture(data.eval_file, weighted=False)
+    elif data.eval_file is not None and is_text_path(data.eval_file):
+        dev = sources_of_path(data.eval_file)
+    splits = resolve_splits(
+        dataset_name_or_path=data.dataset_name_or_path,
+        train_file=None if train else data.train_file,
+        eval_file=None if dev else data.eval_file,
+    )
+    if dev is not None and splits.dev is not None:
+        raise ConfigError(
+            f"--eval_file {data.eval_file} and --dataset_name_or_path {data.dataset_name_or_path} both have evaluation "
+            "data; give one of them"
+        )
+    return train or splits.train, dev or splits.dev
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,38 +172,34 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
         ConfigError, DataError: see resolve_splits and load_examples.
     """
     data, trains, evaluates = plan.data, plan.training is not None, plan.evaluation.evaluates
-    splits = resolve_splits(
-        dataset_name_or_path=data.dataset_name_or_path, train_file=data.train_file, eval_file=data.eval_file
-    )
-    if trains and splits.train is None:
+    train_source, dev_source = _open(data)
+    if trains and train_source is None:
         raise ConfigError(f"{data.name} has no training examples; give --train_file or another data set")
-    holds_out = evaluates and splits.dev is None
-    if holds_out and splits.train is None:
+    holds_out = evaluates and dev_source is None
+    if holds_out and train_source is None:
         raise ConfigError(f"{data.name} has no examples to evaluate on; give --eval_file")
     train = dev = None
     descriptions = []
-    if splits.train is not None and (trains or holds_out):
-        train = _load(splits.train, data, tokenizer)
-        if trains:
-            descriptions.append(
-                f"training: {len(train):,} examples from {train.name}, {train.num_tokens:,} tokens, "
-                f"{train.num_supervised_tokens:,} of them learned"
-            )
-    if splits.dev is not None and (evaluates or plan.evaluation.num_written_answers > 0):
-        dev = _load(splits.dev, data, tokenizer)
-        descriptions.append(f"evaluation: {len(dev):,} examples from {dev.name}")
+    if train_source is not None and (trains or holds_out):
+        train = _load(train_source, data, tokenizer)
+    if dev_source is not None and (evaluates or plan.evaluation.num_written_answers > 0):
+        dev = _load(dev_source, data, tokenizer)
+    if isinstance(dev or train, Mixture):
+        check_texts(data, plan.evaluation)
+    if trains and train is not None:
+        descriptions += [
+            f"training: {len(train):,} {train.unit} from {train.name}, {train.num_tokens:,} tokens, "
+            f"{train.num_supervised_tokens:,} of them learned",
+            *train.describe(),
+        ]
+    if dev is not None:
+        descriptions.append(f"evaluation: {len(dev):,} {dev.unit} from {dev.name}")
     if holds_out and train is not None:
-        train, dev = _hold_out(train, data)
+        train, dev = train.hold_out(MOST_HELD_OUT)
+        if not (len(train) and len(dev)):
+            raise ConfigError(f"{data.name} has too few examples to train and evaluate; give --eval_file")
         descriptions.append(
-            f"evaluation: the data has no evaluation split, so the last {len(dev)} training examples are used for it "
-            "and not trained on; --eval_file names others"
+            f"evaluation: the data has no evaluation split, so the last {len(dev)} training {train.unit} are used for "
+            "it and not trained on; --eval_file names others"
         )
     return RunExamples(train=train, dev=dev, descriptions=tuple(descriptions))
-
-
-def _hold_out(examples: TrainingSet, data: DataPlan) -> tuple[TrainingSet, TrainingSet]:
-    """Split a set into examples to train on and examples to evaluate on."""
-    split = len(examples) - max(1, min(MOST_HELD_OUT, len(examples) // 20))
-    if split < 1:
-        raise ConfigError(f"{data.name} has one example, too few to train and evaluate; give --eval_file")
-    return examples.part(0, split), examples.part(split, len(examples))

@@ -50,6 +50,8 @@ class DataPlan:
     """A data set with several splits."""
     train_file: str | None
     """A file with the training split."""
+    mixture: str | None
+    """A file that names several sources of raw text with their weights."""
     eval_file: str | None
     """A file with the evaluation split."""
     prompt_template: str | None
@@ -70,7 +72,7 @@ class DataPlan:
     @property
     def name(self) -> str:
         """Name of the data in messages."""
-        return self.dataset_name_or_path or self.train_file or self.eval_file or "the data"
+        return self.dataset_name_or_path or self.train_file or self.mixture or self.eval_file or "the data"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ def data_plan(config: TrainingConfig) -> DataPlan:
     return DataPlan(
         dataset_name_or_path=config.dataset_name_or_path,
         train_file=config.train_file,
+        mixture=config.mixture,
         eval_file=config.eval_file,
         prompt_template=config.prompt_template,
         src_length=config.src_length,

@@ -14,7 +14,8 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.chat_template import with_given_template
 from bloomlm.data.example import Examples, TrainingSet
-from bloomlm.data.loader import Batches, BatchLoader
+from bloomlm.data.loader import Batches, BatchLoader, TokenBudget
+from bloomlm.data.mixture import Mixture, MixtureOrder
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.kernels.compiled import load_operators
@@ -157,14 +158,20 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
 
 def load_batches(training: TrainingPlan, examples: Examples, objective: Objective, mesh: Mesh = ALONE) -> BatchLoader:
     """This rank's batches of the training examples."""
+    batch_size, order = training.batch_size, None
+    if isinstance(examples, Mixture):
+        order = MixtureOrder(examples, training.step.seed)
+        if isinstance(batch_size, TokenBudget):
+            batch_size = examples.windows_per_batch(batch_size)
     return BatchLoader(
         examples,
-        training.batch_size,
+        batch_size,
         shuffle=True,
         seed=training.step.seed,
         dp_degree=mesh.degrees.dp,
         dp_rank=mesh.dp_rank,
         collate=objective.collate,
+        order=order,
     )
 
 

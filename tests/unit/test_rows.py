@@ -1,13 +1,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bloomlm.data import files
 from bloomlm.data.files import FileRows, Row
 from bloomlm.data.rows import PromptTemplate, TextPair, read_pair, read_source
-from bloomlm.data.splits import HubRows, open_dataset, resolve_splits
+from bloomlm.data.splits import _open_hub, open_dataset, resolve_splits
 from bloomlm.errors import ConfigError, DataError
 
 
@@ -302,14 +303,16 @@ def test_hub_data_set(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(name, configuration):
-        asked.append((name, configuration))
-        rows = {"prompt": ["p1", "p2"], "completion": ["c1", "c2"]}
-        return datasets.DatasetDict(
-            {"train": datasets.Dataset.from_dict(rows), "validation": datasets.Dataset.from_dict(rows).select([1])}
-        )
+    class Builder:
+        def __init__(self, name, configuration):
+            asked.append((name, configuration))
+            self.cache_dir = f"{name}/revision"
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def as_streaming_dataset(self):
+            rows = datasets.Dataset.from_dict({"prompt": ["p1", "p2"], "completion": ["c1", "c2"]})
+            return {"train": rows.to_iterable_dataset(), "validation": rows.select([1]).to_iterable_dataset()}
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     splits = open_dataset("someone/pairs:main")
     open_dataset("pairs")
     assert asked == [("someone/pairs", "main"), ("pairs", None)]
@@ -319,19 +322,21 @@ def test_hub_data_set(monkeypatch):
     ]
     assert [one.where for one in splits.dev.rows()] == ["someone/pairs:main, split validation, row 1"]
     assert splits.test is None
-    assert splits.train.fingerprint() == open_dataset("pairs").train.fingerprint() != splits.dev.fingerprint()
+    assert splits.train.fingerprint() == open_dataset("someone/pairs:main").train.fingerprint()
+    assert splits.train.fingerprint() not in (open_dataset("pairs").train.fingerprint(), splits.dev.fingerprint())
 
 
 def test_hub_errors_become_data_errors(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def load_dataset(name, configuration):
+    def load_dataset_builder(name, configuration):
         raise ValueError("Config name is missing")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(DataError, match=r"the hub cannot provide such a data set .*Config name is missing"):
         open_dataset("someone/pairs")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: {"extra": []})
+    builder = SimpleNamespace(as_streaming_dataset=lambda: {"extra": []}, cache_dir="")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, configuration: builder)
     with pytest.raises(DataError, match="has the splits extra; expected train, validation or test"):
         open_dataset("someone/pairs")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
@@ -339,9 +344,19 @@ def test_hub_errors_become_data_errors(monkeypatch):
         open_dataset("someone/pairs")
 
 
-def test_hub_rows_of_any_type_have_a_fingerprint():
-    first = HubRows([{"a": b"x", "b": None}], name="n").fingerprint()
-    assert first != HubRows([{"a": b"y", "b": None}], name="n").fingerprint()
+def test_rows_of_a_data_set_follow_its_files(tmp_path):
+    """A local directory, which `datasets` streams as it does one of the hub."""
+    for split, names in (("train", "ab"), ("test", "c")):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": name}) + "\n" for name in names))
+    splits = _open_hub(str(tmp_path))
+    assert [one.fields for one in splits.train.rows()] == [{"text": "a"}, {"text": "b"}]
+    assert splits.train.fingerprint() == _open_hub(str(tmp_path)).train.fingerprint() != splits.test.fingerprint()
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "d"}\n{"text":\n')
+    changed = _open_hub(str(tmp_path)).train
+    assert changed.fingerprint() != splits.train.fingerprint()
+    with pytest.raises(DataError, match="split train: cannot be read after row"):
+        list(changed.rows())
 
 
 # --- the page of the documentation --------------------------------------------------------------------------------

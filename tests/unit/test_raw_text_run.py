@@ -1,0 +1,211 @@
+"""Continued pretraining: runs on raw text, from flags to metrics, and what is refused."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bloomlm.api import load as load_bloom
+from bloomlm.data import splits as data_splits
+from bloomlm.data.text_sources import load_mixture, read_mixture, sources_of_path, sources_of_rows
+from bloomlm.errors import ConfigError, DataError
+from bloomlm.training.config import TrainingConfig
+from bloomlm.training.finetune import finetune
+from tests.bloom_tokenizer import make_tokenizer
+from tests.unit.test_token_files import write_jsonl
+
+TEXTS = {
+    "en": [
+        f"The model has {number} fields. The form of the date is the same, and the name of it." for number in range(60)
+    ],
+    "de": [f"Das Datum ist der {number}. Januar, und die Form ist die gleiche." for number in range(40)],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOOMLM_CACHE", str(tmp_path / "cache"))
+
+
+def write_texts(tmp_path: Path) -> Path:
+    """A mixture of two sources, one of which is a directory."""
+    write_jsonl(tmp_path / "en.jsonl", TEXTS["en"])
+    (tmp_path / "german").mkdir()
+    for number, text in enumerate(TEXTS["de"]):
+        (tmp_path / "german" / f"{number}.txt").write_text(text)
+    entries = [
+        {"name": "english", "path": "en.jsonl", "weight": 3, "language": "en"},
+        {"name": "german", "path": "german", "weight": 1, "language": "de"},
+    ]
+    (tmp_path / "mixture.yaml").write_text(json.dumps(entries))  # JSON is YAML
+    return tmp_path / "mixture.yaml"
+
+
+def run(tmp_path: Path, **flags: Any) -> Any:
+    chosen: dict[str, Any] = {
+        "model_name_or_path": "builtin:tiny",
+        "output_dir": str(tmp_path / "out"),
+        "max_length": 64,
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "logging_steps": 2,
+        "learning_rate": 1e-3,
+        "lora": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return finetune(TrainingConfig(**chosen | flags))
+
+
+def metrics_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_mixture_is_learned_and_evaluated_by_source_and_language(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mixture = write_texts(tmp_path)
+    found = run(tmp_path, mixture=str(mixture), do_eval=True, eval_steps=6, max_steps=30).eval_metrics
+    losses = [entry["loss"] for entry in metrics_of(tmp_path) if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    shown = capfd.readouterr().err
+    assert "windows from" in shown and "english: weight 3" in shown and "passes an epoch" in shown
+    for source, language in (("english", "en"), ("german", "de")):
+        for name in ("eval_loss", "eval_bits_per_byte"):
+            assert found[f"{name}/{source}"] == found[f"{name}/language/{language}"]
+    low, high = sorted([found["eval_loss/english"], found["eval_loss/german"]])
+    assert low < found["eval_loss"] < high
+    assert found["eval_ppl"] == pytest.approx(math.exp(found["eval_loss"]))
+
+
+def test_losses_and_bits_per_byte_are_those_of_one_document_after_another(tmp_path: Path) -> None:
+    texts = ["The model has fields.", "The date is 2024-05-17, Friday. " * 12, "人的 A中, ü."]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    found = run(tmp_path, eval_file=str(tmp_path / "a.jsonl"), do_train=False, do_eval=True, lora=False).eval_metrics
+    bloom = load_bloom("builtin:tiny", dtype="float32")
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    for text in texts:
+        ids = [*bloom.tokenizer.encode(text), bloom.tokenizer.eos_token_id]
+        for start in range(0, len(ids) - 1, 64):
+            piece = ids[start : start + 65]
+            with torch.no_grad():
+                log_probs = bloom.model(torch.tensor([piece[:-1]]))[0].double().log_softmax(-1)
+            nats -= float(log_probs[range(len(piece) - 1), piece[1:]].sum())
+            num_tokens += len(piece) - 1
+        first = bloom.tokenizer.token_bytes(ids[0])
+        num_bytes += len(text.encode()) - len(first)
+    assert found["eval_loss"] == pytest.approx(nats / num_tokens, rel=1e-6)
+    assert found["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+    assert not any("/" in name for name in found)
+
+
+def test_a_run_that_is_resumed_in_an_epoch_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
+    mixture = str(write_texts(tmp_path))
+    run(tmp_path, mixture=mixture, logging_steps=1, max_steps=7, output_dir=str(tmp_path / "whole"))
+    whole = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for steps in (3, 7):
+        run(tmp_path, mixture=mixture, logging_steps=1, max_steps=steps, lr_scheduler_type="constant")
+    again = [entry["loss"] for entry in metrics_of(tmp_path)]
+    run(tmp_path, mixture=mixture, logging_steps=1, max_steps=7, lr_scheduler_type="constant",
+        output_dir=str(tmp_path / "constant"))  # fmt: skip
+    constant = [json.loads(line)["loss"] for line in (tmp_path / "constant" / "metrics.jsonl").read_text().splitlines()]
+    assert again == constant and len(whole) == len(again) == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ({"mixture": "m.yaml", "train_file": "a.txt"}, ConfigError, "--train_file and --mixture both name training"),
+        ({"train_file": "m.yaml"}, ConfigError, "a file that names several sources is given as --mixture"),
+        ({"train_file": "en.jsonl", "generate_num": 2}, ConfigError, "--generate_num answer prompts"),
+        ({"train_file": "en.jsonl", "max_tokens_per_batch": 63}, ConfigError, "is less than a window of raw text"),
+        ({"train_file": "none.txt"}, DataError, r"none\.txt: no such file"),
+        ({"train_file": "short.txt", "do_eval": True}, ConfigError, "too few examples to train and evaluate"),
+    ],
+)
+def test_flags_that_raw_text_cannot_follow_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], error: type, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    (tmp_path / "short.txt").write_text("The model.")
+    with pytest.raises(error, match=message):
+        run(tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"train_file": "en.jsonl", "src_length": 9, "tgt_length": 8},
+            r"--tgt_length, --src_length: not used, because the rows of en\.jsonl are raw text",
+        ),
+        ({"train_file": "pairs.jsonl", "max_length": 9}, "--max_length: not used, because the rows of pairs"),
+    ],
+)
+def test_lengths_without_effect_are_noted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    flags: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"src": "a", "tgt": "b"}\n')
+    run(tmp_path, max_steps=1, **{"max_length": 1024} | flags)
+    assert re.search(message, caplog.text)
+
+
+def test_rows_of_the_hub_stream_into_the_same_files(tmp_path: Path) -> None:
+    """A local directory, which `datasets` streams as it does one of the hub."""
+    directory = tmp_path / "texts"
+    directory.mkdir()
+    write_jsonl(directory / "train.jsonl", TEXTS["en"])
+    rows = data_splits._open_hub(str(directory)).train
+    assert rows is not None
+    tokenizer = make_tokenizer()
+    streamed = load_mixture(sources_of_rows(rows), tokenizer, 64, show_progress=False)
+    local = load_mixture(sources_of_path(directory / "train.jsonl"), tokenizer, 64, show_progress=False)
+    assert len(streamed) == len(local) > 1
+    assert [streamed[i].tokens.tolist() for i in range(len(streamed))] == [
+        local[i].tokens.tolist() for i in range(len(local))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("a: 1", "expected a list of sources, each with name, path and weight; found {'a': 1}"),
+        ("- just", "source 1: found 'just', expected name, path, weight with their values"),
+        ("- {name: a, path: a, weight: 1}\n- {name: b, weight: 1}", "source 2: it has no path"),
+        ("- {name: a, path: a, weight: -1}", "source 1: weight is -1, expected a number above 0"),
+        ("- {name: a, path: a, weight: .nan}", "source 1: weight is nan, expected a number above 0"),
+        ("- {name: a, path: a, weight: true}", "source 1: weight is True, expected a number"),
+        ("- {name: a/b, path: a, weight: 1}", "source 1: name is 'a/b', expected letters"),
+        (
+            "- {name: a, path: a, weight: 1, lang: en}",
+            "source 1: found the key 'lang', expected name, path, weight, language",
+        ),
+        ("- {name: a, path: a, weight: 1}\n- {name: a, path: b, weight: 1}", "two sources are named 'a'"),
+    ],
+)
+def test_a_wrong_mixture_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "m.yaml").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_mixture(tmp_path / "m.yaml")
+
+
+def test_a_mixture_to_evaluate_on_has_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("- {name: a, path: a, weight: 1}")
+    with pytest.raises(DataError, match="found the key 'weight', expected name, path, language"):
+        read_mixture(tmp_path / "m.yaml", weighted=False)
+    (tmp_path / "m.yaml").write_text("- {name: a, path: a}")
+    (source,) = read_mixture(tmp_path / "m.yaml", weighted=False).sources
+    with pytest.raises(DataError, match=f"{tmp_path / 'a'}: no such file or directory"):
+        source.inputs()

@@ -1,8 +1,6 @@
 """What `bloomlm predict` and `bloomlm infer` share: flags for prompts, decoding and output, and the run itself."""
 
 import json
-import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -13,12 +11,13 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bloomlm.cli.decoding import DecodingFlags
 from bloomlm.cli.display import CompletionPrinter, TokenPrinter
-from bloomlm.cli.prompts import Prompts, read_prompts
+from bloomlm.cli.prompts import PromptFlags, Prompts
 from bloomlm.errors import ConfigError
 from bloomlm.files.atomic import atomic_write
 from bloomlm.files.resumable import ResumableResults
-from bloomlm.flags import Flags, flag
+from bloomlm.flags import flag
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.text import Completion
 
@@ -26,27 +25,10 @@ if TYPE_CHECKING:
     from bloomlm.api import LoadedModel
     from bloomlm.runtime.program import Program
 
-_LOG = logging.getLogger(__name__)
-# Passed on to GenerationConfig unless they are None.
-_DECODING_FLAGS = (
-    *("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences"),
-    *("temperature", "top_k", "top_p", "min_p", "num_beams", "length_penalty"),
-)
-_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-
 
 @dataclass(frozen=True, kw_only=True)
-class CompletionFlags(Flags):
+class CompletionFlags(DecodingFlags, PromptFlags):
     """Prompts, decoding and output."""
-
-    prompt: tuple[str, ...] = flag("prompts", (), "text to complete; give the flag again for more", repeatable=True)
-    data_file: str | None = flag(
-        "prompts", None, "prompts: .txt (one on each line), .jsonl, .json or .csv (rows as in training), builtin:dates"
-    )
-    prompt_template: str | None = flag(
-        "prompts", None, "builds the prompt of each row from its fields, e.g. '{instruction}\\n{input}\\nAnswer:'"
-    )
-    src_length: int = flag("prompts", 200, "maximum tokens of a prompt; a longer one loses its end")
 
     output_file: Path | None = flag(
         "output",
@@ -58,32 +40,9 @@ class CompletionFlags(Flags):
     decode_strategy: Literal["greedy", "sampling", "beam_search"] = flag(
         "decoding", "greedy", "how tokens are chosen: the likeliest, at random, or by following several texts at once"
     )
-    min_new_tokens: int | None = flag(
-        "decoding", None, "minimum tokens before </s>, and behind which a stop text must end  [default: 0]"
-    )
-    stop: tuple[str, ...] = flag(
-        "decoding", (), r"text at which a completion ends (\n: line end); give the flag again for more", repeatable=True
-    )
-    repetition_penalty: float | None = flag(
-        "decoding", None, "above 1, tokens that have occurred become less likely  [default: 1, off]"
-    )
-    no_repeat_ngram_size: int | None = flag(
-        "decoding", None, "no sequence of this many tokens occurs twice  [default: 0, off]"
-    )
     num_return_sequences: int | None = flag(
         "decoding", None, "completions of each prompt, with sampling or beams  [default: 1]"
     )
-    temperature: float | None = flag(
-        "sampling", None, "below 1, likely tokens become even likelier; above 1, less so  [default: 1]"
-    )
-    top_k: int | None = flag("sampling", None, "sample from the k most likely tokens  [default: 0, all]")
-    top_p: float | None = flag(
-        "sampling", None, "sample from the most likely tokens of this total probability  [default: 1, all]"
-    )
-    min_p: float | None = flag(
-        "sampling", None, "sample from the tokens that are this fraction as likely as the likeliest  [default: 0, all]"
-    )
-    seed: int | None = flag("sampling", None, "seed of the random numbers  [default: 20]")
     num_beams: int | None = flag("beam search", None, "texts followed at once  [default: 4]")
     length_penalty: float | None = flag(
         "beam search", None, "score = log-probability / length ** this; a larger one favours long texts  [default: 1]"
@@ -110,26 +69,13 @@ class CompletionFlags(Flags):
             raise ConfigError("--stream has nothing to show during a beam search; choose greedy or sampling")
         if self.stream and (self.num_return_sequences or 1) > 1:
             raise ConfigError("--stream shows one completion of each prompt; leave out --num_return_sequences")
-        seed = self.seed
-        if seed is not None and self.decode_strategy != "sampling":
-            # Old commands for infer_generation.py always give one.
-            _LOG.warning("--seed has no effect with --decode_strategy %s", self.decode_strategy)
-            seed = None
-        return GenerationConfig.from_options(
+        return self.generation_with(
             decode_strategy=self.decode_strategy,
-            seed=seed,
             max_new_tokens=max_new_tokens,
-            stop=[re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text) for text in self.stop],
-            **{name: getattr(self, name) for name in _DECODING_FLAGS},
+            num_return_sequences=self.num_return_sequences,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
         )
-
-    def read_prompts(self) -> Prompts | None:
-        """The prompts, from a flag or a pipe; None where there are none.
-
-        Raises:
-            ConfigError: flags that do not go together; DataError: nothing to read, or a row that cannot be used.
-        """
-        return read_prompts(self.prompt, self.data_file, self.prompt_template)
 
 
 class ResultFile(ResumableResults):
@@ -231,7 +177,7 @@ def _completions(
         prompts.texts,
         generation,
         batch_size=1 if config.stream else config.batch_size,
-        src_length=config.src_length,
+        src_length=config.most_prompt_tokens,
         prompt_lookup=config.prompt_lookup,
         num_done=num_before // generation.num_return_sequences,
         on_token=stream.push if stream else None,

@@ -11,29 +11,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from bloomlm.api import LoadedModel, load
 from bloomlm.api import evaluate as evaluate_model
+from bloomlm.cli.generator import NOT_OF_PROGRAMS, ProgramFlags, check_generator
 from bloomlm.cli.options import config_command
 from bloomlm.errors import ConfigError
 from bloomlm.evaluation.config import EvaluateConfig, check_config
 from bloomlm.evaluation.report import EvaluationReport, compare, read_report
-from bloomlm.flags import ADAPTER_FLAGS, READING_FLAGS, DeviceFlags, ModelFlags, flag, same_flag
+from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device, joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 from bloomlm.runtime.program import Program
 
 _NOT_OF_PROGRAMS = {
-    **dict.fromkeys(ADAPTER_FLAGS, "adapters are put into a program when it is exported; leave the flag out"),
-    **dict.fromkeys(READING_FLAGS, "it concerns files of models and adapters; leave the flag out"),
-    "dtype": "a program keeps the precision that it was exported in; leave the flag out, or export it with --dtype",
+    **NOT_OF_PROGRAMS,
     "load_autodist": "auto_dist files hold a model; give their directory as --model_name_or_path",
-    "device": "exported programs run on the CPU; leave the flag out",
     "tensor_parallel_degree": "a program cannot be divided among processes; leave the flag out, and each process "
     "takes other examples",
 }
-"""Flags that do not go with --model_dir -> why, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(EvaluateConfig, DeviceFlags, ModelFlags):
+class EvaluateFlags(EvaluateConfig, ProgramFlags, DeviceFlags, ModelFlags):
     """The flags of `bloomlm evaluate`."""
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
@@ -41,10 +38,6 @@ class EvaluateFlags(EvaluateConfig, DeviceFlags, ModelFlags):
     load_autodist: bool = flag(
         "model", False, "check that the directory holds auto_dist*.pdparams files, which are read in any case"
     )
-    model_dir: Path | None = flag(
-        "model", None, "instead of --model_name_or_path: directory that `bloomlm export` wrote a program into"
-    )
-    model_prefix: str = flag("model", "bloom", "name of the program in --model_dir")
     compare: tuple[str, ...] = flag("output", (), "show two reports side by side and evaluate nothing")
     logging_steps: int = flag(
         "output", 10, "where there is no terminal: batches between two lines of progress", minimum=1
@@ -72,10 +65,8 @@ def check_flags(flags: EvaluateFlags) -> tuple[str, ...]:
         return tuple(f"--{name} has no effect with --compare" for name in names)
     if flags.model_type not in (None, "bloom"):
         raise ConfigError(f"--model_type {flags.model_type}: bloomlm evaluates BLOOM only; expected bloom")
-    if flags.model_dir is None:
-        _check_model(flags)
-    else:
-        _check_program(flags, given)
+    check_generator(flags, _NOT_OF_PROGRAMS)
+    _check_autodist(flags)
     check_config(flags)
     acting = {
         "logging_steps": (flags.chosen_protocol.reads_file, "--eval_path"),
@@ -89,12 +80,7 @@ def check_flags(flags: EvaluateFlags) -> tuple[str, ...]:
     )
 
 
-def _check_model(flags: EvaluateFlags) -> None:
-    if not flags.model_name_or_path:
-        raise ConfigError(
-            "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an exported "
-            "program"
-        )
+def _check_autodist(flags: EvaluateFlags) -> None:
     if flags.load_autodist:
         directory = Path(flags.model_name_or_path).expanduser()
         if not list(directory.glob("auto_dist*.pdparams")):
@@ -102,18 +88,6 @@ def _check_model(flags: EvaluateFlags) -> None:
                 f"--load_autodist: {flags.model_name_or_path} holds no auto_dist*.pdparams; leave the flag out, and "
                 "the model is read in whatever form it has"
             )
-
-
-def _check_program(flags: EvaluateFlags, given: set[str]) -> None:
-    """Refuse flags that do not go with a program."""
-    if flags.model_name_or_path:
-        raise ConfigError(
-            f"found --model_dir {flags.model_dir} and --model_name_or_path {flags.model_name_or_path}; give one: an "
-            "exported program or a model"
-        )
-    for name, why in _NOT_OF_PROGRAMS.items():
-        if name in given and not (name == "device" and flags.device == "cpu"):
-            raise ConfigError(f"--{name} with --model_dir: {why}")
 
 
 class EvaluationDisplay:

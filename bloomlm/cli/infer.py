@@ -64,10 +64,11 @@ def infer(config: InferConfig) -> None:
     manifest = Manifest.read(config.model_dir / f"{config.model_prefix}.json")
     asked = config.max_new_tokens
     generation = config.generation_of(manifest.max_new_tokens if asked is None else asked)
-    prompts = config.read_prompts()
-    if prompts is None:
+    found = config.read_prompts()
+    if found is None:
         raise ConfigError(NO_PROMPTS)
     program = Program(path, backend=config.backend, verify_weights=config.verify_weights)
+    prompts = found.of(program.tokenizer)
     run_completions(config, generation, program, prompts, identity=_identity(config, generation, prompts, manifest))
 
 
@@ -82,7 +83,7 @@ command = config_command(
     infer,
     help="""Complete prompts with an exported program.
 
-    The prompts come from --prompt, from --data_file or, one on each line, through a pipe.
+    The prompts come from --prompt, --data_file, --messages_file or, one on each line, through a pipe.
 
     \b
     bloomlm infer --model_dir inference --model_prefix bloom --prompt "The history of"

@@ -19,6 +19,7 @@ VERBS = {
     "demo": ("bloomlm.cli.demo", "see fine-tuning at work: built-in model and data, a few minutes on a CPU"),
     "finetune": ("bloomlm.cli.finetune", "train a BLOOM on your examples: fully, with LoRA or with prefix tuning"),
     "predict": ("bloomlm.cli.predict", "complete prompts with a BLOOM, with or without an adapter"),
+    "chat": ("bloomlm.cli.chat", "talk with a model in the terminal"),
     "export": (
         "bloomlm.cli.export",
         "turn a model into a program that runs without its code, also for ONNX, OpenVINO, llama.cpp",

@@ -62,13 +62,14 @@ def predict(config: PredictConfig) -> None:
 
 
 def _load_and_predict(config: PredictConfig, generation: GenerationConfig, device: torch.device, mesh: Mesh) -> None:
-    prompts = on_main(lambda: config.read_prompts(), mesh)
-    if prompts is None and config.save_onepiece_model_path is None:
+    found = on_main(lambda: config.read_prompts(), mesh)
+    if found is None and config.save_onepiece_model_path is None:
         raise ConfigError(NO_PROMPTS)
     loaded = load(config.model_name_or_path, **config.load_options(), dtype=config.dtype, device=device, mesh=mesh)
     if config.save_onepiece_model_path is not None:
         _save(config.save_onepiece_model_path, loaded)
-    if prompts is not None:
+    if found is not None:
+        prompts = on_main(lambda: found.of(loaded.tokenizer), mesh)
         run_completions(
             config,
             generation,
@@ -115,7 +116,7 @@ command = config_command(
     has_ranks=True,
     help="""Complete prompts with a BLOOM, with or without an adapter.
 
-    The prompts come from --prompt, from --data_file or, one on each line, through a pipe.
+    The prompts come from --prompt, --data_file, --messages_file or, one on each line, through a pipe.
 
     \b
     bloomlm predict --model_name_or_path builtin:tiny --prompt "The history of" --max_new_tokens 30

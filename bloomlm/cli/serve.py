@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from bloomlm.api import LoadedModel, load
+from bloomlm.cli.generator import NOT_OF_PROGRAMS, ProgramFlags, check_generator
 from bloomlm.cli.options import config_command
 from bloomlm.data.chat_template import read_chat_template
 from bloomlm.errors import BackendMissingError, ConfigError, ServingError, format_bytes
-from bloomlm.flags import DeviceFlags, Dtype, Flags, ModelFlags, flag, same_flag
+from bloomlm.flags import DeviceFlags, Dtype, ModelFlags, flag, same_flag
 from bloomlm.parallel.launch import find_device, joined_ranks, world_size
 from bloomlm.parallel.mesh import Mesh, degrees_from_flags
 from bloomlm.runtime.program import Program
@@ -37,21 +38,20 @@ except ModuleNotFoundError as error:
 
 API_KEY_VARIABLE = "BLOOMLM_API_KEY"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_OF_MODELS = ("lora", "dtype", "device")
+_NOT_OF_PROGRAMS = {
+    **NOT_OF_PROGRAMS,
+    "lora": "adapters are put into a program when it is exported; leave the flag out",
+}
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel(Flags):
+class ServedModel(ProgramFlags):
     """The flags of `bloomlm serve` that say what is served."""
 
     model_name_or_path: str = same_flag(ModelFlags, "model_name_or_path", default="")
     dtype: Dtype | None = same_flag(DeviceFlags, "dtype")
     device: str | None = same_flag(DeviceFlags, "device")
-    model_dir: Path | None = flag(
-        "model", None, "instead of --model_name_or_path: directory that `bloomlm export` wrote a program into"
-    )
-    model_prefix: str = flag("model", "bloom", "name of the program in --model_dir")
     lora: tuple[str, ...] = flag(
         "model",
         (),
@@ -174,24 +174,10 @@ def serve(config: ServeConfig) -> None:
 
 
 def _check_model(config: ServeConfig) -> None:
-    if config.model_dir is None:
-        if not config.model_name_or_path:
-            raise ConfigError(
-                "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an "
-                "exported program"
-            )
-        if config.model_prefix != ServeConfig.model_prefix:
-            raise ConfigError("--model_prefix names a program; give its --model_dir too, or leave it out")
-        return
-    if config.model_name_or_path:
-        raise ConfigError("--model_name_or_path and --model_dir are both given; give a model or a program")
-    for name in _OF_MODELS:
-        if getattr(config, name) and not (name == "device" and config.device == "cpu"):
-            raise ConfigError(
-                f"--{name} with --model_dir: a program has its adapters and its precision from its export and "
-                "runs on the CPU; leave the flag out"
-            )
-    if world_size() > 1:
+    check_generator(config, _NOT_OF_PROGRAMS)
+    if config.model_dir is None and config.model_prefix != ServeConfig.model_prefix:
+        raise ConfigError("--model_prefix names a program; give its --model_dir too, or leave it out")
+    if config.model_dir is not None and world_size() > 1:
         raise ConfigError("--model_dir with several processes: a program cannot be divided among them; start one")
 
 

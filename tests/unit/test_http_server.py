@@ -210,7 +210,7 @@ def test_command_serves_and_drains() -> None:
     ("flags", "words"),
     [
         ([], "missing --model_name_or_path"),
-        (["--model_name_or_path", "builtin:tiny", "--model_dir", "x"], "give a model or a program"),
+        (["--model_name_or_path", "builtin:tiny", "--model_dir", "x"], "give one: an exported program or a model"),
         (["--model_name_or_path", "builtin:tiny", "--lora", "x"], "expected name=path"),
         (["--model_name_or_path", "builtin:tiny", "--model_prefix", "x"], "give its --model_dir too"),
         (["--model_name_or_path", "builtin:tiny", "--runs", "/nowhere"], "--runs /nowhere: no such directory"),

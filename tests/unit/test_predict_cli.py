@@ -346,3 +346,81 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
         file = io.StringIO()
         CompletionPrinter(Console(file=file, force_terminal=is_terminal, no_color=True)).show(completion, None)
         assert shown in file.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "")
+
+
+TALKS = [
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the end"}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "gpt", "value": "b"},
+            {"from": "human", "value": "c"},
+        ]
+    },
+]
+TALK_PROMPTS = ["Be brief.\n\nUser: the end\nAssistant:", "User: a\nAssistant: b</s>User: c\nAssistant:"]
+
+
+def write_talks(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_messages_are_answered_by_a_chat_template(base: Path, tmp_path: Path) -> None:
+    talks, output = write_talks(tmp_path / "talks.jsonl", TALKS), tmp_path / "out.jsonl"
+    flags = ("--model_name_or_path", base, "--messages_file", talks, "--output_file", output, "--max_new_tokens", 6)
+    assert run(*flags, "--chat_template", "plain") == 0
+    completions = bloomlm.load(base).generate(TALK_PROMPTS, max_new_tokens=6)
+    assert read_lines(output) == [vars(completion) for completion in completions]
+
+
+def test_the_last_answer_of_messages_is_what_is_expected(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = bloomlm.load(base).generate(TALK_PROMPTS[1], max_new_tokens=6)[0].completion
+    turns = TALKS[1]["conversations"]
+    talks = write_talks(
+        tmp_path / "talks.jsonl",
+        [{"conversations": [*turns, {"from": "gpt", "value": text}]} for text in (right, "else")],
+    )
+    template = ("--chat_template", "plain", "--max_new_tokens", 6)
+    assert run("--model_name_or_path", base, "--messages_file", talks, *template) == 0
+    output, messages = capsys.readouterr()
+    assert output.count(TALK_PROMPTS[1]) == 2
+    assert "exact match: 50.0% (1 of 2)" in messages
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        (TALKS, [], "has no chat template; give --chat_template plain or --chat_template FILE"),
+        (TALKS, ["--chat_template", "plain", "--prompt", "a"], "--prompt and --messages_file both bring prompts"),
+        (TALKS, ["--chat_template", "plain", "--src_length", 9], "--src_length would cut the end of a prompt"),
+        (TALKS, ["--prompt_template", "{a}"], "--prompt_template does not act on --messages_file"),
+        ([], ["--chat_template", "plain"], "no rows in it; expected at least one conversation"),
+        ([{"messages": [{"role": "system", "content": "a"}]}], ["--chat_template", "plain"], "line 1: there is nothing to"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], ["--chat_template", "plain"], "line 1: there is nothing"),
+        ([{"messages": [{"role": "bot", "content": "a"}]}], ["--chat_template", "plain"], "messages[0]: 'role' is 'bot'"),
+        (
+            [*TALKS, {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]}],
+            ["--chat_template", "plain"],
+            "line 3: the chat template does not take these messages",
+        ),
+    ],
+)  # fmt: skip
+def test_messages_that_cannot_be_used(
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[dict[str, Any]],
+    flags: list[Any],
+    message: str,
+) -> None:
+    talks = write_talks(tmp_path / "talks.jsonl", rows)
+    assert run("--model_name_or_path", base, "--messages_file", talks, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_chat_template_needs_messages(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model_name_or_path", base, "--prompt", "a", "--chat_template", "plain") == 2
+    assert "give --messages_file, or leave it out" in capsys.readouterr().err

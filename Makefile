@@ -9,13 +9,17 @@ EVAL_PATH ?= wikitext-2
 EVAL_FLAGS ?=
 TENSOR_PARALLEL_DEGREE ?= 2
 
-.PHONY: demo test check docs bench run_eval run_eval_tps clean
+.PHONY: demo test fuzz check docs bench run_eval run_eval_tps clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/bloomlm demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Damages files of every kind for ten minutes, and prints what became of them.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --minutes 10 --at_least 20000
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

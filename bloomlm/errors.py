@@ -22,6 +22,11 @@ import collections.abc
 class BloomlmError(Exception):
     """Base of every error that bloomlm raises on purpose."""
 
+    def __str__(self) -> str:
+        """The message; of a very long one, which repeats what a damaged file holds, the beginning and the end."""
+        text = super().__str__()
+        return text if len(text) <= 4000 else f"{text[:3000]} [...] {text[-900:]}"
+
 
 class ConfigError(BloomlmError, ValueError):
     """A config.json, a run file or a flag that cannot be used."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bloomlm.adapters.base import Adapter, PeftForm, refuse_other_keys
 from bloomlm.adapters.lora_linear import LoRALinear
+from bloomlm.adapters.patterns import check_pattern
 from bloomlm.adapters.trained_rows import PEFT_ROWS, TRAINED_ROWS, TrainedRowsEmbedding, tokens_in_peft
 from bloomlm.errors import AdapterError, ConfigError, name_some
 from bloomlm.model.bloom import BloomForCausalLM
@@ -23,6 +24,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 T = TypeVar("T", int, float)
 
 BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+MOST_RANK = 2**20
 EMBEDDING = "transformer.word_embeddings"
 PEFT_PREFIX = "base_model.model."
 PEFT_KEYS = {
@@ -73,8 +75,11 @@ class LoraConfig(Adapter):
     """Names of the base model's parameters that learn too and are saved with the adapter: biases."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"LoRA's r is {self.r}; expected at least 1")
+        for lora_rank in (self.r, *self.rank_pattern.values()):
+            if not 1 <= lora_rank <= MOST_RANK:
+                raise ConfigError(f"LoRA's r is {lora_rank}; expected a number from 1 to {MOST_RANK}")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            check_pattern(pattern)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected a number from 0 to below 1")
         unknown = [name for name in self.target_modules if name not in BLOCK_LINEARS]
@@ -200,8 +205,6 @@ class LoraConfig(Adapter):
                 "adapter with PEFT (save_pretrained's path_initial_model_for_weight_conversion)"
             )
         try:
-            for pattern in (*(values.get("rank_pattern") or {}), *(values.get("alpha_pattern") or {})):
-                re.compile(pattern)
             config = cls(
                 r=int(values["r"]),
                 lora_alpha=float(values["lora_alpha"]),
@@ -212,7 +215,9 @@ class LoraConfig(Adapter):
                 rank_pattern={str(k): int(v) for k, v in (values.get("rank_pattern") or {}).items()},
                 alpha_pattern={str(k): float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
             )
-        except (KeyError, TypeError, AttributeError, re.error) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise AdapterError(f"its configuration lacks a value, or has one of another kind: {error!r}") from error
         if bias == "none":
             return config
@@ -248,10 +253,10 @@ def _chosen_linears(target_modules: object, model: BloomForCausalLM) -> tuple[st
     module_names = [name for name, _ in model.named_modules() if name]
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(target_modules, str):
-        pattern = target_modules
-        if pattern.lower() == "all-linear":
+        if target_modules.lower() == "all-linear":
             chosen = set(linear_names)
         else:
+            pattern = check_pattern(target_modules)
             chosen = {name for name in (*module_names, "lm_head") if re.fullmatch(pattern, name)}
     elif isinstance(target_modules, list) and target_modules:
         ends = tuple(f".{name}" for name in target_modules)

@@ -24,6 +24,7 @@ from bloomlm.model.linear import Linear
 PREFIX = "transformer.prefix."
 """The beginning of the names of the encoder's parameters in a model."""
 PROMPT_EMBEDDINGS = "prompt_embeddings"
+MOST_PREFIX_TOKENS = 2**20
 PEFT_KEYS = {"num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"}
 
 
@@ -45,8 +46,10 @@ class PrefixConfig(Adapter):
     """Width of the MLP (G); None: hidden_size."""
 
     def __post_init__(self) -> None:
-        if self.num_prefix_tokens < 1:
-            raise ConfigError(f"num_prefix_tokens is {self.num_prefix_tokens}; expected at least 1")
+        if not 1 <= self.num_prefix_tokens <= MOST_PREFIX_TOKENS:
+            raise ConfigError(
+                f"num_prefix_tokens is {self.num_prefix_tokens}; expected a number from 1 to {MOST_PREFIX_TOKENS}"
+            )
         width = self.prefix_projection_hidden_size
         if width is not None and width < 1:
             raise ConfigError(f"prefix_projection_hidden_size is {width}; expected at least 1")
@@ -134,7 +137,8 @@ class PrefixConfig(Adapter):
         # rounding to the files' precision may change the results of two matrix products by this much
         dtypes = (tensor.dtype for tensor in (flat, *own_tensors.values()))
         tolerance = 32 * torch.finfo(min(dtypes, key=lambda dtype: dtype.itemsize)).eps
-        if not torch.allclose(given, flat.float(), rtol=tolerance, atol=tolerance * float(given.abs().max())):
+        largest = float(given.abs().max())
+        if not largest < torch.inf or not torch.allclose(given, flat.float(), rtol=tolerance, atol=tolerance * largest):
             raise AdapterError(
                 f"{self.own_file} does not give the {PROMPT_EMBEDDINGS} of PEFT's file: they belong to two adapters; "
                 f"remove {self.own_file} to use and train the embeddings as they are"

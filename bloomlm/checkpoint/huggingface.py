@@ -4,9 +4,9 @@ Some files lack the prefix "transformer." (they hold the bare model), some hold 
 of 2022 hold the attention mask as a buffer.
 """
 
-import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile
 from bloomlm.checkpoint.tensor_reader import TensorEntry
-from bloomlm.errors import CheckpointError, name_some
+from bloomlm.errors import CheckpointError, first_line, name_some
+from bloomlm.files.json_text import read_json
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.layout import Bounds
 
@@ -137,15 +138,15 @@ def checkpoint_files(directory: Path, single_name: str) -> list[Path]:
         return [directory / single_name]
     index = directory / f"{single_name}.index.json"
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         shards = sorted(set(weight_map.values()))
         if any(Path(shard).name != shard for shard in shards):
             raise ValueError("its weight_map names files outside its directory")
+        missing = [shard for shard in shards if not (directory / shard).is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} is not an index of shards, with a weight_map of names to files: {error!r}"
         ) from error
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise CheckpointError(
             f"{directory}: {index.name} names {len(shards)} shards, and these are missing: {name_some(missing)}; "
@@ -155,6 +156,7 @@ def checkpoint_files(directory: Path, single_name: str) -> list[Path]:
 
 
 def _torch_load(path: Path) -> dict[str, Tensor]:
+    _check_archive(path)
     try:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -165,12 +167,39 @@ def _torch_load(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged, or holds Python objects besides tensors, which bloomlm does not run: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read, it is cut short or damaged: {error}") from error
-    if isinstance(values, dict):
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        if len(tensors) == len(values):
-            return tensors
-    raise CheckpointError(f"{path} does not hold a state dict: expected a mapping of names to tensors")
+    except Exception as error:  # damaged files raise errors of every kind
+        raise CheckpointError(
+            f"{path} cannot be read, it is cut short or damaged: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    ):
+        raise CheckpointError(f"{path} does not hold a state dict: expected a mapping of names to tensors")
+    _check_bytes(path, values)
+    return values
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive with compressed entries, which torch never writes: a small one may unpack to any size."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return  # of before torch 1.6
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: it is no whole archive: {first_line(error)}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} holds compressed entries, which torch.save does not write; save it again")
+
+
+def _check_bytes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that repeat the few bytes of a file until they fill the memory, by strides of 0 for example."""
+    found = sum(tensor.nbytes for name, tensor in tensors.items() if not BUFFERS.search(name))
+    size = path.stat().st_size
+    if found > 2 * size:  # twice, because embedding and head may be the same bytes
+        raise CheckpointError(
+            f"{path} has {size} bytes, and its tensors would take {found}: it is damaged, or holds tensors that share "
+            "memory; save contiguous ones"
+        )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bloomlm.checkpoint.tensor_reader import Rows, TensorEntry, fresh_memory
 from bloomlm.errors import CheckpointError
+from bloomlm.files.json_text import parse_json
 from bloomlm.parallel.layout import Bounds
 
 DTYPES: dict[str, torch.dtype] = {
@@ -273,7 +274,7 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
             "fetch it again (a file of a few hundred bytes is often a git-lfs pointer)"
         )
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("__metadata__", {}), dict):
@@ -284,8 +285,10 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
 def _parse_entry(path: Path, name: str, fields: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[TensorEntry, int]:
     """A tensor's shape and dtype, and the offset of its data from the first tensor's."""
     try:
-        entry = TensorEntry(tuple(map(int, fields["shape"])), dtypes[fields["dtype"]])
+        entry = TensorEntry(tuple(fields["shape"]), dtypes[fields["dtype"]])
         start, stop = fields["data_offsets"]
+        if not all(type(number) is int for number in (*entry.shape, start, stop)):
+            raise TypeError("sizes and offsets are whole numbers")
         if start < 0 or min(entry.shape, default=0) < 0 or stop - start != num_bytes(entry):
             raise ValueError("shape and data_offsets do not agree")
     except (KeyError, TypeError, ValueError) as error:

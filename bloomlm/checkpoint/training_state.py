@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from bloomlm.checkpoint.distributed_index import INDEX_FILE, check_index
 from bloomlm.checkpoint.formats import find_foreign_run
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.files.atomic import TEMPORARY_SUFFIX, atomic_directory
+from bloomlm.files.json_text import read_json
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 logger = logging.getLogger(__name__)
@@ -113,14 +115,14 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: they cannot be read.
     """
     try:
-        values: dict[str, Any] = json.loads((checkpoint / VALUES_FILE).read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(checkpoint / VALUES_FILE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / VALUES_FILE} cannot be read: {error}") from error
     return values
 
 
 def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read a run's state. The index of the format is a pickle, so read only the checkpoints of your own runs.
+    """Read a run's state. No code in its files is executed.
 
     Args:
         checkpoint: a complete checkpoint-N directory.
@@ -132,12 +134,13 @@ def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict
     Raises:
         CheckpointError: files cannot be read, or hold other tensors.
     """
-    if not (checkpoint / TENSORS_DIRECTORY / ".metadata").is_file():
+    if not (checkpoint / TENSORS_DIRECTORY / INDEX_FILE).is_file():
         raise CheckpointError(f"{checkpoint} holds no training state; expected a directory {TENSORS_DIRECTORY} in it")
+    check_index(checkpoint / TENSORS_DIRECTORY)
     try:
         with _single_process():
             load(dict(tensors), checkpoint_id=checkpoint / TENSORS_DIRECTORY)
-    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # damaged files raise errors of every kind
         raise CheckpointError(
             f"the training state in {checkpoint} does not fit this run: {_cause(error)}. Use the model, adapter, "
             "optimizer and precision of the saved run, or start in a new output_dir"
@@ -170,7 +173,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 def find_damage(checkpoint: Path) -> str | None:
     """A description of how a checkpoint differs from its manifest; None if it does not."""
     try:
-        files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        files = dict(read_json(checkpoint / MANIFEST_FILE)["files"])
         sizes = _file_sizes(checkpoint)
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}, so it was never completed"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
-import yaml
 
 from bloomlm.cli.processes import ProcessFlags, start_ranks, starts_ranks
 from bloomlm.errors import ConfigError
+from bloomlm.files.flag_file import read_flag_file
 from bloomlm.flags import Flags
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def join_values(flags: tuple[Flag, ...], given: Mapping[str, Any], config_file: 
     missing = [flag for flag in flags if flag.default is MISSING and flag.name not in values]
     if missing:
         lines = "; ".join(f"--{flag.name} ({flag.help})" for flag in missing)
-        raise ConfigError(f"missing {lines}")
+        where = f", which {config_file} does not give either" if config_file else ""
+        raise ConfigError(f"missing {lines}{where}")
     return values
 
 
@@ -170,13 +171,9 @@ def read_run_file(path: Path, flags: tuple[Flag, ...]) -> dict[str, Any]:
         ConfigError: as for `join_values`.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_flag_file(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read --config {path}: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected lines of `name: value`, found a {type(content).__name__}")
     known = {spelling: flag for flag in flags for spelling in (flag.name, *flag.aliases)}
     values: dict[str, Any] = {}
     for key, value in content.items():

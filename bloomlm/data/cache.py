@@ -4,7 +4,6 @@ The header of a file holds a checksum of its arrays. A file that cannot be read 
 stops a run: the caller computes the arrays again.
 """
 
-import json
 import logging
 import zlib
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from bloomlm.files.atomic import directory_beside
+from bloomlm.files.json_text import parse_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         return _map_arrays(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         _LOG.warning("%s is damaged (%s: %s) and will be written again", path, type(error).__name__, error)
         return None
 
@@ -57,7 +57,7 @@ def _map_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
             raise ValueError(f"its header should have {size} bytes, more than the file has")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size))
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, entry in header.items():
         if name != "__metadata__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bloomlm.errors import ConfigError, DataError
+from bloomlm.files.json_text import parse_json, parse_json_at
 
 _SPACE = re.compile(r"\s*")
 _BOM = b"\xef\xbb\xbf"
@@ -62,6 +63,8 @@ class FileRows:
             raise DataError(
                 f"{self.path}: a file of examples ends in {', '.join(_READERS)}, not in {self.path.suffix!r}"
             )
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            raise DataError(f"{self.path}: is a pipe or a device, and rows are read more than once; save them")
         try:
             self.path.open("rb").close()
         except OSError as error:
@@ -95,7 +98,6 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 def _read_json_list(path: Path) -> Iterator[Row]:
     text = _read_text(path)
-    decode = json.JSONDecoder().raw_decode
     position = _skip_space(text, _skip_space(text, 0) + 1)
     counted, line = 0, 1
     while not text.startswith("]", position):
@@ -103,7 +105,7 @@ def _read_json_list(path: Path) -> Iterator[Row]:
         counted = position
         where = f"{path}, line {line}"
         try:
-            value, position = decode(text, position)
+            value, position = parse_json_at(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
         yield _object_row(value, where)
@@ -156,7 +158,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(fields=fields, where=f"{path}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as Parquet after row {number} ({error}); write it again") from error
 
 
@@ -175,7 +177,7 @@ def _csv_names(cells: list[str], where: str) -> list[str]:
 
 def _parse_line(text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: not JSON ({error.msg}, column {error.colno}); expected one whole object on each line"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomlm.errors import CheckpointError
+from bloomlm.files.json_text import read_json
 
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
@@ -168,7 +169,7 @@ def _added_token(token: str, token_id: int, *, is_special: bool) -> dict[str, An
 
 def _read_ids(path: Path) -> dict[str, int]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not all(type(token_id) is int for token_id in content.values()):

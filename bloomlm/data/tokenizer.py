@@ -239,11 +239,20 @@ class Tokenizer:
         return token_id
 
     def _check_added_tokens(self) -> None:
-        for token_id, entry in self._config.get("added_tokens_decoder", {}).items():
-            found = self._backend.id_to_token(int(token_id))
-            if found != entry["content"]:
+        try:
+            entries = self._config.get("added_tokens_decoder", {}).items()
+            added = [
+                (token_id, self._backend.id_to_token(int(token_id)), entry["content"]) for token_id, entry in entries
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.name}: added_tokens_decoder of {TOKENIZER_CONFIG_FILE} does not map ids to tokens ({error!r}). "
+                "Save it again"
+            ) from error
+        for token_id, found, content in added:
+            if found != content:
                 raise CheckpointError(
-                    f"{self.name}: {TOKENIZER_CONFIG_FILE} gives id {token_id} to {entry['content']!r}, but in "
+                    f"{self.name}: {TOKENIZER_CONFIG_FILE} gives id {token_id} to {content!r}, but in "
                     f"{TOKENIZER_FILE} that id is {found!r}. Save both files together again"
                 )
 

@@ -1,11 +1,11 @@
 """The files of a tokenizer beside a checkpoint: their names, and how those that are JSON or a template are read."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bloomlm.errors import CheckpointError
+from bloomlm.files.json_text import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -27,7 +27,7 @@ def named_special_tokens(config: Mapping[str, Any], special_map: Mapping[str, An
     named = {}
     for key, default in DEFAULT_SPECIAL_TOKENS.items():
         value = next((source[key] for source in sources if source.get(key)), default)
-        named[key] = str(value["content"] if isinstance(value, dict) else value)
+        named[key] = str(value.get("content", default) if isinstance(value, dict) else value)
     return named
 
 
@@ -40,8 +40,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}). Fetch or save it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -51,8 +51,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 ({error}). Fetch or save it again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8: {error}. Fetch or save it again") from error
 
 
 def missing_message(directory: Path) -> str:
@@ -74,5 +74,6 @@ def read_saved_template(directory: str | Path) -> str | None:
         return _read_text(path)
     found = read_json_object(Path(directory) / TOKENIZER_CONFIG_FILE).get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     return None if found is None else str(found)

@@ -19,6 +19,7 @@ from rich.table import Table
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.evaluation.metrics import Metric, error_of
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.json_text import read_json
 
 FORMAT_VERSION = 1
 _INFLUENCES_SUFFIX = ".influences.json"
@@ -117,12 +118,13 @@ def read_report(path: Path) -> EvaluationReport:
         DataError: the file cannot be read, or is not a report.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content.pop("bloomlm_report")
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: a report of format {version}, and this bloomlm reads {FORMAT_VERSION}")
         metrics = {name: Metric(**fields) for name, fields in content.pop("metrics").items()}
         report = EvaluationReport(**content, metrics=metrics)
+        _check_kinds(report)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a report of --output_file") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,8 +133,8 @@ def read_report(path: Path) -> EvaluationReport:
     if not beside.is_file():
         return report
     try:
-        kept = json.loads(beside.read_text(encoding="utf-8"))
-        known = {name: np.array(kept[name], dtype=np.float64) for name in metrics if name in kept}
+        kept = read_json(beside)
+        known = {name: np.array(kept[name], dtype=np.float64).reshape(-1) for name in metrics if name in kept}
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{beside}: cannot be read ({error}); remove it to compare without it") from error
     with_influences = {n: dataclasses.replace(m, influences=known.get(n)) for n, m in metrics.items()}
@@ -210,6 +212,18 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
     asked_the_same = first.data.get("sha256") == second.data.get("sha256") and first.settings == second.settings
     differences = [_difference(n, first.metrics[n], second.metrics[n], asked_the_same) for n in common]
     return Comparison(differences=tuple(differences), notices=tuple(notices))
+
+
+def _check_kinds(report: EvaluationReport) -> None:
+    """Raise ValueError where a report that was read has another structure than one that was saved."""
+    needed = {"protocol": ("name", "version"), "data": ("name",), "model": ("fingerprint", "dtype"), "settings": ()}
+    for section, names in needed.items():
+        values = getattr(report, section)
+        if not isinstance(values, dict) or not all(name in values for name in names):
+            raise ValueError(f"{section} is {str(values)[:200]}; expected {', '.join(names) or 'names and values'}")
+    for name, metric in report.metrics.items():
+        if not all(value is None or isinstance(value, (int, float)) for value in (metric.value, metric.standard_error)):
+            raise ValueError(f"{name} is no number")
 
 
 def _number(value: float | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Self
 
 from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.json_text import parse_json
 
 Results = dict[int, dict[str, Any]]
 
@@ -121,6 +122,6 @@ def _read(path: Path) -> Results:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            fields = json.loads(line)
+            fields = parse_json(line)
             done[int(fields.pop("number"))] = fields
     return done

@@ -26,7 +26,10 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "dtype": ("dtype", "torch_dtype"),
 }
 REQUIRED = ("vocab_size", "hidden_size", "n_layer", "n_head")
-MOST_BLOCKS = 1000  # far more than any model has; larger numbers are mistakes and would take long to fail
+# Far more than any model has; larger numbers are mistakes, and would take long to fail or overflow.
+MOST_BLOCKS = 1000
+MOST_COLUMNS = 2**20
+MOST_TOKENS = 2**31
 PROBABILITIES = ("hidden_dropout", "attention_dropout")
 
 
@@ -73,10 +76,15 @@ class BloomConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"BLOOM config: {name} is {value!r}; expected a whole number of at least 1")
-        if self.n_layer > MOST_BLOCKS:
-            raise ConfigError(
-                f"BLOOM config: n_layer is {self.n_layer}; expected at most {MOST_BLOCKS} (BLOOM 176B has 70)"
-            )
+        for name, most, largest in (
+            ("n_layer", MOST_BLOCKS, "70"),
+            ("hidden_size", MOST_COLUMNS, "14,336"),
+            ("vocab_size", MOST_TOKENS, "250,880"),
+        ):
+            if getattr(self, name) > most:
+                raise ConfigError(
+                    f"BLOOM config: {name} is {getattr(self, name)}; expected at most {most} (BLOOM 176B has {largest})"
+                )
         for name in PROBABILITIES:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomlm.errors import ProgramError
+from bloomlm.files.json_text import read_json
 
 KIND = "bloomlm program"
 VERSION = 6
@@ -89,7 +90,7 @@ class Manifest:
             ProgramError: it is missing, damaged, not a manifest, or of another version.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except OSError as error:
             raise ProgramError(_missing(path)) from error
         except ValueError as error:
@@ -169,8 +170,7 @@ def manifest_checksum(values: Mapping[str, Any]) -> str:
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"{path.parent} is no directory; expected one that bloomlm export wrote into"
-    others = sorted(
-        other.stem for other in path.parent.glob("*.json") if f'"{KIND}"' in other.read_text(errors="replace")[:100]
-    )
+    files = (other for other in path.parent.glob("*.json") if other.is_file())
+    others = sorted(other.stem for other in files if f'"{KIND}"' in other.read_text(errors="replace")[:100])
     hint = f"it holds {', '.join(others)}: give one as the prefix" if others else "it holds no exported program"
     return f"{path} cannot be read; {hint}"

@@ -34,6 +34,7 @@ from bloomlm.checkpoint.writer import write_model
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.files.atomic import atomic_directory, atomic_write, sync
+from bloomlm.files.flag_file import read_flag_file
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.results import History
 from bloomlm.training.run_plan import OutputPlan
@@ -117,14 +118,14 @@ def changed_flags(config: TrainingConfig) -> str | None:
     """The flags that a resumed run has changed since its beginning, in words; None if no change matters."""
     path = Path(config.output_dir) / RUN_FILE
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        before = read_flag_file(path)
+    except (OSError, ValueError):
         return None
     now = {name: _plain(value) for name, value in asdict(config).items() if name not in _FREE_FLAGS}
     changes = [
         f"--{name} was {before[name]}, is {value}"
         for name, value in now.items()
-        if isinstance(before, dict) and name in before and before[name] != value
+        if name in before and before[name] != value
     ]
     return "; ".join(changes) or None
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bloomlm.errors import CheckpointError, format_bytes
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.json_text import parse_json
 from bloomlm.training.reporters import Trackers
 from bloomlm.training.results import Entry, History, StepLog, StepResult, plain
 
@@ -120,14 +121,14 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs_before(line, step)]
-            atomic_write(path, "".join(line + "\n" for line in kept))
         try:
+            if path.exists():
+                kept = [line for line in path.read_bytes().split(b"\n") if _belongs_before(line, step)]
+                atomic_write(path, b"".join(line + b"\n" for line in kept))
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error}; checkpoints are unchanged") from error
+            raise CheckpointError(f"{path} cannot be read and written: {error}; checkpoints are unchanged") from error
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and flush it, so that others can follow the file; raises CheckpointError if it cannot."""
@@ -227,8 +228,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def _belongs_before(line: str, step: int) -> bool:
+def _belongs_before(line: bytes, step: int) -> bool:
     try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError, OverflowError):
         return False

@@ -9,6 +9,7 @@ from typing import Any
 
 from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.json_text import read_json
 
 STATE_FILE = "trainer_state.json"
 TRAIN_RESULTS_FILE = "train_results.json"
@@ -200,7 +201,7 @@ class History:
         """
         path = checkpoint / STATE_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             logged = {name: values[name] for name in vars(self) if name not in ("max_steps", "num_train_epochs")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -254,7 +255,7 @@ def write_results(output_dir: Path, train: Mapping[str, Any] | None, evaluation:
 def read_train_results(output_dir: Path) -> dict[str, Any] | None:
     """The content of train_results.json; None if it does not exist or cannot be read."""
     try:
-        values = json.loads((output_dir / TRAIN_RESULTS_FILE).read_text(encoding="utf-8"))
+        values = read_json(output_dir / TRAIN_RESULTS_FILE)
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None

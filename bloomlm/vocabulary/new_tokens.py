@@ -1,10 +1,10 @@
 """The record beside an extended model of which tokens were added; fine-tuning reads it to train just their rows."""
 
-import json
 from pathlib import Path
 
 from bloomlm.checkpoint.writer import write_json
 from bloomlm.errors import CheckpointError
+from bloomlm.files.json_text import read_json
 
 NEW_TOKENS_FILE = "new_tokens.json"
 
@@ -32,7 +32,7 @@ def read_new_tokens(directory: Path) -> range | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         first, count = values["first_token"], values["num_tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error

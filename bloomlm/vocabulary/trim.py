@@ -29,6 +29,7 @@ from bloomlm.checkpoint.tensor_reader import Rows
 from bloomlm.checkpoint.writer import DEFAULT_SHARD_SIZE_BYTES
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError
+from bloomlm.files.json_text import read_json
 from bloomlm.model.config import BloomConfig
 from bloomlm.vocabulary.embedding import mean_row, write_with_embedding
 from bloomlm.vocabulary.selection import Ids, Vocabulary, read_vocabulary, trim_json
@@ -239,9 +240,9 @@ def check_fingerprint(directory: Path, fingerprint: str) -> None:
     if not path.is_file():
         return  # written anew by training, for example
     try:
-        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: Mapping[str, Any] = read_json(path)
         expected, source = values["source_fingerprint"], values["source"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as the map of a trimmed vocabulary: {error!r}") from error
     if expected != fingerprint:
         raise CheckpointError(

@@ -296,8 +296,8 @@ def test_resumed_era_a_trains_its_blocks_only(tmp_path: Path) -> None:
         ({"enable_lora_list": [[True], [True]]}, "does not match target_modules"),
         ({"enable_lora_list": [[True, True, True]], "target_modules": ["dense"]}, "matches none of target_modules"),
         ({"enable_lora_list": [["yes"]]}, "expected true and false values"),
-        ({"enable_lora_list": [[True, True, True]], "target_modules": ["(x"]}, "are not regular expressions"),
-        ({"enable_lora_list": [[True, True, True]], "target_modules": [5]}, "are not regular expressions"),
+        ({"enable_lora_list": [[True, True, True]], "target_modules": ["(x"]}, "is no regular expression"),
+        ({"enable_lora_list": [[True, True, True]], "target_modules": [5]}, "expected a text"),
     ],
 )
 def test_invalid_loras_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:

@@ -1,7 +1,6 @@
 """The shape of an adapter's base model, as far as the adapter's own files record it."""
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from bloomlm.adapters.trained_rows import tokens_in_peft
 from bloomlm.checkpoint.adapters.peft import CONFIG_FILE, open_peft_weights, read_adapter_config
 from bloomlm.errors import AdapterError, ConfigError
-from bloomlm.model.config import BloomConfig
+from bloomlm.model.config import MOST_TOKENS, BloomConfig
 
 # Matches the name of a lora_A in any program's files; its groups are the block and the kind of layer.
 LORA_A = re.compile(
@@ -36,8 +35,11 @@ def peft_base_config(directory: Path) -> BloomConfig:
     entries = open_peft_weights(directory).entries
     inputs = {name: entry.shape[-1] for name, entry in entries.items() if entry.shape}
     config = lora_base_config(directory, inputs, num_ranks=1)
-    tokens = tokens_in_peft(values.get("trainable_token_indices"), sys.maxsize)
-    return replace(config, vocab_size=max(config.vocab_size, *(token + 1 for token in tokens), 1))
+    try:
+        tokens = tokens_in_peft(values.get("trainable_token_indices"), MOST_TOKENS)
+        return replace(config, vocab_size=max(config.vocab_size, *(token + 1 for token in tokens), 1))
+    except (AdapterError, ConfigError) as error:
+        raise AdapterError(f"{directory}: {error}") from error
 
 
 def base_config(directory: Path, values: Mapping[str, Any], n_layer: str, hidden_size: str, n_head: str) -> BloomConfig:

@@ -50,6 +50,8 @@ class StoredFile:
                 count = os.preadv(self._descriptor, [buffer], offset)
             except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+            except OverflowError as error:
+                raise CheckpointError(f"{self.path} is damaged: it places data at byte {offset}") from error
             if not count:
                 raise CheckpointError(f"{self.path} ended at byte {offset} while it was being read; fetch it again")
             buffer, offset = buffer[count:], offset + count

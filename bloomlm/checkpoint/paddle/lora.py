@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.patterns import check_pattern
 from bloomlm.checkpoint.adapters.base_config import whole_number
 from bloomlm.checkpoint.adapters.peft import PlainAdapter
 from bloomlm.checkpoint.paddle.adapter_files import (
@@ -43,7 +44,7 @@ from bloomlm.checkpoint.paddle.layout import (
 from bloomlm.checkpoint.paddle.lazy import held
 from bloomlm.checkpoint.paddle.recorded import Blocks, RecordedLora
 from bloomlm.checkpoint.tensor_reader import LazyTensor
-from bloomlm.errors import AdapterError, CheckpointError, name_some
+from bloomlm.errors import AdapterError, CheckpointError, ConfigError, name_some
 from bloomlm.model.config import BloomConfig
 
 PARTS = (".lora_A", ".lora_B")
@@ -131,7 +132,10 @@ def read_paddle_lora(directory: Path, model_config: BloomConfig, reading: Foreig
     except CheckpointError as error:
         raise AdapterError(f"{directory}: {error}; is it an adapter of another base model?") from error
     replaced_names = tuple(name for name in stored if not name.endswith(PARTS))
-    config = _plain_config(files, blocks, lora_rank, replaced_names)
+    try:
+        config = _plain_config(files, blocks, lora_rank, replaced_names)
+    except ConfigError as error:
+        raise AdapterError(f"{directory}: {error}") from error
     return PaddleLora(config=config, blocks=blocks, cuts=own_cuts, stored=stored)
 
 
@@ -210,9 +214,10 @@ def _slots(values: Mapping[str, Any], module: str, directory: Path) -> tuple[boo
             "expected one entry for each"
         )
     try:
-        matching = [e for target, e in zip(targets, enable_lists, strict=True) if re.fullmatch(target, module)]
-    except (re.error, TypeError) as error:
-        raise AdapterError(f"{directory}: target_modules {targets!r} are not regular expressions: {error}") from error
+        patterns = [check_pattern(target) for target in targets]
+    except AdapterError as error:
+        raise AdapterError(f"{directory}: target_modules: {error}") from error
+    matching = [e for target, e in zip(patterns, enable_lists, strict=True) if re.fullmatch(target, module)]
     if not matching:
         raise AdapterError(
             f"{directory}: {module} matches none of target_modules {targets!r}, so it has no entry of enable_lora_list"

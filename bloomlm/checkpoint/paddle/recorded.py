@@ -23,6 +23,7 @@ from bloomlm.adapters.prefix import PrefixConfig, PrefixEncoder
 from bloomlm.checkpoint.adapters.peft import private_generator
 from bloomlm.checkpoint.paddle.adapter_files import PrefixLayout
 from bloomlm.errors import CheckpointError
+from bloomlm.files.json_text import read_json
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 
@@ -236,7 +237,7 @@ def read_recorded_adapter(directory: Path) -> RecordedAdapter | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         kind = RecordedLora if "blocks" in values else RecordedPrefix
         return kind.from_values(values)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,6 @@ beside it maps to parameter names. Each rank has its own file (optimizer.tp00.pd
 with the accumulators of some parameters (optimizer.tp00_shard01.pdopt, optimizer.shard01.pdopt).
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from bloomlm.checkpoint.paddle.recorded import RecordedAdapter
 from bloomlm.checkpoint.paddle.state import PaddleState, read_paddle_state, split_tensors
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.errors import CheckpointError, name_some
+from bloomlm.files.json_text import read_json
 from bloomlm.model.config import BloomConfig
 
 MODEL_STEM = "model_state"
@@ -246,7 +246,7 @@ def _trainer_state(directory: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}; fetch it again, or remove it") from error
     return values if isinstance(values, dict) else {}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bloomlm.data.chat_template import ChatTemplate
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.errors import ConfigError
 from bloomlm.serving.engine import Engine
 from bloomlm.serving.http.errors import ApiError
 from bloomlm.serving.http.metrics import Metrics
@@ -70,9 +72,7 @@ class Service:
         Raises:
             ConfigError: the chat template cannot be read.
         """
-        template = self.options.chat_template or engine.tokenizer.chat_template
-        if template is not None:
-            self._chat_template = ChatTemplate(template, engine.tokenizer.special_tokens)
+        self._chat_template = find_chat_template(self.options.chat_template, engine.tokenizer)
         self.metrics.observe(engine)
         self._engine = engine
 
@@ -136,3 +136,18 @@ class Service:
                 code="model_not_found",
             )
         return model
+
+
+def find_chat_template(given: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of conversations: the given one, or that of the tokenizer's files; None without either.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    text = given or tokenizer.chat_template
+    if text is None:
+        return None
+    try:
+        return ChatTemplate(text, tokenizer.special_tokens)
+    except ConfigError as error:
+        raise ConfigError(f"{'--chat_template' if given else tokenizer.name}: {error}") from error

@@ -1,5 +1,6 @@
 """BloomConfig, read from every spelling of config.json, and the table of the published sizes."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ REQUIRED = ("vocab_size", "hidden_size", "n_layer", "n_head")
 MOST_BLOCKS = 1000
 MOST_COLUMNS = 2**20
 MOST_TOKENS = 2**31
+POSITIVE = ("layer_norm_epsilon", "initializer_range")
 PROBABILITIES = ("hidden_dropout", "attention_dropout")
 
 
@@ -85,6 +87,10 @@ class BloomConfig:
                 raise ConfigError(
                     f"BLOOM config: {name} is {getattr(self, name)}; expected at most {most} (BLOOM 176B has {largest})"
                 )
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+                raise ConfigError(f"BLOOM config: {name} is {value!r}; expected a number of at least 0")
         for name in PROBABILITIES:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:

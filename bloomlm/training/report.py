@@ -1,5 +1,6 @@
 """Where the numbers of a run go while it runs: metrics.jsonl, the screen and trackers."""
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, step: int) -> None:
         try:
             if path.exists():
+                if not path.is_file():
+                    raise OSError(errno.EINVAL, "it is not a file", str(path))
                 kept = [line for line in path.read_bytes().split(b"\n") if _belongs_before(line, step)]
                 atomic_write(path, b"".join(line + b"\n" for line in kept))
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -299,7 +299,7 @@ KINDS: tuple[FileKind, ...] = (
         build=builders.run_file,
         open=read_config_file,
         raises=(ConfigError,),
-        named_by=("--",),
+        named_by=("--", "LoRA's r"),
         weight=3,
     ),
     Row(

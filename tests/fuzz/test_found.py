@@ -22,6 +22,7 @@ from bloomlm.cli.options import config_flags, read_run_file
 from bloomlm.data.files import FileRows
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import AdapterError, BloomlmError, CheckpointError, ConfigError, DataError, ProgramError
+from bloomlm.evaluation.report import read_report
 from bloomlm.files.json_text import parse_json
 from bloomlm.runtime import Program
 from bloomlm.training.config import TrainingConfig
@@ -68,6 +69,7 @@ def test_nested_json_beside_a_model(model: Path, name: str) -> None:
     [
         ({"n_head": 5}, "not divisible by n_head 5"),
         ({"hidden_dropout": "x"}, "hidden_dropout is 'x'"),
+        ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'"),
         ({"vocab_size": 2**63 - 1}, "expected at most"),
         ({"hidden_size": 2**40}, "expected at most"),
     ],
@@ -241,6 +243,25 @@ def test_a_log_that_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read and written"):
         MetricsFile(tmp_path / "metrics.jsonl", step=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": []}, "settings is"),
+        ({"protocol": 1}, "protocol is"),
+        ({"model": {}}, "expected fingerprint, dtype"),
+    ],
+)
+def test_a_report_of_another_structure(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    values = {"bloomlm_report": 1, "task": "wikitext", "counts": {}, "metrics": {}, "run": {}, "settings": {}}
+    values |= {"protocol": {"name": "a", "version": "1"}, "data": {"name": "b"}}
+    values |= {"model": {"fingerprint": "c", "dtype": "float32"}}
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    assert read_report(tmp_path / "report.json").task == "wikitext"
+    edit_json(tmp_path / "report.json", **changes)
+    with pytest.raises(DataError, match=message):
+        read_report(tmp_path / "report.json")
 
 
 def test_a_program_beside_a_link_that_leads_nowhere(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def measure_rates(args: argparse.Namespace, side: str, round_number: int) -> dic
 
 def measure_http_overhead(args: argparse.Namespace, side: str, round_number: int) -> dict[str, Row]:
     def over_http() -> float:
-        with serving(args, side, "--prefix_caching", "False") as server:
+        most = ("--max_model_len", str(args.prompt_tokens + args.new_tokens))  # rows as long as the session's
+        with serving(args, side, "--prefix_caching", "False", *most) as server:
             prompts = Prompts(args)
             warm_up(server, args, prompts)
             asked = [prompts.one(args.prompt_tokens) for _ in range(args.streams[-1])]

@@ -6,6 +6,8 @@ logits come from the replacements, and only these get a gradient.
 Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared), K replaced rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class VocabularyHead:
         if torch.is_autocast_enabled(device_type):
             matmul_dtype = torch.get_autocast_dtype(device_type)
         self.hidden, self.weight_scale = hidden.to(matmul_dtype), weight_scale
-        self.weight = weight.to(matmul_dtype) if weight_scale is None else weight
+        self.weight = weight
         self.replaced = None if replaced is None else ReplacedRows(replaced.places, replaced.rows.to(matmul_dtype))
         self.dtype = torch.promote_types(matmul_dtype, torch.float32)
         self.is_half = matmul_dtype != self.dtype
@@ -54,10 +56,15 @@ class VocabularyHead:
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
         self.uses_onednn = uses_onednn(self.hidden, self.weight)
-        # oneDNN and int8 allocate their results; other products write into these
+        # oneDNN and int8 allocate their results; other products write into this
         rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
-        self.half_z = torch.empty_like(self.z, dtype=matmul_dtype) if self.is_half else self.z
+        # on a CPU in blocks that stay in the processor's cache while they are rounded and used
+        self._block = _BLOCK if hidden.device.type == "cpu" else vocab_size
+        casts = weight_scale is None and weight.dtype != matmul_dtype
+        self._rounded = (
+            weight.new_empty((min(self._block, vocab_size), weight.shape[1]), dtype=matmul_dtype) if casts else None
+        )
 
     def chunks(self) -> list[slice]:
         """The rows of each chunk, in chunks of nearly equal size."""
@@ -77,8 +84,18 @@ class VocabularyHead:
         if self.weight_scale is not None:
             return int8_product(hidden, self.weight, self.weight_scale).to(self.dtype)
         z = self.z[: len(hidden)]
-        torch.mm(hidden, self.weight.t(), out=self.half_z[: len(hidden)])
-        return z.copy_(self.half_z[: len(hidden)]) if self.is_half else z
+        if not self.is_half:
+            return torch.mm(hidden, self.weight.t(), out=z)
+        for tokens, weight in self._half_weight():
+            z[:, tokens] = hidden @ weight.t()
+        return z
+
+    def _half_weight(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in 16 bits, block by block; each is valid until the next one."""
+        for start in range(0, len(self.weight), self._block):
+            tokens = slice(start, start + self._block)
+            part = self.weight[tokens]
+            yield tokens, part if self._rounded is None else self._rounded[: len(part)].copy_(part)
 
     def add_gradients(
         self,
@@ -130,10 +147,13 @@ class VocabularyHead:
             if grad_weight is not None:
                 grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
             return
-        half_z = torch.mul(z, row_factor * self.headroom, out=self.half_z[: len(hidden)])
-        grad_hidden[rows] = (half_z @ self.weight).float().mul_(scale / self.headroom)
-        if grad_weight is not None:
-            part = half_z.t() @ (hidden / self.headroom)
-            if first:
-                grad_weight.zero_()
-            grad_weight.add_(part, alpha=scale)
+        z.mul_(row_factor * self.headroom)
+        own_hidden, grad = hidden / self.headroom, torch.zeros_like(grad_hidden[rows])
+        for tokens, weight in self._half_weight():
+            half_z = z[:, tokens].to(hidden.dtype)
+            grad.add_(half_z @ weight)
+            if grad_weight is not None:
+                update = half_z.t() @ own_hidden
+                part = grad_weight[tokens]
+                part.copy_(update).mul_(scale) if first else part.add_(update, alpha=scale)
+        grad_hidden[rows] = grad.mul_(scale / self.headroom)

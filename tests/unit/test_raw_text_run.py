@@ -18,6 +18,7 @@ from bloomlm.training.finetune import finetune
 from tests.bloom_tokenizer import make_tokenizer
 from tests.unit.test_token_files import write_jsonl
 
+WIKITEXT = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = {
     "en": [
         f"The model has {number} fields. The form of the date is the same, and the name of it." for number in range(60)
@@ -114,6 +115,21 @@ def test_a_run_that_is_resumed_in_an_epoch_has_the_losses_of_one_that_is_not(tmp
         output_dir=str(tmp_path / "constant"))  # fmt: skip
     constant = [json.loads(line)["loss"] for line in (tmp_path / "constant" / "metrics.jsonl").read_text().splitlines()]
     assert again == constant and len(whole) == len(again) == 7
+
+
+@pytest.mark.skipif(not WIKITEXT.is_dir(), reason="needs WikiText-2 in shared/data")
+def test_a_model_learns_wikitext(tmp_path: Path) -> None:
+    for split, size in (("valid", 200_000), ("test", 20_000)):
+        text = (WIKITEXT / f"wikitext-2.{split}.tokens").read_text(encoding="utf-8")[:size]
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    flags = {"eval_file": str(tmp_path / "test.txt"), "max_length": 128, "do_eval": True, "lora": False}
+    before = run(tmp_path, do_train=False, output_dir=str(tmp_path / "before"), **flags).eval_metrics
+    after = run(
+        tmp_path, train_file=str(tmp_path / "valid.txt"), max_steps=40, eval_steps=40,
+        per_device_train_batch_size=8, **flags,
+    ).eval_metrics  # fmt: skip
+    assert after["eval_bits_per_byte"] < 0.85 * before["eval_bits_per_byte"]
+    assert after["eval_loss"] < 0.85 * before["eval_loss"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ class BlockReader:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
+    @property
+    def digest(self) -> int:
+        """CRC-32 of all checksums, which differs for other numbers."""
+        return zlib.crc32(self._checksums.tobytes())
+
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """A copy of the numbers from start to stop - 1.
 

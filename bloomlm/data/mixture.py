@@ -141,14 +141,16 @@ class MixtureOrder:
     def __init__(self, mixture: Mixture, seed: int) -> None:
         self._seed = seed
         self._sizes = [len(source.windows) for source in mixture.sources]
+        self._digests = [source.windows.digest for source in mixture.sources]
         self._first = np.cumsum([0, *self._sizes])
         self._counts = mixture.windows_per_epoch()
         self._ends = np.cumsum(self._counts)
 
     @property
     def identity(self) -> str:
-        """Number of windows of each source, and how many of them an epoch has."""
-        return "; ".join(f"{count} of {size}" for count, size in zip(self._counts, self._sizes, strict=True))
+        """For each source, how many of its windows an epoch has, and a digest of its texts."""
+        sources = zip(self._counts, self._sizes, self._digests, strict=True)
+        return "; ".join(f"{count} of {size} windows of {digest:08x}" for count, size, digest in sources)
 
     def of_epoch(self, epoch: int) -> "MixtureEpoch":
         """The windows of an epoch in their order."""

@@ -151,11 +151,13 @@ def load_token_files(
     identity = [tokenizer.fingerprint, *(one.identity for one in inputs)]
     key = hashlib.sha256(repr((FORMAT, identity)).encode()).hexdigest()[:40]
     directory = (cache_dir or default_cache_dir() / "tokens") / key
+    manifest = directory / MANIFEST_FILE
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory):
-            if not (directory / MANIFEST_FILE).is_file():
-                _tokenise(directory, name, inputs, tokenizer, show_progress=show_progress)
+        if not manifest.is_file():
+            directory.mkdir(parents=True, exist_ok=True)
+            with _locked(directory):
+                if not manifest.is_file():  # another process may have written it meanwhile
+                    _tokenise(directory, name, inputs, tokenizer, show_progress=show_progress)
     except OSError as error:
         raise DataError(
             f"{directory} cannot be written ({error.strerror or error}); the tokens of a text take about as much room "

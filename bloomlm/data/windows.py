@@ -71,6 +71,11 @@ class TextWindows:
         return self._files.name
 
     @property
+    def digest(self) -> int:
+        """Differs for other texts, wherever their files lie."""
+        return self._files.tokens.digest
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of tokens of each window, in memory."""
         rows = np.array(self._rows(self._start, len(self)))
@@ -128,9 +133,10 @@ def pack(ends: Iterable[int], max_length: int) -> Iterator[tuple[int, int, int, 
 def _open_table(files: TokenFiles, max_length: int) -> BlockReader:
     path = files.directory / f"windows-{max_length}.u64"
     manifest = path.with_suffix(".json")
-    with files.locked():
-        if not manifest.is_file():
-            atomic_write(manifest, json.dumps({"length": _write_table(path, files, max_length)}))
+    if not manifest.is_file():
+        with files.locked():
+            if not manifest.is_file():  # another process may have written it meanwhile
+                atomic_write(manifest, json.dumps({"length": _write_table(path, files, max_length)}))
     length = json.loads(manifest.read_text(encoding="utf-8"))["length"]
     return BlockReader(path, "<u8", length)
 

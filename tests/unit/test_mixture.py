@@ -94,6 +94,13 @@ def test_parts_have_the_windows_and_the_sizes_of_the_whole(windows: TextWindows)
         windows[len(windows)]
 
 
+def test_other_texts_have_another_digest_and_moved_ones_the_same(windows: TextWindows, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    for name, texts, same in (("moved/b.jsonl", DOCUMENTS * 2, True), ("c.jsonl", [*DOCUMENTS, *DOCUMENTS[1:]], False)):
+        files = load(token_files.file_inputs(write_jsonl(tmp_path / name, texts)), tmp_path / "cache")
+        assert (TextWindows(files, 24).digest == windows.digest) is same
+
+
 def test_documents_of_a_window_do_not_see_each_other(tmp_path: Path) -> None:
     bloom = load_bloom("builtin:tiny", dtype="float32")
     path = write_jsonl(tmp_path / "a.jsonl", ["The date is today.", "One more.", "The model has fields. " * 9])
@@ -136,6 +143,7 @@ class CountedWindows:
 
     def __init__(self, size: int, positions: int, first: int) -> None:
         self.size, self.num_supervised_tokens, self.first = size, size * positions, first
+        self.digest = size
 
     def __len__(self) -> int:
         return self.size
@@ -242,7 +250,10 @@ def test_weights_are_shares_of_tokens() -> None:
 
 def test_another_mixture_does_not_resume() -> None:
     state = loader_of(mixture_of([(30, 1, 1.0), (10, 1, 1.0)]), 2, 1, 0).state_dict()
-    with pytest.raises(TrainingError, match="the saved run had order 20 of 30; 20 of 10, this one has 30 of 30"):
+    with pytest.raises(
+        TrainingError,
+        match="had order 20 of 30 windows of 0000001e; 20 of 10 windows of 0000000a, this one has 30 of 30",
+    ):
         loader_of(mixture_of([(30, 1, 3.0), (10, 1, 1.0)]), 2, 1, 0).load_state_dict(state)
 
 

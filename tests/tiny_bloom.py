@@ -1,5 +1,6 @@
 """A tiny random model with a tokenizer beside it, on disk: what users of bloomlm.load have."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,3 +37,8 @@ def write_adapter(directory: Path, base: Path, adapter: Adapter) -> Path:
     with atomic_directory(directory) as temporary:
         save_adapter(model, temporary, str(base))
     return directory
+
+
+def write_adapters(base: Path, adapters: Mapping[str, Adapter]) -> dict[str, Path]:
+    """Write random adapters of that base model beside it; returns name -> directory."""
+    return {name: write_adapter(base.parent / name, base, adapter) for name, adapter in adapters.items()}

@@ -36,8 +36,8 @@ _COMPILE_SECONDS = 300
 class Operators:
     """The operators, for contiguous tensors on the CPU, outside autograd."""
 
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    """x W^T: fp32 [N, in], [out, in] in fp32, fp16, bf16 or int8, and scales [out, 4] of int8 -> fp32 [N, out]."""
+    product: Callable[[Tensor, Tensor], Tensor]
+    """x W^T: fp32 [N, in], [out, in] in fp32, fp16 or bf16 -> fp32 [N, out]."""
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """Attention of one new token a row, all in fp32 -> [B, H * K].
 

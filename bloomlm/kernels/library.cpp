@@ -4,16 +4,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-
 namespace bloomlm::library {
 
 using torch::stable::Tensor;
 
-inline Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale) {
-  AtenTensorHandle scales = scale ? scale->get() : nullptr, result = nullptr;
-  AOTI_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_product(x.get(), weight.get(), scale ? &scales : nullptr, nullptr, &result));
+inline Tensor product(const Tensor& x, const Tensor& weight) {
+  AtenTensorHandle result = nullptr;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_product(x.get(), weight.get(), nullptr, nullptr, &result));
   return Tensor(result);
 }
 
@@ -48,7 +45,7 @@ inline void causal_gradient(const Tensor& grad_out, const Tensor& fused, const T
 }  // namespace bloomlm::library
 
 STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
-  library.def("product(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
+  library.def("product(Tensor x, Tensor weight) -> Tensor");
   library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor slopes, Tensor rows, Tensor slots) -> Tensor");
   library.def("causal(Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor(a!) out, Tensor(b!) log_sums) -> ()");
   library.def(

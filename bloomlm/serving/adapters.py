@@ -78,17 +78,20 @@ class ServedAdapters:
         if self._bank is None:
             raise AdapterError(self._refusal)
         directory = resolve_source(str(path)).directory
-        self._call(LoadAdapter(next(self._numbers), name, str(path), directory))
+        self._send(LoadAdapter(next(self._numbers), name, str(path), directory)).result()
 
-    def unload(self, name: str) -> None:
-        """Forget an adapter: new requests cannot name it from now on. Returns when the last one that uses it has ended.
+    def unload(self, name: str) -> "Future[None]":
+        """Forget an adapter: new requests cannot name it from now on, and those that were put before keep it.
+
+        Returns:
+            What is done when the last request that uses it has ended.
 
         Raises:
             AdapterError: there is no such adapter.
         """
         if self._infos.pop(name, None) is None:  # in one operation, so that of two callers one unloads it
             raise self._unknown(name)
-        self._call(UnloadAdapter(next(self._numbers), name))
+        return self._send(UnloadAdapter(next(self._numbers), name))
 
     def num_virtual_tokens(self, name: str | None) -> int:
         """Virtual tokens before each sequence of an adapter that requests can name; None is the base model.
@@ -153,13 +156,13 @@ class ServedAdapters:
         known = f"the loaded ones are {name_some(list(self._infos))}" if self._infos else "none is loaded"
         return AdapterError(f"there is no adapter {name!r}; {known}")
 
-    def _call(self, command: LoadAdapter | UnloadAdapter) -> None:
+    def _send(self, command: LoadAdapter | UnloadAdapter) -> "Future[None]":
         result: Future[None] = Future()
         self._results[command.number] = result
         self._put(command)
         if self._closed is not None:  # looked at after the result is registered, as end_all does it the other way round
             raise self._closed
-        result.result()
+        return result
 
     def _end(self, number: int, error: Exception | None = None) -> None:
         result = self._results.pop(number, None)

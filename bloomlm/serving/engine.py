@@ -20,7 +20,7 @@ from math import ceil
 from pathlib import Path
 
 from bloomlm.api import LoadedModel
-from bloomlm.errors import ClosingError, ConfigError, QueueFullError, ServingError, first_line
+from bloomlm.errors import AdapterError, ClosingError, ConfigError, QueueFullError, ServingError, first_line
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.openmp import end_workers
 from bloomlm.parallel.mesh import ALONE
@@ -95,7 +95,7 @@ class Engine:
         self._is_alone = mesh.is_alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()
-        """Guards what submit and close share: the closing, numbers, the count of waiting requests."""
+        """Guards what submit, unload_adapter and close share: the closing, numbers, the count of waiting requests."""
         self._is_closing = False
         self._num_submitted = self._num_waiting = 0
         self._handles: dict[int, RequestHandle] = {}
@@ -113,8 +113,8 @@ class Engine:
         self._thread.start()
 
     def follow(self) -> None:
-        """Take part in the steps of rank 0 until it closes; on every other rank."""
-        self._run()
+        """Take part in the steps of rank 0 until it closes; on every other rank, whose errors joined_ranks reports."""
+        self._run_steps()
 
     def close(self, *, drain: bool) -> None:
         """Take no more requests, and end the thread.
@@ -149,6 +149,10 @@ class Engine:
                 raise QueueFullError(
                     f"{self._num_waiting} requests wait already, which is the limit; try again in {seconds} s", seconds
                 )
+            if self._adapters.num_virtual_tokens(request.adapter) != num_virtual_tokens:
+                raise AdapterError(
+                    f"the adapter {request.adapter!r} was replaced in this moment; send the request again"
+                )
             self._num_waiting += 1
             number = self._num_submitted = self._num_submitted + 1
             handle = RequestHandle(request, lambda: self._commands.put(Cancel(number)))
@@ -167,7 +171,9 @@ class Engine:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter once no request uses it; see ServedAdapters.unload. Thread-safe, and blocks its thread."""
-        self._adapters.unload(name)
+        with self._lock:  # a request is submitted before, and keeps its adapter, or finds it gone
+            unloaded = self._adapters.unload(name)
+        unloaded.result()
 
     def stats(self) -> EngineStats:
         """What the engine does now. Thread-safe."""
@@ -190,8 +196,6 @@ class Engine:
         except Exception as error:
             _LOG.exception("the engine stopped")
             self._end_all(ServingError(f"the engine stopped: {first_line(error)}"))
-            if not self._is_alone:
-                raise
         else:
             self._end_all(ClosingError("the server closed before this request was finished"))
 

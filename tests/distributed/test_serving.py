@@ -130,5 +130,6 @@ def test_a_signal_to_the_launcher_ends_a_server(num_signals: int) -> None:
                 launcher.send_signal(signal.SIGTERM)
                 with pytest.raises(httpx.RemoteProtocolError):
                     list(events)
-        launcher.communicate(timeout=60)
+        _, rest = launcher.communicate(timeout=60)
+    assert "Traceback" not in rest
     assert launcher.returncode == {1: 0, 2: 128 + signal.SIGTERM}[num_signals]

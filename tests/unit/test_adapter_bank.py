@@ -22,8 +22,8 @@ from bloomlm.errors import AdapterError
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
-from tests.tiny_bloom import write_adapter
-from tests.tiny_checkpoint import TINY, random_model, write_random_model
+from tests.tiny_bloom import write_adapters
+from tests.tiny_checkpoint import TINY, random_model
 
 ADAPTERS: dict[str, Adapter] = {
     "lora": LoraConfig(r=3),
@@ -58,15 +58,8 @@ Models = dict[str | None, BloomForCausalLM]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bank") / "model"
-    write_random_model(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def paths(base: Path) -> dict[str, Path]:
-    return {name: write_adapter(base.parent / name, base, adapter) for name, adapter in ADAPTERS.items()}
+    return write_adapters(base, ADAPTERS)
 
 
 def models_alone(base: Path, paths: dict[str, Path], **options: Any) -> Models:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from bloomlm.errors import ClosingError, ConfigError, GenerationError, QueueFullError, ServingError
+from bloomlm.errors import AdapterError, ClosingError, ConfigError, GenerationError, QueueFullError, ServingError
 from bloomlm.serving.http.app import ENDPOINTS, create_app
 from bloomlm.serving.http.gate import REQUESTS_LOG
 from bloomlm.serving.http.service import ServerOptions, Service
@@ -411,6 +411,7 @@ def test_loading(engine: FakeEngine) -> None:
     ("raised", "status", "code"),
     [
         (GenerationError("too long"), 400, "invalid_value"),
+        (AdapterError("no adapter 'dates'"), 404, "model_not_found"),
         (QueueFullError("256 requests wait", 7), 429, "queue_full"),
         (ClosingError("closing"), 503, "closing"),
         (ServingError("out of memory"), 500, "engine_error"),

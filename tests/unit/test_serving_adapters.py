@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from bloomlm.errors import AdapterError, CheckpointError, ClosingError, Generati
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling
 from bloomlm.serving import adapters
 from bloomlm.serving.engine import Engine
+from bloomlm.serving.limits import Limits
 from bloomlm.serving.options import EngineOptions
 from bloomlm.serving.request import GenerationRequest, Output, RequestHandle, TokenOutput
 from tests.serving import Alone, NumberTokenizer
-from tests.tiny_bloom import write_adapter
-from tests.tiny_checkpoint import write_random_model
+from tests.tiny_bloom import write_adapter, write_adapters
 
 ADAPTERS: dict[str, Adapter] = {
     "lora": LoraConfig(r=3),
@@ -36,15 +37,8 @@ OPTIONS = EngineOptions(max_num_seqs=5, max_step_tokens=24, max_model_len=100, k
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("served") / "model"
-    write_random_model(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def paths(base: Path) -> dict[str, Path]:
-    return {name: write_adapter(base.parent / name, base, adapter) for name, adapter in ADAPTERS.items()}
+    return write_adapters(base, ADAPTERS)
 
 
 @pytest.fixture(scope="module")
@@ -202,21 +196,19 @@ def test_an_adapter_that_cannot_be_loaded_for_any_reason_disturbs_nothing(
 
 
 def test_of_two_callers_one_unloads_an_adapter(engine: Engine) -> None:
-    class Raced(dict[str, Any]):
-        """Lets the other caller be faster by one operation."""
-
-        def pop(self, *arguments: Any) -> Any:
-            if not others:
-                others.append(threading.Thread(target=engine.unload_adapter, args=["lora"]))
-                others[0].start()
-                others[0].join()
-            return super().pop(*arguments)
-
-    others: list[threading.Thread] = []
-    engine._adapters._infos = Raced(engine._adapters._infos)
-    with pytest.raises(AdapterError, match="no adapter 'lora'"):
-        engine.unload_adapter("lora")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(engine.unload_adapter, "lora") for _ in range(2))
+    assert [type(error) for error in (first.exception(), second.exception()) if error] == [AdapterError]
     assert engine.is_alive and [info.name for info in engine.adapters] == ["dora", "prefix"]
+
+
+def test_an_adapter_that_leaves_while_a_request_is_checked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*arguments: Any) -> None:
+        engine.unload_adapter("lora")
+
+    monkeypatch.setattr(Limits, "check", check)
+    with pytest.raises(AdapterError, match="no adapter 'lora'; the loaded ones are dora, prefix"):
+        engine.submit(GenerationRequest(prompt=[5], adapter="lora"))
 
 
 def test_virtual_tokens_take_places_for_keys_and_values(base: Path, tmp_path: Path) -> None:

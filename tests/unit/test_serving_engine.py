@@ -301,3 +301,18 @@ def test_the_thread_that_loaded_the_model_keeps_no_workers() -> None:
         assert len(list(threads.iterdir())) == with_workers - 2
     finally:
         torch.set_num_threads(num_threads)
+
+
+def test_a_follower_leaves_its_errors_to_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the rank that failed first says why; the others have only lost their connection."""
+    engine = Engine(small_model(), EngineOptions(max_num_seqs=1, kv_cache_gb=0.01, max_model_len=50))
+
+    def lose_connection(**options: Any) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(engine._commands, "take", lose_connection)
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        engine.follow()
+    assert not caplog.records

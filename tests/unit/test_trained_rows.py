@@ -25,19 +25,12 @@ from bloomlm.training.objectives.cross_entropy import batch_loss, evaluate_loss
 from bloomlm.training.precision import Precision
 from tests.distributed.models import some_examples
 from tests.tiny_bloom import write_adapter
-from tests.tiny_checkpoint import merged_model, write_random_model
+from tests.tiny_checkpoint import merged_model
 
 TOKENS = (100, 5, 47, 20, 9, 41)
 ROWS = "transformer.word_embeddings.trained_rows"
 WEIGHT = "transformer.word_embeddings.weight"
 M, D, V = 13, 8, 50
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base") / "model"
-    write_random_model(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ class Run:
         self._handles: list[RequestHandle] = []
         try:
             for request in plan.requests:
-                self._handles.append(service.engine.submit(request))
+                self._handles.append(service.submit(request))
         except BaseException:
             self._close()
             raise

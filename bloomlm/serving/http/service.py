@@ -9,10 +9,11 @@ from pathlib import Path
 
 from bloomlm.data.chat_template import ChatTemplate
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import ConfigError
+from bloomlm.errors import AdapterError, ConfigError
 from bloomlm.serving.engine import Engine
 from bloomlm.serving.http.errors import ApiError
 from bloomlm.serving.http.metrics import Metrics
+from bloomlm.serving.request import GenerationRequest, RequestHandle
 
 LOADING_RETRY_SECONDS = 5
 _MOST_CHANGES = 32
@@ -113,6 +114,17 @@ class Service:
                 code="no_chat_template",
             )
         return self._chat_template
+
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Give a request to the engine; see Engine.submit.
+
+        Raises:
+            ApiError: 404, its adapter was unloaded since adapter_of; 503 while the model is being loaded.
+        """
+        try:
+            return self.engine.submit(request)
+        except AdapterError as error:
+            raise ApiError(404, str(error), param="model", code="model_not_found") from error
 
     async def change_adapters(self, change: Callable[..., None], *arguments: str) -> None:
         """Call the engine's load_adapter or unload_adapter in a thread of its own."""

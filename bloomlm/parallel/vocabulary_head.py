@@ -1,4 +1,5 @@
-"""The head's matrix products for chunks of rows: logits, and the gradients that follow from them.
+"""The head's matrix products for chunks of rows: logits, and the gradients that follow from them; and the vocabulary
+that tensor-parallel ranks may share.
 
 Rows of the weight may be replaced by rows that learn while the weight does not (see adapters/trained_rows.py). Then the
 logits come from the replacements, and only these get a gradient.
@@ -7,12 +8,14 @@ Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of i
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
+from bloomlm.parallel.collectives import TensorParallelGroup
 
 FP16_HEADROOM = 256.0
 """fp16 only: gradients of logits are multiplied by this, hidden states divided. Probabilities down to 2e-7 then stay
@@ -157,3 +160,66 @@ class VocabularyHead:
                 part = grad_weight[tokens]
                 part.copy_(update).mul_(scale) if first else part.add_(update, alpha=scale)
         grad_hidden[rows] = grad.mul_(scale / self.headroom)
+
+
+def exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
+    """Replace z [C, V] by exp(z - row_max) and return the sum of each row, [C, 1]."""
+    return z.sub_(row_max).exp_().sum(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The places of a chunk's labels among this rank's tokens."""
+
+    column: Tensor
+    """[C, 1] int64; 0 where another rank has the label."""
+    is_here: Tensor | None
+    """[C, 1] bool: whether this rank has the label; None: it has all labels."""
+
+    def pick(self, z: Tensor) -> Tensor:
+        """[C, V] -> [C, 1]: the element of each label; 0 if another rank has it."""
+        picked = z.gather(1, self.column)
+        return picked if self.is_here is None else picked.masked_fill(~self.is_here, 0.0)
+
+    def add(self, z: Tensor, values: Tensor) -> None:
+        """Add values [C, 1] to the elements of the labels in z [C, V]."""
+        z.scatter_add_(1, self.column, values if self.is_here is None else values * self.is_here)
+
+
+class Vocabulary:
+    """The vocabulary of a head, which may be shared among ranks."""
+
+    def __init__(self, num_tokens: int, ranks: TensorParallelGroup | None) -> None:
+        self.num_tokens = num_tokens
+        self.ranks = ranks
+        self.first = 0 if ranks is None else ranks.rank * num_tokens
+        self.size = num_tokens * (1 if ranks is None else ranks.degree)
+        """Tokens of the whole vocabulary."""
+
+    def locate(self, labels: Tensor) -> Target:
+        """The places of labels, [C, 1] ids."""
+        if self.ranks is None:
+            return Target(labels, None)
+        column = labels - self.first
+        is_here = (column >= 0) & (column < self.num_tokens)
+        return Target(column.masked_fill(~is_here, 0), is_here)
+
+    def row_max(self, z: Tensor) -> Tensor:
+        """[C, V] -> [C, 1], over the whole vocabulary."""
+        own = z.amax(dim=1, keepdim=True)
+        return own if self.ranks is None else self.ranks.max(own)
+
+    def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sum several [C, 1] over the ranks in one exchange."""
+        if self.ranks is None:
+            return parts
+        return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)
+
+
+def memory_for(weight: Tensor, dtype: torch.dtype, spare: list[Tensor] | None) -> Tensor:
+    """A tensor of the weight's shape with any contents: one of `spare`, which loses it, or a new one."""
+    while spare:
+        memory = spare.pop()
+        if type(memory) is Tensor and memory.shape == weight.shape and memory.dtype is dtype:
+            return memory
+    return weight.new_empty(weight.shape, dtype=dtype)

@@ -14,7 +14,6 @@ under autocast and for half-precision inputs. torch.nn.functional.cross_entropy 
 Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
 from bloomlm.parallel.collectives import TensorParallelGroup
-from bloomlm.parallel.vocabulary_head import VocabularyHead
+from bloomlm.parallel.vocabulary_head import Vocabulary, VocabularyHead, exp_and_sum, memory_for
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
 MAX_CHUNK_BYTES = 256 * 2**20
@@ -76,68 +75,6 @@ def linear_cross_entropy(
     return loss
 
 
-def _exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
-    """Replace z [C, V] by exp(z - row_max) and return the sum of each row, [C, 1]."""
-    return z.sub_(row_max).exp_().sum(dim=1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """The places of a chunk's labels among this rank's tokens."""
-
-    column: Tensor
-    """[C, 1] int64; 0 where another rank has the label."""
-    is_here: Tensor | None
-    """[C, 1] bool: whether this rank has the label; None: it has all labels."""
-
-    def pick(self, z: Tensor) -> Tensor:
-        """[C, V] -> [C, 1]: the element of each label; 0 if another rank has it."""
-        picked = z.gather(1, self.column)
-        return picked if self.is_here is None else picked.masked_fill(~self.is_here, 0.0)
-
-    def add(self, z: Tensor, values: Tensor) -> None:
-        """Add values [C, 1] to the elements of the labels in z [C, V]."""
-        z.scatter_add_(1, self.column, values if self.is_here is None else values * self.is_here)
-
-
-class _Vocabulary:
-    """The vocabulary of a head, which may be shared among ranks."""
-
-    def __init__(self, num_tokens: int, ranks: TensorParallelGroup | None) -> None:
-        self.num_tokens = num_tokens
-        self.ranks = ranks
-        self.first = 0 if ranks is None else ranks.rank * num_tokens
-        self.size = num_tokens * (1 if ranks is None else ranks.degree)
-        """Tokens of the whole vocabulary."""
-
-    def locate(self, labels: Tensor) -> _Target:
-        """The places of labels, [C, 1] ids."""
-        if self.ranks is None:
-            return _Target(labels, None)
-        column = labels - self.first
-        is_here = (column >= 0) & (column < self.num_tokens)
-        return _Target(column.masked_fill(~is_here, 0), is_here)
-
-    def row_max(self, z: Tensor) -> Tensor:
-        """[C, V] -> [C, 1], over the whole vocabulary."""
-        own = z.amax(dim=1, keepdim=True)
-        return own if self.ranks is None else self.ranks.max(own)
-
-    def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sum several [C, 1] over the ranks in one exchange."""
-        if self.ranks is None:
-            return parts
-        return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)
-
-
-def _memory_for(weight: Tensor, dtype: torch.dtype, spare: list[Tensor] | None) -> Tensor:
-    while spare:
-        memory = spare.pop()
-        if type(memory) is Tensor and memory.shape == weight.shape and memory.dtype is dtype:
-            return memory
-    return weight.new_empty(weight.shape, dtype=dtype)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -161,11 +98,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = grad_weight = grad_replaced = None
         if with_gradients and any(ctx.needs_input_grad[:3]):
             grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
-            grad_weight = _memory_for(weight, head.dtype, gradient_memory) if ctx.needs_input_grad[1] else None
+            grad_weight = memory_for(weight, head.dtype, gradient_memory) if ctx.needs_input_grad[1] else None
             if replaced is not None and ctx.needs_input_grad[2]:
                 grad_replaced = torch.zeros_like(replaced.rows, dtype=head.dtype)
         loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
-        vocabulary = _Vocabulary(len(weight), ranks)
+        vocabulary = Vocabulary(len(weight), ranks)
         smoothing_per_token = label_smoothing / vocabulary.size
         ctx.pending = []
         with torch.autocast(hidden.device.type, enabled=False):
@@ -173,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z, target = head.logits(chunk), vocabulary.locate(labels[chunk, None])
                 row_max = vocabulary.row_max(z)
                 sums = [target.pick(z), z.sum(dim=1, keepdim=True)] if label_smoothing else [target.pick(z)]
-                row_sum, label_z, *z_sum = vocabulary.sum(_exp_and_sum(z, row_max), *sums)
+                row_sum, label_z, *z_sum = vocabulary.sum(exp_and_sum(z, row_max), *sums)
                 shifted_target = (1.0 - label_smoothing) * (label_z - row_max)
                 if label_smoothing:
                     shifted_target += label_smoothing * (z_sum[0] / vocabulary.size - row_max)

@@ -23,6 +23,7 @@ from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.layout import tp_dim, whole_tensor
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model, tensor_parallel_group
+from bloomlm.parallel.vocabulary_log_probs import linear_log_probs
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
 from bloomlm.training.objectives.cross_entropy import batch_loss
@@ -147,6 +148,34 @@ def chunked_loss(max_chunk_bytes: int, label_smoothing: float, world_size: int) 
 def test_the_loss_in_chunks(ranks: RankPool, rows: int, label_smoothing: float) -> None:
     expected = chunked_loss(2**20, label_smoothing, 1)
     for found in ranks.run(4, chunked_loss, rows * 6 * 4, label_smoothing, 4):
+        assert_close(found, expected, 1e-6)
+
+
+def chunked_log_probs(max_chunk_bytes: int, head_learns: bool, world_size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(20, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(24, 16, generator=generator)
+    labels = torch.randint(0, 24, (20,), generator=generator)
+    labels[[0, 3, 19]] = -100
+    model, mesh = tensor_parallel_model(Case(), world_size)
+    group = tensor_parallel_group(model)
+    rows = slice(mesh.tp_rank * 24 // world_size, (mesh.tp_rank + 1) * 24 // world_size)
+    part = weight[rows].clone().requires_grad_(head_learns)
+    log_probs = linear_log_probs(hidden, part, labels, max_chunk_bytes=max_chunk_bytes, ranks=group)
+    (log_probs * torch.linspace(-1, 2, 17)).sum().backward()
+    assert hidden.grad is not None
+    found = {"log_probs": log_probs.detach(), "hidden": hidden.grad}
+    if part.grad is not None:
+        found["weight"] = part.grad if group is None else group.gather(part.grad, 0)
+    return found
+
+
+@pytest.mark.parametrize("head_learns", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_log_probs_in_chunks(ranks: RankPool, rows: int, head_learns: bool) -> None:
+    expected = chunked_log_probs(2**20, head_learns, 1)
+    assert ("weight" in expected) is head_learns
+    for found in ranks.run(4, chunked_log_probs, rows * 6 * 4, head_learns, 4):
         assert_close(found, expected, 1e-6)
 
 

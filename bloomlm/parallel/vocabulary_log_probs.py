@@ -1,0 +1,155 @@
+"""Log-probabilities of given tokens with gradients: for losses that are no sum over tokens.
+
+As in vocabulary_loss.py, logits exist for one chunk of rows at a time, and only for rows with a label. With logits z,
+softmax p and label y, d log_prob / d z = onehot(y) - p. The factor of a row, d loss / d log_prob, is not known before
+the backward pass. If the head does not learn, d log_prob / d hidden [M, D] is computed while the logits exist, and the
+backward pass multiplies its rows. If it learns, its gradient sums over rows with their factors, so the backward pass
+computes the logits again; maximum and sum of each row are kept, so that ranks need not exchange them again.
+
+Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bloomlm.model.embedding import ReplacedRows
+from bloomlm.parallel.collectives import TensorParallelGroup
+from bloomlm.parallel.vocabulary_head import Vocabulary, VocabularyHead, exp_and_sum, memory_for
+from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
+from bloomlm.parallel.vocabulary_scores import labelled_rows
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    replaced: ReplacedRows | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    ranks: TensorParallelGroup | None = None,
+    gradient_memory: list[Tensor] | None = None,
+) -> Tensor:
+    """The log-probability of the label of each labelled row under softmax(hidden @ weight.T).
+
+    torch.log_softmax on whole logits is the oracle.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D]; without requires_grad no gradient is computed for it.
+        labels: [N] int64, IGNORE_INDEX for rows without a label, which cost nothing.
+        weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        replaced: rows that replace some rows of the weight, with a gradient if they require one.
+        max_chunk_bytes: largest size of a chunk of logits.
+        ranks: the ranks that share the vocabulary, as in linear_cross_entropy.
+        gradient_memory: as in linear_cross_entropy.
+
+    Returns:
+        [M] for the M labelled rows in their order, fp32 (fp64 for fp64 inputs). It can be differentiated once.
+    """
+    hidden, labels = labelled_rows(hidden, labels)
+    if len(labels) == 0:
+        # nothing that depends on the same tensors as anything else, so that their gradients exist
+        learned = [weight[:1]] if weight.requires_grad else []
+        learned += [] if replaced is None else [replaced.rows]
+        return (sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0).expand(0)
+    rows, places = (None, None) if replaced is None else (replaced.rows, replaced.places)
+    tensors = hidden, weight, rows, places, labels, weight_scale
+    log_probs: Tensor = _LinearLogProbs.apply(
+        *tensors, max_chunk_bytes, torch.is_grad_enabled(), ranks, gradient_memory
+    )
+    return log_probs
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        places: Tensor | None,
+        labels: Tensor,
+        weight_scale: Tensor | None,
+        max_chunk_bytes: int,
+        with_gradients: bool,
+        ranks: TensorParallelGroup | None,
+        gradient_memory: list[Tensor] | None,
+    ) -> Tensor:
+        replaced = None if rows is None or places is None else ReplacedRows(places, rows)
+        head = VocabularyHead(hidden, weight, max_chunk_bytes, weight_scale, replaced)
+        vocabulary = Vocabulary(len(weight), ranks)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if rows is None else rows.dtype
+        ctx.pending = []
+        head_learns = with_gradients and any(ctx.needs_input_grad[1:3])
+        keeps_gradient = with_gradients and ctx.needs_input_grad[0] and not head_learns
+        ctx.grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype) if keeps_gradient else None
+        row_max, row_sum, log_probs = (torch.empty_like(labels, dtype=head.dtype) for _ in range(3))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in head.chunks():
+                z, target = head.logits(chunk), vocabulary.locate(labels[chunk, None])
+                chunk_max = vocabulary.row_max(z)
+                label_z = target.pick(z)
+                chunk_sum, label_z = vocabulary.sum(exp_and_sum(z, chunk_max), label_z)
+                row_max[chunk], row_sum[chunk] = chunk_max[:, 0], chunk_sum[:, 0]
+                log_probs[chunk] = (label_z - chunk_max - chunk_sum.log())[:, 0]
+                if ctx.grad_hidden is None:
+                    continue
+                target.add(z, -chunk_sum)
+                head.add_gradients(chunk, z, -chunk_sum.reciprocal(), 1.0, ctx.grad_hidden, None)
+                del z  # before the next chunk's is made
+                if ranks is not None:
+                    ctx.pending.append(ranks.begin_sum(ctx.grad_hidden[chunk]))
+        ctx.again = (head, vocabulary, labels, row_max, row_sum, gradient_memory) if head_learns else None
+        return log_probs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Not saved tensors: once ctx drops them, the gradient becomes weight.grad without a copy.
+        grad_hidden, again, ctx.grad_hidden, ctx.again = ctx.grad_hidden, ctx.again, None, None
+        gradients: tuple[Tensor | None, ...]
+        if again is not None:
+            gradients = _gradients_of_head(grad_output, *again, needs_weight=ctx.needs_input_grad[1])
+        elif grad_hidden is not None:
+            for work in ctx.pending:
+                work.wait()
+            gradients = grad_hidden.mul_(grad_output[:, None]), None, None
+        else:
+            raise RuntimeError("linear_log_probs can be differentiated once; call it again")
+        typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return *typed, *[None] * 7
+
+
+def _gradients_of_head(
+    row_factor: Tensor,
+    head: VocabularyHead,
+    vocabulary: Vocabulary,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    gradient_memory: list[Tensor] | None,
+    *,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of hidden, weight and replaced rows, from d loss / d log_prob [M] and logits that are computed
+    again."""
+    # the factor's size is applied in fp32, because it contains the loss scale and fp16 overflows
+    scale = float(row_factor.abs().max()) or 1.0
+    factor = (row_factor / (-scale * row_sum))[:, None]
+    grad_hidden = torch.empty_like(head.hidden, dtype=head.dtype)
+    grad_weight = memory_for(head.weight, head.dtype, gradient_memory) if needs_weight else None
+    grad_replaced = None if head.replaced is None else torch.zeros_like(head.replaced.rows, dtype=head.dtype)
+    pending = []
+    for chunk in head.chunks():
+        z = head.logits(chunk).sub_(row_max[chunk, None]).exp_()
+        vocabulary.locate(labels[chunk, None]).add(z, -row_sum[chunk, None])
+        head.add_gradients(chunk, z, factor[chunk], scale, grad_hidden, grad_weight, grad_replaced)
+        del z  # before the next chunk's is made
+        if vocabulary.ranks is not None:
+            pending.append(vocabulary.ranks.begin_sum(grad_hidden[chunk]))
+    for work in pending:
+        work.wait()
+    return grad_hidden, grad_weight, grad_replaced

@@ -20,7 +20,7 @@ from bloomlm.files.json_text import parse_json
 
 _LOG = logging.getLogger(__name__)
 
-_DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
+_DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -45,7 +45,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
             (temporary / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         _LOG.warning(
-            "tokenised examples are not cached, so the next run tokenises them again: %s cannot be written (%s). "
+            "nothing is cached, so the next run computes it again: %s cannot be written (%s). "
             "Set BLOOMLM_CACHE to a writable directory with enough room",
             path,
             error,

@@ -1,6 +1,7 @@
 """From rows to tokenised pairs (source, target, </s>), cut to maximum lengths; a cut text keeps its beginning."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from bloomlm.data.cache import Arrays
 from bloomlm.data.example import Example
 from bloomlm.data.example_set import ExampleSet, cached_arrays, example_arrays, in_chunks
-from bloomlm.data.files import FileRows, RowSource
+from bloomlm.data.files import FileRows, Row, RowSource
 from bloomlm.data.rows import PromptTemplate, TextPair, read_pair
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
@@ -44,6 +45,22 @@ class LoadReport:
         return self.num_sources_cut + self.num_targets_cut > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairForm:
+    """How a row becomes pairs of a source and a target."""
+
+    name: str
+    """Names the form in the cache."""
+    read: Callable[[Row, PromptTemplate | None], Sequence[TextPair]]
+    """The pairs of a row, equally many for every row."""
+    modules: tuple[str, ...]
+    """Files of bloomlm.data with its code."""
+
+
+ONE_PAIR = PairForm(name="pair", read=lambda row, template: [read_pair(row, template)], modules=())
+"""A row has one source and one target, as rows.py says."""
+
+
 def load_examples(
     rows: RowSource | str | Path,
     tokenizer: Tokenizer,
@@ -53,6 +70,7 @@ def load_examples(
     prompt_template: str | None = None,
     cache_dir: Path | None = None,
     show_progress: bool = True,
+    form: PairForm = ONE_PAIR,
 ) -> ExampleSet[LoadReport]:
     """Tokenise rows into examples, or read them from the cache.
 
@@ -64,6 +82,7 @@ def load_examples(
         prompt_template: builds the source of each row, see PromptTemplate.
         cache_dir: directory of cached sets; None: default_cache_dir() / "examples".
         show_progress: whether a terminal shows a bar while texts are tokenised.
+        form: how a row is read.
 
     Raises:
         ConfigError: a length is too small, or the template cannot be read.
@@ -75,10 +94,10 @@ def load_examples(
         source,
         tokenizer,
         lambda: _tokenise(
-            _read_pairs(source, prompt_template), tokenizer, src_length, tgt_length, show_progress=show_progress
+            _read_pairs(source, prompt_template, form), tokenizer, src_length, tgt_length, show_progress=show_progress
         ),
-        settings=(src_length, tgt_length, prompt_template),
-        modules=("examples.py", "rows.py"),
+        settings=(src_length, tgt_length, prompt_template, form.name),
+        modules=("examples.py", "rows.py", *form.modules),
         cache_dir=cache_dir,
     )
     report = LoadReport(
@@ -102,9 +121,9 @@ def _check_lengths(src_length: int, tgt_length: int) -> None:
         )
 
 
-def _read_pairs(source: RowSource, prompt_template: str | None) -> list[TextPair]:
+def _read_pairs(source: RowSource, prompt_template: str | None, form: PairForm) -> list[TextPair]:
     template = PromptTemplate(prompt_template) if prompt_template is not None else None
-    pairs = [read_pair(row, template) for row in source.rows()]
+    pairs = [pair for row in source.rows() for pair in form.read(row, template)]
     if not pairs:
         raise DataError(f"{source.name}: it has no rows; expected at least one example")
     return pairs

@@ -80,9 +80,9 @@ class PromptTemplate:
             return _optional_text(row, name)
         if name not in row.fields:
             raise DataError(
-                f"{row.where}: prompt_template names the field {name!r}, but this row has {_names(row.fields)}"
+                f"{row.where}: prompt_template names the field {name!r}, but this row has {field_names(row.fields)}"
             )
-        return _text(row, name)
+        return text_field(row, name)
 
 
 def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
@@ -104,7 +104,8 @@ def read_pair(row: Row, template: PromptTemplate | None = None) -> TextPair:
         form = _only(fitting, row, expected=f"beside the fields of prompt_template one of {targets}")
     source = form.compose(row) if template is None else template.fill(row)
     return TextPair(
-        source=_filled(source, row, "source"), target=_filled(_text(row, form.target), row, f"target {form.target!r}")
+        source=filled(source, row, "source"),
+        target=filled(text_field(row, form.target), row, f"target {form.target!r}"),
     )
 
 
@@ -124,11 +125,11 @@ def read_source(row: Row, template: PromptTemplate | None = None) -> str:
         DataError: the fields fit no format or several, a field is not text, or the source is empty.
     """
     if template is not None:
-        return _filled(template.fill(row), row, "source")
+        return filled(template.fill(row), row, "source")
     fitting = [form for form in _FORMATS if form.fits(row.fields)]
     with_target = [form for form in fitting if form.target in row.fields]
     expected = f"the source of one of {', '.join(map(str, _FORMATS))}"
-    return _filled(_only(with_target or fitting, row, expected=expected).compose(row), row, "source")
+    return filled(_only(with_target or fitting, row, expected=expected).compose(row), row, "source")
 
 
 def checked_text(value: object, where: str, name: str) -> str:
@@ -170,21 +171,21 @@ class _RowFormat:
 
 
 def _compose_instruction(row: Row) -> str:
-    parts = (_text(row, "instruction"), _optional_text(row, "input"))
+    parts = (text_field(row, "instruction"), _optional_text(row, "input"))
     return "\n".join(part for part in parts if part.strip())
 
 
 def _compose_question(row: Row) -> str:
-    title, source = _optional_text(row, "title"), _text(row, "source")
+    title, source = _optional_text(row, "title"), text_field(row, "source")
     return QUESTION_GENERATION_PROMPT.format(title=title, source=source) if title.strip() else source
 
 
 _FORMATS = (
-    _RowFormat(required="src", target="tgt", compose=lambda row: _text(row, "src")),
+    _RowFormat(required="src", target="tgt", compose=lambda row: text_field(row, "src")),
     _RowFormat(required="instruction", optional="input", target="output", compose=_compose_instruction),
-    _RowFormat(required="prompt", target="completion", compose=lambda row: _text(row, "prompt")),
+    _RowFormat(required="prompt", target="completion", compose=lambda row: text_field(row, "prompt")),
     _RowFormat(required="source", optional="title", target="target", compose=_compose_question),
-    _RowFormat(required="content", target="summary", compose=lambda row: _text(row, "content")),
+    _RowFormat(required="content", target="summary", compose=lambda row: text_field(row, "content")),
 )
 
 
@@ -193,17 +194,18 @@ def _only(fitting: list[_RowFormat], row: Row, *, expected: str) -> _RowFormat:
         return fitting[0]
     if fitting:
         raise DataError(
-            f"{row.where}: the fields {_names(row.fields)} fit {' and '.join(map(str, fitting))}; "
+            f"{row.where}: the fields {field_names(row.fields)} fit {' and '.join(map(str, fitting))}; "
             "keep the fields of one of these forms"
         )
-    raise DataError(f"{row.where}: found the fields {_names(row.fields)}, expected {expected}")
+    raise DataError(f"{row.where}: found the fields {field_names(row.fields)}, expected {expected}")
 
 
 def _optional_text(row: Row, name: str) -> str:
-    return "" if row.fields.get(name) is None else _text(row, name)
+    return "" if row.fields.get(name) is None else text_field(row, name)
 
 
-def _text(row: Row, name: str) -> str:
+def text_field(row: Row, name: str) -> str:
+    """The text of a field that the row has; raises DataError if it is none."""
     value = row.fields[name]
     if isinstance(value, list) and name in ("src", "tgt"):  # some files write a text as a list of one
         if len(value) != 1:
@@ -215,11 +217,13 @@ def _text(row: Row, name: str) -> str:
     return checked_text(value, row.where, name)
 
 
-def _filled(text: str, row: Row, what: str) -> str:
+def filled(text: str, row: Row, what: str) -> str:
+    """A text that is not blank; raises DataError if it is, calling it `what`."""
     if not text.strip():
         raise DataError(f"{row.where}: the {what} is empty; an example needs a source and a target")
     return text
 
 
-def _names(fields: Mapping[str, object]) -> str:
+def field_names(fields: Mapping[str, object]) -> str:
+    """The names of a row's fields, for messages."""
     return ", ".join(map(str, fields)) or "none"

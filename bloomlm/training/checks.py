@@ -5,11 +5,13 @@ together, and adds a line to `notices` for each flag that does nothing and each 
 """
 
 from dataclasses import replace
+from typing import Any
 
 from bloomlm.errors import ConfigError
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig, default_of
 from bloomlm.training.data_checks import check_data
+from bloomlm.training.objectives.base import Objective
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
 """The data set, on the Hugging Face hub, that finetune_generation.py has always used if none is named."""
@@ -26,8 +28,6 @@ _LORA_FLAGS = (
     "train_new_tokens",
 )
 _PREFIX_FLAGS = ("num_prefix_tokens", "prefix_projection")
-LOSS_METRICS = ("eval_loss", "eval_ppl")
-TOKEN_METRICS = (*LOSS_METRICS, "eval_accuracy")
 GENERATION_METRICS = ("eval_exact_match", "eval_rouge1", "eval_rouge2", "eval_rougeL", "eval_bleu4", "eval_chrf")
 
 _DECODING_FLAGS = ("num_beams", "length_penalty", "top_k", "top_p", "select_topk", "no_repeat_ngram_size")
@@ -160,8 +160,8 @@ def check_adapters(config: TrainingConfig, notices: list[str]) -> None:
             "--trained_tensor_parallel_degree says how to read an adapter of another program; add --lora or "
             "--prefix_tuning. For a whole model its files show the degree"
         )
-    _note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
-    _note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
+    note_unused(config, notices, _LORA_FLAGS, config.lora, "--lora")
+    note_unused(config, notices, _PREFIX_FLAGS, config.prefix_tuning, "--prefix_tuning")
 
 
 def resolve_evaluation_times(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
@@ -196,7 +196,7 @@ def check_decoding(config: TrainingConfig, notices: list[str], *, has_metrics: b
         raise ConfigError("--do_generation computes ROUGE and BLEU, which need: pip install 'bloomlm[metrics]'")
     generates = config.do_generation or config.generate_num > 0
     # older command lines always give --min_tgt_length 0, which is the default and so causes no notice
-    _note_unused(config, notices, (*_DECODING_FLAGS, "min_tgt_length"), generates, "--do_generation or --generate_num")
+    note_unused(config, notices, (*_DECODING_FLAGS, "min_tgt_length"), generates, "--do_generation or --generate_num")
     searches_beams = (config.num_beams or 1) > 1
     samples = (config.top_k or 0) > 1 or (config.top_p or 0.0) > 0
     if not config.select_topk:
@@ -210,13 +210,13 @@ def check_decoding(config: TrainingConfig, notices: list[str], *, has_metrics: b
         notices.append("--length_penalty is not used: it acts in a beam search, with --num_beams above 1")
 
 
-def resolve_best_model(config: TrainingConfig) -> TrainingConfig:
-    """Decide which metric chooses the best checkpoint, and check that this checkpoint will exist."""
+def resolve_best_model(config: TrainingConfig, objective: Objective[Any]) -> TrainingConfig:
+    """Decide which metric of the objective or of answers chooses the best checkpoint, which must then exist."""
     if not config.do_eval:
         return config
     metric = config.metric_for_best_model or "eval_loss"
     metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-    known = (*TOKEN_METRICS, *GENERATION_METRICS) if config.do_generation else TOKEN_METRICS
+    known = (*objective.metric_names, *(GENERATION_METRICS if config.do_generation else ()))
     if metric not in known:
         hint = "; it needs --do_generation" if metric in GENERATION_METRICS else ""
         raise ConfigError(
@@ -226,7 +226,7 @@ def resolve_best_model(config: TrainingConfig) -> TrainingConfig:
     config = replace(
         config,
         metric_for_best_model=metric,
-        greater_is_better=metric not in LOSS_METRICS if greater is None else greater,
+        greater_is_better=metric not in objective.lower_is_better if greater is None else greater,
     )
     if config.load_best_model_at_end and config.do_train:
         _check_best_is_saved(config)
@@ -281,7 +281,7 @@ def check_unused(config: TrainingConfig, notices: list[str]) -> None:
         raise ConfigError("--resume_from_checkpoint resumes training; add --do_train")
 
 
-def _note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
+def note_unused(config: TrainingConfig, notices: list[str], names: tuple[str, ...], acts: bool, needed: str) -> None:
     """Unless `acts`, add a notice that the given ones among the named flags do nothing without `needed`."""
     given = [f"--{name}" for name in names if getattr(config, name) != default_of(name)]
     if given and not acts:

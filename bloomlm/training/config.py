@@ -64,7 +64,8 @@ class TrainingConfig(Flags):
     weight_decay: float = flag("training", 0.0,
         "AdamW's decay of the weights; biases and layer norms are not decayed", minimum=0)
     label_smoothing: float = flag("training", 0.0,
-        "probability that is spread over the whole vocabulary in the targets", minimum=0, below=1)
+        "probability that is spread over the vocabulary in the targets; dpo: that a pair is the wrong way round",
+        minimum=0, below=1)
     max_grad_norm: float = flag("training", 1.0,
         "largest norm of the gradients, to which larger ones are scaled down; 0 turns this off", minimum=0)
     adam_beta1: float = flag("training", 0.9, "AdamW: decay of the mean gradient", minimum=0, below=1)
@@ -115,6 +116,14 @@ class TrainingConfig(Flags):
     prefix_tuning: bool = flag("adapters", False, "train virtual tokens instead of the model", aliases=("prefix",))
     num_prefix_tokens: int = flag("adapters", 10, "prefix: number of virtual tokens")
     prefix_projection: bool = flag("adapters", False, "prefix: learn the virtual tokens through a small network")
+
+    preference: Literal["dpo", "orpo", "kto"] | None = flag("preference", None,
+        "learn from better and worse answers: prompt/chosen/rejected in each row, for kto also prompt/completion/label")
+    preference_beta: float = flag("preference", 0.1,
+        "dpo, kto: how strongly the model is held to the one it starts from; orpo: weight of the odds ratio", above=0)
+    desirable_weight: float = flag("preference", 1.0, "kto: factor of the losses of desirable answers", minimum=0)
+    undesirable_weight: float = flag("preference", 1.0,
+        "kto: factor of the losses of undesirable answers", minimum=0)
 
     do_eval: bool | None = flag("evaluation", None, "evaluate  [default: True if --eval_file is given]")
     evaluation_strategy: Literal["no", "steps", "epoch"] = flag("evaluation", "no",

@@ -31,7 +31,7 @@ class Evaluator:
     examples: Examples
     """At least one example."""
     plan: EvaluationPlan
-    objective: Objective
+    objective: Objective[Any]
     precision: Precision
     """Number formats for the loss; answers are generated in the precision of the weights."""
     mesh: Mesh = ALONE

@@ -181,7 +181,7 @@ class ProgressDisplay:
         """Show an entry of the log."""
         if self._progress is not None:
             numbers = (
-                f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+                f"loss {entry['loss']:.4f}{_rewards(entry)}  lr {entry['learning_rate']:.2e}  "
                 f"{entry['tokens_per_second']:,.0f} tokens/s  ETA {duration(entry['eta_seconds'])}"
             )
             self._progress.update(self._task, numbers=numbers)
@@ -208,11 +208,17 @@ def log_line(entry: Mapping[str, Any], max_steps: int) -> str:
     """One line of training numbers."""
     skipped = f"  {entry['skipped_steps']} skipped" if entry["skipped_steps"] else ""
     return (
-        f"step {entry['step']}/{max_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  "
+        f"step {entry['step']}/{max_steps}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}{_rewards(entry)}  "
         f"lr {entry['learning_rate']:.2e}  grad {entry['grad_norm']:.2f}  "
         f"{entry['tokens_per_second']:,.0f} tokens/s  {format_bytes(entry['peak_memory_bytes'])}  "
         f"ETA {duration(entry['eta_seconds'])}{skipped}"
     )
+
+
+def _rewards(entry: Mapping[str, Any]) -> str:
+    """What preference tuning shows beside the loss."""
+    shown = {"margin": entry.get("rewards_margin"), "accuracy": entry.get("rewards_accuracy")}
+    return "".join(f"  {name} {value:.3f}" for name, value in shown.items() if value is not None)
 
 
 def evaluation_line(entry: Mapping[str, Any], max_steps: int) -> str:

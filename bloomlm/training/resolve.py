@@ -29,7 +29,7 @@ from bloomlm.training.checks import (
     resolve_tasks,
 )
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.objectives.cross_entropy import CrossEntropy
+from bloomlm.training.objective_checks import check_preference
 from bloomlm.training.precision import precision_from_flags
 from bloomlm.training.reporters import TRACKERS, installed_trackers
 from bloomlm.training.run_plan import (
@@ -38,7 +38,7 @@ from bloomlm.training.run_plan import (
     ReportPlan,
     RunPlan,
 )
-from bloomlm.training.sections import data_plan, evaluation_plan, output_plan, training_plan
+from bloomlm.training.sections import data_plan, evaluation_plan, objective_plan, output_plan, training_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
             degrees=degrees_of(config, machine.world_size), reshard_after_forward=config.sharding == "stage3"
         ),
         data=data_plan(config),
-        objective=CrossEntropy(label_smoothing=config.label_smoothing),
+        objective=objective_plan(config),
         training=training_plan(config) if config.do_train else None,
         evaluation=evaluation_plan(config),
         output=output_plan(config),
@@ -159,7 +159,8 @@ def _resolve_flags(config: TrainingConfig, machine: Machine, notices: list[str])
     check_adapters(config, notices)
     config = resolve_evaluation_times(config, notices)
     check_decoding(config, notices, has_metrics=machine.has_metrics)
-    config = resolve_best_model(config)
+    check_preference(config, notices)
+    config = resolve_best_model(config, objective_plan(config))
     check_unused(config, notices)
     return _resolve_reports(config, machine, notices)
 

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bloomlm.data.conversations import load_conversations
 from bloomlm.data.example import TrainingSet
@@ -12,6 +13,7 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.files import RowSource
 from bloomlm.data.messages import has_messages
 from bloomlm.data.mixture import Mixture
+from bloomlm.data.preferences import ComparedSet
 from bloomlm.data.rows import has_target
 from bloomlm.data.splits import resolve_splits
 from bloomlm.data.text_sources import (
@@ -27,11 +29,13 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError
 from bloomlm.training.config import default_of
 from bloomlm.training.data_checks import check_texts
+from bloomlm.training.objectives.base import Objective
 from bloomlm.training.run_plan import DataPlan, RunPlan
 
 _LOG = logging.getLogger(__name__)
 
 MOST_HELD_OUT = 1000
+PAIR_FLAGS = ("src_length", "tgt_length", "prompt_template")
 
 
 def _load_pairs(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
@@ -80,7 +84,37 @@ def _is_raw_text(fields: Mapping[str, object]) -> bool:
 
 
 RAW_TEXT = DataForm(name="raw text", fits=_is_raw_text, load=_load_texts, flags=("max_length",))
+
+
+def _form_of(kind: type[ComparedSet]) -> DataForm:
+    """Answers that are compared, which an objective asks for, whatever the first row is."""
+
+    def load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
+        return kind.load(
+            rows,
+            tokenizer,
+            src_length=data.src_length,
+            tgt_length=data.tgt_length,
+            prompt_template=data.prompt_template,
+            show_progress=data.show_progress,
+        )
+
+    return DataForm(name="answers that are compared", fits=lambda fields: True, load=load, flags=PAIR_FLAGS)
+
+
+def _refuse_answers(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
+    raise ConfigError(
+        f"{rows.name}: its rows have chosen and rejected answers; to learn from them, add --preference dpo, orpo or kto"
+    )
+
+
 FORMS = (
+    DataForm(
+        name="chosen and rejected answers",
+        fits=lambda fields: {"chosen", "rejected"} <= fields.keys(),
+        load=_refuse_answers,
+        flags=PAIR_FLAGS,
+    ),
     DataForm(
         name="conversations",
         fits=has_messages,
@@ -92,18 +126,23 @@ FORMS = (
         name="pairs of a source and a target",
         fits=lambda fields: True,  # the last form says what a row may have
         load=_load_pairs,
-        flags=("src_length", "tgt_length", "prompt_template"),
+        flags=PAIR_FLAGS,
     ),
 )
 """The first form that fits the first row is that of all rows."""
 
 
-def _load(source: RowSource | TextSources, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
+def _load(
+    source: RowSource | TextSources, data: DataPlan, tokenizer: Tokenizer, objective: Objective[Any]
+) -> TrainingSet:
     if isinstance(source, TextSources):
+        if objective.compared_set is not None:
+            raise ConfigError(f"{source.name} is raw text; --preference needs rows of better and worse answers")
         _warn_of_unused(RAW_TEXT, source.name, data)
         return _load_texts(source, data, tokenizer)
     first: Mapping[str, object] = next((row.fields for row in source.rows()), {})
-    form = next(form for form in FORMS if form.fits(first))
+    kind = objective.compared_set
+    form = next(form for form in FORMS if form.fits(first)) if kind is None else _form_of(kind)
     _warn_of_unused(form, source.name, data)
     return form.load(source, data, tokenizer)
 
@@ -181,9 +220,9 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
     train = dev = None
     descriptions = []
     if train_source is not None and (trains or holds_out):
-        train = _load(train_source, data, tokenizer)
+        train = _load(train_source, data, tokenizer, plan.objective)
     if dev_source is not None and (evaluates or plan.evaluation.num_written_answers > 0):
-        dev = _load(dev_source, data, tokenizer)
+        dev = _load(dev_source, data, tokenizer, plan.objective)
     if isinstance(dev or train, Mixture):
         check_texts(data, plan.evaluation)
     if trains and train is not None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -194,7 +195,7 @@ class RunPlan:
     """Number formats."""
     parallelism: ParallelPlan
     data: DataPlan
-    objective: Objective
+    objective: Objective[Any]
     """What is minimised, and evaluated."""
     training: TrainingPlan | None
     """None: the model is only evaluated."""

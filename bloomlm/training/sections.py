@@ -4,12 +4,18 @@ The flags have been checked, and values that depend on others filled in.
 """
 
 from pathlib import Path
+from typing import Any
 
 from bloomlm.checkpoint.writer import parse_size
 from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import BeamSearch, GenerationConfig, Greedy, Sampling, Strategy
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.early_stopping import EarlyStopping
+from bloomlm.training.objectives.base import Objective
+from bloomlm.training.objectives.cross_entropy import CrossEntropy
+from bloomlm.training.objectives.dpo import Dpo
+from bloomlm.training.objectives.kto import Kto
+from bloomlm.training.objectives.orpo import Orpo
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.run_plan import DataPlan, EvaluationPlan, Interval, OutputPlan, TrainingPlan
 from bloomlm.training.step import StepConfig
@@ -30,6 +36,21 @@ def data_plan(config: TrainingConfig) -> DataPlan:
         learn_last_turn=config.learn_last_turn,
         show_progress=not config.disable_tqdm,
     )
+
+
+def objective_plan(config: TrainingConfig) -> Objective[Any]:
+    """What is minimised."""
+    beta = config.preference_beta
+    match config.preference:
+        case None:
+            return CrossEntropy(label_smoothing=config.label_smoothing)
+        case "dpo":
+            return Dpo(beta=beta, label_smoothing=config.label_smoothing)
+        case "orpo":
+            return Orpo(beta=beta)
+        case "kto":
+            weights = config.desirable_weight, config.undesirable_weight
+            return Kto(beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
 
 
 def training_plan(config: TrainingConfig) -> TrainingPlan:

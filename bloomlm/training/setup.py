@@ -1,6 +1,7 @@
 """What a run needs before its first step: the model with its adapter, tokenizer, examples, and the trainer."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +11,13 @@ from rich.console import Console
 
 from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.checkpoint.main_rank import main_first
-from bloomlm.checkpoint.reader import load_model
+from bloomlm.checkpoint.reader import load_model, read_config
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.chat_template import with_given_template
 from bloomlm.data.example import Examples, TrainingSet
 from bloomlm.data.loader import Batches, BatchLoader, TokenBudget
 from bloomlm.data.mixture import Mixture, MixtureOrder
+from bloomlm.data.preferences import ComparedSet
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.kernels.compiled import load_operators
@@ -25,8 +27,9 @@ from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.evaluate import Evaluator
 from bloomlm.training.objectives.base import Objective
 from bloomlm.training.precision import Precision
+from bloomlm.training.reference import with_reference
 from bloomlm.training.resume import ResumePoint, read_resume_point, with_recorded_adapter
-from bloomlm.training.run_data import load_run_examples
+from bloomlm.training.run_data import RunExamples, load_run_examples
 from bloomlm.training.run_plan import RunPlan, TrainingPlan
 from bloomlm.training.step import Trainer, steps_per_epoch
 from bloomlm.training.summary import describe_parameters
@@ -72,12 +75,15 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
     # the main rank comes first and tokenises; the others find the result in the cache
     examples = main_first(lambda: load_run_examples(plan, tokenizer), mesh)
     check_agreement({"examples": examples.fingerprint, "version": __version__}, mesh)
-    model = load_to_train(plan, source, resume_point, mesh)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    vocab_size = read_config(source).vocab_size
+    if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"{plan.model.name_or_path}: its tokenizer has {tokenizer.vocab_size} tokens, but its embedding only "
-            f"{model.config.vocab_size}; they belong to different models"
+            f"{vocab_size}; they belong to different models"
         )
+    if plan.objective.uses_reference:
+        examples = _with_reference(examples, plan, source, console, mesh)
+    model = load_to_train(plan, source, resume_point, mesh)
     for line in (*examples.descriptions, describe_parameters(model, mesh)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     to_evaluate = examples.dev or examples.train
@@ -92,6 +98,14 @@ def set_up(plan: RunPlan, checkpoint: Path | None, console: Console, mesh: Mesh)
         resume_point=resume_point,
         console=console,
     )
+
+
+def _with_reference(examples: RunExamples, plan: RunPlan, source: Path, console: Console, mesh: Mesh) -> RunExamples:
+    """The examples with log-probabilities under the model in `source`, which is freed before this returns."""
+    sets = [answers for answers in (examples.train, examples.dev) if isinstance(answers, ComparedSet)]
+    scored = iter(with_reference(sets, plan, source, lambda: _load(plan, source, mesh), console, mesh))
+    train = None if examples.train is None else next(scored)
+    return replace(examples, train=train, dev=None if examples.dev is None else next(scored))
 
 
 def with_new_tokens(plan: RunPlan, source: Path, resume_point: ResumePoint) -> RunPlan:
@@ -135,16 +149,8 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
         else:
             apply_adapter(model, plan.adapter, generator, device)
 
-    model = load_model(
-        resume_point.checkpoint if resume_point.checkpoint is not None and plan.adapter.trains_base else source,
-        dtype=plan.precision.weights_dtype,
-        device=device,
-        memory_map=False,
-        int8=plan.model.int8,
-        mesh=mesh,
-        install_adapter=install,
-        reshard_after_forward=plan.parallelism.reshard_after_forward,
-    )
+    resumes_model = resume_point.checkpoint is not None and plan.adapter.trains_base
+    model = _load(plan, resume_point.checkpoint if resumes_model else source, mesh, install)
     if mesh.is_alone:
         install(model)
     else:
@@ -156,7 +162,26 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     return model
 
 
-def load_batches(training: TrainingPlan, examples: Examples, objective: Objective, mesh: Mesh = ALONE) -> BatchLoader:
+def _load(
+    plan: RunPlan, directory: Path | None, mesh: Mesh, install: Callable[[BloomForCausalLM], None] | None = None
+) -> BloomForCausalLM:
+    """The model in a directory, in the plan's precision and divided among the ranks; `install` as in load_model."""
+    assert directory is not None
+    return load_model(
+        directory,
+        dtype=plan.precision.weights_dtype,
+        device=plan.model.device,
+        memory_map=False,
+        int8=plan.model.int8,
+        mesh=mesh,
+        install_adapter=install,
+        reshard_after_forward=plan.parallelism.reshard_after_forward,
+    )
+
+
+def load_batches(
+    training: TrainingPlan, examples: Examples, objective: Objective[Any], mesh: Mesh = ALONE
+) -> BatchLoader:
     """This rank's batches of the training examples."""
     batch_size, order = training.batch_size, None
     if isinstance(examples, Mixture):
@@ -179,7 +204,7 @@ def build_trainer(
     training: TrainingPlan,
     model: BloomForCausalLM,
     batches: Batches,
-    objective: Objective,
+    objective: Objective[Any],
     precision: Precision,
     mesh: Mesh = ALONE,
 ) -> Trainer:

@@ -73,7 +73,7 @@ class Trainer:
         schedule: Schedule,
         precision: Precision,
         config: StepConfig,
-        objective: Objective = CROSS_ENTROPY,
+        objective: Objective[Any] = CROSS_ENTROPY,
         mesh: Mesh = ALONE,
     ) -> None:
         self.model = model

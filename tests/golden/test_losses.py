@@ -16,7 +16,7 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.data.examples import load_examples
-from bloomlm.data.loader import BatchLoader
+from bloomlm.data.loader import Batch, BatchLoader
 from bloomlm.data.splits import open_dataset
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.training.objectives.base import Objective
@@ -30,7 +30,7 @@ NUM_STEPS = 6
 # Another processor or torch adds up in another order; six steps amplify that to a few 1e-6.
 RELATIVE = 2e-5
 
-RUNS: dict[str, tuple[Adapter, StepConfig, Objective]] = {
+RUNS: dict[str, tuple[Adapter, StepConfig, Objective[Batch]]] = {
     "full": (FullTuning(), StepConfig(gradient_accumulation_steps=2), CrossEntropy()),
     "full_label_smoothing": (FullTuning(), StepConfig(), CrossEntropy(label_smoothing=0.1)),
     "lora": (LoraConfig(r=4, target_modules=BLOCK_LINEARS), StepConfig(), CrossEntropy()),

@@ -8,15 +8,17 @@ of the step's loss.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from bloomlm.data.example import Example
-from bloomlm.data.loader import Batch, collate
+from bloomlm.data.loader import Batch
+from bloomlm.data.preferences import ComparedSet
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.precision import Precision
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,13 @@ class BatchLoss:
     names for every batch."""
 
 
-class Objective(ABC):
-    """What a run minimises; a frozen value."""
+class Objective(ABC, Generic[B]):
+    """What a run minimises, from batches of one class; a frozen value."""
 
+    compared_set: ClassVar[type[ComparedSet] | None] = None
+    """What the rows become; None: their fields decide."""
+    uses_reference: ClassVar[bool] = False
+    """Whether a batch needs log-probabilities under the reference model."""
     loss_unit: ClassVar[str]
     """Over what the loss is a mean, in the singular."""
     metric_names: ClassVar[tuple[str, ...]]
@@ -44,19 +50,19 @@ class Objective(ABC):
     def describe(self) -> str:
         """What is special about it, for titles; empty for the default."""
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> B:
         """Make a batch of examples; without examples, a batch that takes part in every exchange and changes nothing."""
-        return collate(examples)
 
     @abstractmethod
-    def step_sums(self, model: BloomForCausalLM, batches: Sequence[Batch], precision: Precision) -> tuple[float, ...]:
+    def step_sums(self, model: BloomForCausalLM, batches: Sequence[B], precision: Precision) -> tuple[float, ...]:
         """Sums over this rank's batches that the loss of each of them depends on, the number of terms first."""
 
     @abstractmethod
     def batch_loss(
         self,
         model: BloomForCausalLM,
-        batch: Batch,
+        batch: B,
         precision: Precision,
         *,
         step_sums: Sequence[float],
@@ -80,7 +86,7 @@ class Objective(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: BloomForCausalLM, batches: Iterable[Batch], precision: Precision, mesh: Mesh
+        self, model: BloomForCausalLM, batches: Iterable[B], precision: Precision, mesh: Mesh
     ) -> dict[str, float]:
         """The mean loss and the metrics over all batches, by the names of metric_names.
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bloomlm.data.loader import Batch
+from bloomlm.data.example import Example
+from bloomlm.data.loader import Batch, collate
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
@@ -22,7 +23,7 @@ from bloomlm.training.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy(Objective):
+class CrossEntropy(Objective[Batch]):
     """The mean cross entropy of the supervised tokens."""
 
     label_smoothing: float = 0.0
@@ -35,6 +36,10 @@ class CrossEntropy(Objective):
     def describe(self) -> str:
         """Its label smoothing, if there is any."""
         return f"label smoothing {self.label_smoothing:g} in training" if self.label_smoothing else ""
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pack examples."""
+        return collate(examples)
 
     def step_sums(self, model: BloomForCausalLM, batches: Sequence[Batch], precision: Precision) -> tuple[float, ...]:
         """The number of supervised tokens."""

@@ -45,7 +45,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
             (temporary / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         _LOG.warning(
-            "nothing is cached, so the next run computes it again: %s cannot be written (%s). "
+            "the result is not cached, so the next run computes it again: %s cannot be written (%s). "
             "Set BLOOMLM_CACHE to a writable directory with enough room",
             path,
             error,

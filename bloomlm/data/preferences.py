@@ -153,9 +153,10 @@ class JudgedAnswers(ComparedSet):
     how far the model has moved from its reference.
 
     Args:
-        answers: answers with their prompts.
-        labels: [answers] bool: which ones are desirable.
+        all_answers: the answers of all rows with their prompts.
+        labels: [all_answers] bool: which ones are desirable.
         answers_per_row: 2 if the rows are pairs.
+        places: the answers that belong to this set; None: all.
         reference: as in ComparedSet.
 
     Raises:
@@ -164,16 +165,19 @@ class JudgedAnswers(ComparedSet):
 
     def __init__(
         self,
-        answers: Answers,
+        all_answers: Answers,
         labels: npt.NDArray[np.bool_],
         answers_per_row: int,
+        places: range | None = None,
         reference: Scores | None = None,
     ) -> None:
-        super().__init__(answers, reference)
-        if len(answers) <= answers_per_row:
-            raise DataError(f"{answers.name}: KTO compares answers of different rows, and there is one row; give more")
-        self.labels = labels
-        self.answers_per_row = answers_per_row
+        if len(all_answers) <= answers_per_row:
+            raise DataError(
+                f"{all_answers.name}: KTO compares answers of different rows, and there is one row; give more"
+            )
+        self._places = range(len(all_answers)) if places is None else places
+        super().__init__(all_answers.part(self._places.start, self._places.stop), reference)
+        self._all_answers, self._labels, self._answers_per_row = all_answers, labels, answers_per_row
 
     @classmethod
     def load(cls, rows: RowSource, tokenizer: Tokenizer, **options: Any) -> Self:
@@ -205,17 +209,20 @@ class JudgedAnswers(ComparedSet):
     def part(self, start: int, stop: int) -> Self:
         """The answers from start to stop - 1."""
         reference = None if self.reference is None else self.reference[start:stop]
-        labels = self.labels[start:stop]
-        return type(self)(self.answers.part(start, stop), labels, self.answers_per_row, reference)
+        return self._with(self._places[start:stop], reference)
 
     def with_reference(self, reference: Scores) -> Self:
         """The same answers with log-probabilities."""
-        return type(self)(self.answers, self.labels, self.answers_per_row, reference)
+        return self._with(self._places, reference)
+
+    def _with(self, places: range, reference: Scores | None) -> Self:
+        return type(self)(self._all_answers, self._labels, self._answers_per_row, places, reference)
 
     def _compared(self, index: int) -> tuple[Example, Example, bool]:
-        own, earlier = self.answers[index], self.answers[(index - self.answers_per_row) % len(self)]
+        place = self._places[index]
+        own, earlier = self._all_answers[place], self._all_answers[place - self._answers_per_row]
         tokens = np.concatenate([own.prompt_tokens, earlier.tokens[earlier.num_source_tokens :]])
-        return own, Example.pair(tokens, own.num_source_tokens), bool(self.labels[index])
+        return own, Example.pair(tokens, own.num_source_tokens), bool(self._labels[place])
 
 
 def _read_answers(row: Row, template: PromptTemplate | None, fields: tuple[str, ...]) -> list[TextPair]:

@@ -3,11 +3,11 @@
     python benchmarks/preference.py --objective dpo
     python benchmarks/preference.py --objective sft
 
-Needs trl beside bloomlm. A step takes 2 prompts (100-300 tokens) with a chosen and a rejected answer (20-200 tokens), or
-with SFT the chosen one alone, drawn once; fp32, the same fused AdamW. TRL gets each batch from its own collator and pads,
-as its packing lets examples of BLOOM see each other. Its reference is its default, a pass without the adapter in every
-step; bloomlm's is computed before the first step, and its time is divided among the steps as over one epoch. Prints
-tokens per second (real tokens; pads do not count) with and without the reference, peak memory, losses and ratios.
+Needs trl beside bloomlm. A step takes 2 prompts (100-300 tokens) with a chosen and a rejected answer (20-200 tokens),
+or with SFT the chosen one alone, drawn once; fp32, the same fused AdamW. TRL gets each batch from its own collator and
+pads, as its packing lets examples of BLOOM see each other. Its reference is its default, a pass without the adapter in
+every step; bloomlm's is computed before the first step, and its time is divided among the steps as over one epoch.
+Prints tokens per second (real tokens; pads do not count) with and without the reference, peak memory, losses, ratios.
 """
 
 import argparse

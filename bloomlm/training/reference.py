@@ -91,9 +91,9 @@ def reference_scores(
     scores = torch.zeros(len(flat), dtype=torch.float64, device=device)
     model.eval()
     with torch.no_grad():
-        own = _batches(flat)
-        own = [own[place] if place < len(own) else [] for place in range(mesh.dp_rank, len(own), mesh.degrees.dp)]
-        for chosen in track(own, "reference", console=console, disable=console is None):
+        batches, degree = _batches(flat), mesh.degrees.dp
+        batches += [[]] * (-len(batches) % degree)  # every rank takes part equally often
+        for chosen in track(batches[mesh.dp_rank :: degree], "reference", console=console, disable=console is None):
             batch = collate_answers([flat[index] for index in chosen]).to(device)
             scores[chosen] = score_answers(model, batch, precision).answers
     mesh.sum_over(scores, ("dp_replicate", "dp_shard"))

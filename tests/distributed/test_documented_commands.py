@@ -77,7 +77,7 @@ THEIRS, THE_SAME = "PaddleNLP", re.compile(r"^bloomlm: .*(same line|lines as the
 # Pattern in a command -> what takes its place; `bloomlm plan` needs no files and runs as it stands.
 SUBSTITUTIONS = {
     r"bigscience/bloomz?(-\w+)?\b": "builtin:tiny",
-    r"builtin:dates": "dates",
+    r"builtin:dates(?!-)": "dates",
     r"torchrun --nproc-per-node \d+ -- (\w+\.py)": r"python \1 --num_processes 2",
     r"--num_processes \d+": "--num_processes 2",
     r"--tensor_parallel_degree 2 --sharding stage3": "--sharding stage3",

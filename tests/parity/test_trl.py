@@ -23,10 +23,10 @@ from tests.parity.conftest import make_pair
 
 pytest.importorskip("trl")
 
-from datasets import Dataset  # noqa: E402
-from transformers import AutoTokenizer, BloomForCausalLM  # noqa: E402
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+from datasets import Dataset
+from transformers import AutoTokenizer, BloomForCausalLM
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 TINY = Path(__file__).parents[2] / "bloomlm" / "assets" / "tiny"
 TOLERANCE = 1e-5

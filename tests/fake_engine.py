@@ -64,7 +64,7 @@ class FakeEngine:
         self.tokenizer = Tokenizer.from_directory(TINY)
         self.options = EngineOptions(**options)
         self.vocab_size = self.tokenizer.vocab_size
-        self.adapters = [SimpleNamespace(name="dates", path="demo")]
+        self.adapters = [SimpleNamespace(name="dates", path="demo", chat_template=None)]
         self.is_alive = True
         self.kv_cache_bytes = 1_000_000
         self.continuation: Callable[[GenerationRequest, int], list[int]] = lambda request, index: self.tokenizer.encode(
@@ -85,7 +85,7 @@ class FakeEngine:
         return handle
 
     def load_adapter(self, name: str, path: str) -> None:
-        self.adapters.append(SimpleNamespace(name=name, path=path))
+        self.adapters.append(SimpleNamespace(name=name, path=path, chat_template=None))
 
     def unload_adapter(self, name: str) -> None:
         self.adapters = [adapter for adapter in self.adapters if adapter.name != name]

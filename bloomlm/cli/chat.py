@@ -67,7 +67,7 @@ def chat(config: ChatConfig) -> None:
         f"{config.model_name_or_path or config.model_dir}: {kind}. /help lists the commands; Ctrl-D ends", style="dim"
     )
     read = _read_pipe
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
         read = _read_terminal
         with suppress(ImportError):  # gives input() its history and keys; not in every build of Python
             importlib.import_module("readline")
@@ -249,7 +249,7 @@ def _read_terminal() -> str | None:
 
 def _read_pipe() -> str | None:
     """The next line of a pipe or a file; None at its end."""
-    line = sys.stdin.readline()
+    line = sys.stdin.readline() if sys.stdin is not None else ""
     return line.rstrip("\n") if line else None
 
 

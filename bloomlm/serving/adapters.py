@@ -12,6 +12,8 @@ from bloomlm.api import LoadedModel
 from bloomlm.checkpoint.adapters.load import load_named_adapter
 from bloomlm.checkpoint.main_rank import fail_together
 from bloomlm.checkpoint.source import resolve_source
+from bloomlm.data.chat_template import ChatTemplate
+from bloomlm.data.tokenizer_files import read_saved_template
 from bloomlm.errors import AdapterError, BloomlmError, first_line, name_some
 from bloomlm.runtime.program import Program
 from bloomlm.serving.commands import Command, LoadAdapter, UnloadAdapter
@@ -28,6 +30,8 @@ class AdapterInfo:
     """The directory or hub name that it was loaded from."""
     num_virtual_tokens: int
     """Virtual tokens that it puts before each sequence."""
+    chat_template: str | None = None
+    """Jinja template of the conversations that it learned from, if its files have one."""
 
 
 class ServedAdapters:
@@ -117,7 +121,11 @@ class ServedAdapters:
             return
         assert self._bank is not None
         error: BloomlmError | None = None
+        template: str | None = None
         try:
+            template = read_saved_template(command.directory)
+            if template is not None:
+                ChatTemplate(template, {})  # an error in it is told now
             load_named_adapter(self._bank, command.name, command.directory, mesh=self._mesh)
         except BloomlmError as problem:
             error = problem
@@ -133,7 +141,9 @@ class ServedAdapters:
         self._num_loaded += 1
         self._origins[command.name] = f"{self._num_loaded} {command.name}".encode()
         num_virtual = self._bank.adapter(command.name).num_virtual_tokens
-        self._infos[command.name] = AdapterInfo(name=command.name, path=command.path, num_virtual_tokens=num_virtual)
+        self._infos[command.name] = AdapterInfo(
+            name=command.name, path=command.path, num_virtual_tokens=num_virtual, chat_template=template
+        )
         self._end(command.number)
 
     def unload_unused(self, is_used: Callable[[str], bool]) -> None:

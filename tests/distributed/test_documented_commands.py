@@ -66,6 +66,8 @@ SHOWN = (
         "source tokens,",
         "pairs.jsonl: ",
         "pairs.jsonl, line ",
+        "talks.jsonl, line ",
+        "Be brief.",
         "compared with the ",
         "acc 0.500 ",
         "  ok      logits in fp32",
@@ -105,6 +107,7 @@ SMALLER = {
     "--device cpu --disable_tqdm",
     "predict": "--max_new_tokens 4 --device cpu",
     "infer": "--max_new_tokens 4",
+    "chat": "--max_new_tokens 4 --device cpu",
     "evaluate": "--batch_size 2 --limit 2",
 }
 

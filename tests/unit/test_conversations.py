@@ -101,6 +101,14 @@ def test_a_token_across_the_border_of_an_answer_is_learned(tmp_path: Path) -> No
     assert learned_texts(examples) == ["theand 中</s>"]
 
 
+def test_all_tokens_of_the_last_character_are_learned(tmp_path: Path) -> None:
+    """transformers marks the first of them alone, where no </s> follows."""
+    template = PLAIN_TEMPLATE.replace(" + eos_token", "")
+    messages = [TALK[1], {"role": "assistant", "content": "caf\u00e9"}]
+    examples = load(write_rows(tmp_path / "a.jsonl", [{"messages": messages}]), template=template)
+    assert learned_texts(examples) == [" caf\u00e9"]
+
+
 def test_a_long_conversation_loses_its_last_turns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"messages": TALK}, {"messages": TALK[1:]}, {"messages": TALK[3:]}]
     path = write_rows(tmp_path / "a.jsonl", rows)

@@ -333,6 +333,17 @@ def test_a_template_that_is_none_is_told_before_there_is_a_model() -> None:
         Service(ServerOptions(model_name="bloom", chat_template="{% if messages %}"))
 
 
+def test_an_adapter_brings_the_template_of_its_conversations(engine: FakeEngine) -> None:
+    engine.adapters[0].chat_template = "[{{ messages[0].content }}]"
+    body = {"model": "dates", "messages": [{"role": "user", "content": "Who?"}]}
+    assert client_of(engine).post("/v1/chat/completions", json=body).status_code == 200
+    assert engine.handles[-1].request.prompt == engine.tokenizer.encode("[Who?]")
+    # the server's own comes first, and the model itself has none
+    client_of(engine, chat_template=TEMPLATE).post("/v1/chat/completions", json=body)
+    assert engine.handles[-1].request.prompt == engine.tokenizer.encode("<user>Who?</s><assistant>")
+    error_of(client_of(engine).post("/v1/chat/completions", json=body | {"model": "bloom"}), 400)
+
+
 def test_chat_without_a_template_says_how_to_give_one(client: TestClient) -> None:
     body = {"messages": [{"role": "user", "content": "Who?"}]}
     error = error_of(client.post("/v1/chat/completions", json=body), 400)

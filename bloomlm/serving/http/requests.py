@@ -96,7 +96,7 @@ def plan_chat(body: Mapping[str, Any], service: Service) -> Plan:
         "max_completion_tokens", body.get("max_tokens")
     ):
         raise bad_request("max_tokens is the older name of max_completion_tokens; give one of them", "max_tokens")
-    prompt = engine.tokenizer.encode(_prompt_of(body["messages"], service))
+    prompt = engine.tokenizer.encode(_prompt_of(body, service))
     room = engine.options.max_model_len - len(prompt)
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens", max(1, room)))
     config = _config(
@@ -150,11 +150,11 @@ def _read_prompts(prompt: Any, engine: Engine) -> list[list[int]]:
     return prompts
 
 
-def _prompt_of(messages: Sequence[Mapping[str, Any]], service: Service) -> str:
+def _prompt_of(body: Mapping[str, Any], service: Service) -> str:
     """The text after which the model is to answer; a content in parts becomes one text."""
-    plain = [{**message, "content": _joined(message["content"])} for message in messages]
+    plain = [{**message, "content": _joined(message["content"])} for message in body["messages"]]
     try:
-        return service.chat_template.render(plain, add_generation_prompt=True)
+        return service.chat_template_of(service.adapter_of(body.get("model"))).render(plain, add_generation_prompt=True)
     except DataError as error:
         raise bad_request(str(error), "messages") from error
 

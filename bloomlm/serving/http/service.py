@@ -64,6 +64,7 @@ class Service:
         if options.chat_template is not None:
             ChatTemplate(options.chat_template, {})  # an error in it is told before the model is loaded
         self._chat_template: ChatTemplate | None = None
+        self._of_adapters: dict[str, ChatTemplate] = {}  # by the text of the template
         # They wait for running requests, and must not take the threads that texts are encoded in.
         self._changes = ThreadPoolExecutor(_MOST_CHANGES, thread_name_prefix="adapters")
 
@@ -98,19 +99,26 @@ class Service:
             )
         return self._engine
 
-    @property
-    def chat_template(self) -> ChatTemplate:
-        """The template of conversations.
+    def chat_template_of(self, adapter: str | None) -> ChatTemplate:
+        """The template of conversations: the server's, that of an adapter, or the model's.
+
+        Args:
+            adapter: the adapter that answers; None: the model itself.
 
         Raises:
-            ApiError: 400 where the model has none.
+            ApiError: 400 where there is none.
         """
+        own = next((info.chat_template for info in self.engine.adapters if info.name == adapter), None)
+        if own is not None and self.options.chat_template is None:
+            if own not in self._of_adapters:
+                self._of_adapters[own] = ChatTemplate(own, self.engine.tokenizer.special_tokens)
+            return self._of_adapters[own]
         if self._chat_template is None:
             raise ApiError(
                 400,
-                f"{self.options.model_name} has no chat template, so messages cannot be turned into a prompt. Use "
-                "/v1/completions, or start the server with --chat_template FILE, a Jinja template such as those in "
-                "transformers' tokenizer_config.json, or with --chat_template plain",
+                f"{adapter or self.options.model_name} has no chat template, so messages cannot be turned into a "
+                "prompt. Use /v1/completions, or start the server with --chat_template FILE, a Jinja template such as "
+                "those in transformers' tokenizer_config.json, or with --chat_template plain",
                 code="no_chat_template",
             )
         return self._chat_template

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol
 
-from bloomlm.errors import CheckpointError
+from bloomlm.errors import CheckpointError, format_bytes
 from bloomlm.files.atomic import atomic_directory
 
 Report = Callable[[int], None]
@@ -77,7 +77,7 @@ def _check_space(directory: Path, size_bytes: int) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < size_bytes:
         raise CheckpointError(
-            f"{directory}: {size_bytes / 1e9:.1f} GB are to be written, and {free_bytes / 1e9:.1f} GB are free there; "
+            f"{directory}: {format_bytes(size_bytes)} are to be written, and {format_bytes(free_bytes)} are free there; "
             "make room, or name a directory on another disk"
         )
 

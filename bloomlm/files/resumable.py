@@ -8,6 +8,7 @@ Each result has a number. A line holds the number and the fields of the result:
 import glob
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO, Self
 from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_write
 from bloomlm.files.json_text import parse_json
+
+_LOG = logging.getLogger(__name__)
 
 Results = dict[int, dict[str, Any]]
 
@@ -68,11 +71,16 @@ class ResumableResults:
     def remove(self, *, of_all_runs: bool = False) -> None:
         """Delete the files of all processes after the output has been written; one process makes this call.
 
+        A file that cannot be deleted causes a warning, because the output is complete.
+
         Args:
             of_all_runs: also delete the files of runs with other identities and the same output.
         """
         for path in self._paths("*" if of_all_runs else self._fingerprint):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _LOG.warning("%s is complete, but %s cannot be removed: %s", self._output, path, error)
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +103,8 @@ class ResumableResults:
                 path.unlink()
         except OSError as error:
             raise self._cannot_write(error) from error
+        except CheckpointError as error:  # names a hidden file, of which the user need not know
+            raise self._cannot_write(error.__cause__) from error
         return done
 
     def _path(self, writer: int) -> Path:
@@ -103,9 +113,9 @@ class ResumableResults:
     def _paths(self, fingerprint: str) -> list[Path]:
         return sorted(self._output.parent.glob(f".{glob.escape(self._output.name)}.{fingerprint}.*partial"))
 
-    def _cannot_write(self, error: OSError) -> CheckpointError:
+    def _cannot_write(self, error: BaseException | None) -> CheckpointError:
         return CheckpointError(
-            f"--output_file {self._output} cannot be written: {error.strerror or error}. Finished results are kept; "
+            f"--output_file {self._output} cannot be written: {getattr(error, 'strerror', None) or error}. Finished results are kept; "
             "the same command resumes the run"
         )
 

@@ -1,5 +1,6 @@
 """`bloomlm predict` as a user runs it, in this process."""
 
+import errno
 import io
 import json
 import os
@@ -300,7 +301,30 @@ def test_seed_without_sampling_is_a_warning(base: Path, caplog: pytest.LogCaptur
 def test_unwritable_output_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run("--model_name_or_path", base, "--prompt", "a", "--output_file", tmp_path / "file" / "out.jsonl") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"--output_file {tmp_path / 'file' / 'out.jsonl'} cannot be written" in message and "partial" not in message
+
+
+def test_a_complete_output_beside_a_partial_file_that_cannot_be_removed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a disk that turned read-only; the same command then finds everything done."""
+    flags = ("--model_name_or_path", base, "--prompt", "a", "--tgt_length", 2, "--output_file", tmp_path / "out.jsonl")
+    unlink = Path.unlink
+
+    def fail(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".partial":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        assert run(*flags) == 0
+    assert f"{tmp_path / 'out.jsonl'} is complete, but" in caplog.text
+    complete = (tmp_path / "out.jsonl").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert run(*flags) == 0
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [complete]
 
 
 def test_stream_shows_text_as_soon_as_it_is_certain() -> None:

@@ -9,7 +9,7 @@ EVAL_PATH ?= wikitext-2
 EVAL_FLAGS ?=
 TENSOR_PARALLEL_DEGREE ?= 2
 
-.PHONY: demo test fuzz check docs bench run_eval run_eval_tps clean
+.PHONY: demo test fuzz kill check docs bench run_eval run_eval_tps clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/bloomlm demo
@@ -30,6 +30,12 @@ check: $(VENV)/.installed-dev
 # The site, in site/; dead links and names that do not exist are errors.
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
+
+# Kills every command at random moments and at every change of a file, and lets its disk run full. unshare lets an ordinary
+# user mount small disks that nobody else sees; KILL_FLAGS="--only convert --moments 500" chooses.
+KILL_FLAGS ?=
+kill: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 unshare --map-root-user --mount $(BIN)/python -m tests.kills $(KILL_FLAGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/train_step.py --tuning full

@@ -43,12 +43,26 @@ def one_directory(context: AbstractContextManager[Path], mesh: Mesh) -> Iterator
     path = place[0]
     assert path is not None
     try:
-        with stack:
-            try:
-                yield path
-            except Exception as problem:
-                error = problem
-            fail_together(error, mesh)
+        with stack, failing_together(mesh):
+            yield path
+    except Exception as problem:
+        error = problem
+    fail_together(error, mesh)
+
+
+@contextmanager
+def failing_together(mesh: Mesh) -> Iterator[None]:
+    """At the end of the block, raise an error on every rank if one of them had one; no rank continues before that.
+
+    Args:
+        mesh: the ranks, all of which must enter the block.
+
+    Raises:
+        CheckpointError: the error of another rank; errors of this rank are raised unchanged.
+    """
+    error: Exception | None = None
+    try:
+        yield
     except Exception as problem:
         error = problem
     fail_together(error, mesh)

@@ -77,8 +77,8 @@ def _check_space(directory: Path, size_bytes: int) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < size_bytes:
         raise CheckpointError(
-            f"{directory}: {format_bytes(size_bytes)} are to be written, and {format_bytes(free_bytes)} are free there; "
-            "make room, or name a directory on another disk"
+            f"{directory}: {format_bytes(size_bytes)} are to be written, and {format_bytes(free_bytes)} are free "
+            "there; make room, or name a directory on another disk"
         )
 
 

@@ -77,9 +77,6 @@ def write_model(
     target = dtype or first[1].dtype
     shards = plan_shards(_parameter_entries(config, target), max_shard_size_bytes)
     try:
-        if mesh.is_main:
-            write_json(directory / "config.json", _config_file(config, target))
-            write_json(directory / "generation_config.json", generation_config(config))
         with ExitStack() as stack:
             # an iterator releases what it returned; a tuple would hold the first tensor, often the largest, to the end
             remaining = chain(iter((first,)), stream)
@@ -92,8 +89,12 @@ def write_model(
                 writer.check_complete()
             else:
                 _gather_and_write(directory, shards, stack, remaining, mesh, convert=dtype is not None, report=report)
-        if len(shards) > 1 and mesh.is_main:
-            write_json(directory / "model.safetensors.index.json", _index(shards))
+        # not earlier: the other ranks would wait for a rank that fails to write these and so takes no part in gathering
+        if mesh.is_main:
+            write_json(directory / "config.json", _config_file(config, target))
+            write_json(directory / "generation_config.json", generation_config(config))
+            if len(shards) > 1:
+                write_json(directory / "model.safetensors.index.json", _index(shards))
     except OSError as error:
         raise CheckpointError(f"the model cannot be written to {directory}: {error}") from error
 

@@ -114,8 +114,9 @@ class ResumableResults:
         return sorted(self._output.parent.glob(f".{glob.escape(self._output.name)}.{fingerprint}.*partial"))
 
     def _cannot_write(self, error: BaseException | None) -> CheckpointError:
+        reason = getattr(error, "strerror", None) or error
         return CheckpointError(
-            f"--output_file {self._output} cannot be written: {getattr(error, 'strerror', None) or error}. Finished results are kept; "
+            f"--output_file {self._output} cannot be written: {reason}. Finished results are kept; "
             "the same command resumes the run"
         )
 

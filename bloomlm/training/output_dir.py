@@ -19,7 +19,7 @@ import yaml
 from bloomlm.adapters.base import adapter_of
 from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
 from bloomlm.checkpoint.formats import RecordedAdapter, find_foreign_run
-from bloomlm.checkpoint.main_rank import one_directory
+from bloomlm.checkpoint.main_rank import failing_together, one_directory
 from bloomlm.checkpoint.training_state import (
     checkpoint_directory,
     checkpoint_path,
@@ -153,9 +153,10 @@ class CheckpointWriter:
         """
         mesh, output = self.trainer.mesh, self.output
         with one_directory(checkpoint_directory(output.directory, step), mesh) as directory:
-            self.write_learned(directory)
-            if self.recorded_adapter is not None:
-                self.recorded_adapter.write(directory)
+            with failing_together(mesh):  # before they exchange the state of training
+                self.write_learned(directory)
+                if self.recorded_adapter is not None:
+                    self.recorded_adapter.write(directory)
             save_training_state(directory, *self.trainer.state(), mesh=mesh)
             if mesh.is_main:
                 self.history.write(directory)

@@ -14,7 +14,7 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint import safetensors_file
 from bloomlm.checkpoint.adapters.load import load_adapter
 from bloomlm.checkpoint.adapters.peft import gather_adapter, save_adapter
-from bloomlm.checkpoint.main_rank import one_directory
+from bloomlm.checkpoint.main_rank import failing_together, one_directory
 from bloomlm.checkpoint.merge import merge_to_directory
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
@@ -185,6 +185,30 @@ def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_what_was_there(ranks: R
     assert messages[0].startswith("rank 1: ")
     assert [path.name for path in directory.iterdir()] == ["older"]
     assert list(tmp_path.iterdir()) == [directory]
+
+
+def fail_on_main_rank(directory: Path) -> str:
+    """What a rank says when the main rank writes the weights and cannot write the configuration."""
+    mesh = Mesh.over_all_ranks(Degrees(tp=2), "cpu")
+    model = random_model(CONFIG)
+    cut_model(model, mesh)
+    try:
+        with one_directory(atomic_directory(directory), mesh) as temporary:
+            if mesh.is_main:
+                (temporary / "config.json").mkdir()
+            with failing_together(mesh):
+                write_model(temporary, model.config, model.named_parameters(), max_shard_size_bytes=60_000, mesh=mesh)
+            torch.distributed.barrier()  # as in what saves the state of training afterwards
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_no_rank_waits_for_one_that_cannot_write_a_small_file(ranks: RankPool, tmp_path: Path) -> None:
+    messages = ranks.run(2, fail_on_main_rank, tmp_path / "model")
+    assert all("Is a directory" in message for message in messages)
+    assert messages[1].startswith("rank 0: ")
+    assert not list(tmp_path.iterdir())
 
 
 ADAPTERS = {

@@ -89,14 +89,19 @@ def write_model(
                 writer.check_complete()
             else:
                 _gather_and_write(directory, shards, stack, remaining, mesh, convert=dtype is not None, report=report)
-        # not earlier: the other ranks would wait for a rank that fails to write these and so takes no part in gathering
-        if mesh.is_main:
-            write_json(directory / "config.json", _config_file(config, target))
-            write_json(directory / "generation_config.json", generation_config(config))
-            if len(shards) > 1:
-                write_json(directory / "model.safetensors.index.json", _index(shards))
+        if mesh.is_main:  # not earlier: the others would gather tensors with a rank that fails here
+            _write_small_files(directory, config, target, shards)
     except OSError as error:
         raise CheckpointError(f"the model cannot be written to {directory}: {error}") from error
+
+
+def _write_small_files(
+    directory: Path, config: BloomConfig, dtype: torch.dtype, shards: Mapping[str, Mapping[str, TensorEntry]]
+) -> None:
+    write_json(directory / "config.json", _config_file(config, dtype))
+    write_json(directory / "generation_config.json", generation_config(config))
+    if len(shards) > 1:
+        write_json(directory / "model.safetensors.index.json", _index(shards))
 
 
 def _gather_and_write(

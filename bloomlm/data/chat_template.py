@@ -76,7 +76,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self._template = environment.from_string(text)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}") from error
         self.text = text
         """The Jinja template."""

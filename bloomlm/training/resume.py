@@ -26,7 +26,7 @@ from bloomlm.checkpoint.formats import (
 from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.checkpoint.training_state import load_training_state
-from bloomlm.errors import CheckpointError, ConfigError, name_some
+from bloomlm.errors import BloomlmError, CheckpointError, ConfigError, name_some
 from bloomlm.parallel.layout import global_tensor, own_bounds
 from bloomlm.training.results import History
 from bloomlm.training.run_plan import RunPlan
@@ -135,7 +135,15 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     if adapter_of(trainer.model) is None:
         _read_weights(trainer, checkpoint)
     tensors, _ = trainer.state()
-    trainer.load_state(tensors, load_training_state(checkpoint, tensors))
+    values = load_training_state(checkpoint, tensors)
+    try:
+        trainer.load_state(tensors, values)
+    except BloomlmError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} holds no state of this trainer: {error!r}; resume from another one"
+        ) from error
 
 
 def _read_weights(trainer: Trainer, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_co
 from bloomlm.checkpoint.convert import convert_model, open_model_conversion
 from bloomlm.checkpoint.formats import FileForm
 from bloomlm.cli.options import config_flags, join_values
-from bloomlm.cli.prompts import read_prompts
+from bloomlm.cli.prompts import PromptFlags
 from bloomlm.data.examples import load_examples
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BloomlmError, CheckpointError, ConfigError, DataError, ProgramError
@@ -126,7 +126,7 @@ def run_program(directory: Path, templates: Path, out: Path) -> None:
 def read_examples(name: str, directory: Path, templates: Path, out: Path) -> None:
     """Examples to train on, and prompts to predict."""
     load_examples(directory / name, builders.TOKENIZER, src_length=8, tgt_length=8, cache_dir=out, show_progress=False)
-    read_prompts((), str(directory / name), None)
+    PromptFlags(data_file=str(directory / name)).read_prompts()
 
 
 def read_cached(directory: Path, templates: Path, out: Path) -> None:

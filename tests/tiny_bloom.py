@@ -15,10 +15,11 @@ from tests.bloom_tokenizer import make_tokenizer
 from tests.tiny_checkpoint import learned_tensors, random_model
 
 
-def write_bloom(directory: Path, eos_scale: float = 1.0) -> Path:
+def write_bloom(directory: Path, eos_scale: float = 1.0, hidden_size: int = 32) -> Path:
     """Write one; eos_scale above 1 makes it end now and then."""
     tokenizer = make_tokenizer()
-    model = random_model(BloomConfig(vocab_size=tokenizer.vocab_size + 6, hidden_size=32, n_layer=2, n_head=4))
+    config = BloomConfig(vocab_size=tokenizer.vocab_size + 6, hidden_size=hidden_size, n_layer=2, n_head=4)
+    model = random_model(config)
     with torch.no_grad():
         model.transformer.word_embeddings.weight[2] *= eos_scale
     directory.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ class Adapter(ABC):
     """The flag of `bloomlm finetune` that chooses it; None: it is chosen without a flag."""
     trains_base: ClassVar[bool] = False
     """Whether the base model's own weights learn, so that a checkpoint is a whole model."""
-    accepts_int8: ClassVar[bool] = False
-    """Whether the base model may be in int8."""
+    accepts_quantized: ClassVar[bool] = False
+    """Whether the base model may be quantised."""
     cannot_merge: ClassVar[str | None] = None
     """Why it cannot be merged into the base model's weights; None: it can."""
     own_file: ClassVar[str | None] = None
@@ -211,12 +211,12 @@ def apply_adapter(
         device: where these go; None: where the model is.
 
     Raises:
-        AdapterError: the model has an adapter already, or is in int8, which the adapter does not accept.
+        AdapterError: the model has an adapter already, or is quantised, which the adapter does not accept.
     """
     if adapter_of(model) is not None:
         raise AdapterError("the model has an adapter already; merge it or load the base model again")
-    if model.transformer.is_quantized and not adapter.accepts_int8:
-        raise AdapterError("a model in int8 learns through LoRA only; load it without int8")
+    if model.transformer.is_quantized and not adapter.accepts_quantized:
+        raise AdapterError("a quantised model learns through LoRA only; load it without quantisation")
     model.requires_grad_(False)
     adapter.install(model, generator, device)
 

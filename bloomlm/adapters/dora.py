@@ -46,7 +46,7 @@ class DoraLinear(LoRALinear):
         layer = super().from_linear(linear, config, module_name, generator, device)
         assert isinstance(layer, DoraLinear)
         layer.lora_magnitude_vector = nn.Parameter(layer.lora_A.new_ones(linear.out_features))
-        if not linear.weight.is_meta and linear.weight.shape == (linear.out_features, linear.in_features):
+        if not layer.weight.is_meta and layer.num_weights == linear.out_features * linear.in_features:
             layer.start_from_weight()
         return layer
 
@@ -82,7 +82,7 @@ class DoraLinear(LoRALinear):
     @property
     def pass_flops(self) -> int:
         """The product of lora_B and lora_A for the norms."""
-        return 2 * self.weight.numel() * len(self.lora_A)
+        return 2 * self.num_weights * len(self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""

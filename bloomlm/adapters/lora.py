@@ -51,7 +51,7 @@ class LoraConfig(Adapter):
     kind = "LoRA"
     path_flag = "lora_path"
     training_flag = "lora"
-    accepts_int8 = True
+    accepts_quantized = True
     layer_class: ClassVar[type[LoRALinear]] = LoRALinear
     """The class that replaces a linear layer."""
 

@@ -124,10 +124,12 @@ class LoRALinear(Linear, AdapterModule):
             dtype: precision of the result.
 
         Raises:
-            AdapterError: the weight is int8, whose steps are larger than most updates.
+            AdapterError: the weight is quantised, in steps that are larger than most updates.
         """
         if self.weight_scale is not None:
-            raise AdapterError("an int8 weight cannot take an update; load the model without int8 and merge there")
+            raise AdapterError(
+                "a quantised weight cannot take an update; load the model without quantisation and merge there"
+            )
         weight = whole(self.weight)
         merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for rows, updated in self.updated_rows(whole):

@@ -40,7 +40,7 @@ def merge_to_directory(
         mesh: the ranks among which the model is divided; all of them must call this.
 
     Raises:
-        AdapterError: the adapter cannot be merged, or the weights are int8, whose rounding is coarser than an update.
+        AdapterError: the adapter cannot be merged, or the weights are quantised, more coarsely than an update.
         CheckpointError: the directory holds other files, or cannot be written.
     """
     adapter = adapter_of(model)
@@ -48,7 +48,7 @@ def merge_to_directory(
         raise AdapterError(f"a {adapter.kind} adapter cannot be merged: {adapter.cannot_merge}")
     if model.transformer.is_quantized:
         raise AdapterError(
-            "the model's weights were rounded to int8 when it was loaded; load it without that, and the adapter into it"
+            "the model's weights were quantised when it was loaded; load it without that, and the adapter into it"
         )
     with one_directory(output_directory(directory, merged_bytes(model, dtype), tokenizer), mesh) as temporary:
         write_model(

@@ -21,7 +21,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear
-from bloomlm.model.quantized import quantize_rows
+from bloomlm.model.quantized import Quantization
 from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.layout import holding, is_of_base, own_bounds, whole_shape
 from bloomlm.parallel.mesh import ALONE, Mesh
@@ -90,7 +90,7 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     memory_map: bool = True,
-    int8: bool = False,
+    quantization: Quantization | None = None,
     mesh: Mesh = ALONE,
     install_adapter: Callable[[BloomForCausalLM], None] | None = None,
     reshard_after_forward: bool = True,
@@ -105,8 +105,7 @@ def load_model(
         memory_map: on the CPU and in the stored precision, let parameters be private mappings of the file, which are
             read when first used. Changing them never changes the file; but if another program truncates the file, the
             process dies. Long training runs pass False.
-        int8: quantise the weights of the linear layers and the embedding as they are read (see model/quantized.py);
-            biases, norms and activations have dtype. Such a model can be trained with LoRA only.
+        quantization: how matrices are quantised as they are read (model/quantized.py), for training with LoRA only.
         mesh: the ranks to divide the model among (parallel/__init__.py); each reads its own parts only.
         install_adapter: on several ranks, called with the cut model on the meta device to add an adapter with weights.
         reshard_after_forward: as in shard_model.
@@ -119,8 +118,8 @@ def load_model(
     config = read_config(directory)
     reader = open_reader(directory, config)
     model = empty_model(config)
-    if int8 and not mesh.is_alone:
-        raise ConfigError("int8 weights need a single process; leave out the quantisation or the other processes")
+    if quantization is not None and not mesh.is_alone:
+        raise ConfigError("quantised weights need a single process; leave out the quantisation or the other processes")
     if not mesh.is_alone:
         dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
         cut_model(model.to(dtype), mesh)
@@ -129,7 +128,9 @@ def load_model(
         cut_adapter(model, mesh)
         shard_model(model, mesh, reshard_after_forward=reshard_after_forward)
     try:
-        return read_into_model(model, reader, dtype=dtype, device=device, memory_map=memory_map, int8=int8, mesh=mesh)
+        return read_into_model(
+            model, reader, dtype=dtype, device=device, memory_map=memory_map, quantization=quantization, mesh=mesh
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from error
 
@@ -141,7 +142,7 @@ def read_into_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     memory_map: bool = True,
-    int8: bool = False,
+    quantization: Quantization | None = None,
     mesh: Mesh = ALONE,
 ) -> BloomForCausalLM:
     """Give a model on the meta device the tensors of a checkpoint.
@@ -149,7 +150,7 @@ def read_into_model(
     Args:
         model: created under torch.device("meta"); changed in place and returned in eval mode.
         reader: the checkpoint.
-        dtype, device, memory_map, int8: as in load_model.
+        dtype, device, memory_map, quantization: as in load_model.
         mesh: the ranks among which it is divided already; an adapter in it keeps its weights.
 
     Raises:
@@ -165,8 +166,9 @@ def read_into_model(
     for name in expected:
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
-        if int8 and attribute == "weight" and isinstance(module, (Linear, WordEmbedding)):
-            tensor, module.weight_scale = quantize_rows(reader.read(name), name, device)
+        if quantization is not None and attribute == "weight" and isinstance(module, (Linear, WordEmbedding)):
+            rows = quantization.linear if isinstance(module, Linear) else quantization.embedding
+            tensor, module.weight_scale = rows.quantize(reader.read(name), name, device)
         else:
             tensor = _own(reader.read(name), dtype, device, memory_map)
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from bloomlm.adapters.base import Adapter, apply_adapter
 from bloomlm.api import DTYPES
@@ -20,6 +21,9 @@ from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Dtype, Flags, flag, same_flag
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
+from bloomlm.model.embedding import WordEmbedding
+from bloomlm.model.linear import Linear
+from bloomlm.model.quantized import QUANTIZATIONS, Quantization
 from bloomlm.parallel.mesh import Degrees, check_model_divides
 from bloomlm.parallel.plan import Workload, prediction_memory, training_memory
 from bloomlm.parallel.traffic import Links, step_time, step_traffic
@@ -76,6 +80,7 @@ class PlanConfig(Flags):
     lora: bool = same_flag(TrainingConfig, "lora")
     r: int = same_flag(TrainingConfig, "r")
     target_modules: tuple[str, ...] = same_flag(TrainingConfig, "target_modules")
+    base_quantization: Literal["none", "int8", "nf4"] = same_flag(TrainingConfig, "base_quantization")
     prefix_tuning: bool = same_flag(TrainingConfig, "prefix_tuning")
     num_prefix_tokens: int = same_flag(TrainingConfig, "num_prefix_tokens")
     prefix_projection: bool = same_flag(TrainingConfig, "prefix_projection")
@@ -123,7 +128,8 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
         fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=training.scale_loss
     )
     adapter = adapter_from_flags(training)
-    model = _meta_model(model_config, adapter, precision.weights_dtype)
+    quantization = QUANTIZATIONS.get(config.base_quantization)
+    model = _meta_model(model_config, adapter, precision.weights_dtype, quantization)
     predicting = _meta_model(model_config, adapter, DTYPES[config.dtype])
     length = config.src_length + config.tgt_length
 
@@ -201,12 +207,21 @@ def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degre
     return training, (*notices, *idle), degrees_of(training, processes)
 
 
-def _meta_model(config: BloomConfig, adapter: Adapter, dtype: torch.dtype) -> BloomForCausalLM:
+def _meta_model(
+    config: BloomConfig, adapter: Adapter, dtype: torch.dtype, quantization: Quantization | None = None
+) -> BloomForCausalLM:
     """A model with its adapter on the meta device."""
     with torch.device("meta"):
         model = BloomForCausalLM(config)
     apply_adapter(model, adapter)
-    return model.to(dtype)
+    model.to(dtype)
+    if quantization is not None:
+        for module in (found for found in model.modules() if isinstance(found, Linear | WordEmbedding)):
+            rows = quantization.linear if isinstance(module, Linear) else quantization.embedding
+            num_rows, width = module.weight.shape
+            codes, module.weight_scale = rows.empty(num_rows, width, torch.device("meta"))
+            module.weight = nn.Parameter(codes, requires_grad=False)
+    return model
 
 
 def _workload(config: PlanConfig, compute_dtype: torch.dtype, sharding: str, batch_size: int) -> Workload:

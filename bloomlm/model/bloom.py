@@ -156,7 +156,7 @@ class BloomModel(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weights of the linear layers and the embedding are int8."""
+        """Whether the weights of the linear layers and the embedding are quantised (see quantized.py)."""
         return self.word_embeddings.weight_scale is not None
 
     def forward(

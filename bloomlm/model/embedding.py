@@ -79,7 +79,7 @@ class WordEmbedding(nn.Embedding):
 
     partition: VocabularyPartition = WHOLE_VOCABULARY
     weight_scale: Tensor | None
-    """[V] where the weight is int8 (see quantized.py); None where it is floating point."""
+    """[V] where the weight is quantised (see quantized.py); None where it is floating point."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__(vocab_size, hidden_size)
@@ -96,7 +96,7 @@ class WordEmbedding(nn.Embedding):
         self._adds_to_grad, self.sparse = in_place, not in_place
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[N] ids -> [N, D]; fp32 where the weight is int8."""
+        """[N] ids -> [N, D]; fp32 where the weight is quantised."""
         if self.weight_scale is None:
             return self.partition.look_up(tokens, self.lookup)
         return dequantize_rows(self.weight[tokens], self.weight_scale[tokens], torch.float32)

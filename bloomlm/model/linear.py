@@ -6,8 +6,8 @@ has the measurements. The operator is the one that torch.compile emits; it takes
 nothing is packed or copied. Where it does not exist or does not apply, F.linear is called.
 
 Without gradients, a few rows (a decoding step) go to our own operator instead, where this process has loaded it: it
-reads a weight once, at the memory's speed. Weights in int8 keep to the library, because the operator would round their
-inputs to 16 bits.
+reads a weight once, at the memory's speed. Quantised weights keep to the library, because the operator would round
+their inputs to 16 bits.
 
 Shapes: N rows.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bloomlm.kernels.compiled import operators
 from bloomlm.model.partition import WHOLE, Partition
-from bloomlm.model.quantized import dequantize_rows, row_blocks
+from bloomlm.model.quantized import dequantize_rows, row_blocks, weights_per_element
 
 _ONEDNN_LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -43,13 +43,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
         x: [..., in].
         weight: [out, in].
         bias: [out].
-        scale: [out] where weight is int8 (see quantized.py); such a weight gets no gradient.
+        scale: of the rows where weight is quantised (see quantized.py); such a weight gets no gradient.
 
     Returns:
         [..., out].
     """
     if scale is not None:
-        return _int8_linear(x, weight, scale, bias)
+        return _quantized_linear(x, weight, scale, bias)
     if _takes_few_rows(x, weight):
         return _few_rows(x, weight, bias)
     if not uses_onednn(x, weight):
@@ -139,8 +139,8 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b outside autograd, in x's dtype: [N, in], int8 [out, in] with scales [out] -> [N, out]."""
+def quantized_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b outside autograd, in x's dtype: [N, in], codes and scales of [out, in] -> [N, out]."""
     blocks = list(row_blocks(weight))
     if len(blocks) == 1:
         return linear(x, dequantize_rows(weight, scale, x.dtype), bias)
@@ -151,8 +151,8 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None =
     return out
 
 
-def int8_input_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """G W outside autograd: [N, out], int8 [out, in] with scales [out] -> [N, in], added up in fp32 at least."""
+def quantized_input_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """G W outside autograd: [N, out], codes and scales of [out, in] -> [N, in], added up in fp32 at least."""
     total: Tensor | None = None
     dtype = torch.promote_types(grad.dtype, torch.float32)
     for rows in row_blocks(weight):
@@ -163,29 +163,29 @@ def int8_input_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return total
 
 
-def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() != 2:
-        return _int8_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], -1)
+        return _quantized_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], -1)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
-    out: Tensor = _Int8Linear.apply(x, weight, scale, None if bias is None else bias.to(x.dtype))
+    out: Tensor = _QuantizedLinear.apply(x, weight, scale, None if bias is None else bias.to(x.dtype))
     return out
 
 
-class _Int8Linear(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        # the backward pass converts the int8 weight again, which the model keeps in memory anyway
+        # the backward pass converts the codes again, which the model keeps in memory anyway
         ctx.save_for_backward(weight, scale)
-        return int8_product(x, weight, scale, bias)
+        return quantized_product(x, weight, scale, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
-        return int8_input_gradient(grad, weight, scale).to(grad.dtype), None, None, grad_bias
+        return quantized_input_gradient(grad, weight, scale).to(grad.dtype), None, None, grad_bias
 
 
 class Linear(nn.Linear):
@@ -193,7 +193,7 @@ class Linear(nn.Linear):
 
     partition: Partition = WHOLE
     weight_scale: Tensor | None
-    """[out] where the weight is int8 (see quantized.py); None where it is floating point."""
+    """Scales where the weight is quantised (see quantized.py); None where it is floating point."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -203,6 +203,11 @@ class Linear(nn.Linear):
     def update_matrices(self) -> tuple[Tensor, ...]:
         """Matrices of a low-rank update beside the weight, in the order of their products; () without an update."""
         return ()
+
+    @property
+    def num_weights(self) -> int:
+        """Number of elements of the part of the weight that is held here."""
+        return self.weight.numel() * weights_per_element(self.weight)
 
     @property
     def num_weight_products(self) -> int:

@@ -114,9 +114,9 @@ def parameter_bytes(model: BloomForCausalLM, degrees: Degrees) -> tuple[int, int
         numel = rank_numel(name, parameter, degrees)
         weights += numel * parameter.itemsize
         if parameter.requires_grad:
-            master_bytes = 0 if parameter.itemsize == _FP32 else _FP32
             gradients += numel * GRADIENT_BYTES
-            optimizer += numel * (MOMENTS_BYTES + master_bytes) + STEP_BYTES
+            optimizer += numel * (MOMENTS_BYTES + (parameter.itemsize < _FP32) * _FP32) + STEP_BYTES
+    weights += sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("weight_scale"))
     return weights, gradients, optimizer
 
 
@@ -153,8 +153,7 @@ def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
     blocks: list[list[PlannedLinear]] = [[] for _ in model.transformer.h]
     for name, module in model.transformer.h.named_modules():
         if isinstance(module, Linear):
-            index = int(name.partition(".")[0])
-            blocks[index].append(PlannedLinear(f"transformer.h.{name}", module, needs_gradient))
+            blocks[int(name.partition(".")[0])].append(PlannedLinear(f"transformer.h.{name}", module, needs_gradient))
             learns = any(parameter.requires_grad for parameter in module.parameters())
             needs_gradient = needs_gradient or learns or model.transformer.prefix is not None
     return blocks
@@ -281,7 +280,8 @@ def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int
         # the input of an update's second matrix depends on the first matrix, which learns
         second = linear.layer.update_matrices[1:]
         for kind, parameter in linear.layer.named_parameters():
-            if any(parameter is matrix for matrix in second) or (parameter.dim() == 2 and (cached or needed)):
+            is_copied = parameter.dim() == 2 and parameter.is_floating_point() and (cached or needed)
+            if is_copied or any(parameter is matrix for matrix in second):
                 numel += rank_numel(f"{linear.name}.{kind}", parameter, degrees)
     return numel * half
 
@@ -296,5 +296,5 @@ def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -
     if half == _FP32:
         return logits * _FP32
     embedding = model.transformer.word_embeddings.weight
-    copies = (embedding.itemsize != half) + embedding.requires_grad
+    copies = (embedding.itemsize != half and embedding.is_floating_point()) + embedding.requires_grad
     return logits * (_FP32 + half) + embedding.numel() // tp_degree * half * copies

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
-from bloomlm.model.linear import int8_input_gradient, int8_product, product, uses_onednn
+from bloomlm.model.linear import product, quantized_input_gradient, quantized_product, uses_onednn
 from bloomlm.parallel.collectives import TensorParallelGroup
 
 FP16_HEADROOM = 256.0
@@ -32,7 +32,7 @@ class VocabularyHead:
         hidden: [M, D].
         weight: [V, D].
         max_chunk_bytes: largest size of a chunk of logits.
-        weight_scale: [V] where the weight is int8.
+        weight_scale: [V] where the weight is quantised.
         replaced: rows that replace some rows of the weight.
     """
 
@@ -59,7 +59,7 @@ class VocabularyHead:
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
         self.uses_onednn = uses_onednn(self.hidden, self.weight)
-        # oneDNN and int8 allocate their results; other products write into this
+        # oneDNN and quantised weights allocate their results; other products write into this
         rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
         # on a CPU in blocks that stay in the processor's cache while they are rounded and used
@@ -85,7 +85,7 @@ class VocabularyHead:
         if self.uses_onednn:
             return product(hidden, self.weight)
         if self.weight_scale is not None:
-            return int8_product(hidden, self.weight, self.weight_scale).to(self.dtype)
+            return quantized_product(hidden, self.weight, self.weight_scale).to(self.dtype)
         z = self.z[: len(hidden)]
         if not self.is_half:
             return torch.mm(hidden, self.weight.t(), out=z)
@@ -141,7 +141,7 @@ class VocabularyHead:
             return
         if self.weight_scale is not None:
             z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
-            gradient = int8_input_gradient(z, self.weight, self.weight_scale)
+            gradient = quantized_input_gradient(z, self.weight, self.weight_scale)
             grad_hidden[rows] = gradient.mul_(scale / self.headroom)
             return
         if not self.is_half:

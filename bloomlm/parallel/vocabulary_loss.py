@@ -47,7 +47,7 @@ def linear_cross_entropy(
         hidden: [M, D].
         weight: [V, D]; without requires_grad no gradient is computed for it.
         labels: [M] int64, IGNORE_INDEX for rows without a label, which cost nothing.
-        weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        weight_scale: [V] where the weight is quantised (see model/quantized.py).
         replaced: rows that replace some rows of the weight, with a gradient if they require one.
         scale: factor of the loss, for example loss scale / tokens of the step. It costs nothing here; multiplying the
             result would cost a pass over the weight's gradient.

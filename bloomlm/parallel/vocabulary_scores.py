@@ -68,7 +68,7 @@ def score_labels(
         hidden: [M, D] after the last layer norm.
         weight: [V, D] of the head.
         labels: [M] int64, ids of the whole vocabulary.
-        weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        weight_scale: [V] where the weight is quantised (see model/quantized.py).
         replaced: rows that replace some rows of the weight.
         ranks: the ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same
             hidden and labels, and get the same result. None: the weight is whole.
@@ -119,7 +119,7 @@ def score_tokens(
         hidden: [M, D].
         weight: [V, D].
         labels: [M] int64, IGNORE_INDEX for rows without a label.
-        weight_scale: [V] where the weight is int8.
+        weight_scale: [V] where the weight is quantised.
         replaced: rows that replace some rows of the weight.
         ranks: the ranks that share the vocabulary, as in score_labels.
     """

@@ -41,7 +41,7 @@ def check_parallelism(config: TrainingConfig, degrees: Degrees, notices: list[st
             "the flag out, and divide the model by --tensor_parallel_degree and --sharding stage3"
         )
     alone = {
-        "--base_quantization int8": config.base_quantization == "int8",
+        f"--base_quantization {config.base_quantization}": config.base_quantization != "none",
         "--torch_compile": config.torch_compile,
         "--optim adamw_8bit": config.optim == "adamw_8bit",
     }
@@ -120,7 +120,9 @@ def resolve_device(config: TrainingConfig, notices: list[str], *, has_cuda: bool
 
 
 def check_optimizer(config: TrainingConfig, notices: list[str], *, has_bitsandbytes: bool) -> None:
-    """Check that the optimizer can run on the resolved device."""
+    """Check that bitsandbytes is there for what needs it, and that the optimizer suits the resolved device."""
+    if config.base_quantization == "nf4" and not has_bitsandbytes:
+        raise ConfigError("--base_quantization nf4 needs: pip install 'bloomlm[nf4]'")
     if config.optim != "adamw_8bit" or not config.do_train:
         return
     if not has_bitsandbytes:
@@ -146,10 +148,10 @@ def check_adapters(config: TrainingConfig, notices: list[str]) -> None:
             "--merge_weights adds an adapter to the weights, which is impossible for the virtual tokens of a prefix. "
             "Leave it out; `bloomlm predict --prefix_path` uses the prefix as it is"
         )
-    if config.base_quantization == "int8" and not config.lora:
+    if config.base_quantization != "none" and not config.lora:
         raise ConfigError(
-            "--base_quantization int8 rounds the weights that do not learn, and without --lora all weights learn; "
-            "add --lora, or leave it out"
+            f"--base_quantization {config.base_quantization} rounds the weights that do not learn, and without --lora "
+            "all weights learn; add --lora, or leave it out"
         )
     if config.merge_weights and not config.lora:
         notices.append("--merge_weights is not used: without --lora the whole model is trained and written")

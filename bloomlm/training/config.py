@@ -109,8 +109,8 @@ class TrainingConfig(Flags):
     use_dora: bool = flag("adapters", False, "LoRA: also train the norm of each row of the updated weights (DoRA)")
     train_new_tokens: bool = flag("adapters", False,
         "LoRA: also train the rows of the embedding that `bloomlm extend` added")
-    base_quantization: Literal["none", "int8"] = flag("adapters", "none",
-        "LoRA: int8 rounds the frozen weights to 8 bits, a quarter of the memory of float32")
+    base_quantization: Literal["none", "int8", "nf4"] = flag("adapters", "none",
+        "LoRA: round the frozen weights to 8 bits, or those of the blocks to 4 (QLoRA; needs bloomlm[nf4])")
     merge_weights: bool = flag("adapters", False,
         "LoRA: also write the model with the adapter merged in, to output_dir/merged")
     prefix_tuning: bool = flag("adapters", False, "train virtual tokens instead of the model", aliases=("prefix",))

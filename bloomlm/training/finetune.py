@@ -194,7 +194,7 @@ class TrainingRun:
         if not output.merges_adapter:
             return None
         model = setup.model
-        if model.transformer.is_quantized:  # the update is added to the weights as they are stored, not to int8
+        if model.transformer.is_quantized:  # the update is added to the weights as they are stored
             model = load_model(setup.plan.model.name_or_path, dtype=model.transformer.dtype)
             load_adapter(model, output.directory)
         merged_path = output.directory / MERGED_DIRECTORY

@@ -46,7 +46,7 @@ class StepFlops:
                 if not isinstance(module, Linear):
                     continue
                 passes = 1 + needs_input_gradient + module.weight.requires_grad
-                weight_flops = 2 * module.weight.numel() * module.num_weight_products
+                weight_flops = 2 * module.num_weights * module.num_weight_products
                 self._per_token += weight_flops * passes
                 self._forward_per_token += weight_flops
                 self._per_pass += module.pass_flops

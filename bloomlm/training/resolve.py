@@ -15,6 +15,7 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.formats import ForeignReading
 from bloomlm.errors import ConfigError
 from bloomlm.flags import reading_flags
+from bloomlm.model.quantized import QUANTIZATIONS
 from bloomlm.parallel.launch import world_size
 from bloomlm.parallel.mesh import Degrees, degrees_from_flags
 from bloomlm.training.checks import (
@@ -83,7 +84,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
         model=ModelPlan(
             name_or_path=config.model_name_or_path,
             device=torch.device("cuda" if config.device == "gpu" else "cpu"),
-            int8=config.base_quantization == "int8",
+            quantization=QUANTIZATIONS.get(config.base_quantization),
             recompute=config.recompute,
             noise_alpha=config.neftune_noise_alpha,
             compiles_blocks=config.torch_compile,

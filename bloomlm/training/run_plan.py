@@ -10,6 +10,7 @@ from bloomlm.adapters.base import Adapter
 from bloomlm.checkpoint.formats import ForeignReading
 from bloomlm.data.loader import TokenBudget
 from bloomlm.generation.config import GenerationConfig
+from bloomlm.model.quantized import Quantization
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.early_stopping import EarlyStopping
@@ -27,8 +28,8 @@ class ModelPlan:
     """builtin:NAME, a directory, or a name on the Hugging Face hub."""
     device: torch.device
     """Where the model computes."""
-    int8: bool
-    """Whether the weights that do not learn are rounded to 8 bits."""
+    quantization: Quantization | None
+    """How the weights that do not learn are quantised; None: they are floating point."""
     recompute: bool
     """Whether the backward pass computes activations again."""
     noise_alpha: float

@@ -172,7 +172,7 @@ def _load(
         dtype=plan.precision.weights_dtype,
         device=plan.model.device,
         memory_map=False,
-        int8=plan.model.int8,
+        quantization=plan.model.quantization,
         mesh=mesh,
         install_adapter=install,
         reshard_after_forward=plan.parallelism.reshard_after_forward,

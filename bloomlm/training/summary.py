@@ -19,6 +19,7 @@ from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import format_bytes
 from bloomlm.files.atomic import atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.quantized import weights_per_element
 from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.meter import PROFILE_DIRECTORY
@@ -51,7 +52,9 @@ _EVAL_NAMES = {
 
 def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
     """How many parameters there are, how many of them learn, and which fraction of them each rank holds."""
-    sizes = {name: math.prod(whole_shape(name, p, mesh)) for name, p in model.named_parameters()}
+    sizes = {
+        name: math.prod(whole_shape(name, p, mesh)) * weights_per_element(p) for name, p in model.named_parameters()
+    }
     total, learned = sum(sizes.values()), sum(sizes[n] for n, p in model.named_parameters() if p.requires_grad)
     line = f"model: {total:,} parameters, {learned:,} ({learned / total:.2%}) of them learn"
     if mesh.is_alone:

@@ -20,7 +20,8 @@ from bloomlm.generation.session import DecodeSession
 from bloomlm.model import flex
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.embedding import _Lookup
-from bloomlm.model.linear import _Int8Linear
+from bloomlm.model.linear import _QuantizedLinear
+from bloomlm.model.quantized import INT8, Quantization
 from bloomlm.training.objectives.cross_entropy import evaluate_loss
 from bloomlm.training.precision import Precision
 from tests.fake_gpu.device import fake_gpu, made_up_gradients, to_fake_gpu
@@ -136,17 +137,19 @@ def test_the_backward_passes_of_own_functions() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             saved = torch.empty(6, 8, dtype=torch.int8, device="cuda"), torch.empty(6, device="cuda")
             context = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, False, False, True))
-            found, _, _, bias = _Int8Linear.backward(context, torch.empty(5, 6, dtype=dtype, device="cuda"))
+            found, _, _, bias = _QuantizedLinear.backward(context, torch.empty(5, 6, dtype=dtype, device="cuda"))
             assert {found.device.type, bias.device.type} == {"cuda"}
             assert (found.dtype, bias.dtype) == (dtype, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-def test_loading_and_steps_of_a_loaded_model(tmp_path: Path, dtype: torch.dtype, int8: bool) -> None:
+@pytest.mark.parametrize("quantization", [None, INT8], ids=["", "int8"])
+def test_loading_and_steps_of_a_loaded_model(
+    tmp_path: Path, dtype: torch.dtype, quantization: Quantization | None
+) -> None:
     base = write_bloom(tmp_path / "base")
     with fake_gpu(allow_real=True):
-        model = load_model(base, dtype=dtype, device="cuda", int8=int8, memory_map=False)
+        model = load_model(base, dtype=dtype, device="cuda", quantization=quantization, memory_map=False)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         assert {tensor.device.type for tensor in tensors.values()} == {"cuda"}
         floats = {

@@ -16,6 +16,7 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
+from bloomlm.model.quantized import INT8
 from tests.gpu.models import CONFIG, GPU, LENGTHS, on_gpu, random_model, relative_error
 from tests.tiny_bloom import write_adapter, write_bloom
 
@@ -111,7 +112,7 @@ def test_loading_to_the_gpu(tmp_path: Path, adapter: Adapter | None) -> None:
 
 def test_int8_weights(tmp_path: Path) -> None:
     base = write_bloom(tmp_path / "base")
-    expected, found = load_model(base, int8=True), load_model(base, int8=True, device=GPU)
+    expected, found = load_model(base, quantization=INT8), load_model(base, quantization=INT8, device=GPU)
     for name, parameter in expected.named_parameters():
         assert torch.equal(dict(found.named_parameters())[name].cpu(), parameter), name
     tokens = some_tokens(90, expected.config)

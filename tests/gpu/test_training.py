@@ -15,6 +15,7 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.model import flex
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
+from bloomlm.model.quantized import INT8
 from bloomlm.training.objectives.cross_entropy import evaluate_loss
 from bloomlm.training.precision import Precision
 from tests.gpu.models import CONFIG, GPU, losses, on_gpu, random_model, relative_error, trainer
@@ -92,7 +93,7 @@ def test_recompute_takes_less_memory_and_gives_the_same(precision: Precision) ->
 def test_an_int8_base_equals_the_cpus(tmp_path: Path, precision: Precision) -> None:
     base, found = write_bloom(tmp_path / "base"), {}
     for device in ("cpu", "cuda"):
-        model = load_model(base, int8=True, dtype=precision.weights_dtype, device="cpu")
+        model = load_model(base, quantization=INT8, dtype=precision.weights_dtype, device="cpu")
         apply_adapter(model, LoraConfig(r=3), torch.Generator().manual_seed(1))
         found[device] = losses(model.to(device), precision)
     assert found["cuda"] == pytest.approx(found["cpu"], rel=TOLERANCE[precision.compute_dtype])

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +48,14 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"src": f"{source} {number}", "tgt": target} for number, (source, target) in enumerate(pairs)]
     for name, chosen in (("train", rows), ("dev", rows[4:7])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return directory
+
+
+def wider(material: Path, directory: Path) -> Path:
+    """The same examples beside a model whose rows nf4 can divide into blocks of 64 weights."""
+    write_bloom(directory / "model", eos_scale=1.5, hidden_size=64)
+    for name in ("train.jsonl", "dev.jsonl"):
+        shutil.copyfile(material / name, directory / name)
     return directory
 
 
@@ -366,11 +375,15 @@ def test_the_merged_model_answers_like_model_and_adapter(material: Path, tmp_pat
     assert (merged.model(ids) - base).abs().max() > 1e-3
 
 
-def test_an_adapter_trained_on_an_int8_base_works_with_the_original_base(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_an_adapter_trained_on_a_quantised_base_works_with_the_original_base(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes", reason="the extra nf4 is not installed; most of it is for GPUs")
+        material = wider(material, tmp_path / "wider")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options: dict[str, Any] = {"lora": True, "r": 3, "base_quantization": "int8", "merge_weights": True}
+    options: dict[str, Any] = {"lora": True, "r": 3, "base_quantization": quantization, "merge_weights": True}
     result = finetune(flags(material, whole, **options))
     saved = CheckpointWriter.save
 
@@ -392,7 +405,8 @@ def test_an_adapter_trained_on_an_int8_base_works_with_the_original_base(
     plain = evaluate_loss(loaded.model, [collate(list(examples))], Precision())
     assert result.eval_metrics is not None and result.merged_path == whole / "merged"
     assert plain.loss != result.eval_metrics["eval_loss"]
-    assert plain.loss == pytest.approx(result.eval_metrics["eval_loss"], rel=0.01)
+    tolerance = {"int8": 0.01, "nf4": 0.05}[quantization]
+    assert plain.loss == pytest.approx(result.eval_metrics["eval_loss"], rel=tolerance)
     merged = bloomlm.load(result.merged_path).model
     ids = torch.tensor([loaded.tokenizer.encode("the cat sat")])
     torch.testing.assert_close(merged(ids), loaded.model(ids), rtol=1e-5, atol=1e-5)

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bloomlm.adapters.base import apply_adapter
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.checkpoint.reader import load_model
 from bloomlm.cli.main import main
 from bloomlm.cli.plan import PlanConfig, find_config, make_plan
 from bloomlm.errors import ConfigError
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
+from bloomlm.model.quantized import QUANTIZATIONS
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.traffic import Links, Traffic, sent_bytes, step_time
 
@@ -70,6 +75,22 @@ def test_full_tuning_of_560m_by_hand() -> None:
     half = plan_of(bf16=True, fp16_opt_level="O2").training
     assert (half.weights, half.gradients) == (2 * size, 4 * size)
     assert half.optimizer == 12 * size + 4 * num_tensors
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_base_takes_what_it_takes_when_loaded(quantization: str) -> None:
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
+    found = plan_of(model_name_or_path="builtin:tiny", lora=True, r=8, base_quantization=quantization)
+    model = load_model("builtin:tiny", dtype=torch.float32, quantization=QUANTIZATIONS[quantization])
+    apply_adapter(model, LoraConfig(r=8))
+    tensors = [*model.parameters(), *model.buffers()]
+    assert found.training.weights == sum(tensor.nbytes for tensor in tensors)
+    plain = plan_of(model_name_or_path="builtin:tiny", lora=True, r=8)
+    assert plain.training.peak - found.training.peak == plain.training.weights - found.training.weights > 0
+    assert plain.time == found.time
+    with pytest.raises(ConfigError, match=f"--base_quantization {quantization} rounds .* add --lora"):
+        plan_of(base_quantization=quantization)
 
 
 def test_what_ranks_share() -> None:

@@ -18,7 +18,7 @@ from bloomlm.data.loader import Batch, collate
 from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.embedding import ReplacedRows
-from bloomlm.model.quantized import dequantize_rows
+from bloomlm.model.quantized import INT8, Quantization, dequantize_rows
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_labels
 from bloomlm.training.objectives.cross_entropy import batch_loss, evaluate_loss
@@ -38,9 +38,9 @@ def batch() -> Batch:
     return collate(some_examples())
 
 
-def with_rows(base: Path, moved: float = 0.1, *, int8: bool = False) -> BloomForCausalLM:
+def with_rows(base: Path, moved: float = 0.1, *, quantization: Quantization | None = None) -> BloomForCausalLM:
     """A model of which TOKENS' rows and a LoRA learn, the rows away from the embedding's."""
-    model = load_model(base, int8=int8)
+    model = load_model(base, quantization=quantization)
     apply_adapter(model, LoraConfig(r=3, trained_tokens=TOKENS), torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_half_precision_stays_near(base: Path, batch: Batch, dtype: torch.dtype)
 
 
 def test_on_an_int8_base_equals_the_same_values_in_fp32(base: Path, batch: Batch) -> None:
-    model, exact = with_rows(base, int8=True), with_rows(base)
+    model, exact = with_rows(base, quantization=INT8), with_rows(base)
     quantized = dict(model.named_modules())
     with torch.no_grad():
         for name, module in exact.named_modules():

@@ -91,6 +91,7 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"torch_compile": True}, "times slower"),
         ({"base_quantization": "int8"}, "add --lora"),
         ({"base_quantization": "int8", "prefix_tuning": True}, "add --lora"),
+        ({"base_quantization": "nf4", "lora": True}, r"pip install 'bloomlm\[nf4\]'"),
         ({"device": "gpu"}, "--device cpu"),
         ({"do_train": False}, "nothing to do"),
         ({"do_eval": True, "do_train": False, "lora": True}, "fresh adapter"),

@@ -266,6 +266,10 @@ def check_unused(config: TrainingConfig, notices: list[str]) -> None:
         notices.append("--dataloader_num_workers is not used: batches are slices of tokens that are in memory already")
     if config.warmup_steps > 0 and config.warmup_ratio > 0:
         notices.append("--warmup_ratio is not used: --warmup_steps is given too and overrides it")
+    if config.find_learning_rate and (not config.do_train or config.resume_from_checkpoint):
+        raise ConfigError("--find_learning_rate tries rates on a fresh model; add --do_train, and resume from nothing")
+    if config.find_learning_rate and config.learning_rate != default_of("learning_rate"):
+        notices.append(f"--learning_rate {config.learning_rate:g} is not used: --find_learning_rate looks for one")
     if config.early_stopping_patience is not None and not (config.do_train and config.do_eval):
         raise ConfigError("--early_stopping_patience counts evaluations during training; add --do_train and --do_eval")
     if config.early_stopping_patience is None and config.early_stopping_threshold > 0:

@@ -80,6 +80,8 @@ class TrainingConfig(Flags):
         "LoRA+: learning rate of LoRA's matrix B divided by that of A; 16 is usual", above=0)
     neftune_noise_alpha: float = flag("training", 0.0,
         "NEFTune: size of the noise on the embeddings of training, usually 5 to 15; 0 turns it off", minimum=0)
+    find_learning_rate: bool = flag("training", False,
+        "do not train: try rising learning rates for 100 steps, suggest one, and draw learning_rate.png")
     early_stopping_patience: int | None = flag("training", None,
         "end after so many evaluations in a row that did not improve metric_for_best_model  [default: never]",
         minimum=1)

@@ -14,6 +14,7 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.training_state import checkpoint_path, checkpoint_step
 from bloomlm.parallel.launch import check_agreement, joined_ranks
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.learning_rate_range import find_learning_rate
 from bloomlm.training.loop import LoopConfig, train
 from bloomlm.training.meter import (
     PROFILE_DIRECTORY,
@@ -26,7 +27,6 @@ from bloomlm.training.meter import (
 from bloomlm.training.output_dir import (
     MERGED_DIRECTORY,
     CheckpointWriter,
-    changed_flags,
     prepare,
     write_run_file,
 )
@@ -46,27 +46,29 @@ from bloomlm.training.results import (
     write_results,
 )
 from bloomlm.training.resume import restore, restore_resume_point
-from bloomlm.training.run_plan import RunPlan, TrainingPlan
+from bloomlm.training.run_plan import TrainingPlan
 from bloomlm.training.setup import RunSetup, build_trainer, load_batches, set_up
-from bloomlm.training.summary import print_summary, run_title, write_picture
+from bloomlm.training.summary import print_summary, run_title, show_notices, write_picture
 
 __all__ = ["FinetuneResult", "finetune"]
 
 
 def finetune(config: TrainingConfig) -> FinetuneResult:
-    """Fine-tune and evaluate a model; if output_dir holds checkpoints, resume from the newest.
+    """Fine-tune and evaluate a model, resuming from the newest checkpoint in output_dir; or find a learning rate.
 
     Raises:
         ConfigError: flags that cannot be used.
         CheckpointError, DataError: files that cannot be read or written.
         TrainingError: training cannot continue.
     """
+    if config.find_learning_rate:
+        return find_learning_rate(config)
     plan = resolve(config, Machine.here())
     with joined_ranks(plan.parallelism.degrees, plan.model.device.type) as mesh:
         check_agreement({f"--{name}": value for name, value in asdict(plan.flags).items()}, mesh)
         checkpoint = on_main(lambda: prepare(plan.output, trains=plan.training is not None), mesh)
         console = Console(stderr=True, quiet=not mesh.is_main)
-        _show_notices(plan, checkpoint, console)
+        show_notices(plan, checkpoint, console)
         setup = set_up(plan, checkpoint, console, mesh)
         training = setup.plan.training
         run = EvaluationRun(setup) if training is None else TrainingRun(setup, training)
@@ -258,15 +260,6 @@ class EvaluationRun:
         outcome = FinetuneResult(output_dir=directory, step=0, interrupted=False, eval_metrics=metrics)
         _report(self._setup, outcome)
         return outcome
-
-
-def _show_notices(plan: RunPlan, checkpoint: Path | None, console: Console) -> None:
-    notices = list(plan.notices)
-    if checkpoint is not None:
-        changes = changed_flags(plan.flags)
-        notices.append(f"resuming from {checkpoint}" + (f"; changed since the run began: {changes}" if changes else ""))
-    for notice in notices:
-        console.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _reporter(setup: RunSetup, history: History) -> Reporter:

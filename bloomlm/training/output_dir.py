@@ -46,10 +46,10 @@ RUN_FILE = "run.yaml"
 MERGED_DIRECTORY = "merged"
 
 # Files that may exist before the first checkpoint; a run that was killed by then starts from the beginning.
-_EARLY_NAMES = re.compile(r"run\.yaml|metrics\.jsonl|runs|\..*|.*\.log")
+_EARLY_NAMES = re.compile(r"run\.yaml|metrics\.jsonl|runs|learning_rate\.png|\..*|.*\.log")
 # Everything that a run writes and that --overwrite_output_dir removes.
 _OWN_NAMES = re.compile(
-    r"run\.yaml|metrics\.jsonl|runs|merged|loss\.png|infer_result\.json|trainer_state\.json"
+    r"run\.yaml|metrics\.jsonl|runs|merged|(loss|learning_rate)\.png|infer_result\.json|trainer_state\.json"
     r"|(train|eval|all)_results\.json|checkpoint-\d+|prefix_projection\.safetensors"
     r"|adapter_(config\.json|model\.safetensors)|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors"
     r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|special_tokens_map\.json"

@@ -152,7 +152,9 @@ class FinetuneResult:
     merged_path: Path | None = None
     """The model with its adapter merged into it; None unless merge_weights was given."""
     picture_path: Path | None = None
-    """loss.png; None if it could not be drawn."""
+    """loss.png, or learning_rate.png of a range test; None if it could not be drawn."""
+    suggested_learning_rate: float | None = None
+    """What find_learning_rate suggests; None if no rate lowered the loss, and for other runs."""
 
 
 @dataclass(kw_only=True)

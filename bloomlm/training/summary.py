@@ -23,7 +23,7 @@ from bloomlm.model.quantized import weights_per_element
 from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.meter import PROFILE_DIRECTORY
-from bloomlm.training.output_dir import RUN_FILE
+from bloomlm.training.output_dir import RUN_FILE, changed_flags
 from bloomlm.training.report import METRICS_FILE, duration
 from bloomlm.training.reporters.base import RUNS_DIRECTORY
 from bloomlm.training.results import ALL_RESULTS_FILE, ANSWERS_FILE, FinetuneResult, History
@@ -61,6 +61,16 @@ def describe_parameters(model: BloomForCausalLM, mesh: Mesh) -> str:
         return line
     own = sum(math.prod(stop - start for start, stop in own_bounds(n, p, mesh)) for n, p in model.named_parameters())
     return f"{line}; {mesh.degrees} hold {own / total:.1%} of them each"
+
+
+def show_notices(plan: RunPlan, checkpoint: Path | None, console: Console) -> None:
+    """Print a line for each flag that does nothing or was decided, and for the checkpoint that a run resumes from."""
+    notices = list(plan.notices)
+    if checkpoint is not None:
+        changes = changed_flags(plan.flags)
+        notices.append(f"resuming from {checkpoint}" + (f"; changed since the run began: {changes}" if changes else ""))
+    for notice in notices:
+        console.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_title(plan: RunPlan) -> str:

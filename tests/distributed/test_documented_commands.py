@@ -50,6 +50,7 @@ NOT_RUN = {
     "bloomlm demo": "takes minutes; `make demo` runs it",
     "bloomlm finetune --optim adamw_8bit": "needs bitsandbytes; tests/unit/test_adamw_8bit.py runs it",
     "bloomlm finetune --lora --r 8 --base_quantization nf4": "needs bitsandbytes; tests/unit/test_finetune.py runs it",
+    "import optuna": "needs optuna; tests/unit/test_sweep.py runs it",
     "bloomlm finetune --report_to tensorboard,wandb": "needs wandb; tests/unit/test_reporters.py runs it",
     "bloomlm finetune ... --resume_from_checkpoint": "needs a run of PaddleNLP's; tests/unit/test_paddle_finetune.py has one",
     "#!/bin/bash\n#SBATCH": "needs Slurm",

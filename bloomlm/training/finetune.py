@@ -48,7 +48,7 @@ from bloomlm.training.results import (
 from bloomlm.training.resume import restore, restore_resume_point
 from bloomlm.training.run_plan import TrainingPlan
 from bloomlm.training.setup import RunSetup, build_trainer, load_batches, set_up
-from bloomlm.training.summary import print_summary, run_title, show_notices, write_picture
+from bloomlm.training.summary import print_summary, show_notices, write_picture
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -136,7 +136,7 @@ class TrainingRun:
         self.reporter.close()
         picture_path, directory = None, self._setup.plan.output.directory
         if self._setup.mesh.is_main:
-            picture_path = write_picture(self._history, directory, run_title(self._setup.plan))
+            picture_path = write_picture(self._history, directory, self._setup.plan)
             self._history.write(directory)
         outcome = replace(
             self._outcome(result), eval_metrics=eval_metrics, merged_path=merged_path, picture_path=picture_path

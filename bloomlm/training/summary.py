@@ -41,6 +41,10 @@ _EVAL_NAMES = {
     "eval_loss": "loss on the evaluation examples",
     "eval_ppl": "perplexity",
     "eval_accuracy": "tokens predicted correctly",
+    "eval_rewards_chosen": "reward of chosen answers",
+    "eval_rewards_rejected": "reward of rejected answers",
+    "eval_rewards_margin": "difference of the rewards",
+    "eval_rewards_accuracy": "pairs in the right order",
     "eval_exact_match": "answers that match exactly",
     "eval_rouge1": "ROUGE-1",
     "eval_rouge2": "ROUGE-2",
@@ -171,22 +175,23 @@ def _files(plan: RunPlan, outcome: FinetuneResult) -> dict[str, Path]:
     return files
 
 
-def write_picture(history: History, output_dir: Path, title: str) -> Path | None:
+def write_picture(history: History, output_dir: Path, plan: RunPlan) -> Path | None:
     """Draw loss.png and return its path; return None if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     path = output_dir / PICTURE_FILE
-    draw_losses(history.log_history, path, title)
+    draw_losses(history.log_history, path, run_title(plan), plan.objective.loss_unit)
     return path
 
 
-def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str, loss_unit: str) -> None:
     """Draw the log of a run into a PNG file: training and evaluation loss above, learning rate below.
 
     Args:
         log_history: entries in the order of steps, each with step and any of loss, learning_rate and eval_loss.
         path: the file to write.
         title: shown above the picture.
+        loss_unit: over what the loss is a mean, in the singular.
     """
     # matplotlib is an extra and slow to import; without pyplot it needs no display and has no global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -197,6 +202,7 @@ def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     _draw_loss_panel(losses, log_history)
+    losses.set_ylabel(f"loss per {loss_unit} (nats)")
     steps, values = _series(log_history, "learning_rate")
     rates.plot(steps, values, color=_RATE, linewidth=1.6, marker="o" if len(steps) == 1 else None)
     rates.set_ylabel("learning rate")
@@ -237,7 +243,6 @@ def _draw_loss_panel(axes: Any, log_history: Sequence[dict[str, Any]]) -> None:
             color=_EVAL,
             fontsize=9,
         )
-    axes.set_ylabel("loss per learned token (nats)")
     if steps or eval_steps:
         axes.legend(frameon=False)
         low, high = min([*values, *eval_values]), max([*values, *eval_values])

@@ -252,15 +252,15 @@ def test_picture_is_drawn_from_the_log(tmp_path: Path, monkeypatch: pytest.Monke
     assert _series(log, "eval_loss") == ([2], [2.0])
     assert _smoothed([1.0, 2.0, 6.0, 3.0], 2) == [1.5, 3.0, 11 / 3, 4.5]
     history = History(max_steps=3, num_train_epochs=1.0, log_history=log)
-    path = write_picture(history, tmp_path, "tiny")
+    path = write_picture(history, tmp_path, planned(dataset_name_or_path="builtin:dates"))
     assert path == tmp_path / "loss.png"
     png = path.read_bytes()
     assert png.startswith(b"\x89PNG") and struct.unpack(">II", png[16:24]) == (1200, 840)
-    draw_losses([{"step": i, "loss": 1.0, "learning_rate": 1.0} for i in range(1, 200)], path, "x")
+    draw_losses([{"step": i, "loss": 1.0, "learning_rate": 1.0} for i in range(1, 200)], path, "x", "pair")
     assert path.read_bytes() != png
-    draw_losses([], path, "nothing logged")
+    draw_losses([], path, "nothing logged", "pair")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert write_picture(history, tmp_path, "tiny") is None
+    assert write_picture(history, tmp_path, planned(dataset_name_or_path="builtin:dates")) is None
 
 
 def outcome(**changes: Any) -> FinetuneResult:

@@ -85,8 +85,14 @@ def test_answers_of_a_template_without_blocks_are_found_by_prefixes() -> None:
     assert answers == ["\n中é </assistant>", "(no)</assistant>"]
 
 
-def test_a_template_that_changes_earlier_turns_needs_blocks() -> None:
-    forgets = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
+@pytest.mark.parametrize(
+    "forgets",
+    [
+        "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% if loop.last and m.role == 'assistant' %}!{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_that_changes_earlier_turns_needs_blocks(forgets: str) -> None:
     with pytest.raises(DataError, match=r"first 3 messages. Put \{% generation %\}"):
         answers_of(forgets)
 

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 import bloomlm
+import bloomlm.export.formats.pt2
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.cli import main as cli
 from bloomlm.cli.chat import Chat
@@ -150,6 +151,7 @@ def test_sampled_answers_differ_unless_there_is_a_seed(
 def test_a_program_answers_like_its_model(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(bloomlm.export.formats.pt2, "find_compiler", lambda: None)  # compiling takes minutes
     path = tmp_path / "inference" / "bloom"
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["export", "--model_name_or_path", str(model), "--output_path", str(path), "--no_verify"])

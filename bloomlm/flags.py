@@ -10,6 +10,7 @@ evaluation can declare their flags without the command line.
 """
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -26,6 +27,8 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "maximum": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PrefixLayoutName = Literal["old", "new"]
@@ -82,6 +85,11 @@ def same_flag(config_class: type[Any], name: str, **changes: Any) -> Any:
     original = next(item for item in fields(config_class) if item.name == name)
     default = changes.pop("default", original.default)
     return field(default=default, metadata={**original.metadata, **changes})
+
+
+def unescaped(text: str) -> str:
+    r"""A text from the command line: \n, \t and \\, which a shell hands over as two characters, become one."""
+    return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 @dataclass(frozen=True, kw_only=True)

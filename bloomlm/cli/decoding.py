@@ -1,17 +1,15 @@
 """Flags that say how a completion is decoded."""
 
 import logging
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from bloomlm.flags import Flags, flag
+from bloomlm.flags import Flags, flag, unescaped
 from bloomlm.generation.config import GenerationConfig
 
 _LOG = logging.getLogger(__name__)
 # Passed on to GenerationConfig unless they are None.
 _OPTIONS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p", "min_p")
-_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class DecodingFlags(Flags):
             decode_strategy=decode_strategy,
             seed=seed,
             max_new_tokens=max_new_tokens,
-            stop=[re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text) for text in self.stop],
+            stop=[unescaped(text) for text in self.stop],
             **{name: getattr(self, name) for name in _OPTIONS},
             **options,
         )

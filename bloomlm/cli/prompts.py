@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomlm.data.chat_template import ChatTemplate, Message, with_given_template
+from bloomlm.data.chat_template import Message, chat_template_of, with_given_template
 from bloomlm.data.files import FileRows, Row, RowSource
-from bloomlm.data.messages import read_messages
+from bloomlm.data.messages import has_messages, read_messages
 from bloomlm.data.rows import PromptTemplate, read_pair, read_source
 from bloomlm.data.splits import BUILTIN_PREFIX, open_dataset
 from bloomlm.data.tokenizer import Tokenizer
@@ -50,12 +50,7 @@ class Conversations:
             DataError: the template does not take a conversation.
         """
         tokenizer = with_given_template(tokenizer, self.chat_template)
-        if tokenizer.chat_template is None:
-            raise ConfigError(
-                f"--messages_file: {tokenizer.name} has no chat template; give --chat_template plain or "
-                "--chat_template FILE, a Jinja template"
-            )
-        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        template = chat_template_of(tokenizer, "--messages_file holds conversations")
         texts, targets = [], []
         for messages, where in self.rows:
             asked = messages
@@ -75,10 +70,14 @@ class PromptFlags(Flags):
 
     prompt: tuple[str, ...] = flag("prompts", (), "text to complete; give the flag again for more", repeatable=True)
     data_file: str | None = flag(
-        "prompts", None, "prompts: .txt (one on each line), .jsonl, .json or .csv (rows as in training), builtin:dates"
+        "prompts",
+        None,
+        "prompts: .txt (one on each line), .jsonl, .json, .csv or .parquet (rows as in training), builtin:dates",
     )
     messages_file: str | None = flag(
-        "prompts", None, "conversations to answer: .jsonl or .json with `messages` or ShareGPT's `conversations`"
+        "prompts",
+        None,
+        "conversations to answer: .jsonl, .json or .parquet with `messages` or ShareGPT's `conversations`",
     )
     chat_template: str | None = flag(
         "prompts", None, "Jinja template of --messages_file: a file, or plain  [default: that of the model]"
@@ -195,6 +194,9 @@ def _open_rows(name: str) -> RowSource:
 
 
 def _from_rows(rows: RowSource, template: PromptTemplate | None) -> Prompts:
+    first = next(iter(rows.rows()), None)
+    if first is not None and template is None and has_messages(first.fields):
+        raise ConfigError(f"{rows.name}: its rows are conversations; give the file as --messages_file")
     pairs = [(read_source(row, template), _target(row, template)) for row in rows.rows()]
     if not pairs:
         raise DataError(f"{rows.name}: no rows in it; expected at least one")

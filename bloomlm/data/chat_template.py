@@ -170,6 +170,24 @@ def with_given_template(tokenizer: Tokenizer, name: str | None) -> Tokenizer:
     return tokenizer.with_chat_template(template.text)
 
 
+def chat_template_of(tokenizer: Tokenizer, reason: str) -> ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: has it, or was given one.
+        reason: why there must be one, for the message, such as "talks.jsonl holds conversations".
+
+    Raises:
+        ConfigError: there is none, or it is not a Jinja template.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{reason}, and {tokenizer.name} has no chat template; give --chat_template plain or "
+            "--chat_template FILE, a Jinja template"
+        )
+    return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+
+
 class _GenerationBlocks(Extension):
     """The block {% generation %}: its text, between two marks where the variable _MARKS holds them."""
 

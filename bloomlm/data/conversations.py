@@ -14,13 +14,13 @@ import jinja2
 import numpy as np
 
 from bloomlm.data.cache import Arrays
-from bloomlm.data.chat_template import ChatTemplate, Message
+from bloomlm.data.chat_template import ChatTemplate, Message, chat_template_of
 from bloomlm.data.example import Example
 from bloomlm.data.example_set import ExampleSet, cached_arrays, example_arrays, in_chunks
 from bloomlm.data.files import FileRows, RowSource
 from bloomlm.data.messages import read_messages
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import ConfigError, DataError
+from bloomlm.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,17 +72,17 @@ def load_conversations(
         show_progress: whether a terminal shows a bar while texts are tokenised.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or its template is none.
+        ConfigError: the tokenizer has no chat template, or what it has is not a Jinja template.
         DataError: a row is no conversation with an answer, the template does not take it, or there are no rows.
     """
     source: RowSource = FileRows(rows) if isinstance(rows, str | Path) else rows
-    template = _template_of(tokenizer, source)
+    template = chat_template_of(tokenizer, f"{source.name} holds conversations")
     encoder = _Encoder(tokenizer, template, learn_last_turn=learn_last_turn)
     arrays, from_cache = cached_arrays(
         source,
         tokenizer,
         lambda: _tokenise(source, encoder, max_length, show_progress=show_progress),
-        settings=(template, max_length, learn_last_turn, jinja2.__version__),
+        settings=(template.text, max_length, learn_last_turn, jinja2.__version__),
         modules=("chat_template.py", "conversations.py", "messages.py", "rows.py"),
         cache_dir=cache_dir,
     )
@@ -100,15 +100,6 @@ def load_conversations(
     return examples
 
 
-def _template_of(tokenizer: Tokenizer, source: RowSource) -> str:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"{source.name} holds conversations, and {tokenizer.name} has no chat template; give --chat_template plain "
-            "or --chat_template FILE, a Jinja template"
-        )
-    return tokenizer.chat_template
-
-
 def _warn_of_endless_answers(example: Example, tokenizer: Tokenizer) -> None:
     start, stop = example.learned[-1]
     if tokenizer.eos_token_id not in example.tokens[start:stop]:
@@ -122,9 +113,9 @@ def _warn_of_endless_answers(example: Example, tokenizer: Tokenizer) -> None:
 class _Encoder:
     """Conversations -> examples, of any length."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, *, learn_last_turn: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, learn_last_turn: bool) -> None:
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(template, tokenizer.special_tokens)
+        self._template = template
         self._learn_last_turn = learn_last_turn
 
     def encode(self, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> list[Example]:

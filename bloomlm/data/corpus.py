@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bloomlm.data.files import ROW_SUFFIXES, FileRows, Row, RowSource
-from bloomlm.data.rows import read_pair
+from bloomlm.data.rows import checked_text, field_names, read_pair
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import DataError
 
@@ -192,16 +192,8 @@ def text_of(row: Row) -> str:
         DataError: it is missing, or is not text.
     """
     if "text" not in row.fields:
-        raise DataError(f"{row.where}: found the fields {', '.join(row.fields) or 'none'}, expected 'text'")
-    text = row.fields["text"]
-    if not isinstance(text, str):
-        found = "null" if text is None else f"{type(text).__name__} {text!r:.40}"
-        raise DataError(f"{row.where}: 'text' is {found}, expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{row.where}: 'text' holds half of a surrogate pair, which is no character") from error
-    return text
+        raise DataError(f"{row.where}: found the fields {field_names(row.fields)}, expected 'text'")
+    return checked_text(row.fields["text"], row.where, "text")
 
 
 def _path_of(name: str) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bloomlm.data.chat_template import Message
 from bloomlm.data.files import Row
-from bloomlm.data.rows import checked_text
+from bloomlm.data.rows import checked_text, field_names
 from bloomlm.errors import DataError
 
 
@@ -55,7 +55,7 @@ def read_messages(row: Row) -> list[Message]:
     forms = [form for form in _FORMS if form.field in row.fields]
     if len(forms) != 1:
         expected = " or ".join(form.field for form in _FORMS)
-        raise DataError(f"{row.where}: found the fields {', '.join(row.fields) or 'none'}, expected {expected}")
+        raise DataError(f"{row.where}: found the fields {field_names(row.fields)}, expected {expected}")
     form = forms[0]
     turns = row.fields[form.field]
     if not isinstance(turns, list) or not turns:
@@ -77,7 +77,7 @@ def _message(turn: object, where: str, form: _Form) -> Message:
         raise DataError(f"{where} is {turn!r:.60}; expected an object with {form.role!r} and {form.text!r}")
     for name in (form.role, form.text):
         if name not in turn:
-            raise DataError(f"{where}: found the fields {', '.join(map(str, turn)) or 'none'}, expected {name!r}")
+            raise DataError(f"{where}: found the fields {field_names(turn)}, expected {name!r}")
     for name in _UNSUPPORTED:
         if turn.get(name) not in (None, []):
             raise DataError(f"{where}: found {name!r}, which cannot be learned; expected {form.text!r} alone")

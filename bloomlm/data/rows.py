@@ -11,18 +11,16 @@
 With a prompt template, the template builds the source instead.
 """
 
-import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bloomlm.data.files import Row
 from bloomlm.errors import ConfigError, DataError
+from bloomlm.flags import unescaped
 
 # The prompt of question generation on DuReader: given an answer and its context, write the question.
 QUESTION_GENERATION_PROMPT = "答案：{title}，上下文：{source}在已知答案的前提下，问题："
-
-_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +44,8 @@ class PromptTemplate:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        unescaped = re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
         try:
-            self._parts = list(string.Formatter().parse(unescaped))
+            self._parts = list(string.Formatter().parse(unescaped(text)))
         except ValueError as error:
             raise ConfigError(
                 f"prompt_template {text!r}: {error}. Write a field as {{name}}, and {{{{ or }}}} for a brace itself"

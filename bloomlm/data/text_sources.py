@@ -12,12 +12,11 @@ A mixture is a YAML list; paths are relative to its file:
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from bloomlm.data.corpus import TEXT_SUFFIX
 from bloomlm.data.files import FileRows, RowSource
@@ -26,6 +25,7 @@ from bloomlm.data.token_files import TextInput, file_inputs, load_token_files, r
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.data.windows import TextWindows
 from bloomlm.errors import DataError
+from bloomlm.files.yaml_text import read_yaml
 
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 _NAME = re.compile(r"[\w.-]+")
@@ -62,16 +62,16 @@ def is_text_path(path: str | Path) -> bool:
 def sources_of_path(path: str | Path) -> TextSources:
     """One source: a file, or all files of a directory."""
     found = Path(path).expanduser()
-    return TextSources(
-        name=str(found), sources=(TextSource(name=found.stem, inputs=lambda: file_inputs(found)),)
-    )  # fmt: skip
+    source = TextSource(name=str(found), inputs=lambda: file_inputs(found))
+    return TextSources(name=str(found), sources=(source,))
 
 
 def sources_of_rows(rows: RowSource) -> TextSources:
     """One source: rows with a field `text`."""
     if isinstance(rows, FileRows):
         return sources_of_path(rows.path)
-    return TextSources(name=rows.name, sources=(TextSource(name=rows.name, inputs=lambda: [rows_input(rows)]),))
+    source = TextSource(name=rows.name, inputs=lambda: [rows_input(rows)])
+    return TextSources(name=rows.name, sources=(source,))
 
 
 def read_mixture(path: str | Path, *, weighted: bool = True) -> TextSources:
@@ -86,11 +86,15 @@ def read_mixture(path: str | Path, *, weighted: bool = True) -> TextSources:
     """
     path = Path(path).expanduser()
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({error})") from error
+        entries = read_yaml(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a YAML list of sources") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not YAML ({error}); expected a list of sources, each with name and path") from error
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path}: expected a list of sources, each with name, path and weight; found {entries!r:.60}")
+        raise DataError(
+            f"{path}: expected a list of sources, each with name, path and weight; found {reprlib.repr(entries)}"
+        )
     required = _REQUIRED if weighted else _REQUIRED[:-1]
     sources = tuple(
         _read_source(entry, path, f"{path}, source {number}", required, weighted=weighted)
@@ -118,7 +122,7 @@ def load_mixture(texts: TextSources, tokenizer: Tokenizer, max_length: int, *, s
 
 def _read_source(entry: Any, path: Path, where: str, required: tuple[str, ...], *, weighted: bool) -> TextSource:
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: found {entry!r:.60}, expected {', '.join(required)} with their values")
+        raise DataError(f"{where}: found {reprlib.repr(entry)}, expected {', '.join(required)} with their values")
     known = [key for key in _KEYS if weighted or key != "weight"]
     for problem in _problems(entry, known, required):
         raise DataError(f"{where}: {problem}")
@@ -140,7 +144,7 @@ def _problems(entry: dict[str, Any], known: list[str], required: tuple[str, ...]
             yield f"it has no {key}; expected {', '.join(required)}"
     for key, value in entry.items():
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
-            yield f"{key} is {value!r:.40}, expected {'a number' if key == 'weight' else 'text'}"
+            yield f"{key} is {reprlib.repr(value)}, expected {'a number' if key == 'weight' else 'text'}"
     for key in ("name", "language"):
         if key in entry and not _NAME.fullmatch(entry[key]):
             yield f"{key} is {entry[key]!r:.40}, expected letters, digits, _ . and -"

@@ -216,6 +216,13 @@ class Vocabulary:
         return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)
 
 
+def zero_of(hidden: Tensor, weight: Tensor, replaced: ReplacedRows | None) -> Tensor:
+    """A scalar zero that depends on what a loss with labelled rows depends on, so that the same gradients exist."""
+    learned = [weight[:1]] if weight.requires_grad else []
+    learned += [] if replaced is None else [replaced.rows]
+    return sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0
+
+
 def memory_for(weight: Tensor, dtype: torch.dtype, spare: list[Tensor] | None) -> Tensor:
     """A tensor of the weight's shape with any contents: one of `spare`, which loses it, or a new one."""
     while spare:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
 from bloomlm.parallel.collectives import TensorParallelGroup
-from bloomlm.parallel.vocabulary_head import Vocabulary, VocabularyHead, exp_and_sum, memory_for
+from bloomlm.parallel.vocabulary_head import Vocabulary, VocabularyHead, exp_and_sum, memory_for, zero_of
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
@@ -51,10 +51,7 @@ def linear_log_probs(
     """
     hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
-        # nothing that depends on the same tensors as anything else, so that their gradients exist
-        learned = [weight[:1]] if weight.requires_grad else []
-        learned += [] if replaced is None else [replaced.rows]
-        return (sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0).expand(0)
+        return zero_of(hidden, weight, replaced).expand(0)
     rows, places = (None, None) if replaced is None else (replaced.rows, replaced.places)
     tensors = hidden, weight, rows, places, labels, weight_scale
     log_probs: Tensor = _LinearLogProbs.apply(

@@ -445,6 +445,14 @@ def test_messages_that_cannot_be_used(
     assert message in capsys.readouterr().err
 
 
+def test_conversations_as_prompts_are_pointed_to_their_flag(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks = write_talks(tmp_path / "talks.jsonl", TALKS)
+    assert run("--model_name_or_path", base, "--data_file", talks) == 2
+    assert "its rows are conversations; give the file as --messages_file" in capsys.readouterr().err
+
+
 def test_a_chat_template_needs_messages(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--model_name_or_path", base, "--prompt", "a", "--chat_template", "plain") == 2
     assert "give --messages_file, or leave it out" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""Batches of answers that are compared: packed like other examples, the answers of a pair one after the other.
+"""Batches of preference data: packed like other examples, the answers of a pair one after the other.
 
-What a loss over whole answers needs besides tokens and labels is which labels belong to which answer, and what a
-reference model thinks of it.
+Besides tokens and labels, a loss over whole answers needs to know which labels belong to which answer, and the answer's
+log-probability under the reference model.
 """
 
 from collections.abc import Sequence

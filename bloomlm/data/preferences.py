@@ -24,6 +24,8 @@ from bloomlm.data.rows import PromptTemplate, TextPair, field_names, filled, tex
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
 
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+JUDGED_FIELDS = ("prompt", "completion", "label")
 NO_REFERENCE = (float("nan"), float("nan"))
 
 Scores = npt.NDArray[np.float64]
@@ -228,9 +230,10 @@ class JudgedAnswers(ComparedSet):
 def _read_answers(row: Row, template: PromptTemplate | None, fields: tuple[str, ...]) -> list[TextPair]:
     expected = fields if template is None else fields[1:]
     if missing := [name for name in expected if name not in row.fields]:
+        hint = "; for rows of judged answers, give --preference kto" if row.fields.keys() >= {*JUDGED_FIELDS} else ""
         raise DataError(
             f"{row.where}: found the fields {field_names(row.fields)}, expected {', '.join(expected)}; "
-            f"{' and '.join(missing)} is missing"
+            f"missing: {', '.join(missing)}{hint}"
         )
     prompt = filled(text_field(row, "prompt") if template is None else template.fill(row), row, "prompt")
     names = [name for name in fields[1:] if name != "label"]
@@ -247,11 +250,11 @@ def _label(row: Row) -> bool:
 
 _PAIRS = PairForm(
     name="preference pair",
-    read=lambda row, template: _read_answers(row, template, ("prompt", "chosen", "rejected")),
+    read=lambda row, template: _read_answers(row, template, PAIR_FIELDS),
     modules=("preferences.py",),
 )
 _JUDGED = PairForm(
     name="judged answer",
-    read=lambda row, template: _read_answers(row, template, ("prompt", "completion", "label")),
+    read=lambda row, template: _read_answers(row, template, JUDGED_FIELDS),
     modules=("preferences.py",),
 )

@@ -90,7 +90,7 @@ def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
             "always done; --train_file names other data"
         )
     if wants_train and not (config.train_file or config.mixture or dataset):
-        raise ConfigError("--do_train needs training examples: give --train_file or --dataset_name_or_path")
+        raise ConfigError("--do_train needs training data: give --train_file, --mixture or --dataset_name_or_path")
     return replace(config, do_train=wants_train, do_eval=wants_eval, dataset_name_or_path=dataset)
 
 

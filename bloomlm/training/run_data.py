@@ -13,7 +13,7 @@ from bloomlm.data.examples import load_examples
 from bloomlm.data.files import RowSource
 from bloomlm.data.messages import has_messages
 from bloomlm.data.mixture import Mixture
-from bloomlm.data.preferences import ComparedSet
+from bloomlm.data.preferences import JUDGED_FIELDS, ComparedSet
 from bloomlm.data.rows import has_target
 from bloomlm.data.splits import resolve_splits
 from bloomlm.data.text_sources import (
@@ -36,17 +36,16 @@ _LOG = logging.getLogger(__name__)
 
 MOST_HELD_OUT = 1000
 PAIR_FLAGS = ("src_length", "tgt_length", "prompt_template")
+"""The flags that act on pairs of a source and a target, which are also options of load_examples."""
 
 
 def _load_pairs(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
-    return load_examples(
-        rows,
-        tokenizer,
-        src_length=data.src_length,
-        tgt_length=data.tgt_length,
-        prompt_template=data.prompt_template,
-        show_progress=data.show_progress,
-    )
+    return load_examples(rows, tokenizer, **_pair_options(data))
+
+
+def _pair_options(data: DataPlan) -> dict[str, Any]:
+    """The options of load_examples."""
+    return {"show_progress": data.show_progress, **{name: getattr(data, name) for name in PAIR_FLAGS}}
 
 
 def _load_conversations(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
@@ -87,19 +86,12 @@ RAW_TEXT = DataForm(name="raw text", fits=_is_raw_text, load=_load_texts, flags=
 
 
 def _form_of(kind: type[ComparedSet]) -> DataForm:
-    """Answers that are compared, which an objective asks for, whatever the first row is."""
+    """Preference data, which an objective asks for, whatever the first row is."""
 
     def load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
-        return kind.load(
-            rows,
-            tokenizer,
-            src_length=data.src_length,
-            tgt_length=data.tgt_length,
-            prompt_template=data.prompt_template,
-            show_progress=data.show_progress,
-        )
+        return kind.load(rows, tokenizer, **_pair_options(data))
 
-    return DataForm(name="answers that are compared", fits=lambda fields: True, load=load, flags=PAIR_FLAGS)
+    return DataForm(name="preference data", fits=lambda fields: True, load=load, flags=PAIR_FLAGS)
 
 
 def _refuse_answers(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
@@ -144,6 +136,8 @@ def _load(
     kind = objective.compared_set
     form = next(form for form in FORMS if form.fits(first)) if kind is None else _form_of(kind)
     _warn_of_unused(form, source.name, data)
+    if kind is None and first.keys() >= {*JUDGED_FIELDS}:
+        _LOG.warning("%s: without --preference kto its labels are not used: all answers are learned", source.name)
     return form.load(source, data, tokenizer)
 
 
@@ -213,7 +207,7 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
     data, trains, evaluates = plan.data, plan.training is not None, plan.evaluation.evaluates
     train_source, dev_source = _open(data)
     if trains and train_source is None:
-        raise ConfigError(f"{data.name} has no training examples; give --train_file or another data set")
+        raise ConfigError(f"{data.name} has no training examples; give --train_file, --mixture or another data set")
     holds_out = evaluates and dev_source is None
     if holds_out and train_source is None:
         raise ConfigError(f"{data.name} has no examples to evaluate on; give --eval_file")
@@ -223,7 +217,7 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
         train = _load(train_source, data, tokenizer, plan.objective)
     if dev_source is not None and (evaluates or plan.evaluation.num_written_answers > 0):
         dev = _load(dev_source, data, tokenizer, plan.objective)
-    if isinstance(dev or train, Mixture):
+    if isinstance(train if dev is None else dev, Mixture):
         check_texts(data, plan.evaluation)
     if trains and train is not None:
         descriptions += [

@@ -108,11 +108,12 @@ def test_judged_answers_meet_the_answer_of_another_row(
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
-        (AnswerPairs, {"prompt": "a", "chosen": "b"}, "expected prompt, chosen, rejected; rejected is missing"),
+        (AnswerPairs, {"prompt": "a", "chosen": "b"}, "expected prompt, chosen, rejected; missing: rejected"),
+        (AnswerPairs, JUDGED[0], "missing: chosen, rejected; for rows of judged answers, give --preference kto"),
         (AnswerPairs, {"src": "a", "tgt": "b"}, "found the fields src, tgt, expected prompt, chosen, rejected"),
         (AnswerPairs, {"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is int 3, expected text"),
         (AnswerPairs, {"prompt": "a", "chosen": " ", "rejected": "c"}, "the 'chosen' is empty"),
-        (JudgedAnswers, {"prompt": "a", "completion": "b"}, "label is missing"),
+        (JudgedAnswers, {"prompt": "a", "completion": "b"}, "missing: label"),
         (
             JudgedAnswers,
             {"prompt": "a", "completion": "b", "label": "good"},

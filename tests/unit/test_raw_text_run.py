@@ -161,9 +161,10 @@ def test_flags_that_raw_text_cannot_follow_are_refused(
             r"--tgt_length, --src_length: not used, because the rows of en\.jsonl are raw text",
         ),
         ({"train_file": "pairs.jsonl", "max_length": 9}, "--max_length: not used, because the rows of pairs"),
+        ({"train_file": "judged.jsonl"}, r"judged\.jsonl: without --preference kto its labels are not used"),
     ],
 )
-def test_lengths_without_effect_are_noted(
+def test_what_has_no_effect_is_noted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -173,6 +174,7 @@ def test_lengths_without_effect_are_noted(
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path)
     (tmp_path / "pairs.jsonl").write_text('{"src": "a", "tgt": "b"}\n')
+    (tmp_path / "judged.jsonl").write_text('{"prompt": "a", "completion": "b", "label": false}\n')
     run(tmp_path, max_steps=1, **{"max_length": 1024} | flags)
     assert re.search(message, caplog.text)
 
@@ -196,7 +198,8 @@ def test_rows_of_the_hub_stream_into_the_same_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", "cannot be read as YAML"),
+        ("a: [", "not YAML"),
+        ("- name: 2024-13-45", "not YAML"),
         ("a: 1", "expected a list of sources, each with name, path and weight; found {'a': 1}"),
         ("- just", "source 1: found 'just', expected name, path, weight with their values"),
         ("- {name: a, path: a, weight: 1}\n- {name: b, weight: 1}", "source 2: it has no path"),

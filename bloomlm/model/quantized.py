@@ -12,8 +12,12 @@ Products convert some rows at a time back to floating point, so a whole copy nev
 its kind.
 """
 
+import importlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +31,16 @@ BLOCK_ELEMENTS = 2**22
 """Elements that are converted at a time: 16 MiB in fp32, small enough for caches, large enough for GPUs."""
 
 Device = torch.device | str
+
+
+@cache
+def bitsandbytes_functional() -> ModuleType:
+    """The module bitsandbytes.functional, which is an extra.
+
+    On some CPUs bitsandbytes advises to install a kernel for a product that nothing here uses; that is not shown.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return importlib.import_module("bitsandbytes.functional")
 
 
 def weights_per_element(tensor: Tensor) -> int:
@@ -81,13 +95,12 @@ def quantize_rows_nf4(weight: Tensor, name: str, device: Device = "cpu") -> tupl
         CheckpointError: the weight holds NaN or infinity.
         ConfigError: its rows are not a multiple of 64 long.
     """
-    from bitsandbytes.functional import quantize_4bit  # an extra
-
     num_rows, width = weight.shape
     if width % NF4_BLOCK:
         raise ConfigError(
             f"{name} has rows of {width} weights, and nf4 needs a multiple of {NF4_BLOCK}; use --base_quantization int8"
         )
+    quantize_4bit = bitsandbytes_functional().quantize_4bit
     quantized, scale = empty_nf4(num_rows, width, device)
     for rows in row_blocks(weight):
         block = weight[rows].detach().to(device, torch.float32).contiguous()
@@ -108,11 +121,10 @@ def dequantize_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
     if weight.dtype is not torch.uint8:
         rows = weight.to(torch.float32).mul_(scale[:, None])
         return rows.to(dtype)
-    from bitsandbytes.functional import QuantState, dequantize_4bit  # an extra
-
+    functional = bitsandbytes_functional()
     shape = torch.Size((len(weight), 2 * weight.shape[1]))
-    state = QuantState(scale.reshape(-1), shape=shape, dtype=dtype, blocksize=NF4_BLOCK, quant_type="nf4")
-    found: Tensor = dequantize_4bit(weight.reshape(-1, 1), state)
+    state = functional.QuantState(scale.reshape(-1), shape=shape, dtype=dtype, blocksize=NF4_BLOCK, quant_type="nf4")
+    found: Tensor = functional.dequantize_4bit(weight.reshape(-1, 1), state)
     return found
 
 

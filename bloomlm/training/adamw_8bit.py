@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bloomlm.model.quantized import bitsandbytes_functional
+
 BLOCK_VALUES = 256
-"""8-bit moments: values that share a scale; the kernels of bitsandbytes support no other number."""
+"""Values that share a scale; the kernels of bitsandbytes support no other number."""
 MIN_VALUES = 4096
-"""8-bit moments: smaller parameters (biases, norms) keep fp32 moments, as in bitsandbytes, which take little memory."""
+"""Smaller parameters (biases, norms) keep fp32 moments, as in bitsandbytes, which take little memory."""
 PIECE_VALUES = 2**20
-"""8-bit moments: values that are updated at once. The embedding of a large model is too large for the kernels, which
+"""Values that are updated at once. The embedding of a large model is too large for the kernels, which
 make five fp32 copies of their input on a CPU, and count in 32 bits on a GPU. A piece consists of whole blocks, so the
 results are the same."""
 
@@ -33,8 +35,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], betas: tuple[float, float], epsilon: float) -> None:
-        from bitsandbytes import functional  # an extra
-
+        functional = bitsandbytes_functional()
         super().__init__([dict(group) for group in groups], {"lr": 0.0, "betas": betas, "eps": epsilon})
         self._kernels = functional
         device = self.param_groups[0]["params"][0].device

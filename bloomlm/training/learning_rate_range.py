@@ -134,7 +134,7 @@ def _lines(found: RangeTest, config: TrainingConfig, picture: Path | None) -> li
     if picture is not None:
         lines.append(f"picture in {picture}")
     if found.suggestion is None:
-        return [*lines, "no learning rate lowered the loss; give more steps, larger batches, or --max_grad_norm 1"]
+        return [*lines, "no learning rate lowered the loss; give more steps (--max_steps), or larger batches"]
     command = shlex.join(["bloomlm", "finetune", *_words(config), "--learning_rate", f"{found.suggestion:.1e}"])
     return [*lines, f"suggested learning rate: {found.suggestion:.1e}", f"  {command}"]
 
@@ -169,7 +169,7 @@ def _write_picture(found: RangeTest, directory: Path, title: str) -> Path | None
     axes.set_ylabel("loss in training")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")  # the losses begin high
     figure.suptitle(title, fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "bloomlm"})

@@ -40,11 +40,14 @@ _LONGEST_PROMPT = 100
 _EVAL_NAMES = {
     "eval_loss": "loss on the evaluation examples",
     "eval_ppl": "perplexity",
+    "eval_bits_per_byte": "bits per byte",
     "eval_accuracy": "tokens predicted correctly",
     "eval_rewards_chosen": "reward of chosen answers",
     "eval_rewards_rejected": "reward of rejected answers",
     "eval_rewards_margin": "difference of the rewards",
     "eval_rewards_accuracy": "pairs in the right order",
+    "eval_kl": "divergence from the reference model",
+    "eval_chosen_nll": "cross entropy of chosen sequences",
     "eval_exact_match": "answers that match exactly",
     "eval_rouge1": "ROUGE-1",
     "eval_rouge2": "ROUGE-2",
@@ -79,7 +82,7 @@ def show_notices(plan: RunPlan, checkpoint: Path | None, console: Console) -> No
 
 def run_title(plan: RunPlan) -> str:
     """Title of the picture: the model, the training data, and how the model learns."""
-    data = plan.data.dataset_name_or_path or Path(plan.data.train_file or "").name
+    data = plan.data.dataset_name_or_path or Path(plan.data.train_file or plan.data.mixture or "").name
     how = ", ".join(filter(None, (plan.adapter.describe(), plan.objective.describe())))
     name = plan.model.name_or_path
     return f"{name if ':' in name else '/'.join(Path(name).parts[-2:])} on {data}\n{how}"
@@ -101,7 +104,7 @@ def print_summary(console: Console, plan: RunPlan, outcome: FinetuneResult, exam
 
 
 def next_commands(plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -> list[str]:
-    """Shell commands that use the results of a run."""
+    """Shell commands that use the results of a run; `example_prompt` is empty for raw text, which has none."""
     output_dir = str(outcome.output_dir)
     prompt = example_prompt if example_prompt and len(example_prompt) <= _LONGEST_PROMPT else "Your prompt"
     if outcome.train_metrics is None:
@@ -110,14 +113,20 @@ def next_commands(plan: RunPlan, outcome: FinetuneResult, example_prompt: str) -
         model = ["--model_name_or_path", output_dir]
     else:
         model = ["--model_name_or_path", plan.model.name_or_path, f"--{plan.adapter.path_flag}", output_dir]
+    if plan.data.chat_template is not None:
+        return [shlex.join(["bloomlm", "chat", *model]), *_tensorboard_command(plan, outcome)]
     commands = [f"{shlex.join(['bloomlm', 'predict', *model, '--prompt'])} {_quoted(prompt)}"]
     dataset = plan.data.dataset_name_or_path or ""
     data_file = plan.data.eval_file or (dataset if dataset.startswith(BUILTIN_PREFIX) else None)
-    if data_file is not None:
+    if data_file is not None and example_prompt:
         commands.append(shlex.join(["bloomlm", "predict", *model, "--data_file", data_file]))
-    if outcome.train_metrics is not None and "tensorboard" in plan.report.trackers:
-        commands.append(shlex.join(["tensorboard", "--logdir", str(outcome.output_dir / RUNS_DIRECTORY)]))
-    return commands
+    return [*commands, *_tensorboard_command(plan, outcome)]
+
+
+def _tensorboard_command(plan: RunPlan, outcome: FinetuneResult) -> list[str]:
+    if outcome.train_metrics is None or "tensorboard" not in plan.report.trackers:
+        return []
+    return [shlex.join(["tensorboard", "--logdir", str(outcome.output_dir / RUNS_DIRECTORY)])]
 
 
 def _quoted(text: str) -> str:

@@ -1,5 +1,7 @@
 """Quantised weights: their rounding, and a model on them against one in fp32 that holds the same values."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -245,3 +247,10 @@ def test_what_quantised_weights_cannot_do_is_said(checkpoint: Path, tmp_path: Pa
     with pytest.raises(AdapterError, match="were quantised when it was loaded"):
         merge_to_directory(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_bitsandbytes_advises_nothing_when_it_is_imported() -> None:
+    pytest.importorskip("bitsandbytes")
+    code = "from bloomlm.model.quantized import bitsandbytes_functional; bitsandbytes_functional()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr == ""

@@ -28,7 +28,15 @@ from bloomlm.training.results import (
     write_results,
 )
 from bloomlm.training.run_plan import RunPlan
-from bloomlm.training.summary import _series, _smoothed, draw_losses, next_commands, print_summary, write_picture
+from bloomlm.training.summary import (
+    _series,
+    _smoothed,
+    draw_losses,
+    next_commands,
+    print_summary,
+    run_title,
+    write_picture,
+)
 from tests.short_runs import save_figure
 
 
@@ -311,10 +319,18 @@ def test_next_command_names_what_was_trained() -> None:
         "bloomlm predict --model_name_or_path 'my out' --prompt 'Your prompt'",
         "bloomlm predict --model_name_or_path 'my out' --data_file e.jsonl",
     ]
+    assert next_commands(full, outcome(output_dir=Path("my out")), "")[1:] == []  # raw text has no prompts
+    talks = planned(train_file="t.jsonl", eval_file="e.jsonl", chat_template="plain", report_to="none")
+    assert next_commands(talks, outcome(), "User: a") == ["bloomlm chat --model_name_or_path out"]
     prefix = planned(train_file="t.jsonl", prefix_tuning=True)
     assert next_commands(prefix, outcome(), "it's") == [
         "bloomlm predict --model_name_or_path bigscience/bloom-560m --prefix_path out --prompt 'it'\"'\"'s'"
     ]
+
+
+def test_the_title_of_a_picture_names_a_mixture() -> None:
+    plan = planned(model_name_or_path="builtin:tiny", mixture="texts/mixture.yaml", lora=True)
+    assert run_title(plan).startswith("builtin:tiny on mixture.yaml\n")
 
 
 def test_units() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# The escape of half of a pair of surrogates, which alone is no character.
+# The escape of half of a surrogate pair, which alone is no character.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -65,7 +65,7 @@ def _one_kind_of_error() -> Iterator[None]:
     except RecursionError as error:
         raise json.JSONDecodeError("it is nested too deeply", "", 0) from error
     except UnicodeEncodeError as error:
-        raise json.JSONDecodeError("it has half of a pair of surrogates", "", 0) from error
+        raise json.JSONDecodeError("it has half of a surrogate pair", "", 0) from error
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError(f"byte {error.start + 1} is not UTF-8", "", 0) from error
     except ValueError as error:  # a number of thousands of digits

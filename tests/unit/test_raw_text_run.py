@@ -158,7 +158,7 @@ def test_flags_that_raw_text_cannot_follow_are_refused(
     [
         (
             {"train_file": "en.jsonl", "src_length": 9, "tgt_length": 8},
-            r"--tgt_length, --src_length: not used, because the rows of en\.jsonl are raw text",
+            r"--src_length, --tgt_length: not used, because the rows of en\.jsonl are raw text",
         ),
         ({"train_file": "pairs.jsonl", "max_length": 9}, "--max_length: not used, because the rows of pairs"),
         ({"train_file": "judged.jsonl"}, r"judged\.jsonl: without --preference kto its labels are not used"),

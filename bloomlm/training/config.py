@@ -20,8 +20,8 @@ class TrainingConfig(Flags):
     paddle_tokenization: bool = same_flag(ModelFlags, "paddle_tokenization")
 
     train_file: str | None = flag("data", None,
-        "training data: rows (.jsonl, .json, .csv, .parquet) of pairs, conversations, preferences or texts; a .txt "
-        "file; or a directory of texts")
+        "training data: rows of pairs, texts, conversations or preferences (.jsonl, .json, .csv, .parquet), .txt, or a "
+        "directory")
     eval_file: str | None = flag("data", None, "evaluation data, in the same formats; for --mixture also such a file")
     dataset_name_or_path: str | None = flag("data", None,
         "a data set with both: builtin:dates, a directory with train.json and dev.json, or a name on the hub")

@@ -95,7 +95,7 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
         ({"device": "gpu"}, "--device cpu"),
         ({"do_train": False}, "nothing to do"),
         ({"do_eval": True, "do_train": False, "lora": True}, "fresh adapter"),
-        ({"train_file": None, "eval_file": "e.jsonl"}, "needs training examples"),
+        ({"train_file": None, "eval_file": "e.jsonl"}, "needs training data"),
         ({"train_file": None, "do_generation": True}, "no data is named"),
         ({"dataset_name_or_path": "builtin:dates"}, "both name"),
         ({"evaluation_strategy": "epoch", "do_eval": False}, "contradict"),

@@ -289,6 +289,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", default="1,4,8,16")
+    parser.add_argument("--lora_layers", choices=("query_key_value", "all"), default="query_key_value")
     parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--long_tokens", type=int, default=2000)

@@ -113,27 +113,29 @@ def program(args: argparse.Namespace, side: str) -> Path:
 
 
 def adapters(args: argparse.Namespace, count: int) -> dict[str, Path]:
-    """Random LoRAs of rank 8 for the model, by name, made on first use."""
+    """Random LoRAs of rank 8 on args.lora_layers of the model, by name, made on first use."""
     base = model_directory(args)
     root = Path(tempfile.gettempdir(), "bloomlm-bench", "tiny") if args.size == "tiny" else base
-    found = {f"lora{number}": root.with_name(f"{root.name}-lora{number}") for number in range(count)}
+    kind = "" if args.lora_layers == "query_key_value" else f"-{args.lora_layers}"
+    found = {f"lora{number}": root.with_name(f"{root.name}-lora{number}{kind}") for number in range(count)}
     for path in found.values():
         if not path.exists():
-            _write_adapter(base, path)
+            _write_adapter(base, path, args.lora_layers)
     return found
 
 
-def _write_adapter(base: Path, directory: Path) -> None:
+def _write_adapter(base: Path, directory: Path, layers: str) -> None:
     import torch
 
     from bloomlm.adapters.base import apply_adapter
-    from bloomlm.adapters.lora import LoraConfig
+    from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
     from bloomlm.checkpoint.adapters.peft import save_adapter
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.files.atomic import atomic_directory
 
     model = load_model(str(base))
-    apply_adapter(model, LoraConfig(r=8), torch.Generator().manual_seed(0))
+    targets = BLOCK_LINEARS if layers == "all" else (layers,)
+    apply_adapter(model, LoraConfig(r=8, target_modules=targets), torch.Generator().manual_seed(0))
     with torch.no_grad(), atomic_directory(directory) as temporary:
         for name, weight in model.named_parameters():
             if name.endswith("lora_B"):

@@ -242,7 +242,8 @@ class Trainer:
             )
             result.loss.backward()
             for name, value in {"loss": result.loss.detach(), **result.sums}.items():
-                totals[name] = totals[name] + value if name in totals else value
+                # without terms a loss has the dtype of the weights, and ranks must exchange numbers of one dtype
+                totals[name] = totals.get(name, 0.0) + value.float()
         values = self.mesh.sum_over(torch.stack(list(totals.values())), ("dp_replicate", "dp_shard"))
         add_up_gradients(self.learned.gradients(), self.mesh)
         norm = global_norm(self.learned.named_gradients(), self.mesh)

@@ -81,7 +81,11 @@ def test_ranks_compute_what_one_rank_does(ranks: RankPool, name: str, case: str,
     assert len({step["loss"] for step in expected["steps"]}) == 4
     degrees = SETUPS[setup]
     for found in ranks.run(degrees.world_size, run, OBJECTIVES[name], CASES[case], degrees):
-        for one, other in zip(found["steps"], expected["steps"], strict=True):
+        for number, (one, other) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
+            if (
+                number == 0 and case == "full"
+            ):  # the model is its reference: rounding alone decides which answer is ahead
+                one, other = ({k: v for k, v in step.items() if k != "ordered"} for step in (one, other))
             assert one.pop("skipped") is other.get("skipped") is None
             assert one == pytest.approx({k: v for k, v in other.items() if k != "skipped"}, rel=2e-5, abs=2e-5)
         assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=2e-5, abs=2e-5)

@@ -94,9 +94,11 @@ def test_half_precision(ranks: RankPool, half: torch.dtype, half_weights: bool) 
     expected, whole = forward_and_backward(Case(), 1), forward_and_backward(case, 1)
     found = ranks.run(2, forward_and_backward, case, 2)[0]
     for name, exact in expected.items():
-        # both round to half in other places: the ranks' error may be about as large as one device's
+        # both round to half in other places: the ranks' error may be about as large as one device's, which may be small
+        # by chance
         errors = [float((result[name].double() - exact.double()).norm()) for result in (found, whole)]
-        assert errors[0] <= 3 * errors[1] + 1e-5 * float(exact.double().norm()), (name, errors)
+        allowed = max(1e-5, torch.finfo(half).eps / 8) * float(exact.double().norm())
+        assert errors[0] <= 3 * errors[1] + allowed, (name, errors)
 
 
 def parts_of_model(case: Case) -> dict[str, tuple[int, ...]]:

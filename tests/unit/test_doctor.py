@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from bloomlm.cli import doctor as verb
 from bloomlm.cli.main import main
 from bloomlm.diagnosis import machine
 from bloomlm.diagnosis.self_test import Check, self_test
+from bloomlm.kernels import compiled
+from bloomlm.kernels.compiled import load_operators
 from bloomlm.model import attention, decoding
 
 CPU = torch.device("cpu")
@@ -37,9 +40,25 @@ def test_attention_that_is_slightly_wrong_in_one_precision_is_found(monkeypatch:
 
     monkeypatch.setattr(attention, "_fused_kernel", wrong)
     monkeypatch.setattr(attention, "_is_faster_in_blocks", lambda query: False)
+    monkeypatch.setattr(compiled, "_loaded", None)
     names = set(failed())
     assert {"logits in fp32", "loss and gradients in fp32", "LoRA: losses of 3 steps in fp32"} <= names
     assert not names & {"logits in bf16", "logits in fp16", "packed documents equal single ones"}
+
+
+def test_an_operator_that_is_slightly_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_operators()
+    loaded = compiled.operators()
+    if loaded is None or loaded.causal is None:
+        pytest.skip("there is no C++ compiler, no AVX2, or an old PyTorch")
+    causal = loaded.causal
+
+    def wrong(*arguments: Tensor) -> None:
+        causal(*arguments)
+        arguments[4].mul_(1.001)
+
+    monkeypatch.setattr(compiled, "_loaded", replace(loaded, causal=wrong))
+    assert {"logits in fp32", "loss and gradients in fp32", "LoRA: losses of 3 steps in fp32"} <= set(failed())
 
 
 def test_a_cache_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --tuning full
     python benchmarks/train_step.py --tuning lora
     python benchmarks/train_step.py --tuning prefix
+    python benchmarks/train_step.py --tuning lora --base_quantization nf4
     python benchmarks/train_step.py --tuning full --profile
     python benchmarks/train_step.py --tuning full --device cuda --bf16 --batch_size 16 --steps 20 --warm_up 5
 
@@ -10,6 +11,7 @@ Every step takes one batch of 2 examples (100-500 source and 20-100 target token
 AdamW, labels on the target only. Prints tokens per second (real tokens; pads do not count), peak memory, the losses of
 both sides, the ratios, and what part of the machine's peak each side reaches: the arithmetic that training needs (not
 what is computed beside it) by time, against large products by the faster of torch's libraries in the same process.
+With --base_quantization transformers has its own way to the same: LLM.int8 or QLoRA of bitsandbytes.
 """
 
 import argparse
@@ -49,13 +51,15 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.kernels.compiled import load_operators
     from bloomlm.model.documents import Documents
+    from bloomlm.model.quantized import QUANTIZATIONS
     from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
     from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
     from bloomlm.training.meter import StepFlops
 
     keep_freed_memory()  # as every command does
     load_operators()  # as fine-tuning does
-    model = load_model(str(random_model(args.size)), device=args.device)
+    quantization = QUANTIZATIONS.get(args.base_quantization)
+    model = load_model(str(random_model(args.size)), device=args.device, quantization=quantization)
     adapters = {
         "full": FullTuning(),
         "lora": LoraConfig(r=LORA_RANK),
@@ -82,14 +86,21 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
             start = stop
         tokens, labels = tokens.to(args.device), labels.to(args.device)
         learned = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        weight = model.transformer.word_embeddings.weight
+        embedding = model.transformer.word_embeddings
         scale = 1 / len(learned)
         with autocast(args):
             hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
-            loss = linear_cross_entropy(hidden[learned], weight, labels[learned], scale=scale, gradient_memory=memory)
+            loss = linear_cross_entropy(
+                hidden[learned],
+                embedding.weight,
+                labels[learned],
+                weight_scale=embedding.weight_scale,
+                scale=scale,
+                gradient_memory=memory,
+            )
         loss.backward()
         optimizer.step()
-        memory = [] if weight.grad is None else [weight.grad]  # as in Trainer
+        memory = [] if embedding.weight.grad is None else [embedding.weight.grad]  # as in Trainer
         optimizer.zero_grad()
         yield loss.item(), flops.of([len(example) for example, _ in batch], len(learned))
 
@@ -105,9 +116,20 @@ def prefix_values(config):
 def transformers_steps(args: argparse.Namespace, batches: list):
     """The same with transformers' model and its own loss, padded to the longest example of the batch."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(random_model(args.size), dtype=torch.float32)
+    quantization = {
+        "none": None,
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    }[args.base_quantization]
+    model = AutoModelForCausalLM.from_pretrained(
+        random_model(args.size), dtype=torch.float32, quantization_config=quantization
+    )
+    if quantization is not None:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if args.tuning == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -199,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=("bloomlm", "transformers"))
     parser.add_argument("--tuning", choices=("full", "lora", "prefix"), default="full")
+    parser.add_argument("--base_quantization", choices=("none", "int8", "nf4"), default="none")
     parser.add_argument("--size", default="560m")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=2)
@@ -210,6 +233,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="fp32 weights, products in bf16 by autocast")
     parser.add_argument("--profile", action="store_true", help="bloomlm alone, and what its steps spend their time on")
     args = parser.parse_args()
+    if args.base_quantization != "none" and args.tuning != "lora":
+        parser.error(f"--base_quantization {args.base_quantization} is for --tuning lora, not {args.tuning}")
     if args.side:
         print(json.dumps(run(args)))
         return
@@ -219,10 +244,12 @@ def main() -> None:
         return
     arguments = ["--tuning", args.tuning, "--size", args.size, "--steps", str(args.steps)]
     arguments += ["--batch_size", str(args.batch_size), "--warm_up", str(args.warm_up), "--device", args.device]
+    arguments += ["--base_quantization", args.base_quantization]
     arguments += ["--bf16"] if args.bf16 else []
     results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)
     precision = "bf16" if args.bf16 else "fp32"
-    print(f"{args.tuning} fine-tuning, bloom-{args.size} shape, {precision}; {machine(args.device)}")
+    base = "" if args.base_quantization == "none" else f" on {args.base_quantization}"
+    print(f"{args.tuning} fine-tuning{base}, bloom-{args.size} shape, {precision}; {machine(args.device)}")
     print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'of peak':>10}  losses")
     needed = median(results["bloomlm"], "tflop_a_token") * 1e3
     for side, rounds in results.items():

@@ -94,7 +94,8 @@ def measure_training(args: argparse.Namespace, vocab_size: int) -> dict[str, flo
         for batch in train_step.draw_batches(args.steps + 1, batch_size=2)
     ]
     size = size_name(args.size, **changes(args, vocab_size))
-    steps = train_step.bloomlm_steps(argparse.Namespace(size=size, tuning="full"), batches)
+    options = argparse.Namespace(size=size, tuning="full", base_quantization="none", device="cpu", bf16=False)
+    steps = train_step.bloomlm_steps(options, batches)
     next(steps)
     seconds = []
     for _ in range(args.steps):

@@ -1,4 +1,4 @@
-"""What docs/serve.md and the help show: clients against a server, and servers that start with the flags shown."""
+"""What docs/serve.md, Containerfile and the help show: clients of a server, and servers with the flags shown."""
 
 import json
 import re
@@ -11,7 +11,8 @@ from bloomlm.cli.serve import command as serve_command
 from tests.clients.server import Server, running
 from tests.distributed.documented import Block, blocks, commands, words_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "serve.md"
 BLOCKS = list(blocks(PAGE))
 ADDRESS = "http://127.0.0.1:8000"
 PYTHON = [block for block in BLOCKS if block.is_python]
@@ -24,13 +25,13 @@ CURLS = [
 
 
 def start_commands() -> list[list[str]]:
-    """The flags of every server that the page and the help start."""
+    """The flags of every server that the page, the help and the container start."""
     assert serve_command.help is not None
     shown = re.findall(r"^ *bloomlm serve (.+)$", PAGE.read_text() + serve_command.help, re.MULTILINE)
     shown += re.findall(r"^ExecStart=/opt/bloomlm/bin/bloomlm serve (.+)$", PAGE.read_text(), re.MULTILINE)
+    container = (ROOT / "Containerfile").read_text()
     first, second = (
-        json.loads(re.findall(rf"^{word} (\[.*\])$", PAGE.read_text(), re.MULTILINE)[0])
-        for word in ("ENTRYPOINT", "CMD")
+        json.loads(re.findall(rf"^{word} (\[.*\])$", container, re.MULTILINE)[0]) for word in ("ENTRYPOINT", "CMD")
     )
     assert first[:2] == ["bloomlm", "serve"]
     return [*(words_of(text) for text in dict.fromkeys(shown)), [*first[2:], *second]]

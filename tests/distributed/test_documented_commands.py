@@ -45,7 +45,7 @@ NOT_RUN = {
     "from langchain": "the same",
     "vllm ": "needs vLLM",
     "pytest -n 10 tests/gpu": "needs a GPU; its tests are skipped without one",
-    "FROM ": "needs a container engine; tests/clients/test_docs.py starts the command in it",
+    "podman ": "needs a container engine; tests/clients/test_docs.py starts the command in Containerfile",
     "[Unit]": "needs systemd; tests/clients/test_docs.py starts the command in it",
     "bloomlm demo": "takes minutes; `make demo` runs it",
     "bloomlm finetune --optim adamw_8bit": "needs bitsandbytes; tests/unit/test_adamw_8bit.py runs it",
@@ -101,6 +101,7 @@ SUBSTITUTIONS = {
     r"--add_tokens \d+": "--add_tokens 2",
     r"checkpoints/bloom-560m/checkpoint-\d+": "paddle_model",
     r"--input checkpoints/paddle": "--input paddle_model",
+    r"^python -m tests\.fuzz": f"PYTHONPATH={ROOT} {sys.executable} -m tests.fuzz",
 }
 # Added to each command of a verb: the same work, in small.
 SMALLER = {

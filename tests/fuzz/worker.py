@@ -1,5 +1,6 @@
 """One mutation in a process of its own: what it did, how long it took, how much memory, and what it touched."""
 
+import ctypes
 import os
 import random
 import resource
@@ -143,6 +144,7 @@ class Runner:
         )
         os.chdir(directory)
         os.environ["BLOOMLM_CACHE"] = str(sandbox / "cache")
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the mutation before freed would hide what this one takes
         before = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of this mutation
         resource.setrlimit(resource.RLIMIT_AS, (status_bytes("VmSize") + limit, resource.RLIM_INFINITY))

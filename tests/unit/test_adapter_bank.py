@@ -22,6 +22,7 @@ from bloomlm.errors import AdapterError
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.quantized import INT8
 from tests.tiny_bloom import write_adapters
 from tests.tiny_checkpoint import TINY, random_model
 
@@ -197,11 +198,11 @@ def test_rows_have_the_logits_of_their_adapter_alone(together: BloomForCausalLM,
 
 @pytest.mark.parametrize(
     ("options", "bound"),
-    [({"int8": True}, 1e-5), ({"dtype": torch.bfloat16}, 0.06), ({"dtype": torch.float16}, 0.01)],
+    [({"quantization": INT8}, 1e-5), ({"dtype": torch.bfloat16}, 0.06), ({"dtype": torch.float16}, 0.01)],
     ids=["int8", "bf16", "fp16"],
 )
 def test_precisions(base: Path, paths: dict[str, Path], options: dict[str, Any], bound: float) -> None:
-    chosen = {name: path for name, path in paths.items() if "prefix" not in name or "int8" not in options}
+    chosen = {name: path for name, path in paths.items() if "prefix" not in name or "quantization" not in options}
     alone = models_alone(base, chosen, **options)
     errors = mixed_errors(model_of_all(base, chosen, **options), alone, seed=7)
     assert len(errors) > 40 and max(errors) < bound

@@ -61,9 +61,9 @@ def test_num_done_leaves_out_the_beginning_only(base: Path) -> None:
 
 def test_stop_texts_are_cut_off(base: Path) -> None:
     bloom = bloomlm.load(base)
-    [full] = bloom.generate("the end", max_new_tokens=20, min_new_tokens=20)
+    [full] = bloom.generate("the end", max_new_tokens=20)
     stop = full.completion[5:8]
-    [found] = bloom.generate("the end", max_new_tokens=20, min_new_tokens=20, stop=["never", stop])
+    [found] = bloom.generate("the end", max_new_tokens=20, stop=["never", stop])
     assert found.finish_reason == "stop"
     assert found.completion == full.completion[: full.completion.index(stop)]
     assert stop in bloom.tokenizer.decode(found.tokens)

@@ -220,6 +220,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def wait_until_it_waits(self, seconds: float = 60.0) -> None:
+        """Return when the program sleeps; input() overlooks a Ctrl-C that comes just before it does, until the next key."""
+        stat, end = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + seconds
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "the program is always busy"
+            time.sleep(0.01)
+
     def read_until(self, pattern: str, seconds: float = 120.0) -> str:
         """What is shown until a pattern occurs, without control sequences."""
         shown, end = b"", time.monotonic() + seconds
@@ -249,7 +256,10 @@ def test_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal = Terminal("--model_name_or_path", model, *PLAIN, "--min_new_tokens", 4000, "--max_new_tokens", 4000)
     try:
         terminal.read_until(r"a conversation(.|\n)*> $")
-        terminal.type("never mind\x03")  # Ctrl-C where nothing is answered forgets the line
+        terminal.type("never mind")
+        terminal.read_until("never mind")
+        terminal.wait_until_it_waits()
+        terminal.type("\x03")  # Ctrl-C where nothing is answered forgets the line
         terminal.read_until(r"\n> $")
         terminal.type("the end\n")
         terminal.read_until(r"the end\n.{20}")

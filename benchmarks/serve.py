@@ -185,7 +185,7 @@ def measure_prefix(args: argparse.Namespace, side: str, round_number: int) -> di
 def measure_lora(args: argparse.Namespace, side: str, round_number: int) -> dict[str, Row]:
     if side != "eager":
         return {}
-    found = adapters(args, NUM_LORAS)
+    found = adapters(args, NUM_LORAS, args.lora_layers)
     flags = [word for name, path in found.items() for word in ("--lora", f"{name}={path}")]
     prompts, rows = Prompts(args), {}
     with serving(args, side, *flags) as server:

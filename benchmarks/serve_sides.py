@@ -112,15 +112,15 @@ def program(args: argparse.Namespace, side: str) -> Path:
     return path
 
 
-def adapters(args: argparse.Namespace, count: int) -> dict[str, Path]:
-    """Random LoRAs of rank 8 on args.lora_layers of the model, by name, made on first use."""
+def adapters(args: argparse.Namespace, count: int, layers: str = "query_key_value") -> dict[str, Path]:
+    """Random LoRAs of rank 8 on a layer of the model, or on `all`, by name, made on first use."""
     base = model_directory(args)
     root = Path(tempfile.gettempdir(), "bloomlm-bench", "tiny") if args.size == "tiny" else base
-    kind = "" if args.lora_layers == "query_key_value" else f"-{args.lora_layers}"
+    kind = "" if layers == "query_key_value" else f"-{layers}"
     found = {f"lora{number}": root.with_name(f"{root.name}-lora{number}{kind}") for number in range(count)}
     for path in found.values():
         if not path.exists():
-            _write_adapter(base, path, args.lora_layers)
+            _write_adapter(base, path, layers)
     return found
 
 

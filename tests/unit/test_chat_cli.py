@@ -244,9 +244,12 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Let Ctrl-C of the terminal on standard input reach this process."""
+    """Let Ctrl-C of the terminal on standard input reach this process, also if the tests run where it is ignored."""
     import fcntl
+    import signal
     import termios
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

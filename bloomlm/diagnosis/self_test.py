@@ -21,7 +21,7 @@ from bloomlm.data.loader import Batch, BatchLoader, collate
 from bloomlm.errors import first_line
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.generate import generate
-from bloomlm.kernels.compiled import load_operators
+from bloomlm.kernels.compiled import load_operators_for
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.training.objectives.cross_entropy import batch_loss
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
@@ -58,8 +58,7 @@ class Check:
 
 def self_test(device: torch.device) -> Iterator[Check]:
     """Run the checks one after another; one that raises an error has failed."""
-    if device.type == "cpu":
-        load_operators()
+    load_operators_for(device)
     subject = _Subject(device)
     checks: tuple[tuple[str, float, Callable[[], float]], ...] = (
         ("logits in fp32", 1e-5, lambda: subject.logits_error(torch.float32)),

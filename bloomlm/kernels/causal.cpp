@@ -70,12 +70,31 @@ struct Attention {
 
 // Room that a thread uses for one document and head after another.
 struct Buffers {
-  std::vector<float> rows[2], turned, block[6], sums[2], gradients[2];
+  std::vector<float> rows[2], turned, block[7], sums[2], gradients[2];
   static float* sized(std::vector<float>& numbers, int64_t count) {
     if (static_cast<int64_t>(numbers.size()) < count) numbers.resize(count);
     return numbers.data();
   }
 };
+
+template <class T>
+void copy_rows(Rows<T> from, int64_t first, int64_t count, int64_t k, float* to) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t i = 0; i < k; ++i) to[row * k + i] = to_float(from.at(first + row)[i]);
+}
+
+// The first rows of [kBlock, K] into the columns of [K, kBlock].
+inline void turn(const float* rows, int64_t count, int64_t k, float* turned) {
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t row = 0; row < count; ++row) turned[i * kBlock + row] = rows[row * k + i];
+}
+
+// The first rows of [K, kBlock] turned back.
+template <class T>
+void copy_turned(const float* turned, int64_t count, int64_t k, Rows<T> to, int64_t first) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t i = 0; i < k; ++i) assign(to.at(first + row)[i], turned[i * kBlock + row]);
+}
 
 // Keys (which 1) or values (2) with the virtual ones before them, as [S', K] with zeros at the end of the last tile.
 template <class T>
@@ -84,9 +103,7 @@ float* gathered(const Attention<T>& a, int64_t document, int64_t head, int64_t w
   float* rows = Buffers::sized(room, rounded_up(count, kBlock) * k);
   if (a.num_virtual > 0)
     std::copy_n(a.virtuals + ((which - 1) * a.num_heads + head) * a.num_virtual * k, a.num_virtual * k, rows);
-  const Rows<T> from = a.part(document, head, which);
-  for (int64_t row = 0; row < num_new; ++row)
-    for (int64_t i = 0; i < k; ++i) rows[(a.num_virtual + row) * k + i] = to_float(from.at(row)[i]);
+  copy_rows(a.part(document, head, which), 0, num_new, k, rows + a.num_virtual * k);
   std::fill(rows + count * k, rows + rounded_up(count, kBlock) * k, 0.0f);
   return rows;
 }
@@ -94,20 +111,17 @@ float* gathered(const Attention<T>& a, int64_t document, int64_t head, int64_t w
 // [S', K] -> tiles [K, kBlock] of kBlock rows each.
 inline float* tiles_turned(const float* rows, int64_t count, int64_t k, std::vector<float>& room) {
   float* tiles = Buffers::sized(room, rounded_up(count, kBlock) * k);
-  for (int64_t tile = 0; tile < count; tile += kBlock)
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t row = 0; row < kBlock; ++row) tiles[tile * k + i * kBlock + row] = rows[(tile + row) * k + i];
+  for (int64_t tile = 0; tile < count; tile += kBlock) turn(rows + tile * k, kBlock, k, tiles + tile * k);
   return tiles;
 }
 
 // Some rows of K numbers as [kBlock, K] and [K, kBlock], with zeros for rows that are missing.
 template <class T>
 void both_ways(Rows<T> from, int64_t first, int64_t count, int64_t k, float* straight, float* turned) {
+  copy_rows(from, first, count, k, straight);
   std::fill(straight + count * k, straight + kBlock * k, 0.0f);
   if (count < kBlock) std::fill(turned, turned + kBlock * k, 0.0f);
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t i = 0; i < k; ++i)
-      turned[i * kBlock + row] = straight[row * k + i] = to_float(from.at(first + row)[i]);
+  turn(straight, count, k, turned);
 }
 
 // The rows of a tile that a product computes: those that some query of the block sees.
@@ -136,8 +150,7 @@ void attend_document(const Attention<T>& a, int64_t document, int64_t head, Buff
     for (int64_t tile = 0; tile < seen; tile += kBlock)
       multiply(k, columns, rows_of(tile, seen), values + tile * k, kBlock, scores + tile * kBlock, kBlock, result, kBlock,
                tile > 0);
-    for (int64_t row = 0; row < count; ++row)
-      for (int64_t i = 0; i < k; ++i) assign(out.at(first + row)[i], result[i * kBlock + row]);
+    copy_turned(result, count, k, out, first);
   }
 }
 
@@ -154,10 +167,9 @@ void attend_document_gradient(const Attention<T>& a, const Attention<T>& grad, i
     grads[which] = Buffers::sized(room.gradients[which], rounded_up(total, kBlock) * k);
     std::fill_n(grads[which], rounded_up(total, kBlock) * k, 0.0f);
   }
-  float* block[6];  // queries and gradients of the result, both ways; scores and their gradients
-  for (int64_t i = 0; i < 6; ++i) block[i] = Buffers::sized(room.block[i], kBlock * std::max(k, kBlock));
+  float* block[7];  // queries and gradients of the result, both ways; scores and their gradients; gradients of queries
+  for (int64_t i = 0; i < 7; ++i) block[i] = Buffers::sized(room.block[i], kBlock * std::max(k, kBlock));
   float *sums = Buffers::sized(room.sums[0], kBlock), *means = Buffers::sized(room.sums[1], kBlock);
-  std::vector<float> result(kBlock * k);
   const float factor = 1.0f / std::sqrt(static_cast<float>(k));
   for (int64_t first = 0; first < num_new; first += kBlock) {
     const int64_t count = std::min(kBlock, num_new - first), columns = rounded_up(count, 16);
@@ -177,11 +189,9 @@ void attend_document_gradient(const Attention<T>& a, const Attention<T>& grad, i
                          block[5]);
       multiply(rows, k, columns, block[5], kBlock, block[0], k, grads[0] + tile * k, k, true);
       multiply(rows, k, columns, block[4], kBlock, block[2], k, grads[1] + tile * k, k, true);
-      multiply(k, columns, rows, keys_turned + tile * k, kBlock, block[5], kBlock, result.data(), kBlock, tile > 0);
+      multiply(k, columns, rows, keys_turned + tile * k, kBlock, block[5], kBlock, block[6], kBlock, tile > 0);
     }
-    const Rows<T> grad_query = grad.part(document, head, 0);
-    for (int64_t row = 0; row < count; ++row)
-      for (int64_t i = 0; i < k; ++i) assign(grad_query.at(first + row)[i], result[i * kBlock + row]);
+    copy_turned(block[6], count, k, grad.part(document, head, 0), first);
   }
   for (int64_t which = 0; which < 2; ++which) {
     const Rows<T> to = grad.part(document, head, which + 1);

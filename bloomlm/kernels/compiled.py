@@ -44,17 +44,23 @@ class Operators:
     It takes queries [B, H, K], keys and values [R, H, M, K] with the same strides (all three may be views whose last
     dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each token.
     """
-    causal: Callable[..., None] | None = None
-    """Causal attention of whole documents: causal(fused, virtuals, slopes, starts, out, log_sums) writes the last two.
+    causal: "CausalOperators | None" = None
+    """None: PyTorch lacks the products that they need."""
 
-    Fused [N, H, 3, K] in fp32 or bf16, virtuals [2, H, P, K] and slopes [H] in fp32, int64 starts [D + 1] of documents
-    -> out [N, H * K] in the dtype of fused, log_sums [H, N] in fp32. None: PyTorch lacks the products that it needs.
-    """
-    causal_gradient: Callable[..., None] | None = None
-    """Its gradient, (grad_out, fused, virtuals, slopes, starts, out, log_sums, grad_fused, grad_virtuals).
 
-    It writes grad_fused, with the shape of fused, and grad_virtuals [D, 2, H, P, K], one for each document.
+@dataclass(frozen=True)
+class CausalOperators:
+    """Causal attention of whole documents, into tensors that exist.
+
+    Fused [N, H, 3, K] is in fp32 or bf16, virtuals [2, H, P, K] and slopes [H] in fp32, starts of documents [D + 1] in
+    int64.
     """
+
+    forward: Callable[..., None]
+    """(fused, virtuals, slopes, starts, out, log_sums) writes out [N, H * K], as fused, and log_sums [H, N] in fp32."""
+    gradient: Callable[..., None]
+    """(grad_out, fused, virtuals, slopes, starts, out, log_sums, grad_fused, grad_virtuals) writes the last two:
+    grad_fused with the shape of fused, and grad_virtuals [D, 2, H, P, K], one for each document."""
 
 
 def operators() -> Operators | None:
@@ -90,7 +96,13 @@ def load_operators() -> None:
     except RuntimeError as error:
         _LOG.info("attention of whole documents uses PyTorch's operator: %s", error)
         return
-    _loaded = replace(_loaded, causal=namespace.causal.default, causal_gradient=namespace.causal_gradient.default)
+    _loaded = replace(_loaded, causal=CausalOperators(namespace.causal.default, namespace.causal_gradient.default))
+
+
+def load_operators_for(device: torch.device) -> None:
+    """Load the operators if this is a CPU."""
+    if device.type == "cpu":
+        load_operators()
 
 
 def _library() -> Path:

@@ -56,17 +56,17 @@ class SelfAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         if extension is None and takes_causal(fused, dropout):
             context = causal_attention(fused, documents.lengths, alibi.slopes, virtual)
-            return self.dense(context if rows is None else context[rows])
-        with self.dense.partition.input_randomness() if dropout else nullcontext():
-            context = self.attend(
-                with_columns(fused, alibi.columns),
-                documents,
-                head_dim=self.head_dim,
-                virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
-                layer=layer,
-                extension=extension,
-                dropout=dropout,
-            )
+        else:
+            with self.dense.partition.input_randomness() if dropout else nullcontext():
+                context = self.attend(
+                    with_columns(fused, alibi.columns),
+                    documents,
+                    head_dim=self.head_dim,
+                    virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
+                    layer=layer,
+                    extension=extension,
+                    dropout=dropout,
+                )
         return self.dense(context if rows is None else context[rows])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bloomlm.kernels.compiled import Operators, operators
+from bloomlm.kernels.compiled import CausalOperators, operators
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -54,10 +54,10 @@ def causal_attention(
     return out
 
 
-def _loaded() -> Operators:
+def _causal_operators() -> CausalOperators:
     loaded = operators()
-    assert loaded is not None
-    return loaded
+    assert loaded is not None and loaded.causal is not None
+    return loaded.causal
 
 
 class _Causal(torch.autograd.Function):
@@ -65,9 +65,7 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, fused: Tensor, virtuals: Tensor, slopes: Tensor, starts: Tensor) -> Tensor:
         out = fused.new_empty(len(fused), fused.shape[1] * fused.shape[3])
         log_sums = slopes.new_empty(len(slopes), len(fused))
-        operator = _loaded().causal
-        assert operator is not None
-        operator(fused, virtuals, slopes, starts, out, log_sums)
+        _causal_operators().forward(fused, virtuals, slopes, starts, out, log_sums)
         ctx.save_for_backward(fused, virtuals, slopes, starts, out, log_sums)
         return out
 
@@ -77,7 +75,7 @@ class _Causal(torch.autograd.Function):
         fused, virtuals, slopes, starts, out, log_sums = ctx.saved_tensors
         grad_fused = torch.empty(fused.shape, dtype=fused.dtype)
         grad_virtuals = virtuals.new_empty(len(starts) - 1, *virtuals.shape)
-        operator = _loaded().causal_gradient
-        assert operator is not None
-        operator(grad_out.contiguous(), fused, virtuals, slopes, starts, out, log_sums, grad_fused, grad_virtuals)
+        _causal_operators().gradient(
+            grad_out.contiguous(), fused, virtuals, slopes, starts, out, log_sums, grad_fused, grad_virtuals
+        )
         return grad_fused, grad_virtuals.sum(0), None, None

@@ -31,7 +31,7 @@ REQUIRED = ("vocab_size", "hidden_size", "n_layer", "n_head")
 MOST_BLOCKS = 1000
 MOST_COLUMNS = 2**20
 MOST_TOKENS = 2**31
-POSITIVE = ("layer_norm_epsilon", "initializer_range")
+NON_NEGATIVE = ("layer_norm_epsilon", "initializer_range")
 PROBABILITIES = ("hidden_dropout", "attention_dropout")
 
 
@@ -87,7 +87,7 @@ class BloomConfig:
                 raise ConfigError(
                     f"BLOOM config: {name} is {getattr(self, name)}; expected at most {most} (BLOOM 176B has {largest})"
                 )
-        for name in POSITIVE:
+        for name in NON_NEGATIVE:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
                 raise ConfigError(f"BLOOM config: {name} is {value!r}; expected a number of at least 0")

@@ -20,7 +20,7 @@ from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.plan import GRADIENT_BYTES, Workload, block_linears, rank_numel
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
-_FP32, _FP64, _FP64 = 4, 8, 8
+_FP32, _FP64 = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from bloomlm.data.mixture import Mixture, MixtureOrder
 from bloomlm.data.preferences import ComparedSet
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError
-from bloomlm.kernels.compiled import load_operators
+from bloomlm.kernels.compiled import load_operators_for
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.launch import check_agreement
 from bloomlm.parallel.mesh import ALONE, Mesh
@@ -139,8 +139,7 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     It is read from the directory `source`, or from the checkpoint of a run that resumes and trains the whole model.
     """
     device = plan.model.device
-    if device.type == "cpu":
-        load_operators()
+    load_operators_for(device)
     generator = torch.Generator(device).manual_seed(plan.seed)
 
     def install(model: BloomForCausalLM) -> None:

@@ -133,14 +133,14 @@ class Counting:
     def __call__(self, *arguments: Tensor) -> None:
         self.calls += 1
         assert loaded is not None and loaded.causal is not None
-        loaded.causal(*arguments)
+        loaded.causal.forward(*arguments)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counting:
-    assert loaded is not None
+    assert loaded is not None and loaded.causal is not None
     counting = Counting()
-    monkeypatch.setattr(compiled, "_loaded", replace(loaded, causal=counting))
+    monkeypatch.setattr(compiled, "_loaded", replace(loaded, causal=replace(loaded.causal, forward=counting)))
     return counting
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,21 @@ class TrainingSet(Examples, Protocol):
         ...
 
 
-def num_held_out(length: int, most: int) -> int:
-    """How many of a number of examples are held out."""
-    return max(1, min(most, length // 20))
+class Divisible(Protocol):
+    """A set of examples that can be divided."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int, /) -> Self:
+        """The examples from start to stop - 1."""
+        ...
+
+
+D = TypeVar("D", bound=Divisible)
+
+
+def divide(examples: D, most: int) -> tuple[D, D]:
+    """The two parts of TrainingSet.hold_out."""
+    size = len(examples)
+    split = size - max(1, min(most, size // 20))
+    return examples.part(0, split), examples.part(split, size)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bloomlm.data.cache import Arrays, read_arrays, write_arrays
-from bloomlm.data.example import Example, num_held_out
+from bloomlm.data.example import Example, divide
 from bloomlm.data.files import RowSource
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.files.cache_directory import default_cache_dir
@@ -78,8 +78,7 @@ class ExampleSet(Generic[R]):
 
     def hold_out(self, most: int) -> "tuple[ExampleSet[R], ExampleSet[R]]":
         """The examples without the last 5 %, at least one and at most so many, and these."""
-        split = len(self) - num_held_out(len(self), most)
-        return self.part(0, split), self.part(split, len(self))
+        return divide(self, most)
 
     @property
     def name(self) -> str:

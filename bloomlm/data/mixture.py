@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from bloomlm.data.example import Example, num_held_out
+from bloomlm.data.example import Example, divide
 from bloomlm.data.loader import TokenBudget
 from bloomlm.data.permutation import Permutation
 from bloomlm.data.token_plan import Indices
@@ -114,11 +114,12 @@ class Mixture:
         """The sources without their last windows, and these; a source of one window keeps it."""
         kept, held_out = [], []
         for source in self.sources:
-            size = len(source.windows)
-            split = size - (num_held_out(size, most) if size > 1 else 0)
-            kept.append(replace(source, windows=source.windows.part(0, split)))
-            if split < size:
-                held_out.append(replace(source, windows=source.windows.part(split, size)))
+            if len(source.windows) == 1:
+                kept.append(source)
+                continue
+            first, last = divide(source.windows, most)
+            kept.append(replace(source, windows=first))
+            held_out.append(replace(source, windows=last))
         return Mixture(kept, self.max_length, name=self.name), Mixture(held_out, self.max_length, name=self.name)
 
     @property

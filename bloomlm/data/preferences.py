@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bloomlm.data.answer_batch import ComparedExample
-from bloomlm.data.example import Example, num_held_out
+from bloomlm.data.example import Example, divide
 from bloomlm.data.example_set import ExampleSet
 from bloomlm.data.examples import LoadReport, PairForm, load_examples
 from bloomlm.data.files import Row, RowSource
@@ -94,8 +94,7 @@ class ComparedSet(ABC):
 
     def hold_out(self, most: int) -> tuple[Self, Self]:
         """See TrainingSet."""
-        split = len(self) - num_held_out(len(self), most)
-        return self.part(0, split), self.part(split, len(self))
+        return divide(self, most)
 
     @abstractmethod
     def part(self, start: int, stop: int) -> Self:

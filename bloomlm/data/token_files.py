@@ -36,6 +36,7 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
 from bloomlm.files.atomic import atomic_write
 from bloomlm.files.cache_directory import default_cache_dir
+from bloomlm.files.json_text import read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class TokenFiles:
     """
 
     def __init__(self, directory: Path, name: str) -> None:
-        found = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+        found = read_json(directory / MANIFEST_FILE)
         self.directory = directory
         self.name = name
         self.size = Progress(**found["size"])
@@ -200,7 +201,7 @@ class _Writer:
         self._eos_token_id = eos_token_id
         self.done = Progress()
         if self._progress_path.is_file():
-            self.done = Progress(**json.loads(self._progress_path.read_text(encoding="utf-8")))
+            self.done = Progress(**read_json(self._progress_path))
         self._tokens = BlockWriter(directory / TOKENS_FILE, "<u4", self.done.num_tokens)
         self._ends = BlockWriter(directory / ENDS_FILE, "<u8", self.done.num_documents)
         self._committed = self.done.num_tokens

@@ -23,6 +23,7 @@ from bloomlm.data.block_file import BlockReader, BlockWriter
 from bloomlm.data.example import Example
 from bloomlm.data.token_files import TokenFiles
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.json_text import read_json
 
 _READ_ENDS = 2**16
 _COLUMNS = 4
@@ -137,7 +138,7 @@ def _open_table(files: TokenFiles, max_length: int) -> BlockReader:
         with files.locked():
             if not manifest.is_file():  # another process may have written it meanwhile
                 atomic_write(manifest, json.dumps({"length": _write_table(path, files, max_length)}))
-    length = json.loads(manifest.read_text(encoding="utf-8"))["length"]
+    length = read_json(manifest)["length"]
     return BlockReader(path, "<u8", length)
 
 

@@ -3,8 +3,6 @@
 The picture needs the `plots` extra.
 """
 
-import importlib.util
-import io
 import math
 import shlex
 import statistics
@@ -18,6 +16,7 @@ from rich.table import Table
 from bloomlm.data.splits import BUILTIN_PREFIX
 from bloomlm.errors import format_bytes
 from bloomlm.files.atomic import atomic_write
+from bloomlm.files.picture import has_matplotlib, new_figure, png_of, tidy
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.quantized import weights_per_element
 from bloomlm.parallel.layout import own_bounds, whole_shape
@@ -186,7 +185,7 @@ def _files(plan: RunPlan, outcome: FinetuneResult) -> dict[str, Path]:
 
 def write_picture(history: History, output_dir: Path, plan: RunPlan) -> Path | None:
     """Draw loss.png and return its path; return None if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         return None
     path = output_dir / PICTURE_FILE
     draw_losses(history.log_history, path, run_title(plan), plan.objective.loss_unit)
@@ -202,13 +201,9 @@ def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str, l
         title: shown above the picture.
         loss_unit: over what the loss is a mean, in the singular.
     """
-    # matplotlib is an extra and slow to import; without pyplot it needs no display and has no global state
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5.6)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     _draw_loss_panel(losses, log_history)
     losses.set_ylabel(f"loss per {loss_unit} (nats)")
@@ -219,13 +214,9 @@ def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str, l
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (losses, rates):
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+    tidy(losses, rates)
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "bloomlm"})
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, png_of(figure))
 
 
 def _draw_loss_panel(axes: Any, log_history: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,5 @@
 """The report of a trim: sizes, what was dropped, held-out text before and after, and the curve of several sizes."""
 
-import importlib.util
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.files.picture import has_matplotlib, new_figure, png_of, tidy
 from bloomlm.model.config import BloomConfig
 from bloomlm.vocabulary.effects import Effects, WholeModel
 from bloomlm.vocabulary.measure import total
@@ -122,29 +121,21 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def write_picture(directory: Path, values: Mapping[str, Any]) -> Path | None:
     """Draw report.png; None where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         return None
-    # matplotlib is an extra and slow to import; figures without pyplot need no display and no global state
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_panels = 3 if values["sweep"] else 2
-    figure = Figure(figsize=(4.4 * num_panels, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.4 * num_panels, 4.2)
     panels = figure.subplots(1, num_panels)
     _draw_sizes(panels[0], values)
     _draw_languages(panels[1], values["held_out"])
     if values["sweep"]:
         _draw_sweep(panels[2], values)
+    tidy(*panels)
     for axes in panels:
-        axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{values['source']}: {values['before']['tokens']:,} to {values['after']['tokens']:,} tokens")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "bloomlm"})
     path = directory / PICTURE_FILE
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(png_of(figure))
     return path
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import GenerationError
-from bloomlm.kernels.compiled import load_operators
+from bloomlm.kernels.compiled import load_operators_for
 from bloomlm.model.attention import virtual_with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
@@ -55,10 +55,9 @@ class BloomRows:
     """Sequences in a cache and the model that continues them, which computes in eval mode and then leaves it again."""
 
     def __init__(self, model: "BloomForCausalLM", num_rows: int, num_tokens: int) -> None:
-        if model.transformer.word_embeddings.weight.device.type == "cpu":
-            load_operators()
         self._model = model
         self._device = model.transformer.word_embeddings.weight.device
+        load_operators_for(self._device)
         self._adapters: list[str | None] = [None] * num_rows
         self.cache = KVCache(
             model.config,
@@ -141,14 +140,15 @@ class BloomRows:
         adapters = self._model.adapters
         names = [self._adapters[row] for row in rows]
         selected = nullcontext() if adapters is None else adapters.selected(names, documents.lengths, num_kept)
-        with _eval_mode(self._model), selected:
+        with eval_mode(self._model), selected:
             extension = self.cache.extend(rows, documents.lengths)
             hidden: Tensor = self._model.transformer(tokens, documents, extension, rows=chosen)
             return self._model.logits(hidden)
 
 
 @contextmanager
-def _eval_mode(model: "BloomForCausalLM") -> Iterator[None]:
+def eval_mode(model: "BloomForCausalLM") -> Iterator[None]:
+    """Switch a model to evaluation mode during the block, without dropout and noise."""
     if not model.training:
         yield
         return

@@ -217,10 +217,11 @@ class Vocabulary:
 
 
 def zero_of(hidden: Tensor, weight: Tensor, replaced: ReplacedRows | None) -> Tensor:
-    """A scalar zero that depends on what a loss with labelled rows depends on, so that the same gradients exist."""
+    """A scalar zero, as a loss with labelled rows: of its dtype, and dependent on the same, so that gradients exist."""
     learned = [weight[:1]] if weight.requires_grad else []
     learned += [] if replaced is None else [replaced.rows]
-    return sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0
+    zero = sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0
+    return zero.to(torch.promote_types(zero.dtype, torch.float32))
 
 
 def memory_for(weight: Tensor, dtype: torch.dtype, spare: list[Tensor] | None) -> Tensor:

@@ -40,7 +40,7 @@ def linear_log_probs(
         hidden: [N, D].
         weight: [V, D]; without requires_grad no gradient is computed for it.
         labels: [N] int64, IGNORE_INDEX for rows without a label, which cost nothing.
-        weight_scale: [V] where the weight is int8 (see model/quantized.py).
+        weight_scale: [V] where the weight is quantised (see model/quantized.py).
         replaced: rows that replace some rows of the weight, with a gradient if they require one.
         max_chunk_bytes: largest size of a chunk of logits.
         ranks: the ranks that share the vocabulary, as in linear_cross_entropy.

@@ -61,13 +61,13 @@ def finetune(config: TrainingConfig) -> FinetuneResult:
         CheckpointError, DataError: files that cannot be read or written.
         TrainingError: training cannot continue.
     """
-    if config.find_learning_rate:
-        return find_learning_rate(config)
     plan = resolve(config, Machine.here())
     with joined_ranks(plan.parallelism.degrees, plan.model.device.type) as mesh:
         check_agreement({f"--{name}": value for name, value in asdict(plan.flags).items()}, mesh)
-        checkpoint = on_main(lambda: prepare(plan.output, trains=plan.training is not None), mesh)
         console = Console(stderr=True, quiet=not mesh.is_main)
+        if config.find_learning_rate:
+            return find_learning_rate(config, plan, console, mesh)
+        checkpoint = on_main(lambda: prepare(plan.output, trains=plan.training is not None), mesh)
         show_notices(plan, checkpoint, console)
         setup = set_up(plan, checkpoint, console, mesh)
         training = setup.plan.training

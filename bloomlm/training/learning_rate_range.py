@@ -4,8 +4,6 @@ Source: Smith, Cyclical learning rates for training neural networks, https://arx
 rates that rise exponentially, and the suggestion of a tenth of the rate of the lowest loss, as in fastai's lr_find.
 """
 
-import importlib.util
-import io
 import math
 import shlex
 import statistics
@@ -17,12 +15,12 @@ from rich.console import Console
 
 from bloomlm.checkpoint.main_rank import on_main
 from bloomlm.files.atomic import atomic_write
-from bloomlm.parallel.launch import check_agreement, joined_ranks
+from bloomlm.files.picture import has_matplotlib, new_figure, png_of, tidy
+from bloomlm.parallel.mesh import Mesh
 from bloomlm.training.config import TrainingConfig, default_of
 from bloomlm.training.optimizer import Schedule, ScheduleConfig
-from bloomlm.training.resolve import Machine, resolve
 from bloomlm.training.results import FinetuneResult
-from bloomlm.training.run_plan import TrainingPlan
+from bloomlm.training.run_plan import RunPlan, TrainingPlan
 from bloomlm.training.setup import RunSetup, build_trainer, load_batches, set_up
 from bloomlm.training.summary import run_title, show_notices
 
@@ -74,27 +72,26 @@ class RangeTest:
         return self.rates[best] / 10 if best >= _WINDOW else None
 
 
-def find_learning_rate(config: TrainingConfig) -> FinetuneResult:
+def find_learning_rate(config: TrainingConfig, plan: RunPlan, console: Console, mesh: Mesh) -> FinetuneResult:
     """Run a range test instead of fine-tuning; writes learning_rate.png to output_dir, and nothing else.
 
     Args:
-        config: flags of a run. Its learning rate, schedule, checkpoints and evaluations are left out.
+        config: flags of a run as they were given.
+        plan: the run. Its learning rate, schedule, checkpoints and evaluations are left out.
+        console: where progress is shown.
+        mesh: the ranks, all of which must call this.
 
     Raises:
         ConfigError, CheckpointError, DataError: see finetune.
     """
-    plan = resolve(config, Machine.here())
-    with joined_ranks(plan.parallelism.degrees, plan.model.device.type) as mesh:
-        check_agreement({f"--{name}": value for name, value in asdict(plan.flags).items()}, mesh)
-        console = Console(stderr=True, quiet=not mesh.is_main)
-        show_notices(plan, None, console)
-        setup = set_up(plan, None, console, mesh)
-        assert setup.plan.training is not None
-        found = run_range_test(setup, setup.plan.training)
-        directory = plan.output.directory
-        picture = on_main(lambda: _write_picture(found, directory, run_title(setup.plan)), mesh)
-        for line in _lines(found, config, picture):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    show_notices(plan, None, console)
+    setup = set_up(plan, None, console, mesh)
+    assert setup.plan.training is not None
+    found = run_range_test(setup, setup.plan.training)
+    directory = plan.output.directory
+    picture = on_main(lambda: _write_picture(found, directory, run_title(setup.plan)), mesh)
+    for line in _lines(found, config, picture):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return FinetuneResult(
         output_dir=directory,
         step=len(found.rates),
@@ -151,13 +148,9 @@ def _words(config: TrainingConfig) -> list[str]:
 
 def _write_picture(found: RangeTest, directory: Path, title: str) -> Path | None:
     """Draw the losses over the rates; None if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None or not found.rates:
+    if not (has_matplotlib() and found.rates):
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.6)
     axes = figure.subplots()
     axes.plot(found.rates, found.losses, color="#2a6fb0", alpha=0.3, linewidth=0.8, label="a step")
     axes.plot(found.rates, found.averages, color="#2a6fb0", linewidth=1.8, label=f"mean of {_WINDOW} steps")
@@ -167,15 +160,12 @@ def _write_picture(found: RangeTest, directory: Path, title: str) -> Path | None
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss in training")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False, loc="lower left")  # the losses begin high
     figure.suptitle(title, fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "bloomlm"})
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PICTURE_FILE
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, png_of(figure))
     return path
 
 

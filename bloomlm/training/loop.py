@@ -61,7 +61,7 @@ class Callbacks(Protocol):
         ...
 
     def ends_early(self) -> bool:
-        """Before every step: whether the run is over, with the same answer on all ranks."""
+        """At the beginning and after every on_evaluate: whether the run is over, with the same answer on all ranks."""
         ...
 
 
@@ -85,7 +85,8 @@ def train(trainer: Trainer, config: LoopConfig, callbacks: Callbacks) -> TrainRe
                 speed = _Stopwatch()
             if _due(trainer.step, config.eval_steps, config.max_steps):
                 callbacks.on_evaluate(trainer.step)
-            stops, is_over = agreed(bool(requests), trainer.mesh), callbacks.ends_early()
+                is_over = callbacks.ends_early()
+            stops = agreed(bool(requests), trainer.mesh)
             if stops or is_over or config.saves_after(trainer.step):
                 callbacks.on_save(trainer.step)
     return TrainResult(

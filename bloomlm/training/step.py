@@ -241,9 +241,7 @@ class Trainer:
                 self.model, batch, self.precision, step_sums=step_sums, loss_scale=scale, gradient_memory=memory
             )
             result.loss.backward()
-            for name, value in {"loss": result.loss.detach(), **result.sums}.items():
-                # without terms a loss has the dtype of the weights, and ranks must exchange numbers of one dtype
-                totals[name] = totals.get(name, 0.0) + value.float()
+            result.add_to(totals)
         values = self.mesh.sum_over(torch.stack(list(totals.values())), ("dp_replicate", "dp_shard"))
         add_up_gradients(self.learned.gradients(), self.mesh)
         norm = global_norm(self.learned.named_gradients(), self.mesh)

@@ -323,26 +323,15 @@ KINDS: tuple[FileKind, ...] = (
         named_by=("--compare",),
         weight=2,
     ),
-    Row(
-        name="program pt2",
-        build=builders.program("pt2"),
-        open=run_program,
-        raises=(ProgramError, CheckpointError),
-        is_slow=True,
-    ),
-    Row(
-        name="program onnx",
-        build=builders.program("onnx"),
-        open=run_program,
-        raises=(ProgramError, CheckpointError),
-        is_slow=True,
-    ),
-    Row(
-        name="program gguf",
-        build=builders.program("gguf"),
-        open=run_program,
-        raises=(ProgramError, CheckpointError),
-        is_slow=True,
+    *(
+        Row(
+            name=f"program {kind}",
+            build=builders.program(kind),
+            open=run_program,
+            raises=(ProgramError, CheckpointError),
+            is_slow=True,
+        )
+        for kind in ("pt2", "onnx", "gguf")
     ),
 )
 

@@ -36,8 +36,9 @@ from bloomlm.evaluation.scoring.shared_prefix import (
 )
 from bloomlm.evaluation.scoring.windows import Tokens, Window, WindowScore, WindowScorer
 from bloomlm.generation.language_model import LanguageModel
-from bloomlm.kernels.compiled import load_operators
+from bloomlm.kernels.compiled import load_operators_for
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.decoding import eval_mode
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.parallel.tensor_parallel import tensor_parallel_group
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX, score_labels
@@ -61,11 +62,8 @@ class EagerScorer(WindowScorer[BloomForCausalLM]):
 
     def _score_own(self, windows: Sequence[Window], numbers: Sequence[int]) -> Iterator[dict[int, WindowScore]]:
         groups = find_branches(join_documents(windows, numbers), self.max_batch_tokens)
-        if self._model.transformer.word_embeddings.weight.device.type == "cpu":
-            load_operators()
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        load_operators_for(self._model.transformer.word_embeddings.weight.device)
+        with eval_mode(self._model):
             for shares in (False, True):
                 pieces = [group for group in groups if bool(group.num_shared) == shares]
                 pieces.sort(key=lambda piece: (piece.longest_rest, piece.num_shared), reverse=True)
@@ -78,8 +76,6 @@ class EagerScorer(WindowScorer[BloomForCausalLM]):
                 )
                 for _, results in batches:
                     yield results
-        finally:
-            self._model.train(was_training)
 
     def _most_tokens(self) -> int | None:
         """A second limit of a batch, for CPUs: see _CPU_BATCH_BYTES."""

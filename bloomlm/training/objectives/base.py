@@ -31,6 +31,11 @@ class BatchLoss:
     """Sums over the batch from which `Objective.metrics` computes what is reported: scalars without gradient, the same
     names for every batch."""
 
+    def add_to(self, totals: dict[str, Tensor]) -> None:
+        """Add the loss, as "loss", and the sums to those of other batches."""
+        for name, value in {"loss": self.loss.detach(), **self.sums}.items():
+            totals[name] = totals[name] + value if name in totals else value
+
 
 class Objective(ABC, Generic[B]):
     """What a run minimises, from batches of one class; a frozen value."""

@@ -12,6 +12,7 @@ from bloomlm.data.example import Example
 from bloomlm.data.loader import Batch, collate
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.decoding import eval_mode
 from bloomlm.model.documents import Documents
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import ALONE, Mesh
@@ -145,11 +146,9 @@ def evaluate_loss(
         TrainingError: no token has a label.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     num_correct, num_supervised_tokens = torch.zeros((), dtype=torch.int64, device=device), 0
-    with torch.no_grad(), precision.autocast(device.type):
+    with eval_mode(model), torch.no_grad(), precision.autocast(device.type):
         for batch in batches:
             on_device = batch.to(device)
             hidden = model.transformer(on_device.tokens, Documents.packed(batch.lengths))
@@ -165,7 +164,6 @@ def evaluate_loss(
             loss += score.loss
             num_correct += score.num_correct
             num_supervised_tokens += batch.num_supervised_tokens
-    model.train(was_training)
     reshard(model)
     if mesh.degrees.dp > 1:
         sums = torch.stack([loss, num_correct.double(), loss.new_tensor(num_supervised_tokens)])

@@ -17,6 +17,7 @@ from torch import Tensor
 from bloomlm.data.answer_batch import AnswerBatch, ComparedExample, collate_judged
 from bloomlm.data.preferences import ComparedSet, JudgedAnswers
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.decoding import eval_mode
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.training.objectives.preference import REWARDS, AnswerScores, PreferenceObjective, score_answers
 from bloomlm.training.precision import Precision
@@ -48,15 +49,12 @@ class Kto(PreferenceObjective):
         self, model: BloomForCausalLM, batches: Sequence[AnswerBatch], precision: Precision
     ) -> tuple[float, ...]:
         """The number of answers, and the sum of r over the other answers."""
-        was_training = model.training
-        model.eval()
         total = 0.0
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for batch in batches:
                 assert batch.others is not None
                 scores = score_answers(model, batch.others, precision)
                 total += float((scores.answers - batch.others.reference).sum())
-        model.train(was_training)
         reshard(model)
         return sum(len(batch.spans) for batch in batches), total
 

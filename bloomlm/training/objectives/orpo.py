@@ -42,7 +42,7 @@ class Orpo(PairObjective):
     ) -> tuple[float, ...]:
         """The number of pairs, and the number of labels in chosen sequences."""
         (pairs,) = super().step_sums(model, batches, precision)
-        return pairs, sum(sum(spans) for batch in batches for spans in batch.spans[::2])
+        return pairs, sum(map(_num_chosen_labels, batches))
 
     def loss_of(
         self, scores: AnswerScores, batch: AnswerBatch, step_sums: Sequence[float]
@@ -56,13 +56,17 @@ class Orpo(PairObjective):
         sums = {
             **reward_sums(self.beta * means),
             "nll": nll,
-            "chosen_labels": lengths.new_tensor(sum(sum(spans) for spans in batch.spans[::2])),
+            "chosen_labels": lengths.new_tensor(_num_chosen_labels(batch)),
         }
         return nll / step_sums[1] - self.beta * ratios.sum() / step_sums[0], sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Rewards, and the mean cross entropy of the chosen sequences."""
         return {**super().metrics(sums), "chosen_nll": sums["nll"] / sums["chosen_labels"]}
+
+
+def _num_chosen_labels(batch: AnswerBatch) -> int:
+    return sum(map(sum, batch.spans[::2]))
 
 
 def _with_learned_prompt(pair: ComparedExample) -> ComparedExample:

@@ -17,6 +17,7 @@ from bloomlm.data.answer_batch import AnswerBatch, ComparedExample, collate_pair
 from bloomlm.data.preferences import AnswerPairs, ComparedSet
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.decoding import eval_mode
 from bloomlm.model.documents import Documents
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import Mesh
@@ -107,19 +108,14 @@ class PreferenceObjective(Objective[AnswerBatch]):
         """The mean loss and the metrics; see Objective."""
         device = next(model.parameters()).device
         on_device = [batch.to(device) for batch in batches]
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             own = torch.tensor(self.step_sums(model, on_device, precision), dtype=torch.float64, device=device)
             step_sums = mesh.sum_over(own, ("dp_replicate", "dp_shard")).tolist()
             if step_sums[0] == 0:
                 raise TrainingError("there are no answers to evaluate")
             totals: dict[str, Tensor] = {}
             for batch in on_device:
-                result = self.batch_loss(model, batch, precision, step_sums=step_sums)
-                for name, value in {"loss": result.loss, **result.sums}.items():
-                    totals[name] = totals[name] + value if name in totals else value
-        model.train(was_training)
+                self.batch_loss(model, batch, precision, step_sums=step_sums).add_to(totals)
         reshard(model)
         values = mesh.sum_over(torch.stack(list(totals.values())), ("dp_replicate", "dp_shard")).tolist()
         sums = dict(zip(totals, values, strict=True))

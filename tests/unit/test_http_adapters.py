@@ -38,15 +38,19 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(paths: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {MODEL: bloomlm.load(MODEL), **{name: bloomlm.load(MODEL, adapter_path=paths[name]) for name in paths}}
+    adapters = {MODEL: None, **paths}
+    return {name: bloomlm.load(MODEL, dtype="float32", adapter_path=path) for name, path in adapters.items()}
 
 
 @pytest.fixture(scope="module")
 def url(paths: dict[str, Path]) -> Iterator[str]:
-    """A server that has two of the adapters from its start."""
+    """A server that has two of the adapters from its start.
+
+    It computes in float32: in the file's float16, two tokens can be equally likely but for the batch's size.
+    """
     given = [flag for name in ("lora", "prefix") for flag in ("--lora", f"{name}={paths[name]}")]
     command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", MODEL, "--port", "0"]
-    command += [*given, "--allow_adapter_loading", "--max_num_seqs", "12", "--max_step_tokens", "40"]
+    command += ["--dtype", "float32", *given, "--allow_adapter_loading", "--max_num_seqs", "12", "--max_step_tokens", "40"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         url = process.stderr.readline().split()[2].rstrip(",")

@@ -152,7 +152,7 @@ def test_adapters_that_wait_for_requests_take_no_threads_from_texts(slow: FakeEn
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[tuple[HttpServer, Engine]]:
-    engine = Engine(bloomlm.load("builtin:tiny"), EngineOptions(max_num_seqs=8, max_step_tokens=64))
+    engine = Engine(bloomlm.load("builtin:tiny", dtype="float32"), EngineOptions(max_num_seqs=8, max_step_tokens=64))
     engine.start()
     server = serve(engine)
     yield server, engine
@@ -165,11 +165,12 @@ def test_completions_equal_predict(real: tuple[HttpServer, Engine]) -> None:
     texts = ["The history of bread", "Le pain", "\u0645\u0631\u062d\u0628\u0627"]
     body = {"prompt": texts, "max_tokens": 24, "temperature": 0}
     answer = httpx.post(f"{server.url}/v1/completions", json=body).json()
-    expected = bloomlm.generate("builtin:tiny", texts, max_new_tokens=24)
+    model = bloomlm.load("builtin:tiny", dtype="float32")
+    expected = model.generate(texts, max_new_tokens=24)
     assert [choice["text"] for choice in answer["choices"]] == [completion.completion for completion in expected]
     samples = httpx.post(f"{server.url}/v1/completions", json={**body, "temperature": 0.8, "seed": 5, "n": 2}).json()
     options = {"decode_strategy": "sampling", "temperature": 0.8, "seed": 5, "num_return_sequences": 2}
-    drawn = bloomlm.generate("builtin:tiny", texts, max_new_tokens=24, **options)
+    drawn = model.generate(texts, max_new_tokens=24, **options)
     assert [choice["text"] for choice in samples["choices"]] == [completion.completion for completion in drawn]
 
 

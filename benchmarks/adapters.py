@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import machine
+from common import machine, record
 
 from bloomlm.adapters.bank import AdapterBank
 from bloomlm.adapters.base import apply_adapter
@@ -45,8 +45,10 @@ def with_adapters(plain: BloomForCausalLM, kind: type[LoraConfig], targets: tupl
 
 
 @torch.inference_mode()
-def measure(plain: BloomForCausalLM, model: BloomForCausalLM, clock: Callable[[], float], steps: int) -> None:
-    """Print the median time of each case over that of the plain model."""
+def measure(
+    plain: BloomForCausalLM, model: BloomForCausalLM, clock: Callable[[], float], steps: int
+) -> dict[str, dict[str, float]]:
+    """Print and return the median time of each case over that of the plain model."""
     ids = torch.randint(0, plain.config.vocab_size, (NUM_ROWS, PROMPT_TOKENS)).tolist()
     sides = {"plain": plain.open_rows(NUM_ROWS, PROMPT_TOKENS + steps)}
     sides |= {mix: model.open_rows(NUM_ROWS, PROMPT_TOKENS + steps) for mix in MIXES}
@@ -66,10 +68,14 @@ def measure(plain: BloomForCausalLM, model: BloomForCausalLM, clock: Callable[[]
             start = clock()
             rows.decode_step(range(NUM_ROWS), torch.arange(NUM_ROWS))
             generating[side].append(clock() - start)
+    found: dict[str, dict[str, float]] = {side: {} for side in MIXES}
     for what, times in (("reading", reading), ("generating", generating)):
         base = statistics.median(times["plain"])
-        ratios = [f"{side} {statistics.median(times[side]) / base:.3f}" for side in MIXES]
+        for side in MIXES:
+            found[side][what] = statistics.median(times[side]) / base
+        ratios = [f"{side} {found[side][what]:.3f}" for side in MIXES]
         print(f"  {what}, plain {1000 * base:.1f} ms; {', '.join(ratios)}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -84,15 +90,18 @@ def main() -> None:
     print(machine())
     plain = BloomForCausalLM(BloomConfig(vocab_size=1000, hidden_size=1024, n_layer=8, n_head=16)).eval()
     plain.init_weights(torch.Generator().manual_seed(0))
+    rows: dict[str, list[dict[str, float]]] = {}
     for kind in (LoraConfig, DoraConfig):
-        for targets in (("query_key_value",), BLOCK_LINEARS):
+        for where, targets in (("query_key_value", ("query_key_value",)), ("all layers", BLOCK_LINEARS)):
             print(f"{kind.kind} on {', '.join(targets)}")
-            measure(
+            found = measure(
                 plain,
                 with_adapters(plain, kind, targets),
                 time.process_time if args.processor_time else time.perf_counter,
                 args.steps,
             )
+            rows |= {f"{kind.kind} on {where}, {mix}": [row] for mix, row in found.items()}
+    record(rows)
 
 
 if __name__ == "__main__":

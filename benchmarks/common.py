@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -122,3 +122,17 @@ def machine(device: str = "cpu") -> str:
             cpu = line.split(":", 1)[1].strip()
             break
     return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def record(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Hand the result to report.py, if it runs this script: row -> its figures, one a round.
+
+    Where rows are compared at several points, their names are `POINT, SIDE`. What is not a number is left out.
+    """
+    path = os.environ.get("BLOOMLM_BENCH_ROWS")
+    if path:
+        numbers = {
+            name: [{k: v for k, v in found.items() if isinstance(v, (int, float))} for found in rounds]
+            for name, rounds in rows.items()
+        }
+        Path(path).write_text(json.dumps(numbers))

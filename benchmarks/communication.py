@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import memory_bytes
+from common import memory_bytes, record
 
 from bloomlm.adapters.base import Adapter, FullTuning, apply_adapter
 from bloomlm.adapters.lora import LoraConfig
@@ -90,6 +90,16 @@ def main() -> None:
             f"{result['peak_bytes'] / 1e6:,.0f} MB | {result['planned_peak_bytes'] / 1e6:,.0f} MB | "
             f"{result['planned_peak_bytes'] / result['peak_bytes']:.2f} |"
         )
+    record({name: [in_megabytes(result)] for name, result in results.items()})
+
+
+def in_megabytes(result: dict[str, Any]) -> dict[str, float]:
+    """Every count of bytes, under a name with its unit."""
+    return {
+        f"{name.removesuffix('_bytes')}_mb": value / 1e6
+        for name, value in result.items()
+        if name.endswith("_bytes") and value is not None
+    }
 
 
 def can_isolate() -> bool:

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import machine
+from common import machine, record
 
 MODELS = ("1b7", "176b-2-layers")
 LIMIT_FACTOR, LIMIT_BYTES = 2.5, 300e6
@@ -118,9 +118,12 @@ def checksum(directory: Path) -> int:
     return crc
 
 
-def measure(what: str, source: Path, target: Path, flags: list[str], args: argparse.Namespace, largest: int) -> None:
-    """Print the line of one direction; target is left there."""
+def measure(
+    what: str, source: Path, target: Path, flags: list[str], args: argparse.Namespace, largest: int
+) -> dict[str, list[dict[str, float]]]:
+    """Print the lines of one direction, and return its rows; target is left there."""
     num_bytes, copies = size_of(source), target.with_name("copy")
+    rows: dict[str, list[dict[str, float]]] = {f"{what}, cp": [], f"{what}, bloomlm": []}
     for _ in range(args.rounds):
         shutil.rmtree(target, ignore_errors=True)
         seconds = copy(source, copies)
@@ -133,6 +136,10 @@ def measure(what: str, source: Path, target: Path, flags: list[str], args: argpa
             f"{everything / 1e6:10.0f}",
             flush=True,
         )
+        rows[f"{what}, cp"].append({"megabytes_per_second": num_bytes / 1e6 / seconds})
+        found = {"megabytes_per_second": num_bytes / 1e6 / ours, "own_memory_gb": anonymous / 1e9}
+        rows[f"{what}, bloomlm"].append({**found, "of_largest": anonymous / largest})
+    return rows
 
 
 def main() -> None:
@@ -154,11 +161,14 @@ def main() -> None:
         print(f"{'':20}{'GB':>7}{'cp MB/s':>10}{'MB/s':>10}{'ratio':>8}{'memory MB':>12}{'largest':>9}{'limit MB':>10}"
               f"{'VmHWM':>10}")  # fmt: skip
         ranks = ["--tensor_parallel_degree", str(args.ranks)] if args.ranks > 1 else []
-        measure(f"hf -> paddle ({args.ranks})", hf, paddle, ["--to", "paddle", *ranks, *verify], args, largest)
+        rows = measure(f"hf -> paddle ({args.ranks})", hf, paddle, ["--to", "paddle", *ranks, *verify], args, largest)
         before = checksum(hf)
         shutil.rmtree(hf)
-        measure(f"paddle ({args.ranks}) -> hf", paddle, again, ["--max_shard_size", "999GB", *verify], args, largest)
+        rows |= measure(
+            f"paddle ({args.ranks}) -> hf", paddle, again, ["--max_shard_size", "999GB", *verify], args, largest
+        )
         print("the same bits" if checksum(again) == before else "OTHER BITS")
+        record(rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import alternate, machine, median, memory_bytes, peak_memory_bytes, run_side
+from common import alternate, machine, median, memory_bytes, peak_memory_bytes, record, run_side
 
 TOKENISED_MB = 600
 READ_GB = (0.125, 0.25, 0.5, 1)
@@ -224,6 +224,7 @@ def main() -> None:
         sides = alternate(__file__, ("datasets", "bloomlm"), args.rounds, ["--text", str(args.text)])
         theirs, ours = (median(sides[side], "tokens_per_second") for side in ("datasets", "bloomlm"))
         print(f"tokens/s: datasets.map {theirs:,.0f}, bloomlm {ours:,.0f}, ratio {ours / theirs:.2f}")
+        record(sides)
     shutil.rmtree(work_directory())
 
 

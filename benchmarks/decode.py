@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from common import alternate, machine, median, peak_memory_bytes, random_model
+from common import alternate, machine, median, peak_memory_bytes, random_model, record
 
 PROMPT_TOKENS = 128
 
@@ -108,6 +108,7 @@ def main() -> None:
     for key in ("ids_1", "ids_8"):
         equal = results["bloomlm"][0][key] == results["transformers"][0][key]
         print(f"{key}: {'equal' if equal else 'DIFFERENT'} token for token")
+    record(results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import alternate, machine, median, peak_memory_bytes, random_model
+from common import alternate, machine, median, peak_memory_bytes, random_model, record
 
 SEQ_LENGTH = 512
 OVERLAP = 32
@@ -196,6 +196,7 @@ def main() -> None:
         print(f"{side:8}" + "  ".join(f"{name} {median(rounds, name):.2f}" for name in TIMES) + f"  {numbers}")
     for name in TIMES:
         print(f"{name} ratio: {median(results[peer], name) / median(results['bloomlm'], name):.2f}")
+    record(results)
 
 
 if __name__ == "__main__":

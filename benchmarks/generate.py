@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import peers
-from common import alternate, machine, median, peak_memory_bytes, random_model, run_side
+from common import alternate, machine, median, peak_memory_bytes, random_model, record, run_side
 
 OURS = ("eager", "pt2", "pt2-int8", "pt2-int4")
 SIDES = (
@@ -289,6 +289,7 @@ def main() -> None:
     results = alternate(__file__, sides, args.rounds, shared, args.threads)
     print(f"bloom-{args.size} shape, {args.threads} threads, prompts of {PROMPT_TOKENS}; {machine()}\n")
     print_tables(results)
+    record(results)
 
 
 def prepared(args: argparse.Namespace) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import machine, peak_memory_bytes, random_model, run_side, size_name, summary
+from common import machine, peak_memory_bytes, random_model, record, run_side, size_name, summary
 from train_step import bloomlm_steps, transformers_steps
 
 STEPS = {"transformers": transformers_steps, "bloomlm": bloomlm_steps}
@@ -170,6 +170,14 @@ def main() -> None:
     title = f"a step of {args.tuning} fine-tuning, fp32, 2 threads"
     print(f"{title}; {machine()}")
     table = measure(args)
+    record(
+        {
+            f"{value:,} {name}, {side}": [{"seconds": found["seconds"], "peak_memory_gb": found["peak_gb"]}]
+            for name, values in table.items()
+            for value, row in values.items()
+            for side, found in row.items()
+        }
+    )
     if args.picture:
         draw_picture(args.picture, table, title)
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine
+from common import machine, record
 
 from bloomlm.kernels.source import cpp_source
 from bloomlm.runtime.torch_internals import find_compiler
@@ -86,6 +86,7 @@ def main() -> None:
     print(f"{library.level().decode()}, one thread; {machine()}\n")
     print("| format | width | rows | GB/s | billion products/s |\n|---|---:|---:|---:|---:|")
     data = torch.zeros(args.megabytes << 20, dtype=torch.uint8)
+    table = {}
     for name in args.formats.split(","):
         for ins in map(int, args.widths.split(",")):
             outs = int((args.megabytes << 20) / FORMATS[name]) // ins
@@ -93,6 +94,9 @@ def main() -> None:
                 took = seconds(library, list(FORMATS).index(name), data, outs, ins, rows)
                 read, products = outs * ins * FORMATS[name] / took / 1e9, outs * ins * rows / took / 1e9
                 print(f"| {name} | {ins} | {rows} | {read:.1f} | {products:.0f} |", flush=True)
+                row = {"read_gb_per_second": read, "billion_products_per_second": products}
+                table[f"{name}, {ins} wide, {rows} rows"] = [row]
+    record(table)
 
 
 if __name__ == "__main__":

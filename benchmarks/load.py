@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 
-from common import alternate, machine, median, peak_memory_bytes, random_model
+from common import alternate, machine, median, peak_memory_bytes, random_model, record
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -58,6 +58,7 @@ def main() -> None:
     for key in results["bloomlm"][0]:
         theirs, ours = (median(results[side], key) for side in ("transformers", "bloomlm"))
         print(f"{key:20}{theirs:14.2f}{ours:10.2f}{ours / theirs:8.2f}")
+    record(results)
 
 
 if __name__ == "__main__":

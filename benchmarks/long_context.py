@@ -15,7 +15,7 @@ import statistics
 import time
 from pathlib import Path
 
-from common import alternate, machine, median, memory_bytes, peak_memory_bytes, random_model
+from common import alternate, machine, median, memory_bytes, peak_memory_bytes, random_model, record
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 LONG_LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -153,8 +153,19 @@ def main() -> None:
     beside = measure(LENGTHS, ("transformers", "bloomlm"), args, small=False)
     print("small model")
     alone = measure(LONG_LENGTHS, ("bloomlm",), args, small=True)
+    points = {**rows_of("", LENGTHS, beside), **rows_of("small model, ", LONG_LENGTHS, alone)}
+    record(points)
     if args.picture:
         draw_picture(args.picture, beside, alone)
+
+
+def rows_of(start: str, lengths: tuple[int, ...], table: dict) -> dict:
+    """Row -> figures, for the report."""
+    return {
+        f"{start}{length:,} tokens, {side}": [{"seconds": values[place][0], "memory_gb": values[place][1]}]
+        for place, length in enumerate(lengths)
+        for side, values in table.items()
+    }
 
 
 if __name__ == "__main__":

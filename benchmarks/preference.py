@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import numpy as np
-from common import alternate, machine, median, peak_memory_bytes, random_model
+from common import alternate, machine, median, peak_memory_bytes, random_model, record
 
 LEARNING_RATE = 1e-4
 LORA_RANK = 8
@@ -190,6 +190,7 @@ def main() -> None:
         print(f"{side:10}{speed:10.1f}{later:14.1f}{memory:10.2f}  {losses}")
     for key, name in zip(keys, ("speed", "speed in later epochs", "memory"), strict=True):
         print(f"{name} ratio: {median(results['bloomlm'], key) / median(results['trl'], key):.2f}")
+    record(results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 
-from common import alternate, machine, median, memory_bytes, peak_memory_bytes, random_model
+from common import alternate, machine, median, memory_bytes, peak_memory_bytes, random_model, record
 
 DOCUMENT_TOKENS = 256
 LABELS = 50
@@ -68,16 +68,20 @@ def main() -> None:
         return
     random_model(args.size)
     print(f"bloom-{args.size} shape, fp32, 2 threads; {machine()}")
+    table = {}
     for tuning in ("full", "lora"):
         for documents in (4, 16):
             arguments = ["--size", args.size, "--tuning", tuning, "--documents", str(documents)]
             arguments += ["--steps", str(args.steps)]
             results = alternate(__file__, ("kept", "made again"), args.rounds, arguments)
-            row = f"{tuning}, {documents * DOCUMENT_TOKENS:,} tokens:"
+            point = f"{tuning}, {documents * DOCUMENT_TOKENS:,} tokens"
+            table |= {f"{point}, {side}": rounds for side, rounds in results.items()}
+            row = f"{point}:"
             for side, rounds in results.items():
                 seconds, memory = median(rounds, "seconds"), median(rounds, "memory_gb")
                 row += f"  {side} {seconds:.2f} s {memory:.2f} GB loss {rounds[0]['loss']:.6f}"
             print(row, flush=True)
+    record(table)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from common import machine, median, run_side
+from common import machine, median, record, run_side
 from serve_client import Answer, rates, stream_all
 from serve_sides import OURS, Server, adapters, missing, model_directory, program, serving, words
 
@@ -325,6 +325,7 @@ def main() -> None:
         f"bloom-{args.size} shape, {args.threads} threads, prompts of {args.prompt_tokens}, "
         f"{args.new_tokens} new tokens; {machine()}"
     )
+    recorded = {}
     for part in args.parts.split(","):
         chosen = sides if part == "rates" else [side for side in sides if side in OURS]
         rows = run_part(args, part, chosen)
@@ -332,6 +333,8 @@ def main() -> None:
             print_table(part, rows)
         if part == "rates":
             print_ratios(rows)
+        recorded |= {", ".join(reversed(name.split(", "))): [row] for name, row in rows.items()}
+    record(recorded)
 
 
 if __name__ == "__main__":

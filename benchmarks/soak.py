@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from common import record
 from serve_client import Answer, connect, read_events, status_of
 from serve_sides import Server, adapters, serving
 
@@ -243,6 +244,8 @@ def soak(args: argparse.Namespace) -> list[str]:
         print(f"  {kind.replace('_', ' '):16} {count}")
     print(f"memory after each tenth: {', '.join(f'{each / 1e6:.0f}' for each in memory)} MB")
     print(f"file descriptors {before} before, {after} afterwards")
+    numbers = {"requests": sum(run.counts.values()), "half_mb": half / 1e6, "end_mb": memory[-1] / 1e6}
+    record({f"{args.clients} clients": [{**numbers, "violations": len(violations)}]})
     return violations
 
 

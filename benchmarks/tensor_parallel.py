@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import record
 
 from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.allocator import keep_freed_memory
@@ -50,6 +51,18 @@ def main() -> None:
         )
     print(f"2 ranks are {one['seconds'] / two['seconds']:.2f} times as fast as 1 (wanted: at least 1.7)")
     print(f"a rank of 2 holds {two['state_bytes'] / one['state_bytes']:.3f} of what 1 holds (wanted: at most 0.55)")
+    record(
+        {
+            f"tp {result['degree']}": [
+                {
+                    "seconds": result["seconds"],
+                    "state_gb": result["state_bytes"] / 1e9,
+                    "peak_memory_gb": result["peak_bytes"] / 1e9,
+                }
+            ]
+            for result in (one, two)
+        }
+    )
 
 
 def launch(degree: int, steps: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import statistics
 import time
 
 import numpy as np
-from common import alternate, autocast, machine, median, peak_memory_bytes, random_model
+from common import alternate, autocast, machine, median, peak_memory_bytes, random_model, record
 
 LEARNING_RATE = 1e-4
 LORA_RANK = 8
@@ -253,10 +253,13 @@ def main() -> None:
     print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'of peak':>10}  losses")
     needed = median(results["bloomlm"], "tflop_a_token") * 1e3
     for side, rounds in results.items():
+        for found in rounds:
+            found["of_peak"] = found["tokens_per_second"] * needed / found["peak_gflops"]
+            found["last_loss"] = found["losses"][-1]
         losses = " ".join(f"{loss:.5f}" for loss in rounds[0]["losses"])
-        speed, memory = median(rounds, "tokens_per_second"), median(rounds, "peak_memory_gb")
-        utilisation = speed * needed / median(rounds, "peak_gflops")
+        speed, memory, utilisation = (median(rounds, k) for k in ("tokens_per_second", "peak_memory_gb", "of_peak"))
         print(f"{side:14}{speed:10.1f}{memory:10.2f}{utilisation:10.0%}  {losses}")
+    record(results)
     for key, name in (("tokens_per_second", "speed"), ("peak_memory_gb", "memory")):
         print(f"{name} ratio: {median(results['bloomlm'], key) / median(results['transformers'], key):.2f}")
 

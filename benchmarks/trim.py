@@ -23,7 +23,7 @@ import generate
 import numpy as np
 import peers
 import train_step
-from common import alternate, machine, median, peak_memory_bytes, random_model, run_side, size_name
+from common import alternate, machine, median, peak_memory_bytes, random_model, record, run_side, size_name
 
 RUNTIMES = "eager,pt2-int8,llama.cpp-F32,llama.cpp-Q8_0,train"
 VOCABULARIES = "250880,46145,16000"
@@ -184,6 +184,7 @@ def main() -> None:
     results = alternate(__file__, sides, args.rounds, shared, args.threads)
     print(f"bloom-{args.size} shape, {args.threads} threads, prompts of {PROMPT_TOKENS}; {machine()}\n")
     print_tables(results, vocabularies)
+    record(results)
 
 
 if __name__ == "__main__":

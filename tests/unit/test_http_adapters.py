@@ -50,7 +50,16 @@ def url(paths: dict[str, Path]) -> Iterator[str]:
     """
     given = [flag for name in ("lora", "prefix") for flag in ("--lora", f"{name}={paths[name]}")]
     command = [sys.executable, "-m", "bloomlm", "serve", "--model_name_or_path", MODEL, "--port", "0"]
-    command += ["--dtype", "float32", *given, "--allow_adapter_loading", "--max_num_seqs", "12", "--max_step_tokens", "40"]
+    command += [
+        "--dtype",
+        "float32",
+        *given,
+        "--allow_adapter_loading",
+        "--max_num_seqs",
+        "12",
+        "--max_step_tokens",
+        "40",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         url = process.stderr.readline().split()[2].rstrip(",")

@@ -1,5 +1,6 @@
 """What the engine is told to do between steps; with tensor parallelism, rank 0 tells all ranks the same."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -11,6 +12,10 @@ from bloomlm.serving.request import GenerationRequest
 
 _HEARTBEAT_SECONDS = 60
 """An idle rank 0 speaks at least this often, so that the others' wait never times out (parallel.launch.TIMEOUT)."""
+_PAUSE_SECONDS = 0.001
+"""Commands that follow each other faster are a burst, and an idle engine takes them together."""
+_MOST_GATHERING_SECONDS = 0.005
+"""The longest that the first command of a burst waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class CommandQueue:
         """The commands of rank 0 since the last call, on every rank.
 
         Args:
-            waits: whether to wait for a command if there is none, without using the processor.
+            waits: whether to wait for a command if there is none, without using the processor. Commands that follow it
+                at once are then taken with it.
         """
         commands: list[Command] = []
         if self._is_main:
@@ -99,7 +105,17 @@ class CommandQueue:
         return box[0]
 
     def _first(self) -> list[Command]:
+        """Wait for a command, and for those that follow it at once.
+
+        Clients often send several requests together, and the server reads them one after another. A step that began
+        with the first of them would read its prompt alone, and the others would wait for its end.
+        """
+        commands: list[Command] = []
         try:
-            return [self._queue.get(timeout=None if self._group is None else _HEARTBEAT_SECONDS)]
+            commands.append(self._queue.get(timeout=None if self._group is None else _HEARTBEAT_SECONDS))
+            end = time.monotonic() + _MOST_GATHERING_SECONDS
+            while (left := end - time.monotonic()) > 0:
+                commands.append(self._queue.get(timeout=min(left, _PAUSE_SECONDS)))
         except Empty:
-            return []
+            pass
+        return commands

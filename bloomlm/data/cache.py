@@ -4,23 +4,24 @@ The header of a file holds a checksum of its arrays. A file that cannot be read 
 stops a run: the caller computes the arrays again.
 """
 
+import json
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from bloomlm.files.atomic import directory_beside
+from bloomlm.errors import CheckpointError
+from bloomlm.files.atomic import atomic_file
 from bloomlm.files.json_text import parse_json
 
 _LOG = logging.getLogger(__name__)
 
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F64": np.float64}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -37,19 +38,35 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write a cache file atomically; a failure causes a warning."""
+    """Write a cache file atomically; a failure causes a warning.
+
+    The library of safetensors would write under a temporary name of its own, which stays after a kill.
+    """
+    # the widest numbers first, so that each array begins at a multiple of its numbers' size
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with directory_beside(path) as temporary:
-            save_file(dict(arrays), temporary / path.name, metadata={"crc32": str(_checksum(arrays))})
-            (temporary / path.name).replace(path)
-    except (OSError, SafetensorError) as error:
+        with atomic_file(path) as file:
+            file.write(_header(ordered, _checksum(arrays)))
+            for _, array in ordered:
+                file.write(np.ascontiguousarray(array).data)
+    except CheckpointError as error:
         _LOG.warning(
-            "the result is not cached, so the next run computes it again: %s cannot be written (%s). "
+            "the result is not cached, so the next run computes it again: %s. "
             "Set BLOOMLM_CACHE to a writable directory with enough room",
-            path,
             error,
         )
+
+
+def _header(ordered: Sequence[tuple[str, npt.NDArray[Any]]], checksum: int) -> bytes:
+    """The beginning of a safetensors file. Source: https://github.com/huggingface/safetensors#format"""
+    entries: dict[str, Any] = {"__metadata__": {"crc32": str(checksum)}}
+    stop = 0
+    for name, array in ordered:
+        start, stop = stop, stop + array.nbytes
+        entries[name] = {"dtype": _NAMES[array.dtype], "shape": array.shape, "data_offsets": (start, stop)}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _map_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -4,8 +4,8 @@ A directory of the cache holds the texts of one source:
 
     tokens.u32      the tokens of all documents, each closed by </s>, as little-endian uint32
     ends.u64        where each document ends in it (the position after its </s>), as little-endian uint64
-    manifest.json   sizes, and what was tokenised; written last
-    progress.json   until then: how far the files are safe, so that a stopped run continues there
+    manifest.json   sizes, and what was tokenised
+    progress.json   its name until all texts are done: how far the files are safe, so that a stopped run continues there
 
 Each file of numbers has its checksums beside it, see block_file.py. The directory is named after the tokenizer and
 after path, size and time of change of every file that was read, so that nothing is read again to see that it is the
@@ -34,13 +34,13 @@ from bloomlm.data.files import RowSource
 from bloomlm.data.token_progress import TokenProgress
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
-from bloomlm.files.atomic import atomic_write
+from bloomlm.files.atomic import atomic_write, sync
 from bloomlm.files.cache_directory import default_cache_dir
 from bloomlm.files.json_text import read_json
 
 _LOG = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same texts would become other files."""
 TOKENS_FILE = "tokens.u32"
 ENDS_FILE = "ends.u64"
@@ -171,7 +171,7 @@ def load_token_files(
 def _tokenise(
     directory: Path, name: str, inputs: Sequence[TextInput], tokenizer: Tokenizer, *, show_progress: bool
 ) -> None:
-    writer = _Writer(directory, tokenizer.eos_token_id)
+    writer = _Writer(directory, tokenizer.eos_token_id, [one.identity for one in inputs])
     done = writer.done
     if done.num_tokens:
         _LOG.warning("%s: continuing after %s tokens of an earlier run", name, f"{done.num_tokens:,}")
@@ -187,21 +187,21 @@ def _tokenise(
     if done.num_documents == 0:
         raise DataError(f"{name}: it has no text; expected at least one document")
     writer.commit()
-    manifest = {"format": FORMAT, "size": asdict(done), "inputs": [one.identity for one in inputs]}
-    atomic_write(directory / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
-    (directory / PROGRESS_FILE).unlink(missing_ok=True)
+    (directory / PROGRESS_FILE).replace(directory / MANIFEST_FILE)
+    sync(directory)
     writer.close()
 
 
 class _Writer:
     """Appends documents to the two files, and notes from time to time how far they are safe."""
 
-    def __init__(self, directory: Path, eos_token_id: int) -> None:
+    def __init__(self, directory: Path, eos_token_id: int, inputs: list[str]) -> None:
         self._progress_path = directory / PROGRESS_FILE
         self._eos_token_id = eos_token_id
+        self._inputs = inputs
         self.done = Progress()
         if self._progress_path.is_file():
-            self.done = Progress(**read_json(self._progress_path))
+            self.done = Progress(**read_json(self._progress_path)["size"])
         self._tokens = BlockWriter(directory / TOKENS_FILE, "<u4", self.done.num_tokens)
         self._ends = BlockWriter(directory / ENDS_FILE, "<u8", self.done.num_documents)
         self._committed = self.done.num_tokens
@@ -231,7 +231,8 @@ class _Writer:
         """Flush the files, and note how far they are safe."""
         self._tokens.sync()
         self._ends.sync()
-        atomic_write(self._progress_path, json.dumps(asdict(self.done)))
+        content = {"format": FORMAT, "size": asdict(self.done), "inputs": self._inputs}
+        atomic_write(self._progress_path, json.dumps(content, indent=2) + "\n")
         self._committed = self.done.num_tokens
 
     def close(self) -> None:

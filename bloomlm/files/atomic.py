@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from bloomlm.errors import CheckpointError
 
@@ -68,22 +69,26 @@ def directory_beside(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a temporary file, flush it to the disk, and rename it to its final name, replacing what was there.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a temporary file; at the end flush it to the disk, and rename it, replacing what was there.
 
     Args:
         path: the file; missing parents are created.
-        content: bytes, or text, which is encoded in UTF-8.
+
+    Yields:
+        The temporary file. After an error it is removed, and an older file is unchanged.
 
     Raises:
-        CheckpointError: it cannot be written; an older file is unchanged.
+        CheckpointError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean(path.parent)
         temporary, lock = _make_locked(path, _create_file)
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            with temporary.open("wb") as file:
+                yield file
             os.fsync(lock)
             temporary.replace(path)
         finally:
@@ -93,6 +98,20 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         sync(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a whole file, as atomic_file does.
+
+    Args:
+        path: the file; missing parents are created.
+        content: bytes, or text, which is encoded in UTF-8.
+
+    Raises:
+        CheckpointError: it cannot be written; an older file is unchanged.
+    """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bloomlm.files.atomic import directory_beside
+from bloomlm.errors import CheckpointError
+from bloomlm.files.atomic import atomic_write, directory_beside
 from bloomlm.files.cache_directory import default_cache_dir
 from bloomlm.kernels.source import library_source
 
@@ -83,7 +84,7 @@ def load_operators() -> None:
         return
     try:
         torch.ops.load_library(_library())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, CheckpointError) as error:
         _LOG.warning("PyTorch's operators are used, which are slower: %s", _reason(error))
         return
     namespace = torch.ops.bloomlm_kernels
@@ -109,8 +110,9 @@ def _library() -> Path:
     """The compiled library.
 
     Raises:
-        OSError: there is no compiler, or the library cannot be written.
+        OSError: there is no compiler, or its temporary files cannot be written.
         subprocess.SubprocessError: the compiler fails.
+        CheckpointError: the library cannot be written.
     """
     names = shlex.split(os.environ.get("CXX", "g++"))
     compiler = shutil.which(names[0]) if names else None
@@ -137,7 +139,9 @@ def _compile(command: list[str], source: str, path: Path) -> None:
         places = [f"-I{package / 'include'}", f"-L{package / 'lib'}", "-ltorch_cpu"]
         arguments = [*command, str(text), *places, "-o", str(library)]
         subprocess.run(arguments, capture_output=True, check=True, timeout=_COMPILE_SECONDS)
-        library.replace(path)
+        content = library.read_bytes()
+    # Its name comes last: a process that finds it does not look for what a killed one has left.
+    atomic_write(path, content)
 
 
 def _reason(error: Exception) -> str:

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-_FINETUNE = (
-    "finetune --model_name_or_path builtin:tiny --train_file ../inputs/train.jsonl --output_dir run --max_steps 6 "
-    "--save_steps 2 --logging_steps 1 --per_device_train_batch_size 4 --src_length 24 --tgt_length 16 "
-    "--learning_rate 1e-3 --disable_tqdm True --report_to none --device cpu"
+_RUN = (
+    "finetune --model_name_or_path builtin:tiny --output_dir run --max_steps 6 --save_steps 2 --logging_steps 1 "
+    "--per_device_train_batch_size 4 --learning_rate 1e-3 --disable_tqdm True --report_to none --device cpu"
 )
+_FINETUNE = f"{_RUN} --train_file ../inputs/train.jsonl --src_length 24 --tgt_length 16"
 _BEST = (
     "--eval_file ../inputs/dev.jsonl --evaluation_strategy steps --eval_steps 2 --load_best_model_at_end True "
     "--save_total_limit 1"
@@ -43,6 +43,12 @@ COMMANDS = (
     Command(
         "finetune --lora",
         f"{_FINETUNE} {_BEST} --lora True --lora_dropout 0.1 --merge_weights True",
+        output="run",
+        all_checkpoints="--save_total_limit 9",
+    ),
+    Command(
+        "finetune, raw text",
+        f"{_RUN} --train_file ../inputs/text.txt --max_length 24 --save_total_limit 1",
         output="run",
         all_checkpoints="--save_total_limit 9",
     ),

@@ -87,5 +87,7 @@ def _changed_path(event: str, arguments: tuple[Any, ...]) -> str | None:
         directory = None if directory_at is None else arguments[directory_at]
     else:
         return None
+    if isinstance(path, int):  # os.ftruncate
+        return str(Path(f"/proc/self/fd/{path}").readlink())
     start = Path.cwd() if directory in (None, -1) else Path(f"/proc/self/fd/{directory}").readlink()
     return os.path.normpath(start / os.fsdecode(path))

@@ -16,10 +16,13 @@ from tests.kills.plan import spread_faults
 
 
 def change(root: Path) -> None:
-    """Seven changes, made in different ways."""
+    """Eight changes, made in different ways."""
     (root / "directory").mkdir()
     (root / "directory" / "file").write_text("content")
-    os.close(os.open(root / "other", os.O_CREAT | os.O_WRONLY))
+    descriptor = os.open(root / "other", os.O_CREAT | os.O_WRONLY)
+    os.write(descriptor, b"cut")
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
     (root / "other").rename(root / "renamed")
     (root / "renamed").read_bytes()
     with tempfile.NamedTemporaryFile(dir=root.parent):  # of no interest
@@ -30,6 +33,7 @@ def change(root: Path) -> None:
 CHANGES = [
     {"directory/": b""},
     {"directory/": b"", "directory/file": b"content"},
+    {"directory/": b"", "directory/file": b"content", "other": b"cut"},
     {"directory/": b"", "directory/file": b"content", "other": b""},
     {"directory/": b"", "directory/file": b"content", "renamed": b""},
     {"directory/": b"", "directory/file": b"content", "renamed": b""},

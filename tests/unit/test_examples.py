@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 import bloomlm.data.cache
 import bloomlm.data.examples
+from bloomlm.data.cache import read_arrays, write_arrays
 from bloomlm.data.example_set import ExampleSet
 from bloomlm.data.examples import load_examples
 from bloomlm.data.files import FileRows
@@ -210,14 +211,29 @@ def test_unwritable_cache_is_a_warning(tmp_path, monkeypatch, caplog):
 
 
 def test_full_disk_is_a_warning_and_leaves_nothing(tmp_path, cache, monkeypatch, caplog):
-    def full_disk(arrays, path, metadata):
-        Path(path).write_bytes(b"half")
+    def full_disk(arrays, checksum):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bloomlm.data.cache, "save_file", full_disk)
+    monkeypatch.setattr(bloomlm.data.cache, "_header", full_disk)
     assert values(load(write_rows(tmp_path / "a.jsonl"))) == EXPECTED
     assert any("No space left on device" in record.message for record in caplog.records)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_the_cache_is_a_safetensors_file(tmp_path):
+    arrays = {
+        "bytes": np.arange(5, dtype=np.uint8),
+        "none": np.empty((0, 2), dtype=np.int32),
+        "pairs": np.arange(6, dtype=np.float64).reshape(3, 2).T,
+        "tokens": np.arange(7, dtype=np.int32),
+        "starts": np.arange(3, dtype=np.int64),
+    }
+    write_arrays(tmp_path / "a.safetensors", arrays)
+    for found in (load_file(tmp_path / "a.safetensors"), read_arrays(tmp_path / "a.safetensors")):
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+            assert found[name].flags.aligned
 
 
 def test_cache_directory(monkeypatch, tmp_path):

@@ -194,7 +194,7 @@ def test_a_killed_process_leaves_what_the_next_one_continues(tmp_path: Path) -> 
     killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, env=dict(os.environ))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (progress,) = (tmp_path / "cache").glob(f"*/{token_files.PROGRESS_FILE}")
-    assert 6 < json.loads(progress.read_text())["num_documents"] < 20
+    assert 6 < json.loads(progress.read_text())["size"]["num_documents"] < 20
     files = load(file_inputs(path), tmp_path / "cache")
     assert documents_of(files) == expected_documents(DOCUMENTS * 5, make_tokenizer())
 

@@ -22,6 +22,7 @@ from bloomlm.data.chat_template import ChatTemplate, with_given_template
 from bloomlm.errors import BloomlmError, ConfigError
 from bloomlm.flags import DeviceFlags, ModelFlags, flag, same_flag
 from bloomlm.generation.config import GenerationConfig, Sampling
+from bloomlm.generation.growing import GrowingText
 from bloomlm.parallel.launch import find_device
 from bloomlm.runtime.program import Program
 from bloomlm.serving.text_stream import TextStream
@@ -94,7 +95,8 @@ class Chat:
         has_seed: bool,
         messages: Console,
     ) -> None:
-        self._generator = generator
+        self._tokenizer = generator.tokenizer
+        self._text = GrowingText(generator.model, generator.tokenizer.decode)
         self._dialog = dialog
         self._generation = generation
         self._has_seed = has_seed
@@ -156,14 +158,12 @@ class Chat:
         """Print the answer to a line as it comes; Ctrl-C ends it, and what was printed is kept."""
         prompt = self._dialog.prompt(line)
         config = self._generation
-        stream = TextStream(self._generator.tokenizer, config.stop, config.min_new_tokens)
+        stream = TextStream(self._tokenizer, config.stop, config.min_new_tokens)
         answer = _StreamedAnswer(self._printer, stream)
         note: str | None = "stopped"
         try:
-            generation = self._next_generation()
-            for completion in self._generator.completions([prompt], generation, batch_size=1, on_token=answer.push):
-                is_cut = completion.finish_reason == "length"
-                note = f"cut after --max_new_tokens {generation.max_new_tokens}" if is_cut else None
+            reason = self._text.extend(self._tokenizer.encode(prompt), self._next_generation(), answer.push)
+            note = f"cut after --max_new_tokens {config.max_new_tokens}" if reason == "length" else None
         except KeyboardInterrupt:
             pass
         answer.finish()
@@ -219,8 +219,8 @@ class _StreamedAnswer:
         self.text = ""
         """The text so far."""
 
-    def push(self, index: int, token_id: int) -> None:
-        """Add a token; there is one answer, so its index is 0."""
+    def push(self, token_id: int) -> None:
+        """Add a token."""
         self._add(self._stream.push(token_id))
 
     def finish(self) -> None:

@@ -71,7 +71,6 @@ def check_flags(flags: EvaluateFlags) -> tuple[str, ...]:
     acting = {
         "logging_steps": (flags.chosen_protocol.reads_file, "--eval_path"),
         "seed": (False, "random numbers, which an evaluation does not draw"),
-        "model_prefix": (flags.model_dir is not None, "--model_dir"),
     }
     return tuple(
         f"--{name} has no effect without {needed}"

@@ -43,6 +43,8 @@ def check_generator(config: Any, not_of_programs: Mapping[str, str]) -> None:
                 "missing --model_name_or_path (builtin:tiny, a directory, or a hub name), or --model_dir with an "
                 "exported program"
             )
+        if config.model_prefix != ProgramFlags.model_prefix:
+            raise ConfigError("--model_prefix names a program; give its --model_dir too, or leave it out")
         return
     if config.model_name_or_path:
         raise ConfigError(

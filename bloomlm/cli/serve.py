@@ -175,8 +175,6 @@ def serve(config: ServeConfig) -> None:
 
 def _check_model(config: ServeConfig) -> None:
     check_generator(config, _NOT_OF_PROGRAMS)
-    if config.model_dir is None and config.model_prefix != ServeConfig.model_prefix:
-        raise ConfigError("--model_prefix names a program; give its --model_dir too, or leave it out")
     if config.model_dir is not None and world_size() > 1:
         raise ConfigError("--model_dir with several processes: a program cannot be divided among them; start one")
 

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from bloomlm.cli.dialog import Conversation
 from bloomlm.data.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.generation.config import GenerationConfig
+from bloomlm.generation.growing import GrowingText
 from bloomlm.runtime.program import Program
 from tests.bloom_tokenizer import make_tokenizer
 from tests.tiny_bloom import write_adapter, write_bloom
@@ -169,6 +170,7 @@ def test_a_program_answers_like_its_model(
     [
         ([], "missing --model_name_or_path"),
         (["--model_name_or_path", "m", "--model_dir", "d"], "give one: an exported program or a model"),
+        (["--model_name_or_path", "m", "--model_prefix", "p"], "give its --model_dir too"),
         (["--model_dir", "d", "--lora_path", "a"], "--lora_path with --model_dir: adapters are put into a program"),
         (["--model_name_or_path", "builtin:tiny", "--chat_template", "/none"], "--chat_template /none cannot be read"),
         (["--model_name_or_path", "builtin:tiny", "--system", "x"], "the model has no chat template"),
@@ -182,24 +184,24 @@ def test_flags_that_cannot_be_used(
     assert message in capsys.readouterr().err
 
 
-class Interrupted:
-    """Answers with three words, of which a user stops the last."""
+def test_a_stopped_answer_stays_in_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer: Any = make_tokenizer()
 
-    tokenizer = make_tokenizer()
-
-    def completions(self, prompts: list[str], config: GenerationConfig, *, on_token: Any, **_: Any) -> Iterator[Any]:
-        for token in self.tokenizer.encode(" the and"):
-            on_token(0, token)
-        if prompts[0].endswith("stop\nAssistant:"):
+    def say(text: GrowingText, prompt: list[int], config: GenerationConfig, on_token: Callable[[int], None]) -> str:
+        for token in tokenizer.encode(" the and"):
+            on_token(token)
+        if tokenizer.decode(prompt).endswith("stop\nAssistant:"):
             raise KeyboardInterrupt
-        yield SimpleNamespace(finish_reason="eos")
+        return "eos"
 
-
-def test_a_stopped_answer_stays_in_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(GrowingText, "extend", say)
+    model: Any = SimpleNamespace(model=None, tokenizer=tokenizer)
     dialog = Conversation(ChatTemplate(PLAIN_TEMPLATE, {"eos_token": "</s>"}), "")
     lines = iter(["stop", "go"])
     messages = Console(stderr=True)
-    Chat(Interrupted(), dialog, GenerationConfig(), has_seed=False, messages=messages).run(lambda: next(lines, None))
+    Chat(model, dialog, GenerationConfig(), has_seed=False, messages=messages).run(lambda: next(lines, None))
     assert dialog.prompt("on") == (
         "User: stop\nAssistant: the and</s>User: go\nAssistant: the and</s>User: on\nAssistant:"
     )

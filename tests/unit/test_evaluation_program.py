@@ -173,9 +173,9 @@ def test_what_says_how_to_load_a_model_is_refused(given: dict[str, Any]) -> None
         check_flags(EvaluateFlags(model_dir=Path("d"), eval_path="f", **given))
 
 
-def test_prefix_without_a_program_has_no_effect() -> None:
-    flags = EvaluateFlags(model_name_or_path="m", eval_path="f", model_prefix="small")
-    assert check_flags(flags) == ("--model_prefix has no effect without --model_dir",)
+def test_the_name_of_a_program_needs_its_directory() -> None:
+    with pytest.raises(ConfigError, match="--model_prefix names a program; give its --model_dir too"):
+        check_flags(EvaluateFlags(model_name_or_path="m", eval_path="f", model_prefix="small"))
     assert check_flags(EvaluateFlags(model_dir=Path("d"), eval_path="f", model_prefix="p", device="cpu")) == ()
 
 

@@ -20,6 +20,7 @@ from bloomlm.cli.main import main
 from bloomlm.errors import ConfigError
 from bloomlm.serving.engine import Engine
 from bloomlm.serving.http import gate
+from bloomlm.serving.http import server as http_server
 from bloomlm.serving.http.app import create_app
 from bloomlm.serving.http.server import HttpServer
 from bloomlm.serving.http.service import ServerOptions, Service
@@ -99,6 +100,28 @@ def test_a_body_that_does_not_come_is_not_waited_for(slow: FakeEngine) -> None:
     connection.settimeout(WAIT_SECONDS)
     assert connection.recv(1000).startswith(b"HTTP/1.1 504")
     connection.close()
+    server.stop()
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "a head"])
+def test_a_connection_without_a_request_is_closed(
+    slow: FakeEngine, begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_SECONDS", 0.3)
+    server = serve(slow)
+    with start_request(server, {"prompt": "a", "max_tokens": 20, "stream": True}) as asked, socket.socket() as silent:
+        silent.connect(asked.getpeername())
+        silent.sendall(begun)
+        silent.settimeout(WAIT_SECONDS)
+        assert silent.recv(1) == b""
+        answer = b""  # of 20 tokens, which come for longer
+        while not answer.endswith(b"\r\n0\r\n\r\n"):
+            received = asked.recv(4096)
+            assert received, answer
+            answer += received
+        assert answer.count(b"data: {") == 20
+        asked.sendall(begun)  # the next head is waited for as long
+        assert asked.recv(1) == b""
     server.stop()
 
 

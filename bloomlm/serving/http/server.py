@@ -9,11 +9,13 @@ from math import ceil
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bloomlm.errors import ConfigError
 
 KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection stays open: longer than proxies and clients keep theirs, so that they close first."""
+"""How long a connection stays open without the head of a request: longer than proxies and clients keep idle ones, so
+that they close first."""
 _BACKLOG = 2048
 
 
@@ -47,6 +49,7 @@ class HttpServer:
         """The address at which clients find it."""
         config = uvicorn.Config(
             app,
+            http=_Connection,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -69,6 +72,27 @@ class HttpServer:
 
     def _run(self) -> None:
         asyncio.run(self._server.serve(sockets=[self._socket]))
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when the head of a request does not come in time.
+
+    uvicorn waits without a limit for the first request, and for the rest of a head that has begun. Bodies have the
+    time of their request.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        last_request, timer = self.cycle, self.timeout_keep_alive_task
+        self.timeout_keep_alive_task = None  # uvicorn cancels it at the first byte
+        super().data_received(data)
+        if timer is not None and self.cycle is last_request and not self.transport.is_closing():
+            self.timeout_keep_alive_task = timer
+        elif timer is not None:
+            timer.cancel()
 
 
 def _is_taken(error: Exception) -> bool:

@@ -1,15 +1,17 @@
 """The C++ products of exported programs alone: gigabytes of the matrix and billions of products per second.
 
     python benchmarks/kernels.py --rows 1,8 --formats int8,int4
+    python benchmarks/kernels.py --rows 16,32,512 --kernels many_rows
 
 The matrix has as many rows of a width as take --megabytes, so that it is read from memory, as in a decoding step. One
 thread; times are its processor seconds, least of a few, so that the numbers hold while others use the machine too.
-BLOOMLM_MAX_CPU_ISA limits the instructions (docs/decisions/programs.md). Products of many rows call a library; --rows
-above 32 shows few_rows all the same.
+BLOOMLM_MAX_CPU_ISA limits the instructions (docs/decisions/programs.md). few_rows reads a matrix as it is stored;
+many_rows gives it to oneDNN's kernels, in bfloat16 where the processor and the format have that.
 """
 
 import argparse
 import ctypes
+import itertools
 import subprocess
 import tempfile
 import time
@@ -29,10 +31,14 @@ WRAPPER = """
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 {source}
 extern "C" void run(int format, const void* data, const void* scale, const float* row_scale, int64_t outs, int64_t ins,
-                    const float* x, int64_t rows, float* results) {{
+                    const float* x, int64_t rows, float* results, bool few) {{
+  using namespace bloomlm;
   omp_set_num_threads(1);
-  const bloomlm::Matrix matrix{{static_cast<bloomlm::Matrix::Format>(format), data, scale, row_scale, outs, ins}};
-  bloomlm::few_rows(x, matrix, rows, results);
+  const Matrix matrix{{static_cast<Matrix::Format>(format), data, scale, row_scale, outs, ins}};
+  const bool in_bfloat16 = kLevel >= kAvx512Bf16 && format != Matrix::kFloat32 && format != Matrix::kFloat16;
+  if (few) few_rows(x, matrix, rows, Finish{{}}, results);
+  else if (in_bfloat16) many_rows<Bfloat16>(x, matrix, rows, Finish{{}}, results);
+  else many_rows<float>(x, matrix, rows, Finish{{}}, results);
 }}
 extern "C" const char* level() {{ return bloomlm::kLevelNames[bloomlm::kLevel]; }}
 """
@@ -52,7 +58,7 @@ def compiled(directory: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def seconds(library: ctypes.CDLL, kind: int, data: torch.Tensor, outs: int, ins: int, rows: int) -> float:
+def seconds(library: ctypes.CDLL, kind: int, data: torch.Tensor, outs: int, ins: int, rows: int, few: bool) -> float:
     """Processor seconds of a product."""
     scale, row_scale = torch.zeros(outs * ins // 16, dtype=torch.float32), torch.zeros(outs)
     x, results = torch.randn(rows, ins), torch.empty(rows, outs)
@@ -68,6 +74,7 @@ def seconds(library: ctypes.CDLL, kind: int, data: torch.Tensor, outs: int, ins:
             pointers[3],
             ctypes.c_int64(rows),
             pointers[4],
+            ctypes.c_bool(few),
         )
         times.append(time.process_time() - start)
     return min(times)
@@ -78,24 +85,26 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--rows", default="1,2,4,8,16,32")
     parser.add_argument("--widths", default="1024,4096")
+    parser.add_argument("--kernels", default="few_rows")
     parser.add_argument("--megabytes", type=int, default=200)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         library = compiled(Path(directory))
     library.level.restype = ctypes.c_char_p
     print(f"{library.level().decode()}, one thread; {machine()}\n")
-    print("| format | width | rows | GB/s | billion products/s |\n|---|---:|---:|---:|---:|")
+    print("| format | width | rows | kernel | GB/s | billion products/s |\n|---|---:|---:|---|---:|---:|")
     data = torch.zeros(args.megabytes << 20, dtype=torch.uint8)
     table = {}
     for name in args.formats.split(","):
         for ins in map(int, args.widths.split(",")):
             outs = int((args.megabytes << 20) / FORMATS[name]) // ins
-            for rows in map(int, args.rows.split(",")):
-                took = seconds(library, list(FORMATS).index(name), data, outs, ins, rows)
+            for rows, kernel in itertools.product(map(int, args.rows.split(",")), args.kernels.split(",")):
+                took = seconds(library, list(FORMATS).index(name), data, outs, ins, rows, kernel == "few_rows")
                 read, products = outs * ins * FORMATS[name] / took / 1e9, outs * ins * rows / took / 1e9
-                print(f"| {name} | {ins} | {rows} | {read:.1f} | {products:.0f} |", flush=True)
+                print(f"| {name} | {ins} | {rows} | {kernel} | {read:.1f} | {products:.0f} |", flush=True)
                 row = {"read_gb_per_second": read, "billion_products_per_second": products}
-                table[f"{name}, {ins} wide, {rows} rows"] = [row]
+                at = f"{name}, {ins} wide, {rows} rows"
+                table[at if kernel == "few_rows" else f"{at}, {kernel}"] = [row]
     record(table)
 
 

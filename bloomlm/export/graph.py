@@ -13,7 +13,7 @@ M slots of the cache, N packed new tokens, L blocks, H heads, K head_dim, D hidd
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,15 @@ _PAD_SCORE = -1.0e5
 """The score of a pad; beside any real score its softmax is 0 in fp32."""
 
 Weights = Mapping[str, Tensor]
-Product = Callable[[Tensor, Parts], Tensor]
-"""x W^T with an encoded matrix: [N, in] -> [N, out]."""
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class Product(Protocol):
+    """A product with an encoded matrix."""
+
+    def __call__(self, x: Tensor, parts: Parts, bias: Tensor | None = None, *, is_gelu: bool = False) -> Tensor:
+        """x W^T + b, or its GELU in the tanh form: [N, in] -> [N, out]."""
+        ...
 
 
 class Graph(nn.Module):
@@ -76,11 +82,11 @@ class Graph(nn.Module):
         attended = attend(query, key, value, layer)
         x = (normed if post_norm else x) + self._linear(attended, weights, "dense", layer)
         normed = self._norm(x, weights, "post_attention_layernorm", layer)
-        hidden = F.gelu(self._linear(normed, weights, "dense_h_to_4h", layer), approximate="tanh")
+        hidden = self._linear(normed, weights, "dense_h_to_4h", layer, is_gelu=True)
         return (normed if post_norm else x) + self._linear(hidden, weights, "dense_4h_to_h", layer)
 
-    def _linear(self, x: Tensor, weights: Weights, name: str, layer: int) -> Tensor:
-        return self.product(x, parts_of(weights, name, layer)) + weights[f"{name}.bias"][layer]
+    def _linear(self, x: Tensor, weights: Weights, name: str, layer: int, *, is_gelu: bool = False) -> Tensor:
+        return self.product(x, parts_of(weights, name, layer), weights[f"{name}.bias"][layer], is_gelu=is_gelu)
 
     def _norm(self, x: Tensor, weights: Weights, name: str, layer: int | None = None) -> Tensor:
         scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -223,17 +229,21 @@ class Step(Graph):
         return self.logits(hidden.unflatten(0, (num_rows, num_new))[:, -1], self.tensors), grown  # type: ignore[arg-type]
 
 
-def library_product(x: Tensor, parts: Parts) -> Tensor:
-    """x W^T through PyTorch's fp32 product: [N, in] -> [N, out]. A matrix in another format is decoded in blocks."""
+def library_product(x: Tensor, parts: Parts, bias: Tensor | None = None, *, is_gelu: bool = False) -> Tensor:
+    """A Product through PyTorch's in fp32. A matrix in another format is decoded in blocks."""
     weight = parts["weight"]
     if weight.dtype is torch.float32:
-        return F.linear(x, weight)
-    decode, block_rows = format_of(weight.dtype).decode, max(1, _BLOCK_ELEMENTS // x.shape[1])
-    blocks = [
-        F.linear(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
-        for start in range(0, weight.shape[0], block_rows)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        out = F.linear(x, weight)
+    else:
+        decode, block_rows = format_of(weight.dtype).decode, max(1, _BLOCK_ELEMENTS // x.shape[1])
+        blocks = [
+            F.linear(x, decode({key: part[start : start + block_rows] for key, part in parts.items()}))
+            for start in range(0, weight.shape[0], block_rows)
+        ]
+        out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    if bias is not None:
+        out = out + bias
+    return F.gelu(out, approximate="tanh") if is_gelu else out
 
 
 def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:

@@ -24,15 +24,23 @@ from bloomlm.runtime.torch_internals import c_function_options
 
 
 @torch.library.custom_op("bloomlm::product", mutates_args=())
-def product(x: Tensor, weight: Tensor, scale: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
-    """x W^T: [N, in] -> [N, out], for a weight and scales that encode a matrix.
+def product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_gelu: bool = False,
+) -> Tensor:
+    """x W^T + b: [N, in] -> [N, out], for a weight and scales that encode a matrix; with is_gelu, its GELU (tanh form).
 
     The C++ rounds x: for few rows as the table in matrix.h says, for many rows and a matrix of at most 16 bits to
     bfloat16 on processors that multiply such numbers.
     """
     parts = {"weight": weight, "scale": scale, "row_scale": row_scale}
     matrix = format_of(weight.dtype).decode({name: part for name, part in parts.items() if part is not None})
-    return F.linear(x, matrix)
+    out = F.linear(x, matrix, bias)
+    return F.gelu(out, approximate="tanh") if is_gelu else out
 
 
 @torch.library.custom_op("bloomlm::attend", mutates_args=())
@@ -43,7 +51,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows: Te
 
 
 @product.register_fake
-def _product_shape(x: Tensor, weight: Tensor, scale: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+def _product_shape(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_gelu: bool = False,
+) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -52,9 +67,9 @@ def _attend_shape(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, r
     return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
 
 
-def product_of(x: Tensor, parts: Parts) -> Tensor:
+def product_of(x: Tensor, parts: Parts, bias: Tensor | None = None, *, is_gelu: bool = False) -> Tensor:
     """product with the tensors of an encoded matrix."""
-    out: Tensor = product(x, parts["weight"], parts.get("scale"), parts.get("row_scale"))
+    out: Tensor = product(x, parts["weight"], parts.get("scale"), parts.get("row_scale"), bias, is_gelu)
     return out
 
 

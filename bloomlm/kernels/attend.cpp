@@ -1,30 +1,128 @@
-// bloomlm::attend: attention of new tokens over the slots of their row up to their own. query [B, H, K], keys and values
-// [R, H, M, K], slopes [H] of ALiBi, rows [B] and slots [B] of the tokens -> [B, H * K].
+// bloomlm::attend: attention of new tokens over the slots of their row up to their own. query [B, H, K] in float32, keys and
+// values [R, H, M, K] in float32 or bfloat16, slopes [H] of ALiBi, rows [B] and slots [B] of the tokens -> [B, H * K].
 // R rows of the cache, B tokens, H heads, M slots of the cache, K head_dim.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "attend.h"
-#include "level.h"
+#include "causal.h"
+#include "few_rows.h"
+#include "small_products.h"
 #include "tensors.h"
 
 namespace bloomlm {
 
-// Neighbouring tokens of one row, which read its keys and values together.
-struct Tile {
+constexpr int64_t kMostTogether = 256;  // tokens that one thread computes together, for which it turns values over once
+
+// Tokens in neighbouring slots of one row.
+struct Run {
   int64_t first, count;
 };
 
-inline std::vector<Tile> tiles_of(const int64_t* rows, int64_t count, int64_t most) {
-  std::vector<Tile> tiles;
+inline std::vector<Run> runs_of(const int64_t* rows, const int64_t* slots, int64_t count, int64_t most) {
+  std::vector<Run> runs;
   for (int64_t i = 0; i < count; ++i) {
-    if (i > 0 && rows[i] == rows[i - 1] && tiles.back().count < most) ++tiles.back().count;
-    else tiles.push_back({i, 1});
+    if (i > 0 && rows[i] == rows[i - 1] && slots[i] == slots[i - 1] + 1 && runs.back().count < most) ++runs.back().count;
+    else runs.push_back({i, 1});
   }
-  return tiles;
+  return runs;
+}
+
+// What all tokens and heads share.
+template <class T>
+struct CachedAttention {
+  bloomlm::Floats query;  // [B, H, K]
+  T *keys, *values;       // [R, H, M, K]
+  int64_t strides[3];     // of keys and values, except the last
+  const float* slopes;
+  const int64_t *rows, *slots;
+  int64_t heads, head_dim;
+  float factor;
+  float* results;  // [B, H, K]
+
+  int64_t offset(int64_t token, int64_t head) const { return rows[token] * strides[0] + head * strides[1]; }
+  const float* query_of(int64_t token, int64_t head) const {
+    return query.data + token * query.strides[0] + head * query.strides[1];
+  }
+  float* result_of(int64_t token, int64_t head) const { return results + (token * heads + head) * head_dim; }
+};
+
+template <class T>
+void attend_one(const CachedAttention<T>& a, int64_t token, int64_t head, std::vector<float>& room) {
+  const auto attend = kLevel == kScalar ? scalar::attend<T> : kLevel >= kAvx512 ? avx512::attend<T> : avx2::attend<T>;
+  const int64_t slots = a.slots[token] + 1, offset = a.offset(token, head);
+  room.resize(std::max<int64_t>(room.size(), slots + 16));
+  attend({a.query_of(token, head), a.keys + offset, a.values + offset, a.strides[2], slots, a.head_dim, a.slopes[head], a.factor,
+          room.data(), a.result_of(token, head)});
+}
+
+// Products for blocks of kBlock queries and tiles of kBlock slots, transposed as in causal.cpp.
+inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t head, const Kernels& kernels,
+                       std::vector<float>& room) {
+  const auto softmax = kLevel >= kAvx512 ? avx512::softmax : avx2::softmax;
+  const int64_t k = a.head_dim, stride = a.strides[2], offset = a.offset(run.first, head), tile_size = kBlock * k;
+  const int64_t slots = a.slots[run.first] + run.count, tiles = (slots + kBlock - 1) / kBlock;
+  room.resize(std::max<int64_t>(room.size(), (tiles + 3) * tile_size + (tiles + 1) * kBlock * kBlock));
+  float *values = room.data(), *last_keys = values + tiles * tile_size, *query = last_keys + tile_size;
+  float *result = query + tile_size, *sums = result + tile_size, *scores = sums + kBlock;
+  std::fill_n(values + (tiles - 1) * tile_size, 3 * tile_size, 0.0f);  // the last tiles may have fewer slots
+  for (int64_t tile = 0; tile < slots; tile += kBlock)
+    kernels.turn(a.values + offset + tile * stride, stride, std::min(kBlock, slots - tile), k, values + tile * k, kBlock);
+  for (int64_t slot = slots / kBlock * kBlock; slot < slots; ++slot)
+    std::copy_n(a.keys + offset + slot * stride, k, last_keys + slot % kBlock * k);
+  for (int64_t first = 0; first < run.count; first += kBlock) {
+    const int64_t token = run.first + first, count = std::min(kBlock, run.count - first), columns = (count + 15) / 16 * 16;
+    const int64_t seen = a.slots[token] + count;
+    if (count < kBlock) std::fill_n(query, tile_size, 0.0f);
+    kernels.turn(a.query_of(token, head), a.query.strides[0], count, k, query, kBlock);
+    int64_t rows = 0;
+    for (int64_t tile = 0; tile < seen; tile += kBlock) {
+      const bool is_whole = tile + kBlock <= slots;
+      rows = tile + std::min(kBlock, (seen - tile + 15) / 16 * 16);
+      multiply(rows - tile, columns, k, is_whole ? a.keys + offset + tile * stride : last_keys, is_whole ? stride : k, query,
+               kBlock, scores + tile * kBlock, kBlock, false);
+    }
+    softmax({scores, 0, rows, a.slots[token], columns, a.factor, a.slopes[head]}, sums);
+    for (int64_t tile = 0; tile < seen; tile += kBlock)
+      multiply(k, columns, std::min(kBlock, rows - tile), values + tile * k, kBlock, scores + tile * kBlock, kBlock, result,
+               kBlock, tile > 0);
+    kernels.turn(result, kBlock, k, count, a.result_of(token, head), a.heads * k);
+  }
+}
+
+template <class T>
+void attend_all(const CachedAttention<T>& a) {
+  constexpr bool kIsFloat = std::is_same_v<T, float>;
+  const bool has_runs = kIsFloat && kLevel != kScalar && has_products<float>();
+  const std::vector<Run> runs = runs_of(a.rows, a.slots, a.query.sizes[0], has_runs ? kMostTogether : 1);
+  const int64_t num_runs = runs.size();
+  const Kernels kernels = kernels_of_level();
+#pragma omp parallel
+  {
+    std::vector<float> room;
+    // rows differ in length, so a thread takes the next run when it is done with one; those of one head share its cache
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < num_runs * a.heads; ++unit) {
+      const Run run = runs[unit % num_runs];
+      if (run.count == 1) attend_one(a, run.first, unit / num_runs, room);
+      else if constexpr (kIsFloat) attend_run(a, run, unit / num_runs, kernels, room);
+    }
+  }
+}
+
+template <class T>
+CachedAttention<T> attention_over(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
+                                  AtenTensorHandle slopes, AtenTensorHandle rows, AtenTensorHandle slots, float* results) {
+  const bloomlm::Floats q(query);
+  int64_t* strides;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(keys, &strides));
+  return {q, data_of<T>(keys), data_of<T>(values), {strides[0], strides[1], strides[2]}, data_of<float>(slopes),
+          data_of<int64_t>(rows), data_of<int64_t>(slots), q.sizes[1], q.sizes[2],
+          1.0f / std::sqrt(static_cast<float>(q.sizes[2])), results};
 }
 
 }  // namespace bloomlm
@@ -33,29 +131,13 @@ extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTens
                                                 AtenTensorHandle slopes, AtenTensorHandle rows, AtenTensorHandle slots,
                                                 AtenTensorHandle* result) {
   using namespace bloomlm;
-  const bloomlm::Floats q(query), k(keys), v(values), slope(slopes);
-  const auto *row = data_of<int64_t>(rows), *last = data_of<int64_t>(slots);
-  const int64_t count = q.sizes[0], heads = q.sizes[1], head_dim = q.sizes[2];
-  *result = new_floats(count, heads * head_dim);
-  float* out = data_of<float>(*result);
-  const auto attend = kLevel == kScalar ? scalar::attend : kLevel >= kAvx512 ? avx512::attend : avx2::attend;
-  const std::vector<Tile> tiles = tiles_of(row, count, kLevel == kScalar ? 1 : kLevel >= kAvx512 ? 16 : 8);
-  const int64_t num_tiles = tiles.size();
-#pragma omp parallel
-  {
-    std::vector<float> room((k.sizes[2] + head_dim + 16) * 16);
-    // rows differ in length, so a thread takes the next tile when it is done with one; those of one head share its cache
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < num_tiles * heads; ++unit) {
-      const int64_t head = unit / num_tiles;
-      const Tile tile = tiles[unit % num_tiles];
-      const auto at = [&](const bloomlm::Floats& t, int64_t index) {
-        return t.data + index * t.strides[0] + head * t.strides[1];
-      };
-      attend({at(q, tile.first), at(k, row[tile.first]), at(v, row[tile.first]), q.strides[0], k.strides[2],
-              last + tile.first, tile.count, head_dim, slope.data[head], 1.0f / std::sqrt(static_cast<float>(head_dim)), room.data(),
-              out + (tile.first * heads + head) * head_dim, heads * head_dim});
-    }
-  }
+  const bloomlm::Floats q(query);
+  *result = new_floats(q.sizes[0], q.sizes[1] * q.sizes[2]);
+  float* results = data_of<float>(*result);
+  int32_t dtype = 0;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(keys, &dtype));
+  if (dtype == aoti_torch_dtype_float32())
+    attend_all(attention_over<float>(query, keys, values, slopes, rows, slots, results));
+  else attend_all(attention_over<Bfloat16>(query, keys, values, slopes, rows, slots, results));
   return AOTI_TORCH_SUCCESS;
 }

@@ -14,28 +14,14 @@
 
 #include "causal.h"
 #include "few_rows.h"
+#include "small_products.h"
 #include "tensors.h"
-
-// C (+)= A B for matrices in rows of lda, ldb and ldc numbers, by one thread. It is a part of PyTorch's library that its
-// headers declare and its documentation does not name; where it is missing, this is a null pointer.
-namespace at::native::cpublas {
-__attribute__((weak)) void brgemm(int64_t rows, int64_t columns, int64_t inner, int64_t lda, int64_t ldb, int64_t ldc,
-                                  bool adds, const float* a, const float* b, float* c, bool is_vnni);
-}
 
 namespace bloomlm {
 
-inline void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
-                     float* c, int64_t ldc, bool adds) {
-  at::native::cpublas::brgemm(rows, columns, inner, lda, ldb, ldc, adds, a, b, c, false);
-}
-
 // Fails where products of blocks cannot be had, on the thread that may report it.
 inline void require_products() {
-  if (at::native::cpublas::brgemm == nullptr) throw std::runtime_error("this PyTorch has no products of small matrices");
-  const float one[256] = {};
-  float result[256];
-  multiply(16, 16, 16, one, 16, one, 16, result, 16, false);
+  if (!has_products<float>()) throw std::runtime_error("this PyTorch has no products of small matrices");
 }
 
 inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }

@@ -37,13 +37,14 @@ _COMPILE_SECONDS = 300
 class Operators:
     """The operators, for contiguous tensors on the CPU, outside autograd."""
 
-    product: Callable[[Tensor, Tensor], Tensor]
-    """x W^T: fp32 [N, in], [out, in] in fp32, fp16 or bf16 -> fp32 [N, out]."""
+    product: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+    """x W^T + b, or with True its GELU: fp32 [N, in], [out, in] in fp32, fp16 or bf16, fp32 [out] -> fp32 [N, out]."""
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """Attention of one new token a row, all in fp32 -> [B, H * K].
+    """Attention of new tokens over the slots of their rows up to their own -> fp32 [B, H * K].
 
-    It takes queries [B, H, K], keys and values [R, H, M, K] with the same strides (all three may be views whose last
-    dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each token.
+    It takes queries [B, H, K] in fp32, keys and values [R, H, M, K] in fp32 or bf16 with the same strides (all three
+    may be views whose last dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each
+    token.
     """
     causal: "CausalOperators | None" = None
     """None: PyTorch lacks the products that they need."""

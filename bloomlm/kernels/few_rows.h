@@ -4,7 +4,7 @@
 #define BLOOMLM_FEW_ROWS_H
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "level.h"
 #include "scalar.h"
@@ -25,33 +25,46 @@ struct Kernels {
   decltype(&scalar::few_rows) few_rows;
   decltype(&scalar::round_row) round_row;
   decltype(&scalar::decode_row) decode_row;
+  decltype(&scalar::finish) finish;
+  decltype(&scalar::turn) turn;
   decltype(&scalar::to_bfloat16) to_bfloat16;
   decltype(&scalar::from_bfloat16) from_bfloat16;
 };
 
-#define KERNELS(level) \
-  { level::few_rows, level::round_row, level::decode_row, level::to_bfloat16, level::from_bfloat16 }
+#define KERNELS(level)                                                                                     \
+  { level::few_rows, level::round_row, level::decode_row, level::finish, level::turn, level::to_bfloat16, \
+    level::from_bfloat16 }
 
-
-inline Kernels kernels_for(const Matrix& matrix) {
-  if (!fills_vectors(matrix) || kLevel == kScalar) return KERNELS(scalar);
+inline Kernels kernels_of_level() {
+  if (kLevel == kScalar) return KERNELS(scalar);
   if (kLevel >= kAvx512) return KERNELS(avx512);
   if (kLevel == kAvxVnni) return KERNELS(avxvnni);
   return KERNELS(avx2);
 }
 
-// Room for some numbers, which begins at a cache line.
+inline Kernels kernels_for(const Matrix& matrix) {
+  if (!fills_vectors(matrix)) return KERNELS(scalar);
+  return kernels_of_level();
+}
+
+// Room for some numbers, which are not set, and begin at a cache line.
 template <class T>
 class Room {
  public:
-  explicit Room(int64_t count) : room_(count * sizeof(T) + 63) {}
-  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(room_.data()) + 63) & ~uintptr_t{63}); }
+  explicit Room(int64_t count) : room_(new char[count * sizeof(T) + 63]) {}
+  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(room_.get()) + 63) & ~uintptr_t{63}); }
 
  private:
-  std::vector<char> room_;
+  std::unique_ptr<char[]> room_;
 };
 
-inline void few_rows(const float* x, const Matrix& matrix, int64_t rows, float* results) {
+// What is done with a product: a bias [outs] is added, or none; then GELU is applied.
+struct Finish {
+  const float* bias;
+  bool is_gelu;
+};
+
+inline void few_rows(const float* x, const Matrix& matrix, int64_t rows, const Finish& end, float* results) {
   const int64_t ins = matrix.ins, lanes = ins / kLaneColumns;
   const bool is_int8 = matrix.format == Matrix::kInt8, is_int4 = matrix.format == Matrix::kInt4;
   const bool is_whole = is_int8 || is_int4;
@@ -78,8 +91,13 @@ inline void few_rows(const float* x, const Matrix& matrix, int64_t rows, float* 
       else std::copy_n(x + row * ins, ins, floats.data() + row * stride);
     }
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < matrix.outs; start += unit)
-      kernels.few_rows(p, start, (std::min(unit, matrix.outs - start) + 3) / 4);
+    for (int64_t start = 0; start < matrix.outs; start += unit) {
+      const int64_t count = std::min(unit, matrix.outs - start);
+      kernels.few_rows(p, start, (count + 3) / 4);
+      if (end.bias == nullptr && !end.is_gelu) continue;
+      for (int64_t row = 0; row < rows; ++row)
+        kernels.finish(results + row * matrix.outs + start, end.bias ? end.bias + start : nullptr, end.is_gelu, count);
+    }
   }
 }
 

@@ -8,9 +8,10 @@ namespace bloomlm::library {
 
 using torch::stable::Tensor;
 
-inline Tensor product(const Tensor& x, const Tensor& weight) {
-  AtenTensorHandle result = nullptr;
-  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_product(x.get(), weight.get(), nullptr, nullptr, &result));
+inline Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_gelu) {
+  AtenTensorHandle result = nullptr, given_bias = bias ? bias->get() : nullptr;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_product(x.get(), weight.get(), nullptr, nullptr, bias ? &given_bias : nullptr,
+                                                     is_gelu, &result));
   return Tensor(result);
 }
 
@@ -45,7 +46,7 @@ inline void causal_gradient(const Tensor& grad_out, const Tensor& fused, const T
 }  // namespace bloomlm::library
 
 STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
-  library.def("product(Tensor x, Tensor weight) -> Tensor");
+  library.def("product(Tensor x, Tensor weight, Tensor? bias, bool is_gelu) -> Tensor");
   library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor slopes, Tensor rows, Tensor slots) -> Tensor");
   library.def("causal(Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor(a!) out, Tensor(b!) log_sums) -> ()");
   library.def(

@@ -1,4 +1,5 @@
-// bloomlm::product: x [N, ins] times the transpose of a matrix [outs, ins] in any format -> [N, outs].
+// bloomlm::product: x [N, ins] times the transpose of a matrix [outs, ins] in any format, plus a bias [outs], and GELU of it
+// -> [N, outs].
 
 #include "few_rows.h"
 #include "many_rows.h"
@@ -27,20 +28,20 @@ inline Matrix matrix_of(AtenTensorHandle weight, AtenTensorHandle* scale, AtenTe
 }  // namespace bloomlm
 
 extern "C" AOTITorchError aoti_torch_cpu_product(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* scale,
-                                                 AtenTensorHandle* row_scale, AtenTensorHandle* result) {
+                                                 AtenTensorHandle* row_scale, AtenTensorHandle* bias, int32_t is_gelu,
+                                                 AtenTensorHandle* result) {
   using namespace bloomlm;
   const bloomlm::Floats given(x);
   const Matrix matrix = matrix_of(weight, scale, row_scale);
+  const Finish end{bias ? data_of<float>(*bias) : nullptr, is_gelu != 0};
   const int64_t rows = given.sizes[0];
-  const bool few = rows <= kFewRows;
-  if (!few && matrix.format == Matrix::kFloat32) {
-    const char* algorithm = "";
-    return aoti_torch_cpu__linear_pointwise(x, weight, nullptr, "none", nullptr, 0, &algorithm, result);
-  }
   *result = new_floats(rows, matrix.outs);
   float* results = data_of<float>(*result);
-  if (few) few_rows(given.data, matrix, rows, results);
-  else if (kLevel == kAvx512Bf16 && matrix.format != Matrix::kFloat16) many_rows<Bfloat16>(given.data, matrix, rows, results);
-  else many_rows<float>(given.data, matrix, rows, results);
+  const bool is_wide = matrix.format == Matrix::kFloat32 || matrix.format == Matrix::kFloat16;
+  if (rows <= kFewRows) few_rows(given.data, matrix, rows, end, results);
+  else if (kLevel == kAvx512Bf16 && !is_wide && matrix.ins % 2 == 0 && has_products<Bfloat16>())
+    many_rows<Bfloat16>(given.data, matrix, rows, end, results);
+  else if (has_products<float>()) many_rows<float>(given.data, matrix, rows, end, results);
+  else few_rows(given.data, matrix, rows, end, results);
   return AOTI_TORCH_SUCCESS;
 }

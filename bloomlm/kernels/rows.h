@@ -185,15 +185,3 @@ void decode_row(const Matrix& matrix, int64_t row, float* values) {
     return decode_numbers(static_cast<const Bfloat16*>(matrix.data) + start, matrix.ins, 1.0f, values);
   bloomlm::decode_row(matrix, row, values, decode_numbers<int8_t>);
 }
-
-void to_bfloat16(const float* from, int64_t count, Bfloat16* to) {
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) store_rounded(to + i, load(from + i));
-  scalar::to_bfloat16(from + whole, count - whole, to + whole);
-}
-
-void from_bfloat16(const Bfloat16* from, int64_t count, float* to) {
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) store(to + i, load(from + i));
-  scalar::from_bfloat16(from + whole, count - whole, to + whole);
-}

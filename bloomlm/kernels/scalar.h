@@ -8,6 +8,13 @@
 
 #include "product.h"
 
+namespace bloomlm {
+
+constexpr float kGeluFactor = 0.7978845608f;  // sqrt(2 / pi)
+constexpr float kGeluCubic = 0.044715f;
+
+}  // namespace bloomlm
+
 namespace bloomlm::scalar {
 
 template <class W>
@@ -100,6 +107,23 @@ inline void decode_row(const Matrix& matrix, int64_t row, float* values) {
   if (matrix.format == Matrix::kBfloat16)
     return decode_numbers(static_cast<const Bfloat16*>(matrix.data) + start, matrix.ins, 1.0f, values);
   bloomlm::decode_row(matrix, row, values, decode_numbers<int8_t>);
+}
+
+// GELU in its tanh form: x (1 + tanh u) / 2 with u = kGeluFactor (x + kGeluCubic x^3).
+inline float gelu(float x) { return 0.5f * x * (1.0f + std::tanh(kGeluFactor * (x + kGeluCubic * x * x * x))); }
+
+// Adds the bias, if there is one, and applies GELU, if asked.
+inline void finish(float* results, const float* bias, bool is_gelu, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float sum = bias ? results[i] + bias[i] : results[i];
+    results[i] = is_gelu ? gelu(sum) : sum;
+  }
+}
+
+// The transpose of a block [rows, columns] of numbers of 32 bits.
+inline void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column) to[column * to_stride + row] = from[row * from_stride + column];
 }
 
 // The nearest, to the even one of two; NaN stays NaN.

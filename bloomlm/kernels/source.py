@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.resources import files
 
-_BEFORE = ("level.h", "tensors.h", "matrix.h", "product.h", "scalar.h", "attend.h")
+_BEFORE = ("level.h", "tensors.h", "matrix.h", "small_products.h", "product.h", "scalar.h", "attend.h", "causal.h")
 _AFTER = ("few_rows.h", "many_rows.h", "product.cpp", "attend.cpp")
 _LEVELS = {
     "avx2": ("avx2,fma,f16c", "vectors_256.h"),
@@ -11,25 +11,23 @@ _LEVELS = {
     "avx512": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", "vectors_512.h"),
 }
 """Namespace of the code for a level of instructions -> the instructions, as GCC names them, and their vectors."""
-_OF_EACH_LEVEL = ("rows.h", "attend_rows.h")
+_OF_EACH_LEVEL = ("finish_rows.h", "rows.h", "attend_rows.h", "causal_rows.h")
 
 
 def cpp_source() -> str:
     """The C++ of compiled programs as one text."""
-    return _assembled(_BEFORE, _OF_EACH_LEVEL, _AFTER)
+    return _assembled(_AFTER)
 
 
 def library_source() -> str:
     """The C++ as a library for PyTorch, with the operators that only the model uses."""
-    text = _assembled(
-        (*_BEFORE, "causal.h"), (*_OF_EACH_LEVEL, "causal_rows.h"), (*_AFTER, "causal.cpp", "library.cpp")
-    )
+    text = _assembled((*_AFTER, "causal.cpp", "library.cpp"))
     # the compiler of programs includes this header itself
     return f"#include <torch/csrc/inductor/aoti_runtime/utils.h>\n{text}"
 
 
-def _assembled(before: Sequence[str], of_each_level: Sequence[str], after: Sequence[str]) -> str:
-    """Files, with the code of each level of instructions in turn."""
+def _assembled(after: Sequence[str]) -> str:
+    """All files, with the code of each level of instructions in turn, and then some."""
     levels = []
     for name, (instructions, vectors) in _LEVELS.items():
         uses_vnni = "vnni" in instructions
@@ -38,11 +36,11 @@ def _assembled(before: Sequence[str], of_each_level: Sequence[str], after: Seque
             f'#pragma GCC target("{instructions}")',
             "#define VNNI" if uses_vnni else "#undef VNNI",
             f"namespace bloomlm::{name} {{",
-            *_lines(vectors, *of_each_level),
+            *_lines(vectors, *_OF_EACH_LEVEL),
             "}",
             "#pragma GCC pop_options",
         ]
-    return "\n".join([*_lines(*before), *levels, *_lines(*after)])
+    return "\n".join([*_lines(*_BEFORE), *levels, *_lines(*after)])
 
 
 def _lines(*names: str) -> list[str]:

@@ -17,6 +17,7 @@ INLINE Floats load(const int8_t* p) {
 INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 INLINE Floats all(float number) { return _mm256_set1_ps(number); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, sum); }
 // Where the second is NaN, so is the result.
 INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
@@ -42,6 +43,25 @@ INLINE float largest(Floats v) {
   __m128 most = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+}
+
+// Number j of vector i changes places with number i of vector j.
+INLINE void transpose(Floats (&v)[kLanes]) {
+  Floats t[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const __m256d a = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2]), b = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
+    v[i] = _mm256_castpd_ps(i % 2 ? _mm256_unpackhi_pd(a, b) : _mm256_unpacklo_pd(a, b));
+  }
+  // half h of v[4 * g + i] now has column 4 * h + i of rows 4 * g to 4 * g + 3
+  for (int i = 0; i < 4; ++i) {
+    const Floats low = v[i], high = v[4 + i];
+    v[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    v[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
 }
 
 INLINE Ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

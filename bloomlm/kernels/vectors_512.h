@@ -19,6 +19,7 @@ INLINE Floats load(const int8_t* p) {
 INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 INLINE Floats all(float number) { return _mm512_set1_ps(number); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
 // Where the second is NaN, so is the result.
 INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
@@ -33,6 +34,29 @@ INLINE Floats magnitudes(Floats v) { return _mm512_abs_ps(v); }
 INLINE Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
 INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
+
+// Number j of vector i changes places with number i of vector j.
+INLINE void transpose(Floats (&v)[kLanes]) {
+  Floats t[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const __m512d a = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2]), b = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
+    v[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
+  }
+  // quarter q of v[4 * g + i] now has column 4 * q + i of rows 4 * g to 4 * g + 3
+  for (int i = 0; i < 4; ++i) {
+    const Floats even_low = _mm512_shuffle_f32x4(v[i], v[4 + i], 0x88), odd_low = _mm512_shuffle_f32x4(v[i], v[4 + i], 0xdd);
+    const Floats even_high = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0x88);
+    const Floats odd_high = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    v[4 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    v[8 + i] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    v[12 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
 
 INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
 INLINE Ints load_shorts(const int8_t* p) {

@@ -214,7 +214,8 @@ def _takes_attend(fused: Tensor, extension: Extension, dropout: float) -> bool:
         and operators() is not None
         and extension.is_decode
         and fused.device.type == "cpu"
-        and fused.dtype is extension.cache.keys.dtype is torch.float32
+        and fused.dtype is extension.cache.keys.dtype
+        and fused.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
     )
 
@@ -224,7 +225,8 @@ def _attend_singles(query: Tensor, layer: int, extension: Extension) -> Tensor:
     loaded, cache, head_dim = operators(), extension.cache, query.shape[2]
     assert loaded is not None
     keys, values = cache.keys[layer, ..., :head_dim], cache.values[layer, ..., :head_dim]
-    return loaded.attend(query, keys, values, cache.slopes, extension.token_rows, extension.slots)
+    out = loaded.attend(query.float(), keys, values, cache.slopes, extension.token_rows, extension.slots)
+    return out.to(query.dtype)
 
 
 def _attend_cached(query: Tensor, scale: float, layer: int, extension: Extension) -> Tensor:

@@ -97,9 +97,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Linear for [N, in] by our operator, which computes in fp32."""
     loaded = operators()
     assert loaded is not None
-    out = loaded.product(x.float().contiguous(), weight)
-    if bias is not None:
-        out += bias
+    out = loaded.product(x.float().contiguous(), weight, None if bias is None else bias.float(), False)
     return out.to(x.dtype)
 
 

@@ -174,7 +174,9 @@ def test_quantised_programs_keep_their_bounds(
 def test_a_program_that_differs_is_not_written(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bloomlm.export.formats.pt2, "library_product", lambda *given: 1.01 * library_product(*given))
+    monkeypatch.setattr(
+        bloomlm.export.formats.pt2, "library_product", lambda *given, **named: 1.01 * library_product(*given, **named)
+    )
     with pytest.raises(ProgramError, match="differs from the model: logits error"):
         export_small(loaded, tmp_path / "bloom")
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -33,8 +34,8 @@ SHAPES = [(200, 96), (75, 1024), (6, 17_408)]
 """Rows that do not fill vectors, rows that do and are no whole number of tiles, and so long ones that whole numbers of
 32 bits cannot hold the sum of a quarter in int8."""
 MATRICES = [(name, shape) for name in FORMATS for shape in SHAPES]
-MANY = 40
-"""Rows that the library multiplies."""
+MANY = (40, 64, 130)
+"""Numbers of rows that the library multiplies: less than a tile, a tile, tiles and a rest."""
 
 HEAD_DIMS = [64, 80, 20, 3]
 """Whole tiles, tiles and vectors, a vector and numbers, numbers."""
@@ -44,13 +45,24 @@ Products = dict[tuple[str, tuple[int, int]], Tensor]
 
 
 class Everything(nn.Module):
+    """Products of all matrices, the same with a bias and with its GELU, and attention."""
+
     def forward(
-        self, xs: list[Tensor], parts: list[dict[str, Tensor]], attentions: list[tuple[Tensor, ...]]
+        self,
+        xs: list[Tensor],
+        parts: list[dict[str, Tensor]],
+        biases: list[Tensor],
+        attentions: list[tuple[Tensor, ...]],
     ) -> list[Tensor]:
         products = [
             product_of(xs[SHAPES.index(shape)].clone(), part) for (_, shape), part in zip(MATRICES, parts, strict=True)
         ]
-        return products + [attend(*selected(*given)) for given in attentions]
+        finished = [
+            product_of(xs[SHAPES.index(shape)], part, biases[SHAPES.index(shape)], is_gelu=is_gelu)
+            for (_, shape), part in zip(MATRICES, parts, strict=True)
+            for is_gelu in (False, True)
+        ]
+        return [*products, *finished, *(attend(*selected(*given)) for given in attentions)]
 
 
 class Compiled:
@@ -63,11 +75,18 @@ class Compiled:
             matrix[0] = 1.0  # the largest whole numbers in every column
             matrix[1] = 0.0
         self.parts = [FORMATS[name].encode(matrix, name) for name, matrix in matrices]
+        self.biases = [torch.randn(num_out, generator=random) for num_out, _ in SHAPES]
         rows, batch, slots, room = (Dim(name, min=1, max=1 << 20) for name in "NBSM")
-        arguments = ([torch.randn(3, num_in) for _, num_in in SHAPES], self.parts, attention_inputs([2, 0], [5, 3], 7))
+        arguments = (
+            [torch.randn(3, num_in) for _, num_in in SHAPES],
+            self.parts,
+            self.biases,
+            attention_inputs([2, 0], [5, 3], 7),
+        )
         sizes = (
             [{0: rows}] * len(SHAPES),
             [dict.fromkeys(part) for part in self.parts],
+            [None] * len(SHAPES),
             [({0: batch}, {0: slots, 2: room}, {0: slots, 2: room}, None, {0: batch}, {0: batch})] * len(HEAD_DIMS),
         )
         traced = torch.export.export(Everything(), arguments, dynamic_shapes=sizes)
@@ -84,14 +103,18 @@ class Compiled:
 
     def inputs(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> list[Tensor]:
         flat = [tensor for part in self.parts for tensor in part.values()]
-        return [*xs, *flat, *(tensor for given in attentions for tensor in given)]
-
-    def __call__(self, xs: list[Tensor], attentions: list[tuple[Tensor, ...]]) -> tuple[Products, list[Tensor]]:
-        out = self.run(self.inputs(xs, attentions))
-        return dict(zip(MATRICES, out, strict=False)), out[len(MATRICES) :]
+        return [*xs, *flat, *self.biases, *(tensor for given in attentions for tensor in given)]
 
     def products(self, xs: list[Tensor]) -> Products:
-        return self(xs, attention_inputs([0], [0], 1))[0]
+        return dict(zip(MATRICES, self.run(self.inputs(xs, attention_inputs([0], [0], 1))), strict=False))
+
+    def finished(self, xs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of each matrix the product with a bias, and with GELU too."""
+        found = self.run(self.inputs(xs, attention_inputs([0], [0], 1)))[len(MATRICES) : 3 * len(MATRICES)]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def attentions(self, given: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        return self.run(self.inputs([torch.zeros(1, num_in) for _, num_in in SHAPES], given))[3 * len(MATRICES) :]
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +206,9 @@ def test_products_are_those_of_the_decoded_matrix(compiled: Compiled, rows: int)
         assert error(product_of(x, part), near) < 2e-6, (name, shape)
 
 
-def test_many_rows_go_through_the_library(compiled: Compiled) -> None:
-    xs = activations(MANY)
+@pytest.mark.parametrize("rows", MANY)
+def test_many_rows_go_through_the_library(compiled: Compiled, rows: int) -> None:
+    xs = activations(rows)
     found = compiled.products(xs)
     for (name, shape), part in zip(MATRICES, compiled.parts, strict=True):
         x, matrix = xs[SHAPES.index(shape)], FORMATS[name].decode(part).double()
@@ -192,8 +216,21 @@ def test_many_rows_go_through_the_library(compiled: Compiled) -> None:
         assert error(found[name, shape], x.double() @ matrix.t()) < (5e-3 if in_bfloat16 else 2e-6), (name, shape)
 
 
+@pytest.mark.parametrize("rows", [3, MANY[0]])
+def test_bias_and_gelu_are_those_of_the_formula(compiled: Compiled, rows: int) -> None:
+    """The largest sums are far beyond those where GELU differs from 0 and from its argument."""
+    xs = activations(rows)
+    products, finished = compiled.products(xs), compiled.finished(xs)
+    for ((name, shape), product), (added, activated) in zip(products.items(), finished, strict=True):
+        expected = product + compiled.biases[SHAPES.index(shape)]
+        torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-6, msg=f"{name} {shape}")
+        in_python = F.gelu(added.double(), approximate="tanh").float()
+        torch.testing.assert_close(activated, in_python, rtol=2e-6, atol=2e-6, msg=f"{name} {shape}")
+        assert added.min() < -20 and added.max() > 20
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("rows", [2, MANY])
+@pytest.mark.parametrize("rows", [2, MANY[0]])
 def test_what_is_no_number_stays_none(compiled: Compiled, value: float, rows: int) -> None:
     xs = [torch.ones(rows, num_in) for _, num_in in SHAPES]
     for x in xs:
@@ -209,16 +246,24 @@ def test_zeros_give_zeros(compiled: Compiled) -> None:
 
 CHUNK = ([1] * 21 + [0] * 5 + [2] + [0], [*range(40, 61), *range(5), 9, 7])
 """Neighbouring tokens of one row, more and fewer than a vector has numbers, and single ones."""
+LONG_CHUNKS = ([1] * 300 + [0] * 64 + [2] * 70, [*range(300), *range(100, 164), *range(58, 128)])
+"""More tokens than one thread computes together, blocks and tiles that are full and that are not."""
 
 
 @pytest.mark.parametrize(
     ("rows", "slots", "room"),
-    [([0], [0], 1), ([1], [3], 9), ([2, 0, 1], [12, 4, 0], 13), ([0, 3], [129, 63], 200), (*CHUNK, 64)],
+    [
+        ([0], [0], 1),
+        ([1], [3], 9),
+        ([2, 0, 1], [12, 4, 0], 13),
+        ([0, 3], [129, 63], 200),
+        (*CHUNK, 64),
+        (*LONG_CHUNKS, 300),
+    ],
 )
 def test_attention_is_that_of_the_formula(compiled: Compiled, rows: list[int], slots: list[int], room: int) -> None:
     given = attention_inputs(rows, slots, room)
-    _, found = compiled([torch.zeros(1, num_in) for _, num_in in SHAPES], given)
-    for arguments, out in zip(given, found, strict=True):
+    for arguments, out in zip(given, compiled.attentions(given), strict=True):
         expected = attention(*arguments)
         torch.testing.assert_close(list(out.double()), expected, rtol=1e-5, atol=1e-6)
         in_python = attend(*(t.nan_to_num() if t.is_floating_point() else t for t in selected(*arguments)))
@@ -232,7 +277,7 @@ def test_far_tokens_keep_their_weight(compiled: Compiled) -> None:
     for query, keys, *_ in given:
         query.mul_(30.0)
         keys[0, :, 7] *= 30.0
-    for arguments, out in zip(given, compiled([torch.zeros(1, n) for _, n in SHAPES], given)[1], strict=True):
+    for arguments, out in zip(given, compiled.attentions(given), strict=True):
         torch.testing.assert_close(list(out.double()), attention(*arguments), rtol=1e-3, atol=1e-4)
 
 
@@ -240,14 +285,14 @@ def test_attention_to_no_number_is_none(compiled: Compiled) -> None:
     given = attention_inputs([0, 1], [5, 5], 6)
     for _, keys, *_ in given:
         keys[1, 0, 4, 1] = float("nan")
-    for out in compiled([torch.zeros(1, num_in) for _, num_in in SHAPES], given)[1]:
+    for out in compiled.attentions(given):
         assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1, : out.shape[1] // 2]).any()
 
 
 def test_other_threads_run_while_a_function_computes(package: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python gives the lock to another thread only where a function releases it, as the interval never ends here."""
     package.open("avx2", monkeypatch)
-    inputs = package.inputs([torch.randn(MANY, num_in) for _, num_in in SHAPES], attention_inputs([0], [0], 1))
+    inputs = package.inputs([torch.randn(MANY[0], num_in) for _, num_in in SHAPES], attention_inputs([0], [0], 1))
     may_run, has_run = threading.Event(), False
 
     def other() -> None:

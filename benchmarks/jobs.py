@@ -184,6 +184,13 @@ JOBS = (
         (F32, OPENVINO, EAGER),
         bounds=(*faster(F32, 1.0), *faster(EAGER, 0.95, 0.95)),
     ),
+    Job(
+        "generate-ours",
+        "generate_ours",
+        "",
+        f"{GENERATE} pt2,pt2-int8,pt2-int4",
+        (("pt2-int8", "pt2"), ("pt2-int4", "pt2"), ("pt2-int4", "pt2-int8")),
+    ),
     Job("generate-others", "generate", "", f"{GENERATE} transformers,ctranslate2-float32,onnxruntime,pt2 --rounds 1"),
     Job(
         "serve-int8",
@@ -251,6 +258,13 @@ JOBS = (
         bounds=(Bound("tp 2", "tp 1", "seconds", least=1.7), Bound("tp 2", "tp 1", "state_gb", most=0.55)),
     ),
     Job("communication", "communication", "", "communication.py"),
+    Job(
+        "first_token",
+        "first_token",
+        "",
+        "first_token.py",
+        bounds=(Bound("pt2-int8", None, "first_token_seconds", most=1.0),),
+    ),
     Job("kernels", "kernels", "", "kernels.py --rows 1,8 --widths 1024"),
     Job("adapters", "adapters", "", "adapters.py"),
     Job("soak", "soak", "", "soak.py --minutes 10"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bloomlm.cli.decoding import DecodingFlags
 from bloomlm.cli.display import CompletionPrinter, TokenPrinter
@@ -182,8 +181,13 @@ def _completions(
         num_done=num_before // generation.num_return_sequences,
         on_token=stream.push if stream else None,
     )
+    if bar_console is None:
+        yield from coming
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=bar_console, disable=bar_console is None) as progress:
+    with Progress(*columns, console=bar_console) as progress:
         total = len(prompts.texts) * generation.num_return_sequences
         task = progress.add_task("predicting", total=total, completed=num_before)
         for completion in coming:

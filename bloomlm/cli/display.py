@@ -4,9 +4,9 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from bloomlm.data.tokenizer import Tokenizer
@@ -14,6 +14,9 @@ from bloomlm.errors import format_bytes
 from bloomlm.generation.config import GenerationConfig
 from bloomlm.generation.text import Completion
 from bloomlm.serving.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_SECONDS = 2.0
 """Shortest time between two lines where there is no terminal."""
@@ -30,6 +33,15 @@ class BytesDisplay:
     """
 
     def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
         self._console = console
         columns = (
             TextColumn("{task.description}"),
@@ -63,7 +75,7 @@ class BytesDisplay:
 
 
 class _Phase:
-    def __init__(self, console: Console, progress: Progress, name: str, total_bytes: int) -> None:
+    def __init__(self, console: Console, progress: "Progress", name: str, total_bytes: int) -> None:
         self._console, self._progress = console, progress
         self._name, self._total_bytes = name, total_bytes
         self._task = progress.add_task(name, total=total_bytes, visible=False, start=False)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomlm.data.chat_template import Message, chat_template_of, with_given_template
 from bloomlm.data.files import FileRows, Row, RowSource
-from bloomlm.data.messages import has_messages, read_messages
+from bloomlm.data.messages import Message, has_messages, read_messages
 from bloomlm.data.rows import PromptTemplate, read_pair, read_source
 from bloomlm.data.splits import BUILTIN_PREFIX, open_dataset
 from bloomlm.data.tokenizer import Tokenizer
@@ -49,6 +48,9 @@ class Conversations:
             ConfigError: there is no chat template, or it cannot be used.
             DataError: the template does not take a conversation.
         """
+        # brings Jinja, which plain prompts do not need
+        from bloomlm.data.chat_template import chat_template_of, with_given_template
+
         tokenizer = with_given_template(tokenizer, self.chat_template)
         template = chat_template_of(tokenizer, "--messages_file holds conversations")
         texts, targets = [], []

@@ -21,11 +21,9 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bloomlm.data.messages import Message
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
-
-Message = Mapping[str, Any]
-"""A turn: its role, its content as text, and whatever else a template may read."""
 
 PLAIN = "plain"
 """The value of --chat_template that stands for PLAIN_TEMPLATE."""

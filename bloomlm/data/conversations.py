@@ -14,11 +14,11 @@ import jinja2
 import numpy as np
 
 from bloomlm.data.cache import Arrays
-from bloomlm.data.chat_template import ChatTemplate, Message, chat_template_of
+from bloomlm.data.chat_template import ChatTemplate, chat_template_of
 from bloomlm.data.example import Example
 from bloomlm.data.example_set import ExampleSet, cached_arrays, example_arrays, in_chunks
 from bloomlm.data.files import FileRows, RowSource
-from bloomlm.data.messages import read_messages
+from bloomlm.data.messages import Message, read_messages
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
 

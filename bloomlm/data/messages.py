@@ -8,11 +8,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from bloomlm.data.chat_template import Message
 from bloomlm.data.files import Row
 from bloomlm.data.rows import checked_text, field_names
 from bloomlm.errors import DataError
+
+Message = Mapping[str, Any]
+"""A turn: its role, its content as text, and whatever else a template may read."""
 
 
 @dataclass(frozen=True, kw_only=True)

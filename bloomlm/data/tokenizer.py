@@ -53,7 +53,7 @@ class Tokenizer:
         self, tokenizer_json: bytes, *, config: Mapping[str, Any], special_tokens: Mapping[str, str], name: str
     ) -> None:
         try:
-            self._backend = Backend.from_str(tokenizer_json.decode("utf-8"))
+            self._backend = Backend.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(
                 f"{name}: {TOKENIZER_FILE} cannot be read as a tokenizer ({error}); expected the file that the "

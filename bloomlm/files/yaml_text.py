@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 MOST_BYTES = 2**18
 """Size of the largest file that is read."""
 
@@ -19,6 +17,8 @@ def read_yaml(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is too large, or not YAML in UTF-8.
     """
+    import yaml  # most commands read none
+
     with path.open("rb") as file:
         text = file.read(MOST_BYTES + 1)
     if len(text) > MOST_BYTES:

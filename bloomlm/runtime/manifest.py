@@ -19,7 +19,7 @@ earlier functions take left-padded rows of one length."""
 VIRTUAL = "virtual_tokens"
 """Name of the tensor with the keys and values that a prefix adapter puts before every prompt."""
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 18
 _HEAD_BYTES = 1 << 24
 """Beginning of a large file that is checked at every start; GGUF keeps its tables there."""
 

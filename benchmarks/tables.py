@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from jobs import JOBS, PEERS, Bound, Job
 
 RESULTS = Path(__file__).parent / "results"
+ROUNDING = 1e-5
+"""A relative error below this is that of float32."""
 Result = dict[str, Any]
 Rounds = list[dict[str, float]]
 Results = dict[str, dict[str, Result]]
@@ -30,11 +32,16 @@ def times_as_fast(ours: float, peer: float) -> float:
     return peer / ours
 
 
+def part_of_error(ours: float, peer: float) -> float | None:
+    """Nothing where the peer's is that of rounding alone."""
+    return ours / peer if peer > ROUNDING else None
+
+
 class Column(NamedTuple):
     """How a figure is shown, and how ours is compared with a peer's."""
 
     heading: str
-    compare: Callable[[float, float], float] | None = None
+    compare: Callable[[float, float], float | None] | None = None
     digits: int = 3
 
 
@@ -56,7 +63,7 @@ COLUMNS = {
     "first_token_seconds": Column("first token, s", times_as_fast),
     "first_p50_ms": Column("first token, ms", times_as_fast),
     "between_p50_ms": Column("between tokens, ms", times_as_fast),
-    "error": Column("error", part),
+    "error": Column("error", part_of_error),
     "of_peak": Column("of the peak"),
     "bandwidth": Column("of the memory's speed"),
     "read_gb_per_second": Column("read, GB/s"),
@@ -142,11 +149,12 @@ def compared(ours: str, peer: str) -> str:
 
 def ratios(ours: dict[str, float], peer: dict[str, float]) -> dict[str, float]:
     """By key: how many times as fast, or for memory and errors which part."""
-    return {
+    found = {
         key: column.compare(ours[key], peer[key])
         for key, column in COLUMNS.items()
         if column.compare and ours.get(key) and peer.get(key)
     }
+    return {key: ratio for key, ratio in found.items() if ratio is not None}
 
 
 def table(jobs: Sequence[Job], results: dict[str, Result]) -> list[str]:

@@ -127,6 +127,13 @@ def test_every_script_has_a_job_and_every_job_a_table(tables: ModuleType) -> Non
     assert {path.stem for path in tables.RESULTS.glob("*/*.json")} <= {*names}
 
 
+def test_the_flags_of_a_job_are_those_of_its_script(tables: ModuleType) -> None:
+    for job in tables.JOBS:
+        script = (BENCHMARKS / job.script).read_text(encoding="utf-8")
+        unknown = [flag for flag in re.findall("--[a-z0-9_]+", job.command) if f'"{flag}"' not in script]
+        assert unknown == [], job.command
+
+
 def test_a_result_holds_until_the_code_changes(report: ModuleType, tmp_path: Path) -> None:
     job = next(job for job in report.JOBS if job.name == "load")
     path = tmp_path / "load.json"

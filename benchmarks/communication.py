@@ -30,10 +30,11 @@ from bloomlm.model.config import PUBLISHED_SIZES
 from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.launch import joined_ranks
 from bloomlm.parallel.mesh import Degrees, Mesh
-from bloomlm.parallel.plan import Workload, training_memory
+from bloomlm.parallel.plan import training_memory
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.parallel.traffic import Traffic, sent_bytes, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
+from bloomlm.parallel.workload import Workload
 from bloomlm.training.loop import peak_memory_bytes
 from bloomlm.training.meter import memory_by_kind
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig

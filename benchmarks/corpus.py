@@ -127,13 +127,14 @@ def read_windows(gigabytes: float, cache: Path) -> dict:
     """Read windows in the order of training from files of random tokens."""
     from bloomlm.data.block_file import BlockWriter
     from bloomlm.data.mixture import Mixture, MixtureOrder, Source
-    from bloomlm.data.token_files import ENDS_FILE, MANIFEST_FILE, TOKENS_FILE, TokenFiles
+    from bloomlm.data.token_files import ENDS_FILE, LANGUAGES_FILE, MANIFEST_FILE, TOKENS_FILE, TokenFiles
     from bloomlm.data.windows import TextWindows
 
     directory = cache / f"random-{gigabytes:g}"
     directory.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    tokens, ends = BlockWriter(directory / TOKENS_FILE, "<u4"), BlockWriter(directory / ENDS_FILE, "<u8")
+    files = {"<u4": TOKENS_FILE, "<u8": ENDS_FILE, "<u2": LANGUAGES_FILE}
+    tokens, ends, languages = (BlockWriter(directory / name, dtype) for dtype, name in files.items())
     num_tokens, num_documents = int(gigabytes * 1e9 / 4), 0
     for start in range(0, num_tokens, 2**22):
         stop = min(start + 2**22, num_tokens)
@@ -142,7 +143,8 @@ def read_windows(gigabytes: float, cache: Path) -> dict:
         inside = np.cumsum(lengths)[np.cumsum(lengths) < stop - start - 2]
         ends.append(np.append(inside + start, stop).astype(np.uint64))
         num_documents += len(inside) + 1
-    tokens.sync(), ends.sync()
+    languages.append(np.zeros(num_documents, dtype=np.uint16))
+    tokens.sync(), ends.sync(), languages.sync()
     size = {"num_tokens": num_tokens, "num_documents": num_documents}
     (directory / MANIFEST_FILE).write_text(json.dumps({"size": size}))
     before, start = memory_bytes(), time.perf_counter()

@@ -93,6 +93,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def counted(count: int, units: str) -> str:
+    """A number of things for a message: 2, "pairs" -> "2 pairs"; 1 -> "1 pair"."""
+    return f"{count:,} {units.removesuffix('s') if count == 1 else units}"
+
+
 def format_bytes(num_bytes: float) -> str:
     """A number of bytes in its natural unit, for a message: 1.2 GB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):

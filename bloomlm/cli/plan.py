@@ -9,29 +9,26 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from bloomlm.adapters.base import Adapter, apply_adapter
+from bloomlm.adapters.base import FullTuning
 from bloomlm.api import DTYPES
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.source import BUILTIN_PREFIX, resolve_source
 from bloomlm.cli.options import config_command
+from bloomlm.cli.plan_job import meta_model, reference_pass, step_flops, workload
 from bloomlm.cli.plan_output import Fit, Plan, show_plan, write_plan
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Dtype, Flags, flag, same_flag
-from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
-from bloomlm.model.embedding import WordEmbedding
-from bloomlm.model.linear import Linear
-from bloomlm.model.quantized import QUANTIZATIONS, Quantization
+from bloomlm.model.quantized import QUANTIZATIONS
 from bloomlm.parallel.mesh import Degrees, check_model_divides
-from bloomlm.parallel.plan import Workload, prediction_memory, training_memory
+from bloomlm.parallel.plan import prediction_memory, training_memory
 from bloomlm.parallel.traffic import Links, step_time, step_traffic
-from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.training.config import TrainingConfig
-from bloomlm.training.meter import StepFlops
+from bloomlm.training.objective_checks import check_preference
 from bloomlm.training.precision import precision_from_flags
 from bloomlm.training.resolve import Machine, adapter_from_flags, degrees_of, resolve_setup
+from bloomlm.training.sections import objective_plan
 
 CONFIG_FILE = "config.json"
 DEVICE_GIGABYTES = (40, 80, 141)
@@ -71,7 +68,11 @@ class PlanConfig(Flags):
     per_device_train_batch_size: int = same_flag(TrainingConfig, "per_device_train_batch_size")
     gradient_accumulation_steps: int = same_flag(TrainingConfig, "gradient_accumulation_steps")
     label_smoothing: float = same_flag(TrainingConfig, "label_smoothing")
+    preference: Literal["dpo", "orpo", "kto"] | None = same_flag(TrainingConfig, "preference")
 
+    device: Literal["auto", "gpu", "cuda", "cpu"] = same_flag(
+        TrainingConfig, "device", help="what trains: attention on a CPU keeps less memory; auto is a GPU"
+    )
     fp16: bool = same_flag(TrainingConfig, "fp16")
     bf16: bool = same_flag(TrainingConfig, "bf16")
     fp16_opt_level: Literal["O1", "O2"] = same_flag(TrainingConfig, "fp16_opt_level")
@@ -129,11 +130,12 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     )
     adapter = adapter_from_flags(training)
     quantization = QUANTIZATIONS.get(config.base_quantization)
-    model = _meta_model(model_config, adapter, precision.weights_dtype, quantization)
-    predicting = _meta_model(model_config, adapter, DTYPES[config.dtype])
+    model = meta_model(model_config, adapter, precision.weights_dtype, quantization)
+    predicting = meta_model(model_config, adapter, DTYPES[config.dtype])
     length = config.src_length + config.tgt_length
 
-    load_of = partial(_workload, config, precision.compute_dtype, training.sharding)
+    objective = objective_plan(training)
+    load_of = partial(workload, training, objective, precision.compute_dtype)
     load = load_of(config.per_device_train_batch_size)
     traffic = step_traffic(model, degrees, load, label_smoothing=config.label_smoothing > 0)
     links = Links(
@@ -142,6 +144,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
         network_bytes_per_second=config.network_bandwidth,
         ranks_per_node=config.processes_per_node,
     )
+    reference = meta_model(model_config, FullTuning(), precision.weights_dtype, quantization).requires_grad_(False)
     found = Plan(
         model=config.model_name_or_path,
         num_parameters=model_config.num_parameters,
@@ -161,7 +164,8 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
             lambda batch_size: prediction_memory(predicting, degrees.tp, batch_size, length).peak,
         ),
         traffic=traffic,
-        time=step_time(traffic, degrees, links, _step_flops(model, load, length - 1)),
+        time=step_time(traffic, degrees, links, step_flops(model, training, objective, load)),
+        reference=reference_pass(reference, training, load, degrees, links) if objective.uses_reference else None,
     )
     return found, notices
 
@@ -199,49 +203,15 @@ def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degre
     processes = config.num_processes or max(1, config.tensor_parallel_degree) * max(1, config.sharding_parallel_degree)
     machine = Machine(has_cuda=True, has_matplotlib=False, has_metrics=False, world_size=processes)
     training, notices = resolve_setup(training, machine)
-    idle = []
+    idle: list[str] = []
+    check_preference(training, idle)
+    if config.preference == "kto" and processes > 1:
+        idle.append("the second forward pass of a step with kto counts in the time of products, not in what is sent")
     if config.fp16_opt_level == "O2" and not (config.fp16 or config.bf16):
         idle.append("--fp16_opt_level O2 is not used: it says how --fp16 or --bf16 compute")
     if processes <= config.processes_per_node and config.network_bandwidth != PlanConfig.network_bandwidth:
         idle.append(f"--network_bandwidth is not used: {processes} processes are on one machine")
     return training, (*notices, *idle), degrees_of(training, processes)
-
-
-def _meta_model(
-    config: BloomConfig, adapter: Adapter, dtype: torch.dtype, quantization: Quantization | None = None
-) -> BloomForCausalLM:
-    """A model with its adapter on the meta device."""
-    with torch.device("meta"):
-        model = BloomForCausalLM(config)
-    apply_adapter(model, adapter)
-    model.to(dtype)
-    if quantization is not None:
-        for module in (found for found in model.modules() if isinstance(found, Linear | WordEmbedding)):
-            rows = quantization.linear if isinstance(module, Linear) else quantization.embedding
-            num_rows, width = module.weight.shape
-            codes, module.weight_scale = rows.empty(num_rows, width, torch.device("meta"))
-            module.weight = nn.Parameter(codes, requires_grad=False)
-    return model
-
-
-def _workload(config: PlanConfig, compute_dtype: torch.dtype, sharding: str, batch_size: int) -> Workload:
-    """A training step with microbatches of batch_size examples."""
-    return Workload(
-        num_documents=batch_size,
-        num_tokens=batch_size * (config.src_length + config.tgt_length - 1),  # nothing follows the last token
-        num_supervised_tokens=batch_size * config.tgt_length,
-        compute_dtype=compute_dtype,
-        max_chunk_bytes=MAX_CHUNK_BYTES,
-        recompute=config.recompute,
-        accumulation=config.gradient_accumulation_steps,
-        reshards=sharding == "stage3",
-    )
-
-
-def _step_flops(model: BloomForCausalLM, load: Workload, length: int) -> float:
-    flops, lengths = StepFlops(model), [length] * load.num_documents
-    again = flops.recomputed(lengths) if load.recompute else 0
-    return float((flops.of(lengths, load.num_supervised_tokens) + again) * load.accumulation)
 
 
 def _fits(training_peak: Callable[[int], int], prediction_peak: Callable[[int], int]) -> list[Fit]:

@@ -45,6 +45,18 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferencePass:
+    """The log-probabilities of all answers under the reference model, before the first step."""
+
+    peak: int
+    """Memory of a process, in bytes."""
+    seconds_a_step: float
+    """Time for the examples of one step, if it is all products."""
+    disk_bytes_an_example: int = 16
+    """What is kept in the cache directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that is computed about a job."""
 
@@ -70,6 +82,8 @@ class Plan:
     fits: Sequence[Fit]
     traffic: Sequence[Traffic]
     time: StepTime
+    reference: ReferencePass | None
+    """None: the objective has no reference."""
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -88,6 +102,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     if plan.traffic:
         console.print(_traffic_table(plan))
     console.print(_time_line(plan), soft_wrap=True)
+    if plan.reference is not None:
+        console.print(
+            f"Before the first step, the reference model scores all answers: {plan.reference.seconds_a_step:.3g} s for "
+            f"the examples of a step, {format_bytes(plan.reference.peak)} of memory, "
+            f"{plan.reference.disk_bytes_an_example} bytes of disk for each example",
+            soft_wrap=True,
+        )
 
 
 def write_plan(plan: Plan, path: Path) -> None:

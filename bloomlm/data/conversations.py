@@ -20,7 +20,7 @@ from bloomlm.data.example_set import ExampleSet, cached_arrays, example_arrays, 
 from bloomlm.data.files import FileRows, RowSource
 from bloomlm.data.messages import Message, read_messages
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import DataError
+from bloomlm.errors import DataError, counted
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class ConversationReport:
             f"{self.num_shortened} lost their last turns and {self.num_left_out} more were left out, because they are "
             f"longer than max_length {self.max_length} tokens"
         )
-        return f"{self.name}: {self.num_examples} conversations, {cuts if self.any_cut else 'none cut'}"
+        return f"{self.name}: {counted(self.num_examples, 'conversations')}, {cuts if self.any_cut else 'none cut'}"
 
     @property
     def any_cut(self) -> bool:
@@ -96,11 +96,12 @@ def load_conversations(
     )
     _LOG.log(logging.WARNING if report.any_cut else logging.INFO, "%s", report)
     examples = ExampleSet(arrays, report)
-    _warn_of_endless_answers(examples[0], tokenizer)
+    warn_of_endless_answers(examples[0], tokenizer)
     return examples
 
 
-def _warn_of_endless_answers(example: Example, tokenizer: Tokenizer) -> None:
+def warn_of_endless_answers(example: Example, tokenizer: Tokenizer) -> None:
+    """Warn unless the last answer of an example has the token at which generation stops."""
     start, stop = example.learned[-1]
     if tokenizer.eos_token_id not in example.tokens[start:stop]:
         _LOG.warning(

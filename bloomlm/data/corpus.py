@@ -25,6 +25,8 @@ PIECE_CHARACTERS = 1024
 LONGEST_PIECE_CHARACTERS = 8 * PIECE_CHARACTERS
 TEXT_SUFFIX = ".txt"
 _BLOCK_CHARACTERS = 2**20
+_LANGUAGE_FIELDS = ("language", "lang")
+_LANGUAGE = re.compile(r"[\w.+# -]{1,64}")
 # Places before a word: after a line end, before a space, or after one of the marks that BLOOM's expression cuts at.
 _BEFORE_LINE = re.compile(r"(?<=\n)(?=\w)")
 _BEFORE_WORD = re.compile("(?<=\\w)(?= \\w)|(?<=[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])(?=\\w)")
@@ -35,6 +37,7 @@ class Piece:
     """A piece of a document."""
 
     language: str
+    """Empty if none is named."""
     text: str
     ends_document: bool = True
     """Whether the next piece belongs to another document."""
@@ -45,7 +48,7 @@ class Corpus:
     """Files, each with the language of its texts."""
 
     files: tuple[tuple[str, Path], ...]
-    """Language and path; a row with a field `lang` has that language instead."""
+    """Language and path; a row may name another language, see row_language."""
 
     @property
     def size_bytes(self) -> int:
@@ -143,12 +146,30 @@ def file_pieces(path: Path, language: str, texts_of: Callable[[Row], tuple[str, 
 
 
 def row_pieces(rows: RowSource, language: str, texts_of: Callable[[Row], tuple[str, ...]]) -> Iterator[Piece]:
-    """As file_pieces, of rows; a row with a field `lang` has that language instead."""
+    """As file_pieces, of rows; a row may name another language, see row_language."""
     for row in rows.rows():
-        own = row.fields.get("lang")
-        name = own if isinstance(own, str) and own else language
+        name = row_language(row) or language
         for text in texts_of(row):
             yield from _last_ends(Piece(name, piece, ends_document=False) for piece in split_text(text)[0])
+
+
+def row_language(row: Row) -> str:
+    """The language that a row names in its field `language` or `lang`; empty if it names none.
+
+    Raises:
+        DataError: a field holds something else.
+    """
+    for name in _LANGUAGE_FIELDS:
+        if row.fields.get(name) in (None, ""):
+            continue
+        language = checked_text(row.fields[name], row.where, name)
+        if not _LANGUAGE.fullmatch(language):
+            raise DataError(
+                f"{row.where}: {name!r} is {language!r:.60}, expected the name of a language: at most 64 letters, "
+                "digits, spaces and _ . - + #"
+            )
+        return language
+    return ""
 
 
 def _text_blocks(path: Path, language: str) -> Iterator[Piece]:

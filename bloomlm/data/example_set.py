@@ -36,15 +36,15 @@ class SetReport(Protocol):
         ...
 
 
-R = TypeVar("R", bound=SetReport)
+R_co = TypeVar("R_co", bound=SetReport, covariant=True)
 
 
-class ExampleSet(Generic[R]):
+class ExampleSet(Generic[R_co]):
     """Examples by index, stored as the arrays that example_arrays makes."""
 
     unit = "examples"
 
-    def __init__(self, arrays: Arrays, report: R) -> None:
+    def __init__(self, arrays: Arrays, report: R_co) -> None:
         self._arrays = arrays
         self.report = report
 
@@ -65,7 +65,7 @@ class ExampleSet(Generic[R]):
     def __iter__(self) -> Iterator[Example]:
         return map(self.__getitem__, range(len(self)))
 
-    def part(self, start: int, stop: int) -> "ExampleSet[R]":
+    def part(self, start: int, stop: int) -> "ExampleSet[R_co]":
         """The examples from start to stop - 1, sharing the memory of this set."""
         assert 0 <= start <= stop <= len(self)
         arrays = {
@@ -76,7 +76,7 @@ class ExampleSet(Generic[R]):
         }
         return ExampleSet(arrays, self.report)
 
-    def hold_out(self, most: int) -> "tuple[ExampleSet[R], ExampleSet[R]]":
+    def hold_out(self, most: int) -> "tuple[ExampleSet[R_co], ExampleSet[R_co]]":
         """The examples without the last 5 %, at least one and at most so many, and these."""
         return divide(self, most)
 

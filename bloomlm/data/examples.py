@@ -13,7 +13,7 @@ from bloomlm.data.example_set import ExampleSet, cached_arrays, example_arrays, 
 from bloomlm.data.files import FileRows, Row, RowSource
 from bloomlm.data.rows import PromptTemplate, TextPair, read_pair
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import ConfigError, DataError
+from bloomlm.errors import ConfigError, DataError, counted
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,13 +31,15 @@ class LoadReport:
     src_length: int
     tgt_length: int
     from_cache: bool
+    left_out: tuple[int, ...] = ()
+    """No row is left out, because long texts are cut."""
 
     def __str__(self) -> str:
         cuts = (
             f"{self.num_sources_cut} sources cut to src_length {self.src_length}, {self.num_targets_cut} targets "
             f"to tgt_length - 1 = {self.tgt_length - 1} tokens"
         )
-        return f"{self.name}: {self.num_examples} examples, {cuts if self.any_cut else 'none cut'}"
+        return f"{self.name}: {counted(self.num_examples, 'examples')}, {cuts if self.any_cut else 'none cut'}"
 
     @property
     def any_cut(self) -> bool:

@@ -60,19 +60,32 @@ def read_messages(row: Row) -> list[Message]:
         expected = " or ".join(form.field for form in _FORMS)
         raise DataError(f"{row.where}: found the fields {field_names(row.fields)}, expected {expected}")
     form = forms[0]
-    turns = row.fields[form.field]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(
-            f"{row.where}: {form.field!r} is {turns!r:.60}; expected a list of messages, each an object with "
-            f"{form.role!r} and {form.text!r}"
-        )
-    if row.fields.get("tools"):
-        raise DataError(f"{row.where}: found 'tools', and conversations with tools cannot be learned; leave it out")
-    messages = [_message(turn, f"{row.where}, {form.field}[{number}]", form) for number, turn in enumerate(turns)]
+    messages = _messages(row, form.field, form)
     if row.fields.get("system"):  # some ShareGPT files have it beside the turns
         system = checked_text(row.fields["system"], row.where, "system")
         messages = [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def read_messages_of(row: Row, field: str) -> list[Message]:
+    """The messages, as in `messages`, that another field of a row holds.
+
+    Raises:
+        DataError: as read_messages.
+    """
+    return _messages(row, field, _FORMS[0])
+
+
+def _messages(row: Row, field: str, form: _Form) -> list[Message]:
+    turns = row.fields[field]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(
+            f"{row.where}: {field!r} is {turns!r:.60}; expected a list of messages, each an object with "
+            f"{form.role!r} and {form.text!r}"
+        )
+    if row.fields.get("tools"):
+        raise DataError(f"{row.where}: found 'tools', and conversations with tools cannot be learned; leave it out")
+    return [_message(turn, f"{row.where}, {field}[{number}]", form) for number, turn in enumerate(turns)]
 
 
 def _message(turn: object, where: str, form: _Form) -> Message:

@@ -20,7 +20,7 @@ from bloomlm.data.loader import TokenBudget
 from bloomlm.data.permutation import Permutation
 from bloomlm.data.token_plan import Indices
 from bloomlm.data.windows import TextWindows
-from bloomlm.errors import ConfigError
+from bloomlm.errors import ConfigError, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class Mixture:
         if len(self.sources) > 1:
             for source, count in zip(self.sources, self.windows_per_epoch(), strict=True):
                 yield (
-                    f"  {source.name}: weight {source.weight:g}, {len(source.windows):,} windows, "
-                    f"{source.windows.num_tokens:,} tokens, {count / len(source.windows):.2f} passes an epoch"
+                    f"  {source.name}: weight {source.weight:g}, {counted(len(source.windows), 'windows')}, "
+                    f"{counted(source.windows.num_tokens, 'tokens')}, {count / len(source.windows):.2f} passes an epoch"
                 )
 
     def hold_out(self, most: int) -> "tuple[Mixture, Mixture]":

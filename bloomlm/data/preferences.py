@@ -5,31 +5,50 @@
 | prompt, chosen, rejected  | a pair: chosen is preferred                                                |
 | prompt, completion, label | an answer with a judgement: true or 1 is desirable, false or 0 undesirable |
 
-With a prompt template, the template builds the prompt instead.
+The texts may be lists of messages, see message_answers.py. A prompt template builds the prompt of texts instead.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from bloomlm.data.answer_batch import ComparedExample
 from bloomlm.data.example import Example, divide
-from bloomlm.data.example_set import ExampleSet
+from bloomlm.data.example_set import ExampleSet, SetReport
 from bloomlm.data.examples import LoadReport, PairForm, load_examples
 from bloomlm.data.files import Row, RowSource
-from bloomlm.data.rows import PromptTemplate, TextPair, field_names, filled, text_field
+from bloomlm.data.rows import (
+    JUDGED_FIELDS,
+    PAIR_FIELDS,
+    PromptTemplate,
+    TextPair,
+    filled,
+    require_fields,
+    text_field,
+)
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
 
-PAIR_FIELDS = ("prompt", "chosen", "rejected")
-JUDGED_FIELDS = ("prompt", "completion", "label")
 NO_REFERENCE = (float("nan"), float("nan"))
 
 Scores = npt.NDArray[np.float64]
-Answers = ExampleSet[LoadReport]
+
+
+class AnswerReport(SetReport, Protocol):
+    """What a loader of answers says about them."""
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Numbers of the rows, from 0, that have no example."""
+        ...
+
+
+Answers = ExampleSet[AnswerReport]
+AnswerLoader = Callable[[tuple[str, ...]], Answers]
+"""Reads the answers in rows with the fields PAIR_FIELDS (two a row, the chosen one first) or JUDGED_FIELDS."""
 
 
 class ComparedSet(ABC):
@@ -46,8 +65,16 @@ class ComparedSet(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, rows: RowSource, tokenizer: Tokenizer, **options: Any) -> Self:
-        """Read rows; `options` are those of load_examples."""
+    def load(cls, rows: RowSource, load: AnswerLoader) -> Self:
+        """Read rows.
+
+        Args:
+            rows: source of the rows.
+            load: reads their answers.
+
+        Raises:
+            ConfigError, DataError: as `load`; a single row, which is too few for KTO; a label that is none.
+        """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -113,13 +140,9 @@ class AnswerPairs(ComparedSet):
     """Pairs of answers: the answers of the set are a chosen and a rejected one in turn."""
 
     @classmethod
-    def load(cls, rows: RowSource, tokenizer: Tokenizer, **options: Any) -> Self:
-        """Read rows with prompt, chosen and rejected; `options` are those of load_examples.
-
-        Raises:
-            ConfigError, DataError: as load_examples, and for a row with other fields.
-        """
-        return cls(load_examples(rows, tokenizer, form=_PAIRS, **options))
+    def load(cls, rows: RowSource, load: AnswerLoader) -> Self:
+        """Read rows with prompt, chosen and rejected."""
+        return cls(load(PAIR_FIELDS))
 
     def __len__(self) -> int:
         return len(self.answers) // 2
@@ -181,18 +204,16 @@ class JudgedAnswers(ComparedSet):
         self._all_answers, self._labels, self._answers_per_row = all_answers, labels, answers_per_row
 
     @classmethod
-    def load(cls, rows: RowSource, tokenizer: Tokenizer, **options: Any) -> Self:
-        """Read rows with prompt, completion and label, or pairs; `options` are those of load_examples.
-
-        Raises:
-            ConfigError, DataError: as load_examples, and for a row with other fields, and a single row.
-        """
+    def load(cls, rows: RowSource, load: AnswerLoader) -> Self:
+        """Read rows with prompt, completion and label, or pairs."""
         first = next(iter(rows.rows()), None)
         if first is not None and "chosen" in first.fields:
-            answers = load_examples(rows, tokenizer, form=_PAIRS, **options)
+            answers = load(PAIR_FIELDS)
             return cls(answers, np.arange(len(answers)) % 2 == 0, 2)
-        answers = load_examples(rows, tokenizer, form=_JUDGED, **options)
-        return cls(answers, np.array([_label(row) for row in rows.rows()]), 1)
+        answers = load(JUDGED_FIELDS)
+        left_out = set(answers.report.left_out)
+        labels = [_label(row) for number, row in enumerate(rows.rows()) if number not in left_out]
+        return cls(answers, np.array(labels), 1)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -226,14 +247,30 @@ class JudgedAnswers(ComparedSet):
         return own, Example.pair(tokens, own.num_source_tokens), bool(self._labels[place])
 
 
+def load_text_answers(
+    rows: RowSource, tokenizer: Tokenizer, *, fields: tuple[str, ...], **options: Any
+) -> ExampleSet[LoadReport]:
+    """Tokenise answers and prompts that are texts.
+
+    Args:
+        rows: source of the rows.
+        tokenizer: tokenizer of the model.
+        fields: PAIR_FIELDS or JUDGED_FIELDS.
+        options: as for load_examples.
+
+    Raises:
+        ConfigError, DataError: as load_examples, and for a row with other fields.
+    """
+    form = PairForm(
+        name=" ".join(fields),
+        read=lambda row, template: _read_answers(row, template, fields),
+        modules=("preferences.py",),
+    )
+    return load_examples(rows, tokenizer, form=form, **options)
+
+
 def _read_answers(row: Row, template: PromptTemplate | None, fields: tuple[str, ...]) -> list[TextPair]:
-    expected = fields if template is None else fields[1:]
-    if missing := [name for name in expected if name not in row.fields]:
-        hint = "; for rows of judged answers, give --preference kto" if row.fields.keys() >= {*JUDGED_FIELDS} else ""
-        raise DataError(
-            f"{row.where}: found the fields {field_names(row.fields)}, expected {', '.join(expected)}; "
-            f"missing: {', '.join(missing)}{hint}"
-        )
+    require_fields(row, fields if template is None else fields[1:])
     prompt = filled(text_field(row, "prompt") if template is None else template.fill(row), row, "prompt")
     names = [name for name in fields[1:] if name != "label"]
     return [TextPair(source=prompt, target=filled(text_field(row, name), row, repr(name))) for name in names]
@@ -245,15 +282,3 @@ def _label(row: Row) -> bool:
     if judgement is None:
         raise DataError(f"{row.where}: 'label' is {label!r:.40}, expected true or false, or 1 or 0")
     return judgement
-
-
-_PAIRS = PairForm(
-    name="preference pair",
-    read=lambda row, template: _read_answers(row, template, PAIR_FIELDS),
-    modules=("preferences.py",),
-)
-_JUDGED = PairForm(
-    name="judged answer",
-    read=lambda row, template: _read_answers(row, template, JUDGED_FIELDS),
-    modules=("preferences.py",),
-)

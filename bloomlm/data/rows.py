@@ -12,12 +12,17 @@ With a prompt template, the template builds the source instead.
 """
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bloomlm.data.files import Row
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.flags import unescaped
+
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+"""A pair of answers to a prompt, the first of which is preferred."""
+JUDGED_FIELDS = ("prompt", "completion", "label")
+"""An answer to a prompt, and whether it is desirable."""
 
 # The prompt of question generation on DuReader: given an answer and its context, write the question.
 QUESTION_GENERATION_PROMPT = "答案：{title}，上下文：{source}在已知答案的前提下，问题："
@@ -219,6 +224,16 @@ def filled(text: str, row: Row, what: str) -> str:
     if not text.strip():
         raise DataError(f"{row.where}: the {what} is empty; an example needs a source and a target")
     return text
+
+
+def require_fields(row: Row, names: Sequence[str]) -> None:
+    """Raise DataError unless the row has all fields of these names."""
+    if missing := [name for name in names if name not in row.fields]:
+        hint = "; for rows of judged answers, give --preference kto" if row.fields.keys() >= {*JUDGED_FIELDS} else ""
+        raise DataError(
+            f"{row.where}: found the fields {field_names(row.fields)}, expected {', '.join(names)}; "
+            f"missing: {', '.join(missing)}{hint}"
+        )
 
 
 def field_names(fields: Mapping[str, object]) -> str:

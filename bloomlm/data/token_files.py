@@ -4,6 +4,7 @@ A directory of the cache holds the texts of one source:
 
     tokens.u32      the tokens of all documents, each closed by </s>, as little-endian uint32
     ends.u64        where each document ends in it (the position after its </s>), as little-endian uint64
+    languages.u16   the language of each document as little-endian uint16: 0 for none, or 1 + its index in the manifest
     manifest.json   sizes, and what was tokenised
     progress.json   its name until all texts are done: how far the files are safe, so that a stopped run continues there
 
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from bloomlm.data.block_file import BlockReader, BlockWriter
-from bloomlm.data.corpus import CORPUS, Piece, corpus_files, file_pieces, row_pieces, text_of
+from bloomlm.data.corpus import Piece, corpus_files, file_pieces, row_pieces, text_of
 from bloomlm.data.files import RowSource
 from bloomlm.data.token_progress import TokenProgress
 from bloomlm.data.tokenizer import Tokenizer
@@ -44,9 +45,12 @@ FORMAT = 2
 """Raised when the same texts would become other files."""
 TOKENS_FILE = "tokens.u32"
 ENDS_FILE = "ends.u64"
+LANGUAGES_FILE = "languages.u16"
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = "lock"
+NO_LANGUAGE = ""
+MOST_LANGUAGES = 2**16 - 1
 BATCH_PIECES = 1024
 """Pieces that are encoded at once, on all cores."""
 COMMIT_TOKENS = 2**24
@@ -82,7 +86,7 @@ def rows_input(rows: RowSource) -> TextInput:
         name=rows.name,
         identity=f"{rows.name} {rows.fingerprint()}",
         size_bytes=None,
-        pieces=lambda: row_pieces(rows, CORPUS, lambda row: (text_of(row),)),
+        pieces=lambda: row_pieces(rows, NO_LANGUAGE, lambda row: (text_of(row),)),
     )
 
 
@@ -100,6 +104,8 @@ class Progress:
     """Number of tokens of the document that has not ended yet."""
     num_text_bytes: int = 0
     """Size of all texts in UTF-8."""
+    languages: list[str] = field(default_factory=list)
+    """The languages that rows have named."""
 
 
 class TokenFiles:
@@ -121,6 +127,7 @@ class TokenFiles:
         """What was tokenised."""
         self.tokens = BlockReader(directory / TOKENS_FILE, "<u4", self.size.num_tokens)
         self.ends = BlockReader(directory / ENDS_FILE, "<u8", self.size.num_documents)
+        self.languages = BlockReader(directory / LANGUAGES_FILE, "<u2", self.size.num_documents)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -193,7 +200,7 @@ def _tokenise(
 
 
 class _Writer:
-    """Appends documents to the two files, and notes from time to time how far they are safe."""
+    """Appends documents to the files, and notes from time to time how far they are safe."""
 
     def __init__(self, directory: Path, eos_token_id: int, inputs: list[str]) -> None:
         self._progress_path = directory / PROGRESS_FILE
@@ -204,11 +211,13 @@ class _Writer:
             self.done = Progress(**read_json(self._progress_path)["size"])
         self._tokens = BlockWriter(directory / TOKENS_FILE, "<u4", self.done.num_tokens)
         self._ends = BlockWriter(directory / ENDS_FILE, "<u8", self.done.num_documents)
+        self._languages = BlockWriter(directory / LANGUAGES_FILE, "<u2", self.done.num_documents)
+        self._codes = {name: code for code, name in enumerate([NO_LANGUAGE, *self.done.languages])}
         self._committed = self.done.num_tokens
 
     def add(self, pieces: Sequence[Piece], encoded: Sequence[Sequence[int]]) -> None:
         """Add pieces, which follow those that were added before, and their tokens."""
-        done, tokens, ends = self.done, list[int](), list[int]()
+        done, tokens, ends, languages = self.done, list[int](), list[int](), list[int]()
         for piece, ids in zip(pieces, encoded, strict=True):
             tokens += ids
             done.open_tokens += len(ids)
@@ -218,9 +227,11 @@ class _Writer:
             if done.open_tokens:  # a document without tokens is left out
                 tokens.append(self._eos_token_id)
                 ends.append(done.num_tokens + len(tokens))
+                languages.append(self._code(piece.language))
             done.open_tokens = 0
         self._tokens.append(np.array(tokens, dtype=np.uint32))
         self._ends.append(np.array(ends, dtype=np.uint64))
+        self._languages.append(np.array(languages, dtype=np.uint16))
         done.pieces += len(pieces)
         done.num_tokens += len(tokens)
         done.num_documents += len(ends)
@@ -231,6 +242,7 @@ class _Writer:
         """Flush the files, and note how far they are safe."""
         self._tokens.sync()
         self._ends.sync()
+        self._languages.sync()
         content = {"format": FORMAT, "size": asdict(self.done), "inputs": self._inputs}
         atomic_write(self._progress_path, json.dumps(content, indent=2) + "\n")
         self._committed = self.done.num_tokens
@@ -239,6 +251,15 @@ class _Writer:
         """Close the files."""
         self._tokens.close()
         self._ends.close()
+        self._languages.close()
+
+    def _code(self, language: str) -> int:
+        if language not in self._codes:
+            if len(self._codes) > MOST_LANGUAGES:
+                raise DataError(f"its rows name more than {MOST_LANGUAGES:,} languages, the last one {language!r}")
+            self._codes[language] = len(self._codes)
+            self.done.languages.append(language)
+        return self._codes[language]
 
 
 def _encoded(
@@ -264,7 +285,7 @@ def _file_input(path: Path) -> TextInput:
         name=str(path),
         identity=f"{path.resolve()} {found.st_size} {found.st_mtime_ns}",
         size_bytes=found.st_size,
-        pieces=partial(file_pieces, path, CORPUS, lambda row: (text_of(row),)),
+        pieces=partial(file_pieces, path, NO_LANGUAGE, lambda row: (text_of(row),)),
     )
 
 

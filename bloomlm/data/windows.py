@@ -13,7 +13,8 @@ beside the tokens, so that neither it nor the documents take memory of the proce
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,26 @@ class TextWindows:
         """Number of tokens that are learned: all but the first of each document."""
         return self._rows(self._stop, 1)[0][3] - self._rows(self._start, 1)[0][3]
 
+    def document_languages(self, index: int) -> npt.NDArray[np.uint16]:
+        """The language of each document of a window: 0 for none, or 1 + its index in language_names."""
+        (_, _, first, _), _ = self._rows(self._start + index, 2)
+        return self._files.languages.read(first, first + len(self[index].document_starts))
+
+    @property
+    def language_names(self) -> tuple[str, ...]:
+        """The languages that the rows of the whole source name."""
+        return tuple(self._files.size.languages)
+
+    def language_codes(self) -> list[int]:
+        """Those of document_languages that occur in any window, in order."""
+        first, last = self._rows(self._start, 1)[0][2], self._rows(self._stop, 1)[0][2]
+        # the last document may go on in the next window
+        stop = min(last + 1, len(self._files.languages))
+        chunks = range(first, stop, _READ_ENDS)
+        return sorted(
+            {code for at in chunks for code in set(self._files.languages.read(at, min(at + _READ_ENDS, stop)).tolist())}
+        )
+
     def part(self, start: int, stop: int) -> "TextWindows":
         """The windows from start to stop - 1."""
         assert 0 <= start <= stop <= len(self)
@@ -103,6 +124,37 @@ class TextWindows:
         found = self._table.read(number * _COLUMNS, (number + count) * _COLUMNS)
         rows: list[list[int]] = found.astype(np.int64).reshape(count, _COLUMNS).tolist()
         return rows
+
+
+class PartialWindows:
+    """Windows without some of their documents; the others do not see these and have the same losses.
+
+    Args:
+        windows: the whole windows.
+        kept: for each window that is left its index, and the numbers of the documents that stay, in order.
+    """
+
+    def __init__(self, windows: TextWindows, kept: Sequence[tuple[int, Sequence[int]]]) -> None:
+        self._windows = windows
+        self._kept = kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Example:
+        number, documents = self._kept[index]
+        window = self._windows[number]
+        pieces = np.split(window.tokens, window.document_starts[1:])
+        kept = [pieces[document] for document in documents]
+        starts = np.cumsum([0, *map(len, kept)]).tolist()
+        return replace(
+            window, tokens=np.concatenate(kept), learned=((0, starts[-1]),), document_starts=tuple(starts[:-1])
+        )
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of tokens of each window."""
+        return [len(self[index].tokens) for index in range(len(self))]
 
 
 def pack(ends: Iterable[int], max_length: int) -> Iterator[tuple[int, int, int, int]]:

@@ -1,27 +1,23 @@
 """The memory that a rank of a job will use, computed before anything is loaded.
 
 The model with its adapter is created on the meta device, and its parameters are cut by the table in layout.py. What
-autograd saves of a block is listed here operation by operation; tests compare it with what autograd really saves. All
-numbers describe the first rank, which uses the most.
+autograd saves is in workload.py. All numbers describe the first rank, which uses the most.
 
 Memory is largest either when the loss is computed (all activations, few gradients) or at the end of the backward pass
 (all gradients, few activations). Not counted are the memory of the libraries and memory that an allocator leaves
 unused.
-
-Letters: N packed tokens, M supervised tokens, R lora rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from bloomlm.model.alibi import COLUMNS
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.kv_cache import KVCache
-from bloomlm.model.linear import Linear
-from bloomlm.parallel.layout import dealt_rows, tp_dim, tp_part
+from bloomlm.parallel.layout import dealt_rows, tp_part
 from bloomlm.parallel.mesh import Degrees
+from bloomlm.parallel.workload import Workload, activation_bytes, block_bytes, block_linears
 
 GRADIENT_BYTES = 4
 """Gradients are accumulated in fp32, whatever the dtype of the weights (training/precision.py)."""
@@ -29,29 +25,7 @@ MOMENTS_BYTES = 8
 """AdamW's two moments of an element, in fp32."""
 STEP_BYTES = 4
 """AdamW's count of steps, one for each tensor."""
-_FP32, _STATISTICS = 4, 8  # bytes; a layer norm saves the mean and 1 / deviation of each token
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What a rank computes in a training step."""
-
-    num_documents: int
-    """Number of examples of a microbatch, all of the same length."""
-    num_tokens: int
-    """Number of tokens of a microbatch (N)."""
-    num_supervised_tokens: int
-    """Number of its tokens that have a label (M)."""
-    compute_dtype: torch.dtype
-    """Dtype of the matrix products, which may differ from that of the weights."""
-    max_chunk_bytes: int
-    """Largest size of a chunk of logits in the loss."""
-    recompute: bool = False
-    """Whether the backward pass computes the activations of blocks again."""
-    accumulation: int = 1
-    """Number of microbatches of a step."""
-    reshards: bool = True
-    """Whether FSDP frees a block's gathered weights between its forward and backward pass (stage 3)."""
+_FP32 = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,79 +94,6 @@ def parameter_bytes(model: BloomForCausalLM, degrees: Degrees) -> tuple[int, int
     return weights, gradients, optimizer
 
 
-@dataclass(frozen=True)
-class PlannedLinear:
-    """A linear layer of a block."""
-
-    name: str
-    """Full name in the model."""
-    layer: Linear
-    needs_input_gradient: bool
-    """Whether a parameter before the layer learns."""
-
-    @property
-    def kind(self) -> str:
-        """Name of the layer within its block."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def is_column(self) -> bool:
-        """Whether tensor-parallel ranks cut it by outputs, and so sum the gradient of its input."""
-        return tp_dim(f"{self.name}.weight") == 0
-
-    @property
-    def lora_rank(self) -> int:
-        """Rank of its LoRA update (R); 0 if it has none."""
-        matrices = self.layer.update_matrices
-        return len(matrices[0]) if matrices else 0
-
-
-def block_linears(model: BloomForCausalLM) -> list[list[PlannedLinear]]:
-    """The linear layers of each block, in the order in which they are computed."""
-    needs_gradient = model.transformer.word_embeddings.learns
-    blocks: list[list[PlannedLinear]] = [[] for _ in model.transformer.h]
-    for name, module in model.transformer.h.named_modules():
-        if isinstance(module, Linear):
-            blocks[int(name.partition(".")[0])].append(PlannedLinear(f"transformer.h.{name}", module, needs_gradient))
-            learns = any(parameter.requires_grad for parameter in module.parameters())
-            needs_gradient = needs_gradient or learns or model.transformer.prefix is not None
-    return blocks
-
-
-def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list[int]:
-    """Bytes that autograd saves of each block besides weights, without recomputation and without dropout."""
-    config = model.config
-    hidden, part = config.hidden_size, config.hidden_size // tp_degree
-    heads, width = config.n_head // tp_degree, config.head_dim + COLUMNS
-    half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
-    norm = hidden * stream + _STATISTICS
-    # queries, keys, values, results, and in fp32 the logarithm of the sum of each softmax
-    attended = load.num_tokens + load.num_documents * model.transformer.num_virtual_tokens
-    attention = attended * heads * (4 * width * half + _FP32)
-    inputs = {"query_key_value": hidden, "dense": part, "dense_h_to_4h": hidden, "dense_4h_to_h": 4 * part}
-    sizes = []
-    for block in block_linears(model):
-        needs = {linear.kind: linear.needs_input_gradient for linear in block}
-        per_token = norm * (needs["query_key_value"] + needs["dense_h_to_4h"])
-        per_token += 4 * part * half * needs["dense_4h_to_h"]  # GELU's input
-        for linear in block:
-            if linear.layer.weight.requires_grad or linear.lora_rank:
-                per_token += (inputs[linear.kind] + linear.lora_rank) * half
-        sizes.append(per_token * load.num_tokens + attention * needs["dense"])
-    return sizes
-
-
-def activation_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """Bytes that autograd saves of all blocks, the outer layer norms, the position columns and the loss's input."""
-    config = model.config
-    blocks = block_bytes(model, tp_degree, load)
-    stream = config.hidden_size * model.transformer.dtype.itemsize
-    kept = len(blocks) * load.num_tokens * stream if load.recompute else sum(blocks)
-    outer_norms = 1 + model.transformer.word_embeddings.learns
-    around = outer_norms * (stream + _STATISTICS) + 3 * COLUMNS * config.n_head // tp_degree * _FP32
-    return kept + load.num_tokens * around + load.num_supervised_tokens * config.hidden_size * _FP32
-
-
 def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> TrainingMemory:
     """Memory of the first rank in training.
 
@@ -226,6 +127,26 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     )
 
 
+def scoring_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload, num_tokens: int) -> int:
+    """Memory of the first rank while it scores tokens without gradients, in bytes.
+
+    Args:
+        model: a model that does not learn; may be on the meta device.
+        degrees: ranks along each axis.
+        load: the work of a training step, of which dtype and chunks count.
+        num_tokens: number of tokens of a batch, all of them with labels.
+    """
+    per_token = _forward_numel_per_token(model, degrees.tp) * load.compute_dtype.itemsize
+    chunk = _loss_chunk_bytes(model, degrees.tp, replace(load, num_supervised_tokens=num_tokens))
+    gathered = _fsdp_bytes(model, degrees, load)[0]
+    return parameter_bytes(model, degrees)[0] + gathered + num_tokens * per_token + chunk
+
+
+def _forward_numel_per_token(model: BloomForCausalLM, tp_degree: int) -> int:
+    """Elements of the activations of one block that exist at once without gradients, for each token."""
+    return 3 * model.config.hidden_size + 8 * model.config.hidden_size // tp_degree
+
+
 def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, num_tokens: int) -> PredictionMemory:
     """Memory of the first rank during generation.
 
@@ -240,7 +161,7 @@ def prediction_memory(model: BloomForCausalLM, tp_degree: int, batch_size: int, 
     slots = num_tokens + model.transformer.num_virtual_tokens
     heads = config.n_head // tp_degree
     cache = KVCache(config, batch_size, slots, dtype=dtype, device="meta", heads=range(heads))
-    per_token = (3 * config.hidden_size + 8 * config.hidden_size // tp_degree) * dtype.itemsize
+    per_token = _forward_numel_per_token(model, tp_degree) * dtype.itemsize
     logits = batch_size * config.vocab_size * (dtype.itemsize + _FP32)
     return PredictionMemory(
         weights=parameter_bytes(model, Degrees(tp=tp_degree))[0],

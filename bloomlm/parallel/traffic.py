@@ -17,7 +17,8 @@ from typing import Any, Literal, cast
 
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.mesh import Degrees
-from bloomlm.parallel.plan import GRADIENT_BYTES, Workload, block_linears, rank_numel
+from bloomlm.parallel.plan import GRADIENT_BYTES, rank_numel
+from bloomlm.parallel.workload import Workload, block_linears
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter"]
 _FP32, _FP64 = 4, 8

@@ -10,7 +10,7 @@ from typing import Any
 from bloomlm.errors import ConfigError
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.training.config import TrainingConfig, default_of
-from bloomlm.training.data_checks import check_data
+from bloomlm.training.data_checks import check_data, is_text_metric
 from bloomlm.training.objectives.base import Objective
 
 DEFAULT_DATASET = "BelleGroup/school_math_0.25M"
@@ -219,7 +219,9 @@ def resolve_best_model(config: TrainingConfig, objective: Objective[Any]) -> Tra
     metric = config.metric_for_best_model or "eval_loss"
     metric = metric if metric.startswith("eval_") else f"eval_{metric}"
     known = (*objective.metric_names, *(GENERATION_METRICS if config.do_generation else ()))
-    if metric not in known:
+    # those of raw text also depend on the data, see check_best_metric
+    is_of_text = objective.compared_set is None and is_text_metric(metric)
+    if metric not in known and not is_of_text:
         hint = "; it needs --do_generation" if metric in GENERATION_METRICS else ""
         raise ConfigError(
             f"--metric_for_best_model {config.metric_for_best_model}{hint}; this run computes {', '.join(known)}"
@@ -228,7 +230,7 @@ def resolve_best_model(config: TrainingConfig, objective: Objective[Any]) -> Tra
     config = replace(
         config,
         metric_for_best_model=metric,
-        greater_is_better=metric not in objective.lower_is_better if greater is None else greater,
+        greater_is_better=not (is_of_text or metric in objective.lower_is_better) if greater is None else greater,
     )
     if config.load_best_model_at_end and config.do_train:
         _check_best_is_saved(config)

@@ -165,7 +165,8 @@ class TrainingConfig(Flags):
     save_total_limit: int | None = flag("checkpoints", None, "checkpoints to keep  [default: all]", minimum=1)
     load_best_model_at_end: bool = flag("checkpoints", False, "the result is the best checkpoint and not the last")
     metric_for_best_model: str | None = flag("checkpoints", None,
-        "metric of the best checkpoint: eval_loss, eval_accuracy, eval_exact_match, ...  [default: eval_loss]")
+        "metric of the best checkpoint: eval_loss, eval_accuracy, eval_exact_match, eval_bits_per_byte, ...  "
+        "[default: eval_loss]")
     greater_is_better: bool | None = flag("checkpoints", None,
         "whether a greater metric is better  [default: depends on the metric]")
     max_shard_size: str = flag("checkpoints", "5GB", "largest weight file; a larger model is split into several")

@@ -15,7 +15,7 @@ from bloomlm.generation.generate import generate
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.training.evaluate_text import count_bytes, text_metrics
+from bloomlm.training.evaluate_text import TextPart, text_metrics, text_parts
 from bloomlm.training.objectives.base import Objective
 from bloomlm.training.precision import Precision
 from bloomlm.training.run_plan import EvaluationPlan
@@ -46,7 +46,7 @@ class Evaluator:
         """Metrics over all examples; their names begin with eval_."""
         start = time.perf_counter()
         if isinstance(self.examples, Mixture):
-            metrics = text_metrics(self.examples, self._score, self._byte_counts)
+            metrics = text_metrics(self._text_parts, self._score)
         else:
             metrics = self._score(self.examples)
         if self.plan.scores_answers:
@@ -73,9 +73,9 @@ class Evaluator:
         return dict(self.objective.evaluate(self.model, batches, self.precision, self.mesh))
 
     @cached_property
-    def _byte_counts(self) -> dict[str, int]:
+    def _text_parts(self) -> tuple[TextPart, ...]:
         assert isinstance(self.examples, Mixture)
-        return count_bytes(self.examples, self.tokenizer)
+        return text_parts(self.examples, self.tokenizer)
 
     def answer_rows(self, count: int) -> list[dict[str, str]]:
         """Prompt, target and generated answer of the first examples, with the keys of infer_result.json."""

@@ -7,16 +7,19 @@ section 3.1.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from bloomlm.data.mixture import Mixture
+from bloomlm.data.example import Examples
+from bloomlm.data.mixture import Mixture, Source
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.data.windows import TextWindows
+from bloomlm.data.windows import PartialWindows
+
+BITS_PER_BYTE = "eval_bits_per_byte"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,56 +45,98 @@ class TextScore:
     def metrics(self, suffix: str = "") -> dict[str, float]:
         """The mean loss and bits per byte."""
         bits = self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
-        return {f"eval_loss{suffix}": self.nats / self.num_tokens, f"eval_bits_per_byte{suffix}": bits}
+        return {f"eval_loss{suffix}": self.nats / self.num_tokens, f"{BITS_PER_BYTE}{suffix}": bits}
 
 
-def text_metrics(
-    mixture: Mixture, evaluate: Callable[[TextWindows], Mapping[str, float]], byte_counts: Mapping[str, int]
-) -> dict[str, Any]:
-    """Metrics over all sources, and of each source and each language if there are several or one is named.
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """What is evaluated at once: the documents of a source that have the same language, or none."""
 
-    Args:
-        mixture: the sources.
-        evaluate: the mean loss and the accuracy over the windows of one source, as Objective.evaluate reports them.
-        byte_counts: the bytes that the learned tokens of each source spell.
-    """
-    scores: dict[str, TextScore] = {}
-    for source in mixture.sources:
-        found, count = evaluate(source.windows), source.windows.num_supervised_tokens
-        scores[source.name] = TextScore(
-            nats=found["eval_loss"] * count,
-            num_correct=found["eval_accuracy"] * count,
-            num_tokens=count,
-            num_bytes=byte_counts[source.name],
-        )
-    total = _sum(scores.values())
-    metrics = total.metrics()
-    metrics["eval_ppl"] = math.exp(metrics["eval_loss"]) if metrics["eval_loss"] < 700 else math.inf
-    metrics["eval_accuracy"] = total.num_correct / total.num_tokens
-    if len(scores) > 1:
-        for name, score in scores.items():
-            metrics |= score.metrics(f"/{name}")
-    for language in dict.fromkeys(source.language for source in mixture.sources):
-        if language is not None:
-            spoken = (scores[source.name] for source in mixture.sources if source.language == language)
-            metrics |= _sum(spoken).metrics(f"/language/{language}")
-    return metrics
+    source: str
+    language: str | None
+    windows: Examples
+    num_tokens: int
+    """Number of learned tokens."""
+    num_bytes: int
+    """Number of bytes that they spell; special tokens spell none."""
 
 
-def count_bytes(mixture: Mixture, tokenizer: Tokenizer) -> dict[str, int]:
-    """The bytes that the learned tokens of each source spell; special tokens spell none."""
+def text_parts(mixture: Mixture, tokenizer: Tokenizer) -> tuple[TextPart, ...]:
+    """The parts of all sources. A document has the language that its row names, or else that of its source."""
     sizes = np.array(
         [0 if tokenizer.is_special(i) else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     )
-    return {source.name: _learned_bytes(source.windows, sizes) for source in mixture.sources}
+    return tuple(part for source in mixture.sources for part in _parts_of(source, sizes))
 
 
-def _learned_bytes(windows: TextWindows, sizes: npt.NDArray[np.int64]) -> int:
-    total = 0
+def _parts_of(source: Source, sizes: npt.NDArray[np.int64]) -> Iterator[TextPart]:
+    windows, names = source.windows, (source.language, *source.windows.language_names)
+    num_tokens, num_bytes = np.zeros(len(names), dtype=np.int64), np.zeros(len(names), dtype=np.int64)
+    kept: dict[int, list[tuple[int, list[int]]]] = {}
     for index in range(len(windows)):
-        window = windows[index]
-        total += int(sizes[window.tokens].sum() - sizes[window.tokens[list(window.document_starts)]].sum())
-    return total
+        window, codes = windows[index], windows.document_languages(index)
+        starts, spelled = list(window.document_starts), sizes[window.tokens]
+        lengths = np.diff([*starts, len(window.tokens)])
+        np.add.at(num_tokens, codes, lengths - 1)
+        np.add.at(num_bytes, codes, np.add.reduceat(spelled, starts) - spelled[starts])
+        for code in np.unique(codes).tolist():
+            kept.setdefault(code, []).append((index, np.flatnonzero(codes == code).tolist()))
+    for code, places in sorted(kept.items()):
+        yield TextPart(
+            source=source.name,
+            language=names[code],
+            windows=windows if len(kept) == 1 else PartialWindows(windows, places),
+            num_tokens=int(num_tokens[code]),
+            num_bytes=int(num_bytes[code]),
+        )
+
+
+def text_metrics(parts: Sequence[TextPart], evaluate: Callable[[Examples], Mapping[str, float]]) -> dict[str, Any]:
+    """Metrics over all parts, over each source if there are several, and over each language.
+
+    Args:
+        parts: what is evaluated.
+        evaluate: the mean loss and the accuracy over the windows of a part, as Objective.evaluate reports them.
+    """
+    scores = [_score(part, evaluate(part.windows)) for part in parts]
+    total = _sum(scores)
+    metrics = total.metrics()
+    metrics["eval_ppl"] = math.exp(metrics["eval_loss"]) if metrics["eval_loss"] < 700 else math.inf
+    metrics["eval_accuracy"] = total.num_correct / total.num_tokens
+    for suffix, members in _groups([(part.source, part.language) for part in parts]).items():
+        metrics |= _sum(scores[index] for index in members).metrics(suffix)
+    return metrics
+
+
+def text_metric_names(mixture: Mixture) -> tuple[str, ...]:
+    """The names of the metrics that text_metrics reports."""
+    parts = [
+        (source.name, (source.language, *source.windows.language_names)[code])
+        for source in mixture.sources
+        for code in source.windows.language_codes()
+    ]
+    names = TextScore(num_tokens=1).metrics()
+    return (*names, "eval_ppl", "eval_accuracy", *(name + suffix for suffix in _groups(parts) for name in names))
+
+
+def _groups(parts: Sequence[tuple[str, str | None]]) -> dict[str, list[int]]:
+    """The ends of the names of metrics, each with the indices of its parts, which have a source and a language."""
+    sources, languages = zip(*parts, strict=True)
+    groups: dict[str, list[int]] = {}
+    for prefix, found in (("/", sources if len(set(sources)) > 1 else ()), ("/language/", languages)):
+        for name in dict.fromkeys(found):
+            if name is not None:
+                groups[f"{prefix}{name}"] = [index for index, other in enumerate(found) if other == name]
+    return groups
+
+
+def _score(part: TextPart, found: Mapping[str, float]) -> TextScore:
+    return TextScore(
+        nats=found["eval_loss"] * part.num_tokens,
+        num_correct=found["eval_accuracy"] * part.num_tokens,
+        num_tokens=part.num_tokens,
+        num_bytes=part.num_bytes,
+    )
 
 
 def _sum(scores: Iterable[TextScore]) -> TextScore:

@@ -58,11 +58,16 @@ class StepFlops:
                 needs_input_gradient = needs_input_gradient or learns or self._num_virtual > 0
         # products of queries with keys and of weights with values, each once forward and twice backward
         self._per_pair = 12 * config.hidden_size * config.n_layer
-        self._per_supervised = 2 * config.vocab_size * config.hidden_size * (2 + embedding.requires_grad)
+        self._head_per_label = 2 * config.vocab_size * config.hidden_size
+        self._per_supervised = self._head_per_label * (2 + embedding.requires_grad)
 
     def recomputed(self, lengths: Sequence[int]) -> int:
         """Operations of a batch that recompute repeats, which are the forward pass of the blocks."""
         return self._forward_per_token * sum(lengths) + self._per_pair // 3 * self._num_pairs(lengths) + self._per_pass
+
+    def scored(self, lengths: Sequence[int], num_labels: int) -> int:
+        """Operations of a forward pass alone, with the head for a number of labels."""
+        return self.recomputed(lengths) + self._head_per_label * num_labels
 
     def of(self, lengths: Sequence[int], num_supervised_tokens: int) -> int:
         """Operations of a batch with documents of these lengths (T) and a number of supervised tokens (M)."""

@@ -11,10 +11,11 @@ from bloomlm.data.conversations import load_conversations
 from bloomlm.data.example import TrainingSet
 from bloomlm.data.examples import load_examples
 from bloomlm.data.files import RowSource
+from bloomlm.data.message_answers import COMPLETION_FIELDS, holds_messages, load_message_answers
 from bloomlm.data.messages import has_messages
 from bloomlm.data.mixture import Mixture
-from bloomlm.data.preferences import JUDGED_FIELDS, ComparedSet
-from bloomlm.data.rows import has_target
+from bloomlm.data.preferences import Answers, ComparedSet, load_text_answers
+from bloomlm.data.rows import JUDGED_FIELDS, has_target
 from bloomlm.data.splits import resolve_splits
 from bloomlm.data.text_sources import (
     MIXTURE_SUFFIXES,
@@ -26,9 +27,9 @@ from bloomlm.data.text_sources import (
     sources_of_rows,
 )
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import ConfigError
+from bloomlm.errors import ConfigError, counted
 from bloomlm.training.config import default_of
-from bloomlm.training.data_checks import check_texts
+from bloomlm.training.data_checks import check_best_metric, check_texts
 from bloomlm.training.objectives.base import Objective
 from bloomlm.training.run_plan import DataPlan, RunPlan
 
@@ -37,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 MOST_HELD_OUT = 1000
 PAIR_FLAGS = ("src_length", "tgt_length", "prompt_template")
 """The flags that act on pairs of a source and a target, which are also options of load_examples."""
+MESSAGE_FLAGS = ("max_length", "tgt_length")
+"""The flags that act on messages; tgt_length limits generated answers."""
 
 
 def _load_pairs(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
@@ -46,6 +49,15 @@ def _load_pairs(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> Traini
 def _pair_options(data: DataPlan) -> dict[str, Any]:
     """The options of load_examples."""
     return {"show_progress": data.show_progress, **{name: getattr(data, name) for name in PAIR_FLAGS}}
+
+
+def _load_completions(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
+    return load_message_answers(rows, tokenizer, fields=COMPLETION_FIELDS, **_message_options(data))
+
+
+def _message_options(data: DataPlan) -> dict[str, Any]:
+    """The options of load_message_answers."""
+    return {"show_progress": data.show_progress, "max_length": data.max_length}
 
 
 def _load_conversations(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
@@ -85,13 +97,20 @@ def _is_raw_text(fields: Mapping[str, object]) -> bool:
 RAW_TEXT = DataForm(name="raw text", fits=_is_raw_text, load=_load_texts, flags=("max_length",))
 
 
-def _form_of(kind: type[ComparedSet]) -> DataForm:
-    """Preference data, which an objective asks for, whatever the first row is."""
+def _preference_form(kind: type[ComparedSet], first: Mapping[str, object]) -> DataForm:
+    """Preference data, which an objective asks for, whatever the fields of the first row are."""
+    is_messages = holds_messages(first)
 
     def load(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
-        return kind.load(rows, tokenizer, **_pair_options(data))
+        def load_answers(fields: tuple[str, ...]) -> Answers:
+            if is_messages:
+                return load_message_answers(rows, tokenizer, fields=fields, **_message_options(data))
+            return load_text_answers(rows, tokenizer, fields=fields, **_pair_options(data))
 
-    return DataForm(name="preference data", fits=lambda fields: True, load=load, flags=PAIR_FLAGS)
+        return kind.load(rows, load_answers)
+
+    name = f"preference data of {'messages' if is_messages else 'texts'}"
+    return DataForm(name=name, fits=lambda fields: True, load=load, flags=MESSAGE_FLAGS if is_messages else PAIR_FLAGS)
 
 
 def _refuse_answers(rows: RowSource, data: DataPlan, tokenizer: Tokenizer) -> TrainingSet:
@@ -111,7 +130,13 @@ FORMS = (
         name="conversations",
         fits=has_messages,
         load=_load_conversations,
-        flags=("max_length", "learn_last_turn", "tgt_length"),  # tgt_length limits generated answers
+        flags=(*MESSAGE_FLAGS, "learn_last_turn"),
+    ),
+    DataForm(
+        name="messages with a completion",
+        fits=lambda fields: {*COMPLETION_FIELDS} <= fields.keys() and holds_messages(fields),
+        load=_load_completions,
+        flags=MESSAGE_FLAGS,
     ),
     RAW_TEXT,
     DataForm(
@@ -134,7 +159,7 @@ def _load(
         return _load_texts(source, data, tokenizer)
     first: Mapping[str, object] = next((row.fields for row in source.rows()), {})
     kind = objective.compared_set
-    form = next(form for form in FORMS if form.fits(first)) if kind is None else _form_of(kind)
+    form = next(form for form in FORMS if form.fits(first)) if kind is None else _preference_form(kind, first)
     _warn_of_unused(form, source.name, data)
     if kind is None and first.keys() >= {*JUDGED_FIELDS}:
         _LOG.warning("%s: without --preference kto its labels are not used: all answers are learned", source.name)
@@ -221,18 +246,20 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
         check_texts(data, plan.evaluation)
     if trains and train is not None:
         descriptions += [
-            f"training: {len(train):,} {train.unit} from {train.name}, {train.num_tokens:,} tokens, "
+            f"training: {counted(len(train), train.unit)} from {train.name}, {counted(train.num_tokens, 'tokens')}, "
             f"{train.num_supervised_tokens:,} of them learned",
             *train.describe(),
         ]
     if dev is not None:
-        descriptions.append(f"evaluation: {len(dev):,} {dev.unit} from {dev.name}")
+        descriptions.append(f"evaluation: {counted(len(dev), dev.unit)} from {dev.name}")
     if holds_out and train is not None:
         train, dev = train.hold_out(MOST_HELD_OUT)
         if not (len(train) and len(dev)):
             raise ConfigError(f"{data.name} has too few examples to train and evaluate; give --eval_file")
         descriptions.append(
-            f"evaluation: the data has no evaluation split, so the last {len(dev)} training {train.unit} are used for "
-            "it and not trained on; --eval_file names others"
+            f"evaluation: on the last {counted(len(dev), dev.unit)} of the training data, not trained on, because the "
+            "data has no evaluation split; --eval_file names others"
         )
+    if evaluates and dev is not None:
+        check_best_metric(dev, plan.evaluation)
     return RunExamples(train=train, dev=dev, descriptions=tuple(descriptions))

@@ -139,7 +139,6 @@ def load_to_train(plan: RunPlan, source: Path, resume_point: ResumePoint, mesh: 
     It is read from the directory `source`, or from the checkpoint of a run that resumes and trains the whole model.
     """
     device = plan.model.device
-    load_operators_for(device)
     generator = torch.Generator(device).manual_seed(plan.seed)
 
     def install(model: BloomForCausalLM) -> None:
@@ -166,6 +165,7 @@ def _load(
 ) -> BloomForCausalLM:
     """The model in a directory, in the plan's precision and divided among the ranks; `install` as in load_model."""
     assert directory is not None
+    load_operators_for(plan.model.device)
     return load_model(
         directory,
         dtype=plan.precision.weights_dtype,

@@ -213,7 +213,7 @@ def draw_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str, l
     rates.set_xlabel("step (updates of the weights)")
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     tidy(losses, rates)
     figure.suptitle(title, fontsize=11)
     atomic_write(path, png_of(figure))

@@ -1,7 +1,8 @@
 """Planned memory and traffic compared with what ranks really hold and send."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,20 @@ from torch import Tensor
 
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
+from bloomlm.data.answer_batch import ComparedExample, collate_pairs
 from bloomlm.data.loader import BatchLoader, collate
 from bloomlm.kernels import compiled
+from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.mesh import Degrees, Mesh
-from bloomlm.parallel.plan import Workload, activation_bytes, parameter_bytes, training_memory
+from bloomlm.parallel.plan import parameter_bytes, training_memory
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.parallel.traffic import Traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
+from bloomlm.parallel.workload import Workload, activation_bytes
 from bloomlm.training.meter import memory_by_kind
 from bloomlm.training.objectives.cross_entropy import CrossEntropy, batch_loss
+from bloomlm.training.objectives.dpo import Dpo
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
@@ -52,6 +57,11 @@ CASES = {
     "lora in bf16 O1": Case(precision=O1, adapter=LoraConfig(r=3)),
 }
 LENGTH, SOURCE = 12, 5
+compiled.load_operators()
+LOADED = compiled.operators()
+needs_causal = pytest.mark.skipif(
+    LOADED is None or LOADED.causal is None, reason="there is no C++ compiler, or no AVX2"
+)
 BATCH_SIZE = 2
 
 
@@ -175,12 +185,22 @@ def test_stage_2_gathers_once(ranks: RankPool) -> None:
     assert found == planned_payloads(step_traffic(model, degrees, workload(case, reshards=False)))
 
 
-def kept_bytes(case: Case, tp_degree: int) -> int:
-    """Bytes that autograd keeps of a forward pass, besides parameters and the gradients that the loss computes.
+def learned(model: BloomForCausalLM, case: Case) -> Tensor:
+    return batch_loss(model, collate(equal_examples(BATCH_SIZE)), case.precision, scale=1.0)
 
-    Attention is PyTorch's, which GPUs have; our operator for CPUs keeps no position columns.
-    """
-    compiled._loaded = None
+
+def compared(model: BloomForCausalLM, case: Case) -> Tensor:
+    """A pair, the answers of which are as long as equal_examples."""
+    chosen, rejected = equal_examples(BATCH_SIZE)
+    pair = ComparedExample(**vars(chosen), other=rejected, is_desirable=True, reference=(-1.0, -2.0))
+    return Dpo().batch_loss(model, collate_pairs([pair]), case.precision, step_sums=(1,)).loss
+
+
+def kept_bytes(
+    case: Case, tp_degree: int, uses_operator: bool, loss_of: Callable[[BloomForCausalLM, Case], Tensor] = learned
+) -> int:
+    """Bytes that autograd keeps of a forward pass, besides parameters and the gradients that the loss computes."""
+    compiled._loaded = LOADED if uses_operator else None  # without it, attention is PyTorch's, as on GPUs
     model = tiny_model(case)
     if tp_degree > 1:
         mesh = Mesh.over_all_ranks(Degrees(tp=tp_degree), "cpu")
@@ -196,19 +216,27 @@ def kept_bytes(case: Case, tp_degree: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = batch_loss(model.train(), collate(equal_examples(BATCH_SIZE)), case.precision, scale=1.0)
+        loss = loss_of(model.train(), case)
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("uses_operator", [False, pytest.param(True, marks=needs_causal)])
 @pytest.mark.parametrize("tp_degree", [1, 2])
 @pytest.mark.parametrize("name", ["full", "lora", "lora of one layer", "prefix", "bf16 O1", "lora in bf16 O1"])
-def test_activations(ranks: RankPool, name: str, tp_degree: int) -> None:
-    case, load = CASES[name], workload(CASES[name])
-    found = ranks.run(tp_degree, kept_bytes, case, tp_degree)[0]
+def test_activations(ranks: RankPool, name: str, tp_degree: int, uses_operator: bool) -> None:
+    case, load = CASES[name], replace(workload(CASES[name]), uses_operator=uses_operator)
+    found = ranks.run(tp_degree, kept_bytes, case, tp_degree, uses_operator)[0]
     model = tiny_model(case).to("meta")
     memory = training_memory(model, Degrees(tp=tp_degree), load)
-    columns = load.num_tokens * 3 * 8 * model.config.n_head // tp_degree * 4
+    heads = model.config.n_head // tp_degree
+    columns = -4 * heads if uses_operator else load.num_tokens * 3 * 8 * heads * 4  # the operator keeps slopes instead
     grad_hidden = load.num_supervised_tokens * model.config.hidden_size * 4
     planned = activation_bytes(model, tp_degree, load) - columns - grad_hidden + memory.half_copies
     assert found == planned
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_pair_keeps_what_two_examples_keep(ranks: RankPool, name: str) -> None:
+    found = [ranks.run(1, kept_bytes, CASES[name], 1, False, loss)[0] for loss in (learned, compared)]
+    assert found[0] <= found[1] <= found[0] + 100  # two log-probabilities, and what the loss makes of them

@@ -112,6 +112,36 @@ def test_recompute_and_accumulation() -> None:
     assert twice.training.at_loss == plain.training.at_loss + plain.training.gradients
 
 
+def test_preference_tuning_has_two_documents_a_pair_and_a_reference() -> None:
+    flags = {"lora": True, "src_length": 100, "tgt_length": 28}
+    four, eight = (plan_of(per_device_train_batch_size=size, **flags) for size in (4, 8))
+    found = {name: plan_of(preference=name, per_device_train_batch_size=4, **flags) for name in ("dpo", "orpo", "kto")}
+    assert found["dpo"].training == eight.training and found["dpo"].time == eight.time
+    assert found["dpo"].num_step_tokens == 8 * 127 and four.reference is None
+    # 4 prompts of 99 more labels
+    more_labels = 4 * 99 * 2 * 250_880 * 1024 * 2
+    assert found["orpo"].time.computing == pytest.approx(eight.time.computing + more_labels / 4e14, rel=1e-9)
+    assert found["orpo"].reference is None
+    assert found["kto"].training == four.training and found["kto"].time.computing > four.time.computing
+    # each parameter of a matrix of a block once for each token, half a product of scores for each token before it
+    blocks = 24 * 12 * 1024**2
+    scored = 8 * (2 * blocks * 127 + 4 * 24 * 1024 * 127 * 128 // 2 + 2 * 250_880 * 1024 * 28)
+    for name in ("dpo", "kto"):
+        reference = found[name].reference
+        assert reference.seconds_a_step == pytest.approx(scored / 4e14, rel=1e-9)
+        assert found[name].training.weights < reference.peak < found[name].training.weights + 2**30
+    with pytest.raises(ConfigError, match=r"--label_smoothing 0\.1 with --preference orpo: this loss has none"):
+        plan_of(preference="orpo", label_smoothing=0.1)
+
+
+def test_a_cpu_keeps_less_of_attention() -> None:
+    """Per token, head and block 4 x 8 numbers of position columns, and what leaves the operator once instead of twice."""
+    gpu, cpu = (plan_of(device=device, per_device_train_batch_size=1) for device in ("auto", "cpu"))
+    num_tokens, heads, blocks = 1023, 16, 24
+    kept = num_tokens * heads * (blocks * (4 * 8 + 64) + 3 * 8) * 4
+    assert gpu.training.activations - cpu.training.activations == kept + num_tokens * heads * (4 * 8 + 64) * 4
+
+
 def test_the_largest_batch_fits_and_no_larger_one() -> None:
     flags = {"model_name_or_path": "bigscience/bloom-7b1", "lora": True, "bf16": True, "fp16_opt_level": "O2"}
     for fit in plan_of(**flags).fits:

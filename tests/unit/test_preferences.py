@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from bloomlm.data.answer_batch import collate_judged, collate_pairs
+from bloomlm.data.chat_template import PLAIN_TEMPLATE
 from bloomlm.data.files import FileRows
-from bloomlm.data.preferences import AnswerPairs, ComparedSet, JudgedAnswers
+from bloomlm.data.message_answers import load_message_answers
+from bloomlm.data.preferences import AnswerPairs, ComparedSet, JudgedAnswers, load_text_answers
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import DataError
+from bloomlm.errors import ConfigError, DataError
 from tests.bloom_tokenizer import make_tokenizer
 
 PAIRS = [
@@ -38,7 +40,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> FileRows:
 
 def load(kind: type[ComparedSet], rows: FileRows, tokenizer: Tokenizer, **options: Any) -> Any:
     settings = {"src_length": 50, "tgt_length": 50, "cache_dir": rows.path.parent / "cache", "show_progress": False}
-    return kind.load(rows, tokenizer, **settings | options)
+    return kind.load(rows, lambda fields: load_text_answers(rows, tokenizer, fields=fields, **settings | options))
 
 
 def ids(tokenizer: Tokenizer, *texts: str) -> list[int]:
@@ -139,3 +141,83 @@ def test_a_template_builds_the_prompt(tmp_path: Path, tokenizer: Tokenizer) -> N
     rows = write(tmp_path / "a.jsonl", [{"question": "one", "chosen": "two", "rejected": "three"}])
     pairs = load(AnswerPairs, rows, tokenizer, prompt_template="Q: {question}")
     assert pairs[0].source_text == "Q: one" and pairs[0].target_text == "two"
+
+
+MESSAGES = {
+    "prompt": [{"role": "user", "content": "one"}],
+    "chosen": [{"role": "assistant", "content": "two"}],
+    "rejected": [{"role": "assistant", "content": "three"}],
+}
+WHOLE = {name: MESSAGES["prompt"] + MESSAGES[name] for name in ("chosen", "rejected")}
+
+
+def load_messages(kind: type[ComparedSet], rows: FileRows, tokenizer: Tokenizer, max_length: int = 100) -> Any:
+    def read(fields: tuple[str, ...]) -> Any:
+        options: dict[str, Any] = {"max_length": max_length, "cache_dir": rows.path.parent / "cache"}
+        return load_message_answers(rows, tokenizer, fields=fields, show_progress=False, **options)
+
+    return kind.load(rows, read)
+
+
+@pytest.mark.parametrize("row", [MESSAGES, WHOLE, {"prompt": "one", **WHOLE}], ids=["explicit", "implicit", "repeated"])
+def test_messages_become_texts_by_the_template(row: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer) -> None:
+    plain = tokenizer.with_chat_template(PLAIN_TEMPLATE)
+    (pair,) = load_messages(AnswerPairs, write(tmp_path / "a.jsonl", [row]), plain)
+    assert tokenizer.decode(pair.tokens, skip_special_tokens=False) == "User: one\nAssistant: two</s>"
+    assert tokenizer.decode(pair.other.tokens, skip_special_tokens=False) == "User: one\nAssistant: three</s>"
+    assert (pair.source_text, pair.target_text) == ("User: one\nAssistant:", " two")
+    assert pair.num_source_tokens == pair.other.num_source_tokens == len(tokenizer.encode_batch([pair.source_text])[0])
+    judged = load_messages(JudgedAnswers, write(tmp_path / "a.jsonl", [row, row]), plain)
+    assert [each.is_desirable for each in judged] == [True, False, True, False]
+
+
+def test_cuts_are_warned_of(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    longer = {**MESSAGES, "prompt": [{"role": "user", "content": "one two three four five six seven"}]}
+    plain = tokenizer.with_chat_template(PLAIN_TEMPLATE)
+    start = len(tokenizer.encode_batch(["User: one\nAssistant:"])[0])
+    rows = write(tmp_path / "a.jsonl", [MESSAGES, longer])
+    (pair,) = load_messages(AnswerPairs, rows, plain, start + 3)
+    assert len(pair.tokens) == len(pair.other.tokens) == start + 3
+    assert f"2 cut to max_length {start + 3} tokens with their prompts, and 1 row left out" in caplog.text
+    with pytest.raises(DataError, match=r"every prompt has max_length 3 tokens or more; raise --max_length"):
+        load_messages(AnswerPairs, rows, plain, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (PAIRS[0], "'chosen' is 'three'; expected a list of messages"),
+        ({**MESSAGES, "rejected": "no"}, "'rejected' is 'no'; expected a list of messages"),
+        ({**MESSAGES, "chosen": []}, "'chosen' is []; expected a list of messages"),
+        ({**MESSAGES, "prompt": "one"}, "'chosen' and 'rejected' begin with different messages"),
+        ({**WHOLE, "prompt": "two"}, "'prompt' is 'two', and no message with which 'chosen' and 'rejected' begin"),
+        ({"prompt": MESSAGES["prompt"]}, "found the fields prompt, expected prompt, chosen, rejected; missing: chosen"),
+        ({**MESSAGES, "chosen": MESSAGES["prompt"]}, "no message of 'chosen' is the assistant's"),
+        ({**MESSAGES, "chosen": [{"role": "bing", "content": "a"}]}, "chosen[0]: 'role' is 'bing'; expected one of"),
+        ({**MESSAGES, "tools": [{}]}, "found 'tools'"),
+        (
+            {**MESSAGES, "prompt": [*MESSAGES["prompt"], {"role": "system", "content": "a"}]},
+            "the chat template does not",
+        ),
+        ({**MESSAGES, "chosen": [{"role": "assistant", "content": "hide"}]}, "leaves out an"),
+    ],
+)
+def test_messages_that_cannot_be_used_are_named(
+    row: dict[str, Any], message: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    template = "{% if messages[-1].content != 'hide' %}" + PLAIN_TEMPLATE + "{% else %}User: one\nAssistant:{% endif %}"
+    rows = write(tmp_path / "a.jsonl", [MESSAGES, row])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2[:,]") as error:
+        load_messages(AnswerPairs, rows, tokenizer.with_chat_template(template))
+    assert message in str(error.value)
+
+
+def test_texts_among_messages_and_messages_among_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"line 4: 'prompt' is list .*, expected text"):
+        load(AnswerPairs, write(tmp_path / "a.jsonl", [*PAIRS, MESSAGES]), tokenizer)
+    judged = {"prompt": MESSAGES["prompt"], "completion": MESSAGES["chosen"], "label": True}
+    with pytest.raises(DataError, match=r"line 2: 'completion' is 'three'; expected a list of messages"):
+        plain = tokenizer.with_chat_template(PLAIN_TEMPLATE)
+        load_messages(JudgedAnswers, write(tmp_path / "a.jsonl", [judged, {**judged, "completion": "three"}]), plain)
+    with pytest.raises(ConfigError, match=r"a\.jsonl holds conversations, and .* has no chat template"):
+        load_messages(AnswerPairs, write(tmp_path / "a.jsonl", [MESSAGES]), tokenizer)

@@ -16,7 +16,7 @@ from bloomlm.errors import ConfigError, DataError
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from tests.bloom_tokenizer import make_tokenizer
-from tests.unit.test_token_files import write_jsonl
+from tests.unit.test_token_files import write_jsonl, write_rows
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = {
@@ -81,6 +81,92 @@ def test_a_mixture_is_learned_and_evaluated_by_source_and_language(
     low, high = sorted([found["eval_loss/english"], found["eval_loss/german"]])
     assert low < found["eval_loss"] < high
     assert found["eval_ppl"] == pytest.approx(math.exp(found["eval_loss"]))
+
+
+def test_rows_of_one_file_are_evaluated_by_their_own_languages(tmp_path: Path) -> None:
+    """Each language has the numbers of a file with its documents alone, and all together those of the whole file."""
+    rows = [
+        {"text": text, "language": language}
+        for number in range(12)
+        for language, texts in TEXTS.items()
+        for text in texts[number : number + 2]
+    ]
+    rows[3:3] = [{"text": "The text of no language. " * 9}, {"text": "Ein Datum. " * 40, "lang": "de"}]
+    write_rows(tmp_path / "all.jsonl", rows)
+    named = [row.get("language") or row.get("lang") for row in rows]
+    for language in ("en", "de"):
+        texts = [row["text"] for row, name in zip(rows, named, strict=True) if name == language]
+        write_jsonl(tmp_path / f"{language}.jsonl", texts)
+    entries = [{"name": "all", "path": "all.jsonl", "language": "en"}, {"name": "more", "path": "de.jsonl"}]
+    (tmp_path / "eval.yaml").write_text(json.dumps(entries))
+
+    def evaluated(name: str) -> Any:
+        options = {"do_train": False, "do_eval": True, "lora": False, "output_dir": str(tmp_path / f"out-{name}")}
+        return run(tmp_path, eval_file=str(tmp_path / name), **options).eval_metrics
+
+    whole, alone = evaluated("all.jsonl"), {language: evaluated(f"{language}.jsonl") for language in ("en", "de")}
+    assert {name for name in whole if "/" in name} == {
+        f"eval_{metric}/language/{language}" for metric in ("loss", "bits_per_byte") for language in ("en", "de")
+    }
+    for language, expected in alone.items():
+        for metric in ("eval_loss", "eval_bits_per_byte"):
+            assert whole[f"{metric}/language/{language}"] == pytest.approx(expected[metric], rel=1e-6)
+    for row in rows:
+        row.pop("language", row.pop("lang", None))
+    write_rows(tmp_path / "none.jsonl", rows)
+    unnamed = evaluated("none.jsonl")
+    for metric in ("eval_loss", "eval_bits_per_byte", "eval_ppl", "eval_accuracy"):
+        assert whole[metric] == pytest.approx(unnamed[metric], rel=1e-6)
+
+    mixed = evaluated("eval.yaml")  # a row's own language goes before that of its source
+    assert mixed["eval_loss/all"] == pytest.approx(unnamed["eval_loss"], rel=1e-6)
+    assert mixed["eval_loss/more"] == pytest.approx(alone["de"]["eval_loss"], rel=1e-6)
+    assert mixed["eval_loss/language/de"] == pytest.approx(alone["de"]["eval_loss"], rel=1e-6)
+    assert mixed["eval_loss/language/en"] != pytest.approx(alone["en"]["eval_loss"], rel=1e-6)
+    assert {name for name in mixed if "/" in name} == {
+        f"eval_{metric}/{group}"
+        for metric in ("loss", "bits_per_byte")
+        for group in ("all", "more", "language/en", "language/de")
+    }
+
+
+@pytest.mark.parametrize("metric", ["bits_per_byte", "eval_bits_per_byte/german", "bits_per_byte/language/de"])
+def test_bits_per_byte_choose_the_best_checkpoint_and_end_a_run(tmp_path: Path, metric: str) -> None:
+    flags = {"mixture": str(write_texts(tmp_path)), "do_eval": True, "metric_for_best_model": metric, "max_steps": 12}
+    flags |= {"evaluation_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    flags |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "learning_rate": 0.3}  # it gets worse
+    run(tmp_path, **flags)
+    name = f"eval_{metric.removeprefix('eval_')}"
+    values = [entry[name] for entry in metrics_of(tmp_path) if name in entry]
+    assert 3 <= len(values) < 12
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(values)
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{values.index(min(values)) + 1}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train_file": "pairs.jsonl", "metric_for_best_model": "bits_per_byte"}, "is computed of raw text, and pairs"),
+        (
+            {"train_file": "en.jsonl", "metric_for_best_model": "bits_per_byte/german"},
+            "eval_bits_per_byte/german; the evaluation of this text has eval_loss, eval_bits_per_byte, eval_ppl",
+        ),
+        ({"train_file": "en.jsonl", "metric_for_best_model": "bytes"}, "this run computes eval_loss"),
+        (
+            {"train_file": "pairs.jsonl", "metric_for_best_model": "bits_per_byte", "preference": "orpo"},
+            "this run computes eval_loss",
+        ),
+    ],
+)
+def test_metrics_that_are_not_computed_choose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"a {n}", "completion": "b"} for n in range(30)])
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, do_eval=True, **flags)
 
 
 def test_losses_and_bits_per_byte_are_those_of_one_document_after_another(tmp_path: Path) -> None:

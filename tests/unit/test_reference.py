@@ -10,7 +10,7 @@ import torch
 
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.parallel.mesh import ALONE
-from bloomlm.training import reference
+from bloomlm.training import reference, setup
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from bloomlm.training.precision import Precision
@@ -104,3 +104,42 @@ def test_a_damaged_reference_is_computed_again(material: Path, caplog: pytest.Lo
         first = run(material)
     assert "damaged" in caplog.text and first["rewards_chosen"] == pytest.approx(0.0, abs=1e-5)
     assert path.read_bytes() != bytes(content)
+
+
+def test_the_reference_is_computed_with_the_operators_of_training(
+    material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    scores = reference.reference_scores
+
+    def noted(*args: Any) -> Any:
+        calls.append("reference")
+        return scores(*args)
+
+    monkeypatch.setattr(setup, "load_operators_for", lambda device: calls.append("operators"))
+    monkeypatch.setattr(reference, "reference_scores", noted)
+    run(material)
+    assert calls[:2] == ["operators", "reference"]
+
+
+MESSAGES = [{"role": "user", "content": "one"}]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("two", "three")]
+FORMS: dict[str, dict[str, Any]] = {
+    "dpo": {"chosen": MESSAGES + ANSWERS[0], "rejected": MESSAGES + ANSWERS[1]},
+    "orpo": {"prompt": MESSAGES, "chosen": ANSWERS[0], "rejected": ANSWERS[1]},
+    "kto": {"prompt": MESSAGES, "completion": ANSWERS[0], "label": False},
+}
+
+
+@pytest.mark.parametrize("preference", [*FORMS, None])
+def test_messages_are_learned_by_a_template_that_is_saved(
+    preference: str | None, material: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = material / "talks.jsonl"
+    path.write_text(f"{json.dumps(FORMS[preference or 'kto'])}\n" * 4)
+    options = {"train_file": str(path), "preference": preference, "chat_template": "plain", "learning_rate": 0.01}
+    first = run(material, **options, max_steps=20, src_length=9)
+    last = json.loads((material / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] < 0.9 * first["loss"]
+    assert "--src_length: not used, because the rows of" in caplog.text
+    assert "User: " in (material / "out" / "chat_template.jinja").read_text()

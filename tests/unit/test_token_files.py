@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -28,7 +29,11 @@ DOCUMENTS = ["The one and the other.", "", "A text, in two lines.\nThe other one
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts), encoding="utf-8")
+    return write_rows(path, [{"text": text, "url": "u"} for text in texts])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -118,6 +123,21 @@ def test_documents_have_the_tokens_of_each_text_alone(tmp_path: Path, monkeypatc
     assert documents_of(rows) == expected_documents(DOCUMENTS, make_tokenizer())
 
 
+def test_documents_have_the_languages_that_their_rows_name(tmp_path: Path) -> None:
+    languages = [{"language": "en"}, {}, {"lang": "de"}, {"language": "", "lang": "en"}, {"language": None}]
+    rows = [{"text": text, **language} for text, language in zip(DOCUMENTS, languages, strict=True)]
+    files = load(file_inputs(write_rows(tmp_path / "a.jsonl", rows)), tmp_path / "cache")
+    assert files.size.languages == ["en", "de"]
+    assert files.languages.read(0, 4).tolist() == [1, 2, 1, 0]  # the second document has no token
+
+
+@pytest.mark.parametrize(("language", "found"), [(3, "int 3, expected text"), ("a/b", "'a/b', expected the name of a")])
+def test_a_language_that_is_none_is_an_error(tmp_path: Path, language: object, found: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "language": language}])
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: 'language' is {found}"):
+        load(file_inputs(path), tmp_path / "cache")
+
+
 def test_texts_are_read_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     first = load(file_inputs(path), tmp_path / "cache")
@@ -149,7 +169,8 @@ def test_a_stopped_run_continues_where_its_files_were_safe(
 ) -> None:
     monkeypatch.setattr(token_files, "BATCH_PIECES", 2)
     monkeypatch.setattr(token_files, "COMMIT_TOKENS", 100)
-    texts = [write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), write_jsonl(tmp_path / "b.jsonl", DOCUMENTS * 2)]
+    named = [{"text": text, "language": f"l{number % 3}"} for number, text in enumerate(DOCUMENTS * 2)]
+    texts = [write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), write_rows(tmp_path / "b.jsonl", named)]
     inputs = [one for path in texts for one in file_inputs(path)]
     whole = load(inputs, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -164,7 +185,7 @@ def test_a_stopped_run_continues_where_its_files_were_safe(
     monkeypatch.setattr(Tokenizer, "encode_batch", noted)
     continued = load(inputs, tmp_path / "cache")
     assert continued.size == whole.size
-    for name in (token_files.TOKENS_FILE, token_files.ENDS_FILE):
+    for name in (token_files.TOKENS_FILE, token_files.ENDS_FILE, token_files.LANGUAGES_FILE):
         for path in (Path(name), crc_path(Path(name))):
             assert (continued.directory / path).read_bytes() == (whole.directory / path).read_bytes()
     num_pieces = sum(1 for one in inputs for _ in one.pieces())

@@ -44,6 +44,12 @@ class Objective(ABC, Generic[B]):
     """What the rows become; None: their fields decide."""
     uses_reference: ClassVar[bool] = False
     """Whether a batch needs log-probabilities under the reference model."""
+    documents_per_example: ClassVar[int] = 1
+    """How many documents of a batch have gradients for each example."""
+    scored_per_example: ClassVar[int] = 0
+    """How many more documents of each example a step scores without gradients."""
+    learned_prompts: ClassVar[int] = 0
+    """How many documents of an example learn their prompts too, but for the first token."""
     loss_unit: ClassVar[str]
     """Over what the loss is a mean, in the singular."""
     metric_names: ClassVar[tuple[str, ...]]

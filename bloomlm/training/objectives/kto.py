@@ -33,6 +33,7 @@ class Kto(PreferenceObjective):
     """Factor of the losses of undesirable answers."""
 
     compared_set: ClassVar[type[ComparedSet] | None] = JudgedAnswers
+    scored_per_example: ClassVar[int] = 1
     loss_unit: ClassVar[str] = "answer"
     metric_names: ClassVar[tuple[str, ...]] = tuple(f"eval_{name}" for name in ("loss", *REWARDS, "kl"))
 

@@ -24,6 +24,7 @@ class Orpo(PairObjective):
     """Learn to write the chosen sequences, and make their answers likelier than the rejected ones."""
 
     uses_reference: ClassVar[bool] = False
+    learned_prompts: ClassVar[int] = 1
     metric_names: ClassVar[tuple[str, ...]] = tuple(
         f"eval_{name}" for name in ("loss", *REWARDS, "rewards_accuracy", "chosen_nll")
     )

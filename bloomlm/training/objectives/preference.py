@@ -127,6 +127,7 @@ class PairObjective(PreferenceObjective):
     """An objective over pairs of a chosen and a rejected answer."""
 
     compared_set: ClassVar[type[ComparedSet] | None] = AnswerPairs
+    documents_per_example: ClassVar[int] = 2
     loss_unit: ClassVar[str] = "pair"
 
     def collate(self, examples: Sequence[ComparedExample]) -> AnswerBatch:

@@ -85,7 +85,7 @@ class Job:
         return word.endswith((".jsonl", ".tokens"))
 
 
-PEERS = ("transformers", "trl", "llama.cpp", "openvino", "lm_eval", "naive", "datasets")
+PEERS = ("transformers", "trl", "llama.cpp", "vllm", "openvino", "lm_eval", "naive", "datasets")
 """Beginnings of sides that are programs of others."""
 OURS = (("bloomlm", "transformers"),)
 TRAINING = ("transformers", "peft")
@@ -210,6 +210,13 @@ JOBS = (
     ),
     Job("serve-transformers", "serve", "", f"{SERVE} rates --sides transformers --streams 1,4"),
     Job(
+        "serve-vllm",
+        "serve",
+        "2 blocks",
+        "serve.py --rounds 2 --parts rates --layers 2 --sides pt2,vllm",
+        (("pt2", "vllm"),),
+    ),
+    Job(
         "serve-http_overhead",
         "serve_http",
         "",
@@ -229,7 +236,7 @@ JOBS = (
         "serve-lora",
         "serve_lora",
         "",
-        f"{SERVE} lora --sides eager --streams 1,8",
+        "serve.py --rounds 2 --parts lora --sides eager --streams 1,8 --lora_layers all",
         bounds=tuple(Bound(f"{n} streams, eager", None, "mixed_over_base", least=0.85) for n in (1, 8)),
     ),
     Job(

@@ -180,6 +180,7 @@ def serving(args: argparse.Namespace, side: str, *flags: str) -> Iterator[Server
     words = command(args, side, flags)
     threads = str(args.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{args.threads - 1}"  # vLLM leaves a core to others otherwise
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:

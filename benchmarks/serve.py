@@ -8,7 +8,8 @@ process without a library (serve_client.py). Prompts are new for each measuremen
 takes text. All answers are greedy and streamed, and have the same number of tokens. Parts:
 
 - rates: output tokens per second, time to the first token and between tokens, peak memory, by the number of streams.
-- http_overhead: the rate over HTTP beside that of the DecodeSession alone on the same prompts, in a process of its own.
+- http_overhead: the rate over HTTP beside that of the DecodeSession alone on the same prompts in the same steps, in a
+  process of its own.
 - long_prompt: streams run, and a long prompt arrives: their longest wait beside the time of a chunk of the prompt.
 - prefix: requests with a common beginning, one after another: first token of the first and of the later ones.
 - lora: as many streams on the base model as divided among it and four LoRAs of rank 8 (eager only).
@@ -115,7 +116,7 @@ def measure_http_overhead(args: argparse.Namespace, side: str, round_number: int
 
 
 def session_alone(args: argparse.Namespace) -> Row:
-    """The same requests in a DecodeSession of this process."""
+    """The same requests in a DecodeSession of this process, in steps of as many tokens as the server's."""
     import torch
 
     from bloomlm.allocator import keep_freed_memory
@@ -123,6 +124,7 @@ def session_alone(args: argparse.Namespace) -> Row:
     from bloomlm.generation.config import GenerationConfig
     from bloomlm.generation.session import DecodeSession
     from bloomlm.runtime import Program
+    from bloomlm.serving.options import EngineOptions
 
     keep_freed_memory()  # as every command does
     torch.set_num_threads(args.threads)
@@ -135,12 +137,20 @@ def session_alone(args: argparse.Namespace) -> Row:
         asked = [prompts.one(args.prompt_tokens) for _ in range(count)]
         session = DecodeSession(model, max_rows=count, max_tokens=args.prompt_tokens + num_tokens)
         start = time.perf_counter()
-        for prompt in asked:
-            session.open(prompt, config)
+        handles = [handle for prompt in asked for handle in session.open(prompt, config)]
         total = 0
         while not session.is_empty:
-            total += len(session.step())
+            total += len(session.step(reads(session, handles)))
         return total / (time.perf_counter() - start)
+
+    def reads(session: DecodeSession, handles: Sequence[int]) -> dict[int, int]:
+        unread = {handle: session.num_unread(handle) for handle in handles if session.num_unread(handle)}
+        room = EngineOptions.max_step_tokens - (len(handles) - len(unread))
+        chunks = {}
+        for handle, num_tokens in unread.items():
+            chunks[handle] = min(room, num_tokens)
+            room -= chunks[handle]
+        return {handle: size for handle, size in chunks.items() if size}
 
     with torch.inference_mode():
         run(1, 4), run(2, 4)

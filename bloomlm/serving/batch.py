@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.errors import BloomlmError, ServingError, first_line
-from bloomlm.generation.config import BeamSearch
+from bloomlm.generation.config import BeamSearch, Greedy
 from bloomlm.generation.language_model import LanguageModel
 from bloomlm.generation.sequences import DecodeText, Event
 from bloomlm.generation.session import DecodeSession
@@ -45,6 +45,7 @@ class Batch:
             max_rows=budget.num_rows,
             max_step_tokens=options.max_step_tokens,
             num_blocks=budget.num_blocks,
+            max_guesses=options.max_guesses,
         )
         self._cache: PrefixCache[Tensor] = PrefixCache()
         self._session = self._open_session()
@@ -83,6 +84,7 @@ class Batch:
             num_virtual_tokens: virtual tokens before each of its sequences.
         """
         config = request.config
+        guesses = self._options.prompt_lookup if isinstance(config.strategy, Greedy) else 0
         shares = self._options.prefix_caching and request.prompt_log_probs is None
         job = Job(
             number=number,
@@ -90,6 +92,7 @@ class Batch:
             origin=origin,
             num_rows=config.num_rows,
             blocks_per_row=blocks_per_row(request, num_virtual_tokens),
+            guesses_per_row=guesses,
             num_unread=len(request.prompt),
             names=block_names(request.prompt, origin=origin) if shares else [],
         )

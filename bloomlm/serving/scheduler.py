@@ -4,8 +4,8 @@ Requests are served in the order of their arrival. One is admitted when there ar
 values for all that it may ever need: its prompt and max_new_tokens, for each of its sequences. So a running request
 never runs out of memory and is never stopped for another one.
 
-A step continues every sequence whose prompt is read, and reads at most max_step_tokens tokens of prompts in the order
-of arrival; a longer prompt is read in several steps.
+A step computes at most max_step_tokens tokens. Sequences that are being continued come first. The rest of the step
+reads prompts in the order of arrival; a prompt that is longer than the rest is read in several steps.
 """
 
 from collections import deque
@@ -30,6 +30,8 @@ class Slot:
     """Its sequences: samples or beams; fewer when some have ended."""
     blocks_per_row: int
     """Blocks that each of them needs at its greatest length."""
+    guesses_per_row: int = 0
+    """Most tokens that each of them guesses in a step once the prompt is read."""
     num_unread: int = 1
     """Tokens of its prompt that are still to be read; 0: it is being continued."""
 
@@ -47,16 +49,19 @@ class Scheduler(Generic[S]):
 
     Args:
         max_rows: sequences that run at once.
-        max_step_tokens: most tokens of prompts that a step reads.
+        max_step_tokens: most tokens that a step computes. It exceeds what max_rows sequences compute while they are
+            continued, so that every step can also read a prompt.
         num_blocks: blocks of keys and values that there is memory for.
+        max_guesses: most tokens that all sequences together guess in a step.
     """
 
-    def __init__(self, *, max_rows: int, max_step_tokens: int, num_blocks: int) -> None:
+    def __init__(self, *, max_rows: int, max_step_tokens: int, num_blocks: int, max_guesses: int = 0) -> None:
         self.num_blocks = num_blocks
         self.num_reserved = 0
         """Blocks that are reserved for running requests."""
         self._max_rows = max_rows
         self._max_step_tokens = max_step_tokens
+        self._max_guesses = max_guesses
         self._num_rows = 0
         self._waiting: deque[S] = deque()
         self._running: list[S] = []
@@ -75,6 +80,13 @@ class Scheduler(Generic[S]):
     def is_empty(self) -> bool:
         """Whether there is no request."""
         return not self._waiting and not self._running
+
+    @property
+    def num_decoding_tokens(self) -> int:
+        """Most tokens that the requests whose prompts are read compute in the next step."""
+        decoding = [slot for slot in self._running if not slot.num_unread]
+        guesses = sum(slot.num_rows * slot.guesses_per_row for slot in decoding)
+        return sum(slot.num_rows for slot in decoding) + min(guesses, self._max_guesses)
 
     def add(self, slot: S) -> None:
         """Let a request wait for its turn; alone, it must fit into the rows and blocks that there are."""
@@ -114,10 +126,10 @@ class Scheduler(Generic[S]):
             readable: how many prompt tokens a request can read now; 0 while it waits for another request's prefix. It
                 is asked about requests with unread tokens, as long as the step has room.
         """
-        room = self._max_step_tokens
+        room = self._max_step_tokens - self.num_decoding_tokens
         reads: dict[S, int] = {}
         for slot in list(self._running):  # a request that cannot start leaves while it is asked
-            if not room:
+            if room <= 0:
                 break
             if slot.num_unread and (count := min(room, readable(slot))):
                 reads[slot] = count

@@ -210,7 +210,7 @@ def test_a_long_prompt_leaves_every_step_to_the_running_sequences() -> None:
     running, long = arrival(stem(0)[:9], config={"max_new_tokens": 20, "min_new_tokens": 20}), arrival(stem(1), gap=3)
     run = Run(batch, [running, long])
     run.finish()
-    assert run.num_steps == 20 and long.ended is not None  # 60 tokens in chunks of 10 beside the other
+    assert run.num_steps == 20 and long.ended is not None  # 60 tokens in chunks of 9 beside one token of the other
     check(running)
     check(long)
 

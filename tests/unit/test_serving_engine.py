@@ -265,6 +265,13 @@ def test_more_blocks_than_there_are_is_refused() -> None:
         Engine(loaded, replace(OPTIONS, kv_cache_gb=0.9 * bytes_of_a_sequence / 1e9))
 
 
+def test_a_step_must_have_room_for_prompts() -> None:
+    with pytest.raises(ConfigError, match="--max_step_tokens is 64; expected more than the 64 tokens"):
+        EngineOptions(max_num_seqs=64, max_step_tokens=64)
+    with pytest.raises(ConfigError, match=r"more than the 192 tokens .* and up to 128 guesses \(--prompt_lookup 8\)"):
+        EngineOptions(max_num_seqs=64, max_step_tokens=150, prompt_lookup=8)
+
+
 def test_an_idle_engine_waits_without_asking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     take = engine._commands.take

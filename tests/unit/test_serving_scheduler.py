@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bloomlm.serving.scheduler import BLOCK_TOKENS, Scheduler, Slot, num_blocks_of
 
-MAX_ROWS, MAX_STEP_TOKENS, NUM_BLOCKS = 4, 7, 12
+MAX_ROWS, MAX_STEP_TOKENS, NUM_BLOCKS, MAX_GUESSES = 4, 11, 12, 5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -25,7 +25,9 @@ class Simulated(Slot):
     events: list[str] = field(default_factory=list)
 
 
-def simulated(number: int, prompt: int, lengths: list[int], cancelled_after: int | None, held: int) -> Simulated:
+def simulated(
+    number: int, prompt: int, lengths: list[int], cancelled_after: int | None, held: int, lookup: int
+) -> Simulated:
     return Simulated(
         number=number,
         prompt=prompt,
@@ -34,6 +36,7 @@ def simulated(number: int, prompt: int, lengths: list[int], cancelled_after: int
         first_held=held,
         num_rows=len(lengths),
         blocks_per_row=num_blocks_of(prompt + max(lengths)),
+        guesses_per_row=lookup,
         num_unread=prompt,
     )
 
@@ -44,6 +47,7 @@ requests = st.lists(
         st.lists(st.integers(1, 12), min_size=1, max_size=MAX_ROWS),
         st.one_of(st.none(), st.none(), st.integers(0, 6)),
         st.sampled_from([0, 0, 0, 2]),
+        st.integers(0, 2),
         st.integers(0, 3),  # steps before the next one arrives
     ),
     max_size=14,
@@ -52,13 +56,13 @@ requests = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(requests)
-def test_order_budget_and_no_starvation(drawn: list[tuple[int, list[int], int | None, int, int]]) -> None:
+def test_order_budget_and_no_starvation(drawn: list[tuple[int, list[int], int | None, int, int, int]]) -> None:
     scheduler: Scheduler[Simulated] = Scheduler(
-        max_rows=MAX_ROWS, max_step_tokens=MAX_STEP_TOKENS, num_blocks=NUM_BLOCKS
+        max_rows=MAX_ROWS, max_step_tokens=MAX_STEP_TOKENS, num_blocks=NUM_BLOCKS, max_guesses=MAX_GUESSES
     )
     arriving = [
-        (gap, simulated(number, prompt, lengths, cancel, held))
-        for number, (prompt, lengths, cancel, held, gap) in enumerate(drawn)
+        (gap, simulated(number, prompt, lengths, cancel, held, lookup))
+        for number, (prompt, lengths, cancel, held, lookup, gap) in enumerate(drawn)
         if num_blocks_of(prompt + max(lengths)) * len(lengths) <= NUM_BLOCKS
     ]
     present: list[Simulated] = []
@@ -99,9 +103,11 @@ def test_order_budget_and_no_starvation(drawn: list[tuple[int, list[int], int | 
 
         held = {slot.number for slot in running if slot.first_held}
         reads = scheduler.plan(readable)
-        assert sum(reads.values()) <= MAX_STEP_TOKENS
-        left = MAX_STEP_TOKENS
-        for slot in running:  # prompts in order, each as much as it can take
+        rows = [slot for slot in running if not slot.num_unread for _ in slot.lengths]
+        decoding = len(rows) + min(MAX_GUESSES, sum(slot.guesses_per_row for slot in rows))
+        assert decoding + sum(reads.values()) <= MAX_STEP_TOKENS
+        left = MAX_STEP_TOKENS - decoding
+        for slot in running:  # the rest of the step goes to prompts in order, each as much as it can take
             if slot.num_unread and slot.number not in held:
                 expected = min(left, slot.num_unread)
                 assert reads.get(slot, 0) == expected
@@ -136,7 +142,7 @@ def test_a_request_that_does_not_fit_keeps_its_turn() -> None:
 
 
 def test_a_long_prompt_leaves_what_it_does_not_need_to_the_next() -> None:
-    scheduler: Scheduler[Slot] = Scheduler(max_rows=3, max_step_tokens=9, num_blocks=9)
+    scheduler: Scheduler[Slot] = Scheduler(max_rows=3, max_step_tokens=10, num_blocks=9)
     decoding, long, next_one = (Slot(num_rows=1, blocks_per_row=1, num_unread=count) for count in (0, 12, 9))
     for slot in (decoding, long, next_one):
         scheduler.add(slot)

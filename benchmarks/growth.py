@@ -160,7 +160,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--picture", type=Path)
-    parser.set_defaults(base_quantization="none", device="cpu", bf16=False)  # what else train_step.py reads
+    parser.set_defaults(
+        base_quantization="none", device="cpu", bf16=False, half_weights=False
+    )  # what else train_step.py reads
     args = parser.parse_args()
     if args.side:
         print(json.dumps(run(args)))

@@ -89,7 +89,9 @@ PEERS = ("transformers", "trl", "llama.cpp", "vllm", "openvino", "lm_eval", "nai
 """Beginnings of sides that are programs of others."""
 OURS = (("bloomlm", "transformers"),)
 TRAINING = ("transformers", "peft")
-STEP, GPU = "train_step.py --tuning", "--device cuda --bf16 --batch_size 16 --steps 12 --warm_up 5 --rounds 1"
+STEP, GPU = "train_step.py --tuning", "--device cuda --batch_size 16 --steps 12 --warm_up 5 --rounds 1"
+BF16 = "--sides bloomlm bloomlm-O1 bloomlm-O2 transformers-O1"
+O1 = (("bloomlm-O1", "transformers-O1"),)
 GENERATE, SERVE = "generate.py --new_tokens 32 --rounds 2 --sides", "serve.py --rounds 1 --parts"
 F32, INT8, INT4 = ("pt2", "llama.cpp-F32"), ("pt2-int8", "llama.cpp-Q8_0"), ("pt2-int4", "llama.cpp-Q4_0")
 OPENVINO, OPENVINO_INT8, EAGER = ("pt2", "openvino-fp32"), ("pt2-int8", "openvino-int8"), ("eager", "pt2")
@@ -98,6 +100,18 @@ OPENVINO, OPENVINO_INT8, EAGER = ("pt2", "openvino-fp32"), ("pt2-int8", "openvin
 def faster(pair: tuple[str, str], *least: float, keys: Sequence[str] = ("decode_1", "decode_8", "prefill_512")):
     """Bounds of a comparison, key by key."""
     return tuple(Bound(*pair, key, least=bound) for key, bound in zip(keys, least, strict=False))
+
+
+def in_bf16(tuning: str, title: str) -> Job:
+    """Training in bf16 beside fp32 and beside transformers in bf16."""
+    pairs = (("bloomlm-O1", "bloomlm"), ("bloomlm-O2", "bloomlm"), *O1)
+    bounds = (
+        Bound(*pairs[0], "tokens_per_second", least=1.6),
+        Bound(*pairs[0], "peak_memory_gb", most=1.0),
+        Bound(*pairs[1], "tokens_per_second", least=1.8),
+    )
+    command = f"{STEP} {tuning} {BF16} --steps 4"
+    return Job(f"train_step-{tuning}-bf16", "train_step_half", title, command, pairs, TRAINING, bounds)
 
 
 def streams(pair: tuple[str, str], *least: float) -> tuple[Bound, ...]:
@@ -141,6 +155,8 @@ JOBS = (
         (Bound("bloomlm", None, "of_peak", least=0.68),),
     ),
     Job("train_step-prefix", "train_step", "prefix, 16 tokens", f"{STEP} prefix", OURS, TRAINING),
+    in_bf16("full", "full"),
+    in_bf16("lora", "LoRA r 8"),
     Job(
         "train_step-nf4",
         "quantised_base",
@@ -275,8 +291,10 @@ JOBS = (
     Job("kernels", "kernels", "", "kernels.py --rows 1,8 --widths 1024"),
     Job("adapters", "adapters", "", "adapters.py"),
     Job("soak", "soak", "", "soak.py --minutes 10"),
-    Job("gpu-full", "gpu", "full", f"{STEP} full {GPU}", OURS, (*TRAINING, "cuda")),
-    Job("gpu-lora", "gpu", "LoRA r 8", f"{STEP} lora {GPU}", OURS, (*TRAINING, "cuda")),
+    Job("gpu-full", "gpu", "full", f"{STEP} full --sides transformers-O1 bloomlm-O1 {GPU}", O1, (*TRAINING, "cuda")),
+    Job(
+        "gpu-lora", "gpu", "LoRA r 8", f"{STEP} lora --sides transformers-O1 bloomlm-O1 {GPU}", O1, (*TRAINING, "cuda")
+    ),
     Job(
         "gpu-decode",
         "gpu_decode",

@@ -4,14 +4,17 @@
     python benchmarks/train_step.py --tuning lora
     python benchmarks/train_step.py --tuning prefix
     python benchmarks/train_step.py --tuning lora --base_quantization nf4
-    python benchmarks/train_step.py --tuning full --profile
-    python benchmarks/train_step.py --tuning full --device cuda --bf16 --batch_size 16 --steps 20 --warm_up 5
+    python benchmarks/train_step.py --tuning lora --sides bloomlm bloomlm-O1 bloomlm-O2 transformers-O1
+    python benchmarks/train_step.py --tuning full --sides bloomlm-O1 --profile
+    python benchmarks/train_step.py --sides bloomlm-O1 transformers-O1 --device cuda --batch_size 16 --warm_up 5
 
-Every step takes one batch of 2 examples (100-500 source and 20-100 target tokens, drawn once), fp32, the same fused
-AdamW, labels on the target only. Prints tokens per second (real tokens; pads do not count), peak memory, the losses of
-both sides, the ratios, and what part of the machine's peak each side reaches: the arithmetic that training needs (not
-what is computed beside it) by time, against large products by the faster of torch's libraries in the same process.
-With --base_quantization transformers has its own way to the same: LLM.int8 or QLoRA of bitsandbytes.
+Every step takes one batch of 2 examples (100-500 source and 20-100 target tokens, drawn once), the same fused AdamW,
+labels on the target only. A side computes in fp32, or in bf16 where its name ends in -O1 (fp32 weights, autocast) or
+-O2 (bf16 weights, in bloomlm with fp32 masters). Prints tokens per second (real tokens; pads do not count), peak
+memory, their ratios to the first side, the losses, and what part of the machine's fp32 peak each side reaches: the
+arithmetic that training needs (not what is computed beside it) by time, against large products by the faster of torch's
+libraries in the same process. With --base_quantization transformers has its own way to the same: LLM.int8 or QLoRA of
+bitsandbytes.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from common import alternate, autocast, machine, median, peak_memory_bytes, rand
 LEARNING_RATE = 1e-4
 LORA_RANK = 8
 NUM_PREFIX_TOKENS = 16
+SIDES = tuple(name + precision for name in ("transformers", "bloomlm") for precision in ("", "-O1", "-O2"))
 
 
 def draw_batches(num_batches: int, batch_size: int) -> list[list[tuple[np.ndarray, int]]]:
@@ -55,11 +59,13 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
     from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
     from bloomlm.training.meter import StepFlops
+    from bloomlm.training.precision import LearnedParameters
 
     keep_freed_memory()  # as every command does
     load_operators()  # as fine-tuning does
     quantization = QUANTIZATIONS.get(args.base_quantization)
-    model = load_model(str(random_model(args.size)), device=args.device, quantization=quantization)
+    dtype = torch.bfloat16 if args.half_weights else torch.float32
+    model = load_model(str(random_model(args.size)), dtype=dtype, device=args.device, quantization=quantization)
     adapters = {
         "full": FullTuning(),
         "lora": LoraConfig(r=LORA_RANK),
@@ -70,11 +76,10 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         with torch.no_grad():
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
     model.train()
-    model.transformer.word_embeddings.choose_gradient(in_place=True)  # as in Trainer
+    learned = LearnedParameters(model.named_parameters())
+    model.transformer.word_embeddings.choose_gradient(in_place=not learned.masters)  # as in Trainer
     flops = StepFlops(model)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(learned.optimized.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     memory: list[torch.Tensor] = []
     for batch in batches:
         tokens = torch.from_numpy(np.concatenate([example for example, _ in batch]))
@@ -85,24 +90,25 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
             labels[start + num_source - 1 : stop - 1] = tokens[start + num_source : stop]
             start = stop
         tokens, labels = tokens.to(args.device), labels.to(args.device)
-        learned = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         embedding = model.transformer.word_embeddings
-        scale = 1 / len(learned)
+        scale = 1 / len(supervised)
         with autocast(args):
             hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
             loss = linear_cross_entropy(
-                hidden[learned],
+                hidden[supervised],
                 embedding.weight,
-                labels[learned],
+                labels[supervised],
                 weight_scale=embedding.weight_scale,
                 scale=scale,
                 gradient_memory=memory,
             )
         loss.backward()
         optimizer.step()
+        learned.copy_to_model()
         memory = [] if embedding.weight.grad is None else [embedding.weight.grad]  # as in Trainer
         optimizer.zero_grad()
-        yield loss.item(), flops.of([len(example) for example, _ in batch], len(learned))
+        yield loss.item(), flops.of([len(example) for example, _ in batch], len(supervised))
 
 
 def prefix_values(config):
@@ -124,7 +130,9 @@ def transformers_steps(args: argparse.Namespace, batches: list):
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
     }[args.base_quantization]
     model = AutoModelForCausalLM.from_pretrained(
-        random_model(args.size), dtype=torch.float32, quantization_config=quantization
+        random_model(args.size),
+        dtype=torch.bfloat16 if args.half_weights else torch.float32,
+        quantization_config=quantization,
     )
     if quantization is not None:
         from peft import prepare_model_for_kbit_training
@@ -164,9 +172,16 @@ def transformers_steps(args: argparse.Namespace, batches: list):
         yield loss.item(), 0
 
 
+def choose_precision(args: argparse.Namespace, side: str) -> str:
+    """Set the precision that a side's name ends in; returns the name without it."""
+    name, _, level = side.partition("-")
+    args.bf16, args.half_weights = level == "O1", level == "O2"
+    return name
+
+
 def run(args: argparse.Namespace) -> dict:
     """One side: the first batches warm up, every other batch counts its tokens once."""
-    steps = {"bloomlm": bloomlm_steps, "transformers": transformers_steps}[args.side]
+    steps = {"bloomlm": bloomlm_steps, "transformers": transformers_steps}[choose_precision(args, args.side)]
     batches = draw_batches(args.steps + args.warm_up, args.batch_size)
     peak = peak_flops(args)
     iterator = steps(args, batches)
@@ -188,9 +203,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def print_profile(args: argparse.Namespace) -> None:
-    """The ten operations that take most of bloomlm's steps."""
+    """The operations that take most of bloomlm's steps."""
     from torch.profiler import ProfilerActivity, profile
 
+    choose_precision(args, args.sides[0])
     iterator = bloomlm_steps(args, draw_batches(args.steps + args.warm_up, args.batch_size))
     for _ in range(args.warm_up):
         next(iterator)
@@ -209,7 +225,7 @@ def peak_flops(args: argparse.Namespace) -> float:
     from bloomlm.training.meter import measure_peak_flops
 
     if args.device != "cpu":
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        dtype = torch.bfloat16 if args.bf16 or args.half_weights else torch.float32
         return measure_peak_flops(torch.device(args.device), dtype, size=8192)
     found = [measure_peak_flops(torch.device("cpu"), torch.float32)]
     with torch.backends.mkldnn.flags(enabled=False):
@@ -219,7 +235,8 @@ def peak_flops(args: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("bloomlm", "transformers"))
+    parser.add_argument("--side", choices=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=("transformers", "bloomlm"))
     parser.add_argument("--tuning", choices=("full", "lora", "prefix"), default="full")
     parser.add_argument("--base_quantization", choices=("none", "int8", "nf4"), default="none")
     parser.add_argument("--size", default="560m")
@@ -230,8 +247,11 @@ def main() -> None:
         "--warm_up", type=int, default=1, help="steps before the timed ones; on a GPU the first compile"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="fp32 weights, products in bf16 by autocast")
-    parser.add_argument("--profile", action="store_true", help="bloomlm alone, and what its steps spend their time on")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="what bloomlm's steps (in the precision of the first side) spend their time on",
+    )
     args = parser.parse_args()
     if args.base_quantization != "none" and args.tuning != "lora":
         parser.error(f"--base_quantization {args.base_quantization} is for --tuning lora, not {args.tuning}")
@@ -245,23 +265,21 @@ def main() -> None:
     arguments = ["--tuning", args.tuning, "--size", args.size, "--steps", str(args.steps)]
     arguments += ["--batch_size", str(args.batch_size), "--warm_up", str(args.warm_up), "--device", args.device]
     arguments += ["--base_quantization", args.base_quantization]
-    arguments += ["--bf16"] if args.bf16 else []
-    results = alternate(__file__, ("transformers", "bloomlm"), args.rounds, arguments)
-    precision = "bf16" if args.bf16 else "fp32"
+    results = alternate(__file__, args.sides, args.rounds, arguments)
     base = "" if args.base_quantization == "none" else f" on {args.base_quantization}"
-    print(f"{args.tuning} fine-tuning{base}, bloom-{args.size} shape, {precision}; {machine(args.device)}")
-    print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'of peak':>10}  losses")
-    needed = median(results["bloomlm"], "tflop_a_token") * 1e3
+    print(f"{args.tuning} fine-tuning{base}, bloom-{args.size} shape; {machine(args.device)}")
+    print(f"{'':16}{'tokens/s':>10}{'ratio':>7}{'peak GB':>10}{'ratio':>7}{'of peak':>10}  losses")
+    needed = max(median(rounds, "tflop_a_token") for rounds in results.values()) * 1e3
+    first_speed, first_memory = (median(results[args.sides[0]], key) for key in ("tokens_per_second", "peak_memory_gb"))
     for side, rounds in results.items():
         for found in rounds:
             found["of_peak"] = found["tokens_per_second"] * needed / found["peak_gflops"]
             found["last_loss"] = found["losses"][-1]
         losses = " ".join(f"{loss:.5f}" for loss in rounds[0]["losses"])
         speed, memory, utilisation = (median(rounds, k) for k in ("tokens_per_second", "peak_memory_gb", "of_peak"))
-        print(f"{side:14}{speed:10.1f}{memory:10.2f}{utilisation:10.0%}  {losses}")
+        ratios = f"{speed / first_speed:7.2f}{memory:10.2f}{memory / first_memory:7.2f}"
+        print(f"{side:16}{speed:10.1f}{ratios}{utilisation:10.0%}  {losses}")
     record(results)
-    for key, name in (("tokens_per_second", "speed"), ("peak_memory_gb", "memory")):
-        print(f"{name} ratio: {median(results['bloomlm'], key) / median(results['transformers'], key):.2f}")
 
 
 if __name__ == "__main__":

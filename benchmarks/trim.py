@@ -94,7 +94,9 @@ def measure_training(args: argparse.Namespace, vocab_size: int) -> dict[str, flo
         for batch in train_step.draw_batches(args.steps + 1, batch_size=2)
     ]
     size = size_name(args.size, **changes(args, vocab_size))
-    options = argparse.Namespace(size=size, tuning="full", base_quantization="none", device="cpu", bf16=False)
+    options = argparse.Namespace(
+        size=size, tuning="full", base_quantization="none", device="cpu", bf16=False, half_weights=False
+    )
     steps = train_step.bloomlm_steps(options, batches)
     next(steps)
     seconds = []

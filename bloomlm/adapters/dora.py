@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +19,7 @@ from bloomlm.adapters.base import PeftForm
 from bloomlm.adapters.lora import LoraConfig
 from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.linear import linear
 from bloomlm.model.quantized import row_blocks
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -87,7 +87,7 @@ class DoraLinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
         dropped = self.dropped(x)
-        update = F.linear(self.low_rank(dropped), self.learning_b()) * self.scaling
+        update = linear(self.low_rank(dropped), self.learning_b()) * self.scaling
         base = self.without_bias(x)
         scale = self.row_scale()
         if dropped is x:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bloomlm.adapters.base import AdapterModule
 from bloomlm.errors import AdapterError
-from bloomlm.model.linear import Linear
+from bloomlm.model.linear import Linear, linear
 from bloomlm.model.partition import Partition
 from bloomlm.model.quantized import dequantize_rows, row_blocks
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 def low_rank_product(x: Tensor, lora_a: Tensor, partition: Partition) -> Tensor:
     """[N, in] and [R, in] -> [N, R], whole on every rank."""
-    return partition.between(F.linear(x.to(lora_a.dtype), lora_a))
+    return partition.between(linear(x.to(lora_a.dtype), lora_a))
 
 
 def add_update(base: Tensor, low_rank: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """base + scaling * low_rank B^T, in place of base [N, out]; low_rank is [N, R] and lora_b [out, R]."""
     if torch.is_autocast_enabled(base.device.type) or base.dtype != low_rank.dtype:
-        return base.add_((F.linear(low_rank, lora_b) * scaling).to(base.dtype))
+        return base.add_((linear(low_rank, lora_b) * scaling).to(base.dtype))
     # one kernel multiplies, scales and adds; nothing needs the old value of base again
     return base.addmm_(low_rank, lora_b.t(), alpha=scaling)
 

@@ -24,7 +24,7 @@ _KINDS = {
     "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations",
-    "half_copies": "16-bit copies of weights",
+    "rounded": "16-bit copy of a weight",
     "gathered": "weights gathered by FSDP",
     "loss": "the loss's logits, the head's gradient",
     "kv_cache": "KV cache",

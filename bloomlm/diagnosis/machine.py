@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bloomlm.errors import format_bytes
+from bloomlm.kernels.processor import instruction_sets
 from bloomlm.model import flex
 from bloomlm.system_memory import free_bytes, limit_bytes, total_bytes
 from bloomlm.training.meter import measure_peak_flops
@@ -67,7 +68,7 @@ def software() -> Facts:
 def processor() -> Facts:
     """The CPU as PyTorch uses it, and memory."""
     lines = _lines("/proc/cpuinfo")
-    have = {word for line in lines if line.startswith("flags") for word in line.split()}
+    have = instruction_sets()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "name": names[0] if names else platform.processor() or platform.machine(),

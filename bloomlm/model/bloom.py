@@ -24,7 +24,7 @@ from bloomlm.model.decoding import BloomRows, RowAdapters
 from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.kv_cache import Extension, KVCache
-from bloomlm.model.linear import Linear
+from bloomlm.model.linear import ROWS_UNIT, Linear, autocast_dtype, takes_multiples
 from bloomlm.model.noise import embedding_noise
 from bloomlm.row_memory import RowFeatures, is_paged
 
@@ -177,12 +177,15 @@ class BloomModel(nn.Module):
         virtual: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.h)
         if self.prefix is not None and (extension is None or extension.free_rows):
             virtual = self.prefix()
-        positions = documents.positions(tokens.device) if extension is None else extension.positions
-        alibi = self._alibi(positions, extension)
         x = self.word_embeddings(tokens).to(self.dtype)
         if self.training and self.noise_alpha:
             x = x + embedding_noise(x, documents, self.noise_alpha)
         x = self.word_embeddings_layernorm(x)
+        if extension is None and takes_multiples(x):
+            documents = documents.in_multiples(ROWS_UNIT)
+            x = F.pad(x, (0, 0, 0, sum(documents.lengths) - len(x)))
+        positions = documents.positions(tokens.device) if extension is None else extension.positions
+        alibi = self._alibi(positions, extension)
         for layer, block in enumerate(self.h):
             block_rows = rows if layer == len(self.h) - 1 else None
             if self.recompute and self.training and torch.is_grad_enabled():
@@ -191,7 +194,7 @@ class BloomModel(nn.Module):
                 x = block(x, alibi, documents, virtual[layer], layer, extension, block_rows)
         if extension is not None:
             extension.commit()
-        return self.ln_f(x)
+        return self.ln_f(x if rows is not None else x[: len(tokens)])
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Let torch.compile fuse the small operations of every block; to be called after the adapter is installed."""
@@ -208,10 +211,8 @@ class BloomModel(nn.Module):
             query = query_columns(slopes, self.config.head_dim)
         else:
             slopes, query = extension.cache.slopes, extension.cache.query_columns
-        autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocasts else self.dtype
         # in the precision of queries and keys at once, not in every block
-        return Alibi(slopes, fused_columns(positions, query).to(dtype))
+        return Alibi(slopes, fused_columns(positions, query).to(autocast_dtype(kind) or self.dtype))
 
 
 class BloomForCausalLM(nn.Module):

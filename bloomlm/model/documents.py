@@ -66,6 +66,11 @@ class Documents:
             packed = flat.index_copy(0, self.indices, packed)
         return packed.unflatten(0, (batch_size, length))
 
+    def in_multiples(self, unit: int) -> "Documents":
+        """Packed documents, with one more behind them where the number of tokens is not a multiple of unit."""
+        missing = -sum(self.lengths) % unit
+        return Documents.packed((*self.lengths, missing)) if missing else self
+
     def positions(self, device: torch.device) -> Tensor:
         """[N] position of each token within its document, from 0."""
         return torch.cat([torch.arange(n, device=device) for n in self.lengths])

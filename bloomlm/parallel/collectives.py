@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bloomlm.model.linear import autocast_dtype
 from bloomlm.model.partition import Product
 
 
@@ -76,9 +77,7 @@ def column_product(
         ranks: the ranks to sum over.
         product: computes x W^T + b.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x = x.to(autocast_dtype(x.device.type) or x.dtype)
     out: Tensor = _ColumnProduct.apply(x, weight, bias, ranks, product)
     return out
 
@@ -114,6 +113,7 @@ class _ColumnProduct(torch.autograd.Function):
         ctx.ranks, ctx.product = ranks, product
         # a frozen weight does not keep x alive
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return product(x, weight, bias, None)
 
     @staticmethod
@@ -123,7 +123,7 @@ class _ColumnProduct(torch.autograd.Function):
         grad_x = None if weight is None else ctx.product(grad, weight.t(), None, None)
         pending = None if grad_x is None else ctx.ranks.begin_sum(grad_x)
         grad_weight = None if x is None else ctx.product(grad.t(), x.t(), None, None)
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         if pending is not None:
             pending.wait()
         return grad_x, grad_weight, grad_bias, None, None

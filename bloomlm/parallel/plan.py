@@ -40,8 +40,8 @@ class TrainingMemory:
     """AdamW's moments, and fp32 copies of half-precision weights."""
     activations: int
     """Tensors that the forward pass saves for the backward pass, and the working memory of one block."""
-    half_copies: int
-    """16-bit copies of weights that autocast makes (O1) and keeps until the backward pass."""
+    rounded: int
+    """16-bit copy of a weight for its product (O1), which is made anew in the backward pass."""
     gathered: int
     """The most weights that FSDP has gathered from other ranks at once."""
     loss: int
@@ -105,7 +105,7 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     weights, gradients, optimizer = parameter_bytes(model, degrees)
     kept, block = activation_bytes(model, degrees.tp, load), block_bytes(model, degrees.tp, load)[-1]
     gathered, root_gradient, block_gradients = _fsdp_bytes(model, degrees, load)
-    half_copies, chunk = _half_copies(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
+    rounded, chunk = _rounded_bytes(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
     embedding = model.transformer.word_embeddings.weight
     head_gradient = embedding.numel() // degrees.tp * GRADIENT_BYTES * embedding.requires_grad
     # with weights in half precision, autograd adds the gradients of embedding and head out of place
@@ -119,11 +119,11 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
         gradients=gradients,
         optimizer=optimizer,
         activations=kept + block,
-        half_copies=half_copies,
+        rounded=rounded,
         gathered=gathered,
         loss=chunk + head_gradient,
-        at_loss=fixed + earlier + kept + half_copies + head_gradient + max(chunk, block),
-        at_end_of_backward=fixed + gradients_then + max(block, block_gradients, tied_sum),
+        at_loss=fixed + earlier + kept + head_gradient + max(chunk, block + rounded),
+        at_end_of_backward=fixed + gradients_then + max(block + rounded, block_gradients, tied_sum),
     )
 
 
@@ -188,23 +188,13 @@ def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tu
     return root + (blocks * two // num_blocks if load.reshards else blocks), root_gradient, learned * two // num_blocks
 
 
-def _half_copies(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
-    """Bytes of 16-bit copies of the blocks' matrices: autocast keeps those that learn, autograd those it needs."""
-    half, degrees = load.compute_dtype.itemsize, Degrees(tp=tp_degree)
+def _rounded_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
+    """Bytes of the largest weight of the blocks in 16 bits, where weights are rounded for each product."""
+    half = load.compute_dtype.itemsize
     if half == model.transformer.dtype.itemsize:
         return 0
-    numel = 0
-    for linear in (linear for block in block_linears(model) for linear in block):
-        needed = linear.needs_input_gradient and not load.recompute
-        # a column-parallel product makes its copy outside the cache of autocast
-        cached = linear.layer.weight.requires_grad and not (load.recompute and linear.is_column and tp_degree > 1)
-        # the input of an update's second matrix depends on the first matrix, which learns
-        second = linear.layer.update_matrices[1:]
-        for kind, parameter in linear.layer.named_parameters():
-            is_copied = parameter.dim() == 2 and parameter.is_floating_point() and (cached or needed)
-            if is_copied or any(parameter is matrix for matrix in second):
-                numel += rank_numel(f"{linear.name}.{kind}", parameter, degrees)
-    return numel * half
+    weights = [(f"{linear.name}.weight", linear.layer.get_parameter("weight")) for linear in block_linears(model)[0]]
+    return half * max(rank_numel(name, weight, Degrees(tp=tp_degree)) for name, weight in weights)
 
 
 def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:

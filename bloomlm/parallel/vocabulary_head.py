@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
-from bloomlm.model.linear import product, quantized_input_gradient, quantized_product, uses_onednn
+from bloomlm.model.linear import autocast_dtype, product, quantized_input_gradient, quantized_product, uses_onednn
 from bloomlm.parallel.collectives import TensorParallelGroup
 
 FP16_HEADROOM = 256.0
@@ -44,10 +44,7 @@ class VocabularyHead:
         weight_scale: Tensor | None = None,
         replaced: ReplacedRows | None = None,
     ) -> None:
-        device_type = hidden.device.type
-        matmul_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if torch.is_autocast_enabled(device_type):
-            matmul_dtype = torch.get_autocast_dtype(device_type)
+        matmul_dtype = autocast_dtype(hidden.device.type) or torch.promote_types(hidden.dtype, weight.dtype)
         self.hidden, self.weight_scale = hidden.to(matmul_dtype), weight_scale
         self.weight = weight
         self.replaced = None if replaced is None else ReplacedRows(replaced.places, replaced.rows.to(matmul_dtype))
@@ -58,7 +55,7 @@ class VocabularyHead:
         most_rows = max(1, max_chunk_bytes // (vocab_size * self.dtype.itemsize))
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
-        self.uses_onednn = uses_onednn(self.hidden, self.weight)
+        self.uses_onednn = not self.is_half and uses_onednn(self.hidden, self.weight)
         # oneDNN and quantised weights allocate their results; other products write into this
         rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)

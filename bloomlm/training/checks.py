@@ -94,7 +94,7 @@ def resolve_tasks(config: TrainingConfig, notices: list[str]) -> TrainingConfig:
     return replace(config, do_train=wants_train, do_eval=wants_eval, dataset_name_or_path=dataset)
 
 
-def resolve_device(config: TrainingConfig, notices: list[str], *, has_cuda: bool) -> TrainingConfig:
+def resolve_device(config: TrainingConfig, notices: list[str], *, has_cuda: bool, has_bf16: bool) -> TrainingConfig:
     """Decide where to compute, and check the number formats."""
     device = config.device
     if device in ("gpu", "cuda") and not has_cuda:
@@ -104,8 +104,12 @@ def resolve_device(config: TrainingConfig, notices: list[str], *, has_cuda: bool
     if config.fp16 and config.bf16:
         raise ConfigError("--fp16 and --bf16 are both given; choose one (bf16 if the GPU supports it)")
     on_cpu = device == "cpu" or (device == "auto" and not has_cuda)
-    if on_cpu and (config.fp16 or config.bf16):
-        notices.append(f"--{'fp16' if config.fp16 else 'bf16'} works on a CPU, but is usually slower than float32")
+    if on_cpu and config.fp16:
+        notices.append("--fp16 works on a CPU, but is usually slower than float32")
+    if on_cpu and config.bf16 and not has_bf16:
+        notices.append(
+            "--bf16 will be slow: this processor has no instructions for bf16 (AVX512_BF16 or AMX); leave it out"
+        )
     if config.torch_compile and on_cpu:
         raise ConfigError(
             "--torch_compile makes training on a CPU 1.7 to 2.3 times slower, because compiled products use MKL and "

@@ -15,6 +15,7 @@ from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.formats import ForeignReading
 from bloomlm.errors import ConfigError
 from bloomlm.flags import reading_flags
+from bloomlm.kernels.processor import BFLOAT16, instruction_sets
 from bloomlm.model.quantized import QUANTIZATIONS
 from bloomlm.parallel.launch import world_size
 from bloomlm.parallel.mesh import Degrees, degrees_from_flags
@@ -50,6 +51,8 @@ class Machine:
     has_matplotlib: bool
     has_metrics: bool
     """Whether ROUGE and BLEU can be computed."""
+    has_bf16: bool = True
+    """Whether the processor has instructions for products in bf16."""
     has_bitsandbytes: bool = False
     trackers: frozenset[str] = frozenset()
     """Programs for --report_to that are installed."""
@@ -63,6 +66,7 @@ class Machine:
             has_cuda=torch.cuda.is_available(),
             has_matplotlib=_installed("matplotlib"),
             has_metrics=_installed("sacrebleu") and _installed("rouge_score"),
+            has_bf16=not BFLOAT16.isdisjoint(instruction_sets()),
             has_bitsandbytes=_installed("bitsandbytes"),
             trackers=installed_trackers(),
             world_size=world_size(),
@@ -155,7 +159,7 @@ def adapter_from_flags(config: TrainingConfig) -> Adapter:
 def _resolve_flags(config: TrainingConfig, machine: Machine, notices: list[str]) -> TrainingConfig:
     config = _resolve_parallelism(config, machine, notices)
     config = resolve_tasks(config, notices)
-    config = resolve_device(config, notices, has_cuda=machine.has_cuda)
+    config = resolve_device(config, notices, has_cuda=machine.has_cuda, has_bf16=machine.has_bf16)
     check_optimizer(config, notices, has_bitsandbytes=machine.has_bitsandbytes)
     check_adapters(config, notices)
     config = resolve_evaluation_times(config, notices)

@@ -112,3 +112,25 @@ def test_bf16_is_no_worse_than_transformers(n_head: int) -> None:
         for name, logits in low.items():
             errors[name].append((logits - oracle).square().mean().sqrt().item())
     assert sum(errors["ours"]) <= sum(errors["theirs"]), errors
+
+
+def test_autocast_is_no_worse_than_transformers() -> None:
+    """Logits and gradients of fp32 weights in bf16 products, both against transformers in fp32."""
+    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for seed in range(3):
+        theirs, ours = make_pair(4, seed=seed)
+        ids = torch.randint(4, 101, (2, 150))  # so many tokens that ours computes them in multiples
+        pairs = {"exact": (theirs, False), "theirs": (theirs, True), "ours": (ours, True)}
+        found = {}
+        for name, (model, rounds) in pairs.items():
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+                logits = model(ids) if model is ours else model(ids).logits
+            logits.float().log_softmax(-1)[..., 7].sum().backward()
+            gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+            found[name] = [logits.detach().float(), *(gradients[key] for key in sorted(gradients))]
+        for name, low in errors.items():
+            for value, exact in zip(found[name], found["exact"], strict=True):
+                low.append(((value - exact).norm() / exact.norm().clamp(min=1e-6)).item())
+    assert sum(errors["ours"]) <= 1.05 * sum(errors["theirs"]), errors
+    assert max(errors["ours"]) < 0.1

@@ -41,18 +41,49 @@ def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input_alive() -> None:
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(8, -1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 32), (2, 30, 32), (0, 32)])
+def test_under_autocast_only_products_are_rounded_and_no_copy_is_kept(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Against float64 on the rounded values; what is rounded once more is the result of each product."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    weight = torch.randn(80, 32, generator=generator, requires_grad=True)
+    bias = torch.randn(80, generator=generator, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with (
+        torch.autocast("cpu", dtype),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+        ),
+    ):
+        out = linear(x, weight, bias)
+    outside = torch.randn(out.shape, generator=generator).to(dtype)
+    gradients = torch.autograd.grad(out, (x, weight, bias), outside)
+    assert out.dtype is dtype and {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert [tensor.dtype for tensor in kept if tensor.shape == weight.shape] == [torch.float32]
+
+    exact_inputs = [tensor.detach().to(dtype).double().requires_grad_() for tensor in (x, weight, bias)]
+    exact = F.linear(*exact_inputs)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, outside.double())
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=unit, atol=unit / 16)
+    for gradient, exact_gradient in zip(gradients[:2], exact_gradients[:2], strict=True):
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=unit, atol=unit / 16)
+    torch.testing.assert_close(gradients[2].double(), exact_gradients[2], rtol=1e-5, atol=1e-5)  # added up in fp32
+
+
 @pytest.mark.filterwarnings("ignore:TF32")
 def test_what_onednn_does_not_serve_takes_the_plain_product() -> None:
     x, weight = torch.randn(8, 32), torch.randn(80, 32)
     if not uses_onednn(x, weight):
         pytest.skip("oneDNN is not used on this platform")
-    assert not uses_onednn(x.bfloat16(), weight.bfloat16())
+    assert not uses_onednn(x.half(), weight.half())
     assert not uses_onednn(x.double(), weight.double())
+    assert not uses_onednn(x.bfloat16(), weight)
     assert not uses_onednn(x[:0], weight)
     assert not uses_onednn(x.to("meta"), weight.to("meta"))
-    with torch.autocast("cpu"):
-        assert not uses_onednn(x, weight)
-        assert linear(x, weight).dtype is torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         assert not uses_onednn(x, weight)
         assert torch.equal(linear(x, weight), F.linear(x, weight))
@@ -70,5 +101,8 @@ def test_gelu_in_one_pass_has_the_values_of_two(shape: tuple[int, ...]) -> None:
     expected = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate="tanh")
     with torch.inference_mode():
         torch.testing.assert_close(layer.gelu(x).double(), expected, rtol=1e-5, atol=1e-6)
+        with torch.autocast("cpu"):
+            torch.testing.assert_close(layer.gelu(x).double(), layer.gelu(x.bfloat16()).double(), rtol=0, atol=0)
+            assert layer.gelu(x).dtype is torch.bfloat16
     assert layer.gelu(x).requires_grad
     torch.testing.assert_close(layer.gelu(x).double(), expected, rtol=1e-5, atol=1e-6)

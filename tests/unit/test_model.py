@@ -13,6 +13,7 @@ from bloomlm.model.alibi import fused_columns, head_slopes, key_columns, query_c
 from bloomlm.model.attention import _groups, attend, virtual_with_columns, with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+from bloomlm.model.linear import uses_onednn
 from tests.process_memory import STATM, memory_full_of_nan, resident_bytes
 from tests.tiny_checkpoint import TINY, random_model
 
@@ -188,6 +189,27 @@ def test_wanted_rows_are_those_of_all_rows(post_layernorm: bool) -> None:
         whole = model.transformer(tokens, documents)
         torch.testing.assert_close(model.transformer(tokens, documents, rows=rows), whole[rows])
         assert model.transformer(tokens, documents, rows=rows[:0]).shape == (0, config.hidden_size)
+
+
+def test_many_tokens_are_computed_in_multiples_and_equal_documents_alone() -> None:
+    model, lengths = tiny_model(), (130, 90, 61)
+    tokens = torch.randint(4, 64, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    rows: list[int] = []
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+
+    def run(parts: list[tuple[Tensor, Documents]]) -> tuple[Tensor, list[Tensor]]:
+        hidden = torch.cat([model.transformer(part, documents) for part, documents in parts])
+        return hidden, list(torch.autograd.grad(hidden.square().sum(), model.transformer.parameters()))
+
+    together, gradients = run([(tokens, Documents.packed(lengths))])
+    assert set(rows) == {288 if uses_onednn(together, together) else 281}
+    alone, expected = run([(part, Documents.packed([len(part)])) for part in tokens.split(lengths)])
+    torch.testing.assert_close(together, alone)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    chosen = torch.tensor([0, 129, 130, 280])
+    torch.testing.assert_close(model.transformer(tokens, Documents.packed(lengths), rows=chosen), alone[chosen])
 
 
 def test_a_model_without_memory_gives_shapes() -> None:

@@ -78,6 +78,15 @@ def test_paddlenlp_command_lines_run_as_they_stand(adapter: str, expected: dict[
     assert len(notes) == (1 if machine.has_cuda else 2)
 
 
+@pytest.mark.parametrize(("machine", "has_bf16", "slow"), [(CPU, True, False), (CPU, False, True), (GPU, False, False)])
+def test_bf16_is_said_to_be_slow_where_the_processor_computes_it_and_lacks_it(
+    machine: Machine, has_bf16: bool, slow: bool
+) -> None:
+    config = TrainingConfig(model_name_or_path="builtin:tiny", output_dir="o", train_file="t.jsonl", bf16=True)
+    notes = resolve(config, dataclasses.replace(machine, has_bf16=has_bf16)).notices
+    assert any("--bf16 will be slow" in note for note in notes) is slow
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

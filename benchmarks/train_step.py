@@ -64,8 +64,14 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     keep_freed_memory()  # as every command does
     load_operators()  # as fine-tuning does
     quantization = QUANTIZATIONS.get(args.base_quantization)
-    dtype = torch.bfloat16 if args.half_weights else torch.float32
-    model = load_model(str(random_model(args.size)), dtype=dtype, device=args.device, quantization=quantization)
+    model = load_model(
+        str(random_model(args.size)),
+        dtype=torch.bfloat16 if args.half_weights else torch.float32,
+        device=args.device,
+        quantization=quantization,
+        # as in fine-tuning
+        linear_dtype=torch.bfloat16 if args.bf16 and args.tuning != "full" and args.device == "cpu" else None,
+    )
     adapters = {
         "full": FullTuning(),
         "lora": LoraConfig(r=LORA_RANK),

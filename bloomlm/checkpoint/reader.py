@@ -94,6 +94,7 @@ def load_model(
     mesh: Mesh = ALONE,
     install_adapter: Callable[[BloomForCausalLM], None] | None = None,
     reshard_after_forward: bool = True,
+    linear_dtype: torch.dtype | None = None,
 ) -> BloomForCausalLM:
     """Load a model, in eval mode.
 
@@ -109,6 +110,7 @@ def load_model(
         mesh: the ranks to divide the model among (parallel/__init__.py); each reads its own parts only.
         install_adapter: on several ranks, called with the cut model on the meta device to add an adapter with weights.
         reshard_after_forward: as in shard_model.
+        linear_dtype: precision of the weights of linear layers, where it differs from dtype.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged, or does not fit its config.json.
@@ -117,29 +119,47 @@ def load_model(
     directory = resolve_source(str(name_or_path), revision).directory
     config = read_config(directory)
     reader = open_reader(directory, config)
-    model = empty_model(config)
+    model = empty_model(config).to(dtype or _stored_dtype(reader))
+    if linear_dtype is not None:
+        for layer in (module for module in model.modules() if isinstance(module, Linear)):
+            layer.weight = nn.Parameter(layer.weight.to(linear_dtype))
     if quantization is not None and not mesh.is_alone:
         raise ConfigError("quantised weights need a single process; leave out the quantisation or the other processes")
     if not mesh.is_alone:
-        dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
-        cut_model(model.to(dtype), mesh)
-        if install_adapter is not None:
-            install_adapter(model)
-        cut_adapter(model, mesh)
-        shard_model(model, mesh, reshard_after_forward=reshard_after_forward)
+        _divide(model, mesh, install_adapter, reshard_after_forward=reshard_after_forward)
     try:
         return read_into_model(
-            model, reader, dtype=dtype, device=device, memory_map=memory_map, quantization=quantization, mesh=mesh
+            model, reader, device=device, memory_map=memory_map, quantization=quantization, mesh=mesh
         )
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _stored_dtype(reader: TensorReader) -> torch.dtype:
+    """That of the embedding; any, where it is missing or holds integers, which is an error later."""
+    entry = reader.entries.get(huggingface.EMBEDDING)
+    return entry.dtype if entry is not None and entry.dtype.is_floating_point else torch.float32
+
+
+def _divide(
+    model: BloomForCausalLM,
+    mesh: Mesh,
+    install_adapter: Callable[[BloomForCausalLM], None] | None,
+    *,
+    reshard_after_forward: bool,
+) -> None:
+    """Keep this rank's parts of a model on the meta device, with the adapter that install_adapter adds."""
+    cut_model(model, mesh)
+    if install_adapter is not None:
+        install_adapter(model)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh, reshard_after_forward=reshard_after_forward)
 
 
 def read_into_model(
     model: BloomForCausalLM,
     reader: TensorReader,
     *,
-    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     memory_map: bool = True,
     quantization: Quantization | None = None,
@@ -148,9 +168,10 @@ def read_into_model(
     """Give a model on the meta device the tensors of a checkpoint.
 
     Args:
-        model: created under torch.device("meta"); changed in place and returned in eval mode.
+        model: created under torch.device("meta"), in the precisions that it shall have; changed in place and returned
+            in eval mode.
         reader: the checkpoint.
-        dtype, device, memory_map, quantization: as in load_model.
+        device, memory_map, quantization: as in load_model.
         mesh: the ranks among which it is divided already; an adapter in it keeps its weights.
 
     Raises:
@@ -158,19 +179,18 @@ def read_into_model(
     """
     expected = {name: parameter for name, parameter in model.named_parameters() if is_of_base(name)}
     check_entries({name: whole_shape(name, p, mesh) for name, p in expected.items()}, reader.entries)
-    dtype = dtype or reader.entries[huggingface.EMBEDDING].dtype
-    device = torch.device(device)
+    device, dtype = torch.device(device), model.transformer.dtype
     if not mesh.is_alone:
-        read_own_parts(expected, reader, model, mesh, dtype, device)
+        read_own_parts(expected, reader, model, mesh, device)
         expected = {}
-    for name in expected:
+    for name, parameter in expected.items():
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
         if quantization is not None and attribute == "weight" and isinstance(module, (Linear, WordEmbedding)):
             rows = quantization.linear if isinstance(module, Linear) else quantization.embedding
             tensor, module.weight_scale = rows.quantize(reader.read(name), name, device)
         else:
-            tensor = _own(reader.read(name), dtype, device, memory_map)
+            tensor = _own(reader.read(name), parameter.dtype, device, memory_map)
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
     model.config = model.transformer.config = dataclasses.replace(model.config, dtype=str(dtype).removeprefix("torch."))
     return model.eval()
@@ -181,23 +201,21 @@ def read_own_parts(
     reader: TensorReader,
     model: BloomForCausalLM,
     mesh: Mesh,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     """Read this rank's parts of a divided model's parameters, one after another; other parts are not read.
 
     Args:
-        parameters: name -> the parameter of the model, perhaps on the meta device.
+        parameters: name -> the parameter of the model, perhaps on the meta device, with the precision of the new one.
         reader: the checkpoint.
         model: changed in place.
         mesh: the ranks.
-        dtype: precision of the new parameters.
         device: device of the new parameters.
     """
     parts = {}
     for name, parameter in parameters.items():
         box = reader.read_box(name, own_bounds(name, parameter, mesh))
-        parts[name] = holding(parameter, torch.empty(box.shape, dtype=dtype, device=device).copy_(box))
+        parts[name] = holding(parameter, torch.empty(box.shape, dtype=parameter.dtype, device=device).copy_(box))
     # assigned by PyTorch, because FSDP keeps parameters in more than one place
     problems = model.load_state_dict(parts, strict=False, assign=True)
     assert not problems.unexpected_keys

@@ -128,9 +128,9 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     precision = precision_from_flags(
         fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=training.scale_loss
     )
-    adapter = adapter_from_flags(training)
-    quantization = QUANTIZATIONS.get(config.base_quantization)
-    model = meta_model(model_config, adapter, precision.weights_dtype, quantization)
+    adapter, quantization = adapter_from_flags(training), QUANTIZATIONS.get(config.base_quantization)
+    linear_dtype = precision.linear_dtype(training.device, learns=adapter.trains_base)
+    model = meta_model(model_config, adapter, precision.weights_dtype, quantization, linear_dtype)
     predicting = meta_model(model_config, adapter, DTYPES[config.dtype])
     length = config.src_length + config.tgt_length
 

@@ -27,13 +27,22 @@ _ANSWERS = 2
 
 
 def meta_model(
-    config: BloomConfig, adapter: Adapter, dtype: torch.dtype, quantization: Quantization | None = None
+    config: BloomConfig,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    linear_dtype: torch.dtype | None = None,
 ) -> BloomForCausalLM:
-    """A model with its adapter on the meta device."""
+    """A model with its adapter on the meta device; see load_model."""
     with torch.device("meta"):
         model = BloomForCausalLM(config)
     apply_adapter(model, adapter)
     model.to(dtype)
+    if linear_dtype is not None:
+        for layer in (
+            found for found in model.modules() if isinstance(found, Linear) and not found.weight.requires_grad
+        ):
+            layer.weight = nn.Parameter(layer.weight.to(linear_dtype), requires_grad=False)
     if quantization is not None:
         for module in (found for found in model.modules() if isinstance(found, Linear | WordEmbedding)):
             rows = quantization.linear if isinstance(module, Linear) else quantization.embedding

@@ -108,7 +108,7 @@ def _takes_few_rows(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype in _FEW_ROWS_DTYPES
-        and weight.dtype is x.dtype
+        and weight.dtype in (_FEW_ROWS_DTYPES if x.dtype is torch.float32 else (x.dtype,))
         and weight.shape[1] % _COLUMNS == 0
         and x.numel() > 0
         and weight.is_contiguous()

@@ -191,10 +191,9 @@ def _fsdp_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tu
 def _rounded_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
     """Bytes of the largest weight of the blocks in 16 bits, where weights are rounded for each product."""
     half = load.compute_dtype.itemsize
-    if half == model.transformer.dtype.itemsize:
-        return 0
     weights = [(f"{linear.name}.weight", linear.layer.get_parameter("weight")) for linear in block_linears(model)[0]]
-    return half * max(rank_numel(name, weight, Degrees(tp=tp_degree)) for name, weight in weights)
+    counts = [rank_numel(name, weight, Degrees(tp=tp_degree)) for name, weight in weights if weight.itemsize > half]
+    return half * max(counts, default=0)
 
 
 def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:

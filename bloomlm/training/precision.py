@@ -35,6 +35,14 @@ class Precision:
         """The format in which the model is loaded."""
         return self.compute_dtype if self.half_weights else torch.float32
 
+    def linear_dtype(self, device_type: str, *, learns: bool) -> torch.dtype | None:
+        """The format in which weights of linear layers are loaded, where it is not weights_dtype.
+
+        On a CPU, weights that do not learn are rounded once, which gives the same products. A GPU would have to convert
+        them for each token that it generates in fp32.
+        """
+        return self.compute_dtype if device_type == "cpu" and not learns else None
+
     @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled, which only fp16 needs."""

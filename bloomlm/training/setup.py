@@ -175,6 +175,7 @@ def _load(
         mesh=mesh,
         install_adapter=install,
         reshard_after_forward=plan.parallelism.reshard_after_forward,
+        linear_dtype=plan.precision.linear_dtype(plan.model.device.type, learns=plan.adapter.trains_base),
     )
 
 

@@ -18,7 +18,7 @@ from bloomlm.kernels import compiled
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.mesh import Degrees, Mesh
-from bloomlm.parallel.plan import activation_bytes, parameter_bytes
+from bloomlm.parallel.plan import parameter_bytes
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
 from bloomlm.parallel.traffic import Traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bloomlm.kernels.compiled import load_operators
 from bloomlm.model.linear import Linear, linear, uses_onednn
 
 
@@ -27,6 +28,21 @@ def test_values_and_gradients_equal_those_of_float64(shape: tuple[int, ...], has
         torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5)
     with torch.inference_mode():  # by our operator, where this process has loaded it
         torch.testing.assert_close(linear(x, weight, bias).double(), exact.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+def test_a_weight_in_16_bits_multiplies_fp32_in_fp32(rows: int) -> None:
+    """By our operator, where this process has loaded it, and by oneDNN."""
+    load_operators()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 32, generator=generator), torch.randn(80, 32, generator=generator).bfloat16()
+    with torch.inference_mode():
+        found = linear(x, weight)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+    x.requires_grad_()
+    linear(x, weight).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), weight.double().sum(0).expand(rows, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input_alive() -> None:

@@ -142,6 +142,12 @@ def test_a_cpu_keeps_less_of_attention() -> None:
     assert gpu.training.activations - cpu.training.activations == kept + num_tokens * heads * (4 * 8 + 64) * 4
 
 
+def test_a_cpu_holds_linear_weights_that_do_not_learn_in_16_bits() -> None:
+    for flags, shrinks in (({"lora": True}, True), ({}, False)):
+        gpu, cpu = (plan_of(device=device, bf16=True, **flags).training.weights for device in ("auto", "cpu"))
+        assert gpu - cpu == (24 * 12 * 1024**2 * 2 if shrinks else 0)
+
+
 def test_the_largest_batch_fits_and_no_larger_one() -> None:
     flags = {"model_name_or_path": "bigscience/bloom-7b1", "lora": True, "bf16": True, "fp16_opt_level": "O2"}
     for fit in plan_of(**flags).fits:

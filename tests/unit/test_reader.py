@@ -11,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bloomlm.adapters.base import Adapter, apply_adapter
+from bloomlm.adapters.dora import DoraConfig
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.checkpoint.reader import load_model, open_reader, read_config
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.documents import Documents
 from tests.tiny_checkpoint import TINY, assert_equal_models, random_model, write_random_model
 
 LN_F = "transformer.ln_f.weight"
@@ -59,6 +64,32 @@ def test_requested_precision(tmp_path: Path, memory_map: bool) -> None:
     model = load_model(tmp_path, dtype=torch.bfloat16, memory_map=memory_map)
     assert_equal_models(model, random_model().to(torch.bfloat16))
     assert model.config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(r=3), DoraConfig(r=3), PrefixConfig(num_prefix_tokens=3)], ids=str)
+def test_linear_weights_in_the_format_of_the_products_train_as_in_fp32(tmp_path: Path, adapter: Adapter) -> None:
+    """Loss and gradients bit for bit; DoRA's norms are those of the rounded weights."""
+    write_random_model(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(4, 64, (24,), generator=torch.Generator().manual_seed(0))
+    found = []
+    for linear_dtype in (torch.bfloat16, None):
+        model = load_model(tmp_path, dtype=torch.float32, linear_dtype=linear_dtype, memory_map=False)
+        linears = {name for name, p in model.named_parameters() if p.dim() == 2 and name != EMBEDDING}
+        assert {name for name, p in model.named_parameters() if p.dtype is torch.bfloat16} == (
+            linears if linear_dtype else set()
+        )
+        if isinstance(adapter, DoraConfig):  # so that norms are equal
+            for name in linears:
+                model.get_parameter(name).data.copy_(model.get_parameter(name).bfloat16())
+        apply_adapter(model, adapter, torch.Generator().manual_seed(1))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.transformer(tokens, Documents.packed((10, 14)))
+        hidden.square().sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 1
+    for rounded, expected in zip(*found, strict=True):
+        assert torch.equal(rounded, expected)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])

@@ -7,6 +7,7 @@ are touched through a mapping count as memory of the process and, in a random or
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bloomlm.errors import DataError
+from bloomlm.files.json_text import read_json
 
 BLOCK_BYTES = 2**16
 _CRC = np.dtype("<u4")
@@ -44,7 +46,7 @@ class BlockReader:
         for file, expected in ((path, length * self._dtype.itemsize), (crc_path(path), num_blocks * _CRC.itemsize)):
             found = file.stat().st_size if file.is_file() else 0
             if found != expected:
-                raise _damaged(path, f"{file.name} has {found:,} bytes, expected {expected:,}")
+                raise damaged(path, f"{file.name} has {found:,} bytes, expected {expected:,}")
         self._checksums = np.fromfile(crc_path(path), dtype=_CRC)
         self._descriptor = os.open(path, os.O_RDONLY)
 
@@ -75,7 +77,7 @@ class BlockReader:
         for number in range(first, last):
             at = (number - first) * BLOCK_BYTES
             if zlib.crc32(content[at : at + BLOCK_BYTES]) != self._checksums[number]:
-                raise _damaged(self.path, f"the block of 64 KiB at byte {number * BLOCK_BYTES:,} has changed")
+                raise damaged(self.path, f"the block of 64 KiB at byte {number * BLOCK_BYTES:,} has changed")
         offset = start * size - first * BLOCK_BYTES
         return np.frombuffer(content, dtype=self._dtype, count=stop - start, offset=offset)
 
@@ -98,7 +100,7 @@ class BlockWriter:
         num_bytes = length * self._dtype.itemsize
         found = path.stat().st_size if length else 0
         if found < num_bytes:
-            raise _damaged(path, f"it has {found:,} bytes, and {num_bytes:,} were written")
+            raise damaged(path, f"it has {found:,} bytes, and {num_bytes:,} were written")
         self._files = [os.open(file, os.O_RDWR | os.O_CREAT, 0o644) for file in (path, crc_path(path))]
         self._whole_bytes = num_bytes - num_bytes % BLOCK_BYTES
         # the checksum of this part may be that of the whole block, which was written after the last sync
@@ -142,5 +144,41 @@ def _write_at(descriptor: int, content: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _damaged(path: Path, what: str) -> DataError:
+def read_sizes(path: Path, names: Sequence[str], lists: Sequence[str] = ()) -> dict[str, Any]:
+    """The object `size` of a JSON file beside such files.
+
+    Args:
+        path: the file.
+        names: names of the numbers in it.
+        lists: names of the lists of texts in it.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        found = read_json(path)
+        sizes = found["size"] if isinstance(found, dict) else None
+        if not isinstance(sizes, dict) or sizes.keys() != {*names, *lists}:
+            raise ValueError(f"expected the object 'size' with {', '.join([*names, *lists])}")
+        wrong = [name for name in names if type(sizes[name]) is not int or not 0 <= sizes[name] < 2**63]
+        wrong += [name for name in lists if not isinstance(sizes[name], list)]
+        wrong += [name for name in lists if not all(isinstance(text, str) for text in sizes[name])]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {sizes[wrong[0]]!r:.40}")
+    except (OSError, ValueError, KeyError) as error:
+        raise damaged(path, str(error)) from error
+    return sizes
+
+
+def damaged(path: Path, what: str) -> DataError:
+    """The error that a file of a cached text is not what was written."""
     return DataError(f"{path} is damaged: {what}. Remove {path.parent}; the next run tokenises its texts again")
+
+
+def cannot_write(directory: Path, error: Exception) -> DataError:
+    """The error that the files of a text cannot be written."""
+    return DataError(
+        f"{directory} cannot be written ({getattr(error, 'strerror', None) or error}); the tokens of a text take about "
+        "as much room as the text. What is done is kept, and the same command continues there. Free the disk, or set "
+        "BLOOMLM_CACHE to a directory on another one"
+    )

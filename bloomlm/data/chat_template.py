@@ -1,6 +1,6 @@
 """Chat templates: a conversation -> the text that a model reads, and the parts of it that the model wrote.
 
-They are Jinja templates, which come with the files of a model and are not trusted: they run in a sandbox. A template
+They are Jinja templates, which come with the files of a model and are not trusted: see template_sandbox.py. A template
 marks the answers as {% generation %} ... {% endgeneration %}; where it marks nothing, they are found by rendering the
 conversation up to each of them.
 
@@ -19,9 +19,9 @@ from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bloomlm.data.messages import Message
+from bloomlm.data.template_sandbox import TemplateSandbox
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, DataError
 
@@ -67,13 +67,12 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlocks]
-        )
-        environment.filters["tojson"] = _to_json
+        environment = TemplateSandbox(extensions=[loopcontrols, _GenerationBlocks], filters={"tojson": _to_json})
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        self._budget = environment.budget
         try:
-            self._template = environment.from_string(text)
+            with environment.budget():  # filters of constants are applied now
+                self._template = environment.from_string(text)
         except (TemplateError, RecursionError) as error:
             raise ConfigError(f"the chat template is no Jinja template: {error}") from error
         self.text = text
@@ -135,7 +134,8 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], **variables: Any) -> str:
         try:
-            return self._template.render(messages=list(messages), **self._special_tokens, **variables)
+            with self._budget():
+                return self._template.render(messages=list(messages), **self._special_tokens, **variables)
         except Exception as error:  # a template may fail in any way that Python code may
             raise DataError(f"the chat template does not take these messages: {error}") from error
 
@@ -148,8 +148,11 @@ def read_chat_template(name: str) -> str:
     """
     if name == PLAIN:
         return PLAIN_TEMPLATE
+    path = Path(name).expanduser()
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--chat_template {name} cannot be read: {error}; expected a file with a Jinja template, or {PLAIN}"

@@ -233,13 +233,17 @@ def corpus_files(path: Path) -> list[Path]:
         DataError: there is no such file, or it is of a kind that is not read.
     """
     known = (TEXT_SUFFIX, *ROW_SUFFIXES)
-    if path.is_dir():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long
+        raise DataError(f"{path}: {error.strerror}") from error
+    if is_directory:
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
         found = [file for file in files if file.suffix.lower() in known]
         if not found:
             raise DataError(f"{path}: no file in it ends in {', '.join(known)}")
         return found
-    if not path.is_file():
+    if not is_file:
         raise DataError(f"{path}: no such file or directory; expected text in a file that ends in {', '.join(known)}")
     if path.suffix.lower() not in known:
         raise DataError(

@@ -126,7 +126,10 @@ def _read_source(entry: Any, path: Path, where: str, required: tuple[str, ...], 
     known = [key for key in _KEYS if weighted or key != "weight"]
     for problem in _problems(entry, known, required):
         raise DataError(f"{where}: {problem}")
-    place = (path.parent / Path(entry["path"]).expanduser()).resolve()
+    try:
+        place = (path.parent / Path(entry["path"]).expanduser()).absolute()
+    except RuntimeError as error:  # ~ and the name of nobody
+        raise DataError(f"{where}: path is {entry['path']!r:.40}: {error}") from error
     return TextSource(
         name=entry["name"],
         inputs=lambda: file_inputs(place),

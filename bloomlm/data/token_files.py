@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,15 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from bloomlm.data.block_file import BlockReader, BlockWriter
+from bloomlm.data.block_file import BlockReader, BlockWriter, cannot_write, read_sizes
 from bloomlm.data.corpus import Piece, corpus_files, file_pieces, row_pieces, text_of
 from bloomlm.data.files import RowSource
 from bloomlm.data.token_progress import TokenProgress
 from bloomlm.data.tokenizer import Tokenizer
-from bloomlm.errors import DataError
+from bloomlm.errors import CheckpointError, DataError
 from bloomlm.files.atomic import atomic_write, sync
 from bloomlm.files.cache_directory import default_cache_dir
-from bloomlm.files.json_text import read_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,6 +107,11 @@ class Progress:
     """The languages that rows have named."""
 
 
+def _read_progress(path: Path) -> Progress:
+    names = [each.name for each in fields(Progress) if each.name != "languages"]
+    return Progress(**read_sizes(path, names, lists=["languages"]))
+
+
 class TokenFiles:
     """The tokens of a source on disk.
 
@@ -120,10 +124,9 @@ class TokenFiles:
     """
 
     def __init__(self, directory: Path, name: str) -> None:
-        found = read_json(directory / MANIFEST_FILE)
         self.directory = directory
         self.name = name
-        self.size = Progress(**found["size"])
+        self.size = _read_progress(directory / MANIFEST_FILE)
         """What was tokenised."""
         self.tokens = BlockReader(directory / TOKENS_FILE, "<u4", self.size.num_tokens)
         self.ends = BlockReader(directory / ENDS_FILE, "<u8", self.size.num_documents)
@@ -166,12 +169,8 @@ def load_token_files(
             with _locked(directory):
                 if not manifest.is_file():  # another process may have written it meanwhile
                     _tokenise(directory, name, inputs, tokenizer, show_progress=show_progress)
-    except OSError as error:
-        raise DataError(
-            f"{directory} cannot be written ({error.strerror or error}); the tokens of a text take about as much room "
-            "as the text. What is done is kept, and the same command continues there. Free the disk, or set "
-            "BLOOMLM_CACHE to a directory on another one"
-        ) from error
+    except (OSError, CheckpointError) as error:
+        raise cannot_write(directory, error) from error
     return TokenFiles(directory, name)
 
 
@@ -192,7 +191,8 @@ def _tokenise(
                 shown.update(done.num_tokens, passed + done.num_text_bytes - before)
             done.input, done.pieces = done.input + 1, 0
     if done.num_documents == 0:
-        raise DataError(f"{name}: it has no text; expected at least one document")
+        where = inputs[0].name if len(inputs) == 1 else name
+        raise DataError(f"{where}: it has no text; expected at least one document")
     writer.commit()
     (directory / PROGRESS_FILE).replace(directory / MANIFEST_FILE)
     sync(directory)
@@ -208,7 +208,7 @@ class _Writer:
         self._inputs = inputs
         self.done = Progress()
         if self._progress_path.is_file():
-            self.done = Progress(**read_json(self._progress_path)["size"])
+            self.done = _read_progress(self._progress_path)
         self._tokens = BlockWriter(directory / TOKENS_FILE, "<u4", self.done.num_tokens)
         self._ends = BlockWriter(directory / ENDS_FILE, "<u8", self.done.num_documents)
         self._languages = BlockWriter(directory / LANGUAGES_FILE, "<u2", self.done.num_documents)

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bloomlm.data.block_file import BlockReader, BlockWriter
+from bloomlm.data.block_file import BlockReader, BlockWriter, cannot_write, read_sizes
 from bloomlm.data.example import Example
 from bloomlm.data.token_files import TokenFiles
+from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_write
-from bloomlm.files.json_text import read_json
 
 _READ_ENDS = 2**16
 _COLUMNS = 4
@@ -40,7 +40,7 @@ class TextWindows:
         stop: number after that of the last window; None: up to the end.
 
     Raises:
-        DataError: a file is damaged.
+        DataError: a file is damaged, or the places of the windows cannot be written.
     """
 
     def __init__(self, files: TokenFiles, max_length: int, *, start: int = 0, stop: int | None = None) -> None:
@@ -186,12 +186,15 @@ def pack(ends: Iterable[int], max_length: int) -> Iterator[tuple[int, int, int, 
 def _open_table(files: TokenFiles, max_length: int) -> BlockReader:
     path = files.directory / f"windows-{max_length}.u64"
     manifest = path.with_suffix(".json")
-    if not manifest.is_file():
-        with files.locked():
-            if not manifest.is_file():  # another process may have written it meanwhile
-                atomic_write(manifest, json.dumps({"length": _write_table(path, files, max_length)}))
-    length = read_json(manifest)["length"]
-    return BlockReader(path, "<u8", length)
+    try:
+        if not manifest.is_file():
+            with files.locked():
+                if not manifest.is_file():  # another process may have written it meanwhile
+                    size = {"length": _write_table(path, files, max_length)}
+                    atomic_write(manifest, json.dumps({"size": size}))
+    except (OSError, CheckpointError) as error:
+        raise cannot_write(files.directory, error) from error
+    return BlockReader(path, "<u8", read_sizes(manifest, ["length"])["length"])
 
 
 def _write_table(path: Path, files: TokenFiles, max_length: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,14 @@ from bloomlm.checkpoint.adapters.convert import convert_adapter, open_adapter_co
 from bloomlm.checkpoint.formats import FileForm
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
+from bloomlm.data.chat_template import PLAIN_TEMPLATE
+from bloomlm.data.token_files import MANIFEST_FILE, PROGRESS_FILE, file_inputs, load_token_files
+from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.windows import TextWindows
+from bloomlm.errors import BloomlmError
 from bloomlm.export.program import export_program
 from bloomlm.model.config import BloomConfig
+from bloomlm.runtime.manifest import describe_file, manifest_checksum
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune
 from bloomlm.vocabulary.new_tokens import write_new_tokens
@@ -43,6 +50,26 @@ ROWS = [
     {"src": "a", "tgt": "b\nc"},
     {"src": "one two three", "tgt": "four"},
 ]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the cat and 中文"},
+    {"role": "assistant", "content": "sat on a mat"},
+]
+MESSAGES = [
+    {"messages": CONVERSATION},
+    {"messages": [*CONVERSATION, *CONVERSATION[1:]], "id": 3},
+    {"messages": CONVERSATION[1:]},
+]
+SHARED = [
+    {
+        "conversations": [{"from": "human", "value": "the dog"}, {"from": "gpt", "value": "one two"}],
+        "system": "Be brief.",
+    },
+    {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b\nc"}]},
+]
+PREFERENCES = [{"prompt": row["src"], "chosen": row["tgt"], "rejected": row["tgt"][::-1]} for row in ROWS]
+JUDGED = [{"prompt": row["src"], "completion": row["tgt"], "label": number % 2 == 0} for number, row in enumerate(ROWS)]
+TEXT = "the cat and the dog sat on a mat .\n\n中文 text, and more of it\n" * 8
 RUN_FLAGS = {
     "max_steps": 2,
     "save_steps": 1,
@@ -56,6 +83,7 @@ RUN_FLAGS = {
 def write_base(directory: Path) -> Path:
     model(directory)
     (directory / "train.jsonl").write_text(jsonl(ROWS))
+    (directory / "text.txt").write_text(TEXT)
     return directory
 
 
@@ -161,6 +189,19 @@ def program(format: str) -> Build:
     return build
 
 
+def renew_checksums(directory: Path) -> None:
+    """Edit the manifest of a program until it describes the files as they are; a manifest that is no JSON stays so."""
+    path = directory / "bloom.json"
+    try:
+        values = json.loads(path.read_text())
+        values["files"] = {file.name: describe_file(file) for file in sorted(directory.glob("bloom.*")) if file != path}
+        with suppress(BloomlmError):
+            values["tokenizer"] = Tokenizer.from_directory(directory).fingerprint
+        path.write_text(json.dumps({**values, "checksum": manifest_checksum(values)}))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return
+
+
 def gpt2_tokenizer(directory: Path) -> None:
     TOKENIZER.save_with_gpt2_files(directory)
     (directory / "tokenizer.json").unlink()
@@ -175,6 +216,35 @@ def tokenizer(directory: Path) -> None:
 
 def texts(name: str, text: str) -> Build:
     return lambda directory: (directory / name).write_text(text, encoding="utf-8")
+
+
+def mixture(directory: Path) -> None:
+    """Two sources, as --train_file reads them."""
+    sources = []
+    for name, weight in (("one", 0.7), ("two", 0.3)):
+        (directory / f"{name}.txt").write_text(TEXT + name)
+        sources.append({"name": name, "path": f"{name}.txt", "weight": weight, "language": "en"})
+    (directory / "mixture.yaml").write_text(yaml.safe_dump(sources, sort_keys=False))
+
+
+def windows(base: Path, directory: Path) -> TextWindows:
+    """Windows of the base's text, whose token files are in a directory."""
+    files = load_token_files(
+        "texts", file_inputs(base / "text.txt"), TOKENIZER, cache_dir=directory, show_progress=False
+    )
+    return TextWindows(files, 16)
+
+
+def token_files(directory: Path, *, is_finished: bool = True) -> None:
+    """The token files of the base's text, or those of a run that was stopped before it named them."""
+    windows(directory.parent / BASE, directory)
+    if not is_finished:
+        (found,) = directory.iterdir()
+        (found / MANIFEST_FILE).rename(found / PROGRESS_FILE)
+
+
+def chat_template(directory: Path) -> None:
+    (directory / "chat.jinja").write_text(PLAIN_TEMPLATE)
 
 
 def parquet(directory: Path) -> None:

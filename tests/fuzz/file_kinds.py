@@ -18,11 +18,17 @@ from bloomlm.checkpoint.convert import convert_model, open_model_conversion
 from bloomlm.checkpoint.formats import FileForm
 from bloomlm.cli.options import config_flags, join_values
 from bloomlm.cli.prompts import PromptFlags
+from bloomlm.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_chat_template
+from bloomlm.data.conversations import load_conversations
 from bloomlm.data.examples import load_examples
+from bloomlm.data.files import FileRows
+from bloomlm.data.preferences import AnswerPairs, ComparedSet, JudgedAnswers
+from bloomlm.data.text_sources import load_mixture, read_mixture, sources_of_path
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BloomlmError, CheckpointError, ConfigError, DataError, ProgramError
 from bloomlm.evaluation.data_sources import read_passages
 from bloomlm.evaluation.report import compare, read_report
+from bloomlm.files.yaml_text import read_yaml
 from bloomlm.parallel.mesh import ALONE
 from bloomlm.runtime import Program
 from bloomlm.serving.http.service import find_chat_template
@@ -60,6 +66,8 @@ class FileKind:
     """Share of the mutations."""
     is_slow: bool = False
     """Whether building or opening it takes seconds, so that `make test` leaves it out."""
+    repair: Callable[[Path], object] | None = None
+    """Gives damaged files the checksums that belong to them, so that what stands behind the checksums is reached."""
 
 
 def complete(directory: Path, templates: Path, out: Path) -> None:
@@ -127,6 +135,51 @@ def read_examples(name: str, directory: Path, templates: Path, out: Path) -> Non
     """Examples to train on, and prompts to predict."""
     load_examples(directory / name, builders.TOKENIZER, src_length=8, tgt_length=8, cache_dir=out, show_progress=False)
     PromptFlags(data_file=str(directory / name)).read_prompts()
+
+
+def read_conversations(directory: Path, templates: Path, out: Path) -> None:
+    """Conversations to train on."""
+    tokenizer = builders.TOKENIZER.with_chat_template(PLAIN_TEMPLATE)
+    load_conversations(directory / "rows.jsonl", tokenizer, max_length=64, cache_dir=out, show_progress=False)
+
+
+def read_comparisons(form: type[ComparedSet], directory: Path, templates: Path, out: Path) -> None:
+    """Answers that are preferred to others, or judged."""
+    options = {"src_length": 8, "tgt_length": 8, "cache_dir": out, "show_progress": False}
+    found = form.load(FileRows(directory / "rows.jsonl"), builders.TOKENIZER, **options)
+    for _ in found:
+        pass
+
+
+def read_texts(name: str, directory: Path, templates: Path, out: Path) -> None:
+    """Raw text to train on."""
+    mixture = load_mixture(sources_of_path(directory / name), builders.TOKENIZER, 16, show_progress=False)
+    for number in range(min(len(mixture), 50)):
+        mixture[number]
+
+
+def read_mixed_texts(directory: Path, templates: Path, out: Path) -> None:
+    """A mixture; it may name any directory of this machine, and whole ones are not read here."""
+    path = directory / "mixture.yaml"
+    sources = read_mixture(path)
+    if not any(entry["path"] in ("/", "~", ".", "..", "") for entry in read_yaml(path)):
+        load_mixture(sources, builders.TOKENIZER, 16, show_progress=False)
+
+
+def read_token_files(directory: Path, templates: Path, out: Path) -> None:
+    """Raw text whose token files are damaged."""
+    windows = builders.windows(templates / BASE, directory)
+    learned = sum(
+        stop - start - 1 for window in map(windows.__getitem__, range(len(windows))) for start, stop in window.learned
+    )
+    assert learned + len(windows) >= windows.num_supervised_tokens > 0
+
+
+def use_chat_template(directory: Path, templates: Path, out: Path) -> None:
+    """A template that `--chat_template` names."""
+    template = ChatTemplate(read_chat_template(str(directory / "chat.jinja")), builders.TOKENIZER.special_tokens)
+    template.render(builders.CONVERSATION, add_generation_prompt=True)
+    template.render_with_answers(builders.CONVERSATION)
 
 
 def read_cached(directory: Path, templates: Path, out: Path) -> None:
@@ -293,6 +346,59 @@ KINDS: tuple[FileKind, ...] = (
         open=lambda d, t, o: read_passages(d / "passages.jsonl"),
         raises=(DataError,),
     ),
+    *(
+        Row(
+            name=name,
+            build=builders.texts("rows.jsonl", builders.jsonl(rows)),
+            open=action,
+            raises=(DataError,),
+            weight=2,
+        )
+        for name, rows, action in (
+            ("messages", builders.MESSAGES, read_conversations),
+            ("ShareGPT", builders.SHARED, read_conversations),
+            ("preferences", builders.PREFERENCES, partial(read_comparisons, AnswerPairs)),
+            ("judged answers", builders.JUDGED, partial(read_comparisons, JudgedAnswers)),
+            ("rows of text", [{"text": row["src"]} for row in ROWS], partial(read_texts, "rows.jsonl")),
+        )
+    ),
+    Row(
+        name="raw text",
+        build=builders.texts("text.txt", builders.TEXT),
+        open=partial(read_texts, "text.txt"),
+        raises=(DataError,),
+    ),
+    Row(
+        name="mixture",
+        build=builders.mixture,
+        open=read_mixed_texts,
+        raises=(DataError,),
+        damages=("*.yaml", "*.yaml", "*.txt"),
+        weight=2,
+    ),
+    Row(
+        name="token files",
+        build=builders.token_files,
+        open=read_token_files,
+        raises=(DataError,),
+        damages=("*/*.json", "*/*"),
+        weight=2,
+    ),
+    Row(
+        name="token files, unfinished",
+        build=partial(builders.token_files, is_finished=False),
+        open=read_token_files,
+        raises=(DataError,),
+        damages=("*/*.json", "*/*"),
+    ),
+    Row(
+        name="chat template",
+        build=builders.chat_template,
+        open=use_chat_template,
+        raises=(ConfigError, DataError),
+        named_by=("chat template",),
+        weight=3,
+    ),
     Row(name="cache of examples", build=write_cache, open=read_cached, raises=()),
     Row(
         name="--config",
@@ -330,6 +436,17 @@ KINDS: tuple[FileKind, ...] = (
             open=run_program,
             raises=(ProgramError, CheckpointError),
             is_slow=True,
+        )
+        for kind in ("pt2", "onnx", "gguf")
+    ),
+    *(
+        Row(
+            name=f"program {kind}, new checksums",
+            build=builders.program(kind),
+            open=run_program,
+            raises=(ProgramError, CheckpointError),
+            is_slow=True,
+            repair=builders.renew_checksums,
         )
         for kind in ("pt2", "onnx", "gguf")
     ),

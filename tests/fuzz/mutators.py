@@ -254,6 +254,68 @@ def add_bomb(data: bytes, rng: Random) -> bytes:
 
 YAML: tuple[Bytes, ...] = (*(6 * (change_yaml,)), add_bomb, *TEXT)
 
+# --- Jinja
+
+SNIPPETS = (
+    *("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", "{{ 'x' * 10 ** 10 }}"),
+    *(
+        "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+        "{{ 'x' | center(10 ** 10) }}",
+        "{{ 10 ** (10 ** 9) }}",
+    ),
+    *(
+        "{% set n = namespace(x='xy') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ '%9999999999d' % 1 }}",
+    ),
+    *(
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ self.__init__.__globals__ }}",
+        "{% include '../secret' %}",
+    ),
+    *(
+        "{{ cycler.__init__.__globals__.os.system('touch ../" + MARKER + "') }}",
+        "{% import '/etc/passwd' as x %}",
+        "{{ lipsum(9999) }}",
+    ),
+    *(
+        "{{ messages.append(messages) }}",
+        "{% do messages.clear() %}",
+        "{{ raise_exception('x' * 100000) }}",
+        "{{ strftime_now('%Y' * 9999) }}",
+    ),
+    *(
+        "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+        "{{ messages | tojson(indent=10 ** 9) }}",
+        "{{ '{:9999999999}'.format(1) }}",
+    ),
+    *(
+        "{{ messages | map(attribute='content') | join('x' * 9999999) }}",
+        "{{ messages[0].content.replace('', 'y' * 9999999) }}",
+    ),
+    *(
+        "{{ range(100000) | list | batch(2) | map('list') | list }}",
+        "{% set x %}{% for i in range(99999) %}{{ messages }}{% endfor %}{% endset %}",
+    ),
+    *(
+        "{" * 5000,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% if a %}" * 3000,
+        "{% generation %}",
+        "{{ x.y.z }}",
+        "{{ '\ud800' }}",
+    ),
+)
+
+
+def change_template(data: bytes, rng: Random) -> bytes:
+    """Statements that take time, memory, or what a template must not have, between two others."""
+    starts = [i for i in range(len(data)) if data[i : i + 1] == b"{" and data[i - 1 : i] != b"{"]
+    at = rng.choice(starts or [0])
+    return data[:at] + rng.choice(SNIPPETS).encode("utf-8", "surrogatepass") + data[at:]
+
+
+JINJA: tuple[Bytes, ...] = (*(8 * (change_template,)), *TEXT)
+
 # --- formats with an inner structure
 
 
@@ -322,6 +384,8 @@ def mutators_of(name: str, data: bytes) -> tuple[Bytes, ...]:
         return (*(6 * (change_pickle,)), evil_pickle, *BYTES)
     if suffix in (".yaml", ".yml"):
         return YAML
+    if suffix == ".jinja":
+        return JINJA
     if suffix in (".json", ".jsonl"):
         return JSON if is_json(data) else (*(2 * (change_json_line,)), *TEXT)
     return TEXT if b"\0" not in data else BYTES

@@ -19,7 +19,9 @@ from bloomlm.checkpoint.reader import load_model, read_config
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile
 from bloomlm.checkpoint.training_state import find_damage, load_training_state, save_training_state
 from bloomlm.cli.options import config_flags, read_run_file
+from bloomlm.data.chat_template import read_chat_template
 from bloomlm.data.files import FileRows
+from bloomlm.data.text_sources import read_mixture
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import AdapterError, BloomlmError, CheckpointError, ConfigError, DataError, ProgramError
 from bloomlm.evaluation.report import read_report
@@ -322,3 +324,17 @@ def test_a_manifest_of_another_shape(tmp_path: Path, files: object, message: str
 def test_a_message_does_not_repeat_a_whole_file() -> None:
     assert len(str(CheckpointError("x" * 10**6))) < 4000
     assert str(CheckpointError("x" * 4000)) == "x" * 4000
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "~nobody/a.txt", "loop.txt"])
+def test_a_mixture_of_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "mixture.yaml").write_text(f"[{{name: a, path: {name}, weight: 1}}]")
+    with pytest.raises(DataError, match=name[:20]):
+        read_mixture(tmp_path / "mixture.yaml").sources[0].inputs()
+
+
+def test_a_device_is_no_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="it is no file"):
+        read_chat_template(str(tmp_path / "chat.jinja"))

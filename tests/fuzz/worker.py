@@ -131,6 +131,8 @@ class Runner:
         (sandbox / "secret").write_bytes(b"nobody reads this")
         try:
             mutation, names = mutate(directory, kind, rng)
+            if kind.repair is not None:
+                kind.repair(directory)
             return self._judge(kind, seed, sandbox, mutation, names)
         finally:
             self.watch.inside = None

@@ -1,7 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bloomlm.data import template_sandbox
 from bloomlm.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_chat_template
 from bloomlm.errors import ConfigError, DataError
 from tests.bloom_tokenizer import make_tokenizer
@@ -125,3 +129,74 @@ def test_read_chat_template(tmp_path: Path) -> None:
     assert read_chat_template(str(tmp_path / "chat.jinja")) == "{{ messages }}中"
     with pytest.raises(ConfigError, match=r"--chat_template .*missing cannot be read: .*or plain"):
         read_chat_template(str(tmp_path / "missing"))
+
+
+DOUBLE = "{% set ns = namespace(x='xy') %}{% for _ in range(60) %}{% set ns.x = BODY %}{% endfor %}"
+LONG = "{% set x = 'ab' * 10000000 %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ 3 * [0] * 10 ** 9 }}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{% set ns = namespace(x=7) %}{% for _ in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ 'x' | center(1000000000) }}",
+        "{{ 'x'.zfill(1000000000) }}",
+        "{{ '\\n' | indent(width=1000000000, first=true) }}",
+        "{{ [1] | tojson(indent=1000000000) }}",
+        DOUBLE.replace("BODY", "ns.x + ns.x"),
+        DOUBLE.replace("BODY", "ns.x ~ ns.x"),
+        DOUBLE.replace("BODY", "ns.x | replace('x', 'xx') | replace('y', 'yy')"),
+        DOUBLE.replace("BODY", "[ns.x, ns.x] | join"),
+        DOUBLE.replace("BODY", "ns.x.join(['', '', ''])"),
+        LONG + "{{ x.replace('a', x) }}",
+        LONG + "{{ x | replace('a', x) }}",
+        LONG + "{% for i in range(100000) %}{{ x }}{% endfor %}",
+        LONG + "{% macro m() %}{% for i in range(100000) %}{{ x }}{% endfor %}{% endmacro %}{{ m() }}",
+        LONG + "{% set y %}{% for i in range(100000) %}{{ x }}{% endfor %}{% endset %}",
+        LONG + "{% for i in range(100000) %}{% set y = x.upper() %}{% endfor %}",
+    ],
+)
+def test_a_template_cannot_take_all_memory(template: str) -> None:
+    assert refusal(template) == "it makes texts of more than 100,000,000 characters"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% for i in range(100000) %}{% set y = range(100000) | sum %}{% endfor %}",
+        "{% for i in [1] recursive %}{% if loop.depth < 60 %}{{ loop([1]) }}{{ loop([1]) }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_cannot_take_all_time(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 0.2)
+    assert refusal(template) == "it takes longer than 0 s"
+
+
+def refusal(template: str) -> str:
+    """Why a template is refused when it is read or rendered."""
+    with pytest.raises((ConfigError, DataError)) as refused:
+        ChatTemplate(template, SPECIAL).render(CONVERSATION, add_generation_prompt=True)
+    return str(refused.value.__cause__)
+
+
+def test_what_templates_do_is_as_in_jinja() -> None:
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ loop.index0 }}/{{ loop.length }}{{ ',' if loop.last }}"
+        "{{ loop.previtem.role if loop.previtem }} {{ m.content | trim | tojson }}"
+        "{% if loop.first %}{% continue %}{% endif %}{{ '-' * 3 ~ (1 + 2) }}{{ 'a%s' % 1 }}{{ '{:>3}'.format(2) }}"
+        "{{ [1, 2] | map('string') | join('+') }}{{ m.items() | list | length }}{% else %}none{% endfor %}"
+        "{% for x in [[1, [2]]] recursive %}{{ x if x is number else loop(x) }}{% endfor %}{{ 2 ** 10 }}"
+    )
+    own = ChatTemplate(template, SPECIAL).render(CONVERSATION, add_generation_prompt=False)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    assert own == environment.from_string(template).render(messages=CONVERSATION, **SPECIAL)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from bloomlm.data.corpus import Piece
 from bloomlm.data.files import FileRows
 from bloomlm.data.token_files import TextInput, TokenFiles, file_inputs, load_token_files, rows_input
 from bloomlm.data.tokenizer import Tokenizer
+from bloomlm.data.windows import TextWindows
 from bloomlm.errors import DataError
 from tests.bloom_tokenizer import make_tokenizer
 
@@ -227,13 +229,44 @@ def test_a_killed_process_leaves_what_the_next_one_continues(tmp_path: Path) -> 
         ('{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl, line 2: found the fields txt, expected 'text'"),
         ('{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl, line 3: not JSON"),
         ('{"text": null}\n', r"a\.jsonl, line 1: 'text' is null, expected text"),
-        ('{"text": ""}\n', "texts: it has no text; expected at least one document"),
+        ('{"text": ""}\n', r"a\.jsonl: it has no text; expected at least one document"),
     ],
 )
 def test_rows_without_text_are_errors(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         load(file_inputs(tmp_path / "a.jsonl"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (name, change)
+        for name in (token_files.MANIFEST_FILE, token_files.PROGRESS_FILE, "windows-16.json")
+        for change in (
+            "{",
+            "[]",
+            '{"size": {}}',
+            '{"size": 3}',
+            "SIZES: -1",
+            "SIZES: null",
+            "SIZES: 1e3",
+            "SIZES: 1" + "0" * 30,
+        )
+    ],
+)
+def test_damaged_sizes_are_an_error_that_names_the_file(tmp_path: Path, name: str, change: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    files = load(file_inputs(path), tmp_path / "cache")
+    TextWindows(files, 16)
+    if name == token_files.PROGRESS_FILE:
+        (files.directory / token_files.MANIFEST_FILE).rename(files.directory / name)
+    sizes = json.loads((files.directory / name).read_text())["size"]
+    value = change.removeprefix("SIZES: ")
+    text = json.dumps({"size": dict.fromkeys(sizes, "VALUE")}).replace('"VALUE"', value) if value != change else change
+    (files.directory / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name} is damaged: .*Remove {re.escape(str(files.directory))}"):
+        TextWindows(load(file_inputs(path), tmp_path / "cache"), 16)
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

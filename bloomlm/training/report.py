@@ -222,11 +222,14 @@ def _rewards(entry: Mapping[str, Any]) -> str:
 
 
 def evaluation_line(entry: Mapping[str, Any], max_steps: int) -> str:
-    """One line of evaluation numbers."""
+    """One line of evaluation numbers, without those of each source and language, which may be many."""
     shown = [
         f"{name.removeprefix('eval_')} {value:.4f}"
         for name, value in entry.items()
-        if name.startswith("eval_") and isinstance(value, float) and not name.endswith(("_runtime", "_per_second"))
+        if name.startswith("eval_")
+        and isinstance(value, float)
+        and "/" not in name
+        and not name.endswith(("_runtime", "_per_second"))
     ]
     return f"step {entry['step']}/{max_steps}  evaluation  " + "  ".join(shown)
 

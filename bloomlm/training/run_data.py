@@ -244,6 +244,12 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
         dev = _load(dev_source, data, tokenizer, plan.objective)
     if isinstance(train if dev is None else dev, Mixture):
         check_texts(data, plan.evaluation)
+    origin = ""
+    if holds_out and train is not None:
+        train, dev = train.hold_out(MOST_HELD_OUT)
+        if not (len(train) and len(dev)):
+            raise ConfigError(f"{data.name} has too few examples to train and evaluate; give --eval_file")
+        origin = ", the last ones, which are not trained on; --eval_file names others"
     if trains and train is not None:
         descriptions += [
             f"training: {counted(len(train), train.unit)} from {train.name}, {counted(train.num_tokens, 'tokens')}, "
@@ -251,15 +257,7 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
             *train.describe(),
         ]
     if dev is not None:
-        descriptions.append(f"evaluation: {counted(len(dev), dev.unit)} from {dev.name}")
-    if holds_out and train is not None:
-        train, dev = train.hold_out(MOST_HELD_OUT)
-        if not (len(train) and len(dev)):
-            raise ConfigError(f"{data.name} has too few examples to train and evaluate; give --eval_file")
-        descriptions.append(
-            f"evaluation: on the last {counted(len(dev), dev.unit)} of the training data, not trained on, because the "
-            "data has no evaluation split; --eval_file names others"
-        )
+        descriptions.append(f"evaluation: {counted(len(dev), dev.unit)} from {dev.name}{origin}")
     if evaluates and dev is not None:
         check_best_metric(dev, plan.evaluation)
     return RunExamples(train=train, dev=dev, descriptions=tuple(descriptions))

@@ -21,6 +21,7 @@ from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.quantized import weights_per_element
 from bloomlm.parallel.layout import own_bounds, whole_shape
 from bloomlm.parallel.mesh import Mesh
+from bloomlm.training.evaluate_text import BITS_PER_BYTE
 from bloomlm.training.meter import PROFILE_DIRECTORY
 from bloomlm.training.output_dir import RUN_FILE, changed_flags
 from bloomlm.training.report import METRICS_FILE, duration
@@ -159,7 +160,15 @@ def _train_rows(plan: RunPlan, outcome: FinetuneResult) -> dict[str, str]:
 
 
 def _eval_rows(metrics: Mapping[str, Any] | None) -> dict[str, str]:
-    return {shown: f"{metrics[name]:.4f}" for name, shown in _EVAL_NAMES.items() if metrics and name in metrics}
+    metrics = metrics or {}
+    rows = {shown: f"{metrics[name]:.4f}" for name, shown in _EVAL_NAMES.items() if name in metrics}
+    for name, value in metrics.items():
+        kind, _, group = name.partition("/")  # of a source, or of language/NAME
+        if group and kind == BITS_PER_BYTE:
+            rows[f"bits per byte, {group.replace('/', ' ')}"] = (
+                f"{value:.4f} (loss {metrics[f'eval_loss/{group}']:.4f})"
+            )
+    return rows
 
 
 def _files(plan: RunPlan, outcome: FinetuneResult) -> dict[str, Path]:

@@ -73,8 +73,13 @@ def test_a_mixture_is_learned_and_evaluated_by_source_and_language(
     found = run(tmp_path, mixture=str(mixture), do_eval=True, eval_steps=6, max_steps=30).eval_metrics
     losses = [entry["loss"] for entry in metrics_of(tmp_path) if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
-    shown = capfd.readouterr().err
+    summary, shown = capfd.readouterr()
     assert "windows from" in shown and "english: weight 3" in shown and "passes an epoch" in shown
+    (line,) = re.findall(r"step 6/30  evaluation.*", shown)
+    assert "bits_per_byte" in line and "/" not in line.removeprefix("step 6/30")
+    for group in ("english", "german", "language en", "language de"):
+        name = group.replace(" ", "/")
+        assert re.search(rf"bits per byte, {group} +{found[f'eval_bits_per_byte/{name}']:.4f} \(loss", summary)
     for source, language in (("english", "en"), ("german", "de")):
         for name in ("eval_loss", "eval_bits_per_byte"):
             assert found[f"{name}/{source}"] == found[f"{name}/language/{language}"]

@@ -142,4 +142,4 @@ def test_messages_are_learned_by_a_template_that_is_saved(
     last = json.loads((material / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss"] < 0.9 * first["loss"]
     assert "--src_length: not used, because the rows of" in caplog.text
-    assert "User: " in (material / "out" / "chat_template.jinja").read_text()
+    assert "User: " in json.loads((material / "out" / "tokenizer_config.json").read_text())["chat_template"]

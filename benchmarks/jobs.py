@@ -87,6 +87,7 @@ class Job:
 
 PEERS = ("transformers", "trl", "llama.cpp", "vllm", "openvino", "lm_eval", "naive", "datasets")
 """Beginnings of sides that are programs of others."""
+CALIBRATED = ("bloomlm int4, calibrated", "llama.cpp Q4_0, its own")
 OURS = (("bloomlm", "transformers"),)
 TRAINING = ("transformers", "peft")
 STEP, GPU = "train_step.py --tuning", "--device cuda --batch_size 16 --steps 12 --warm_up 5 --rounds 1"
@@ -262,6 +263,15 @@ JOBS = (
         "trim.py --runtimes pt2,pt2-int8,llama.cpp-Q8_0 --vocabularies 250880,46145 --rounds 2 --new_tokens 48",
     ),
     Job("trim-eager", "trim", "", "trim.py --runtimes eager,llama.cpp-F32,train --rounds 2 --new_tokens 48 --steps 2"),
+    Job(
+        "quantisation",
+        "quantisation",
+        "",
+        "quantisation.py wikitext-2.valid.tokens wikitext-2.test.tokens",
+        (CALIBRATED,),
+        ("gguf", "llama_cpp"),
+        (Bound(*CALIBRATED, "error", most=0.5),),
+    ),
     Job("load", "load", "", "load.py", OURS, TRAINING),
     Job("convert-1b7", "convert", "1b7", "convert.py --model 1b7 --rounds 3"),
     Job("convert-176b", "convert", "176b, 2 layers, 8 ranks", "convert.py --model 176b-2-layers --ranks 8"),

@@ -33,6 +33,12 @@ class ExportConfig(ModelFlags):
         "none",
         "round matrices to 8 bits (smaller and faster) or 4 bits (smallest and fastest, with larger errors)",
     )
+    calibration_file: str | None = flag(
+        "program",
+        None,
+        "texts like those that the program will read, some 65,000 tokens (.txt, .jsonl, a directory); int4 is rounded "
+        "so that the program differs least on them",
+    )
     format: str = flag(
         "program",
         "pt2",
@@ -64,6 +70,7 @@ def export(config: ExportConfig) -> None:
             format=config.format,
             dtype=dtype_of(config.dtype),
             quantization=config.quantization,
+            calibration_file=config.calibration_file,
             max_new_tokens=config.max_length,
             verify=not config.no_verify,
             on_stage=lambda stage, share: progress.update(task, description=stage, completed=share),

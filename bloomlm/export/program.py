@@ -8,10 +8,12 @@ from pathlib import Path
 
 import safetensors
 import torch
+from torch import Tensor
 
 from bloomlm.checkpoint.fingerprint import model_fingerprint
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BackendMissingError, ProgramError
+from bloomlm.export.calibration import calibration_windows
 from bloomlm.export.formats import FORMATS
 from bloomlm.export.formats.base import ExportFormat, ExportJob, OnStage
 from bloomlm.export.parity import TEXTS, Parity, compare, comparison_tokens
@@ -47,6 +49,7 @@ def export_program(
     format: str = "pt2",
     dtype: torch.dtype | None = None,
     quantization: str = "none",
+    calibration_file: str | None = None,
     max_new_tokens: int = 128,
     verify: bool = True,
     on_stage: OnStage = lambda stage, share: None,
@@ -61,14 +64,15 @@ def export_program(
         format: a key of export.formats.FORMATS.
         dtype: precision of the matrices; None: the model's, or float32 where the format does not have that.
         quantization: one of export.weights.QUANTIZATIONS that the format has.
+        calibration_file: texts by which int4 is rounded (calibration.py); None: every matrix is rounded by itself.
         max_new_tokens: default number of tokens that the program generates.
-        verify: compare the program with the model, if the library that runs it is installed, and refuse it if they
-            differ.
+        verify: compare the program with the model, if its runtime is installed, and refuse it if they differ.
         on_stage: receives the progress.
 
     Raises:
         ProgramError: the program differs from the model, or cannot be compiled or written.
         ConfigError, CheckpointError: the model cannot be stored in this format, precision or quantisation.
+        DataError: the calibration texts cannot be read, or are too short.
     """
     form = FORMATS[format]
     job = ExportJob(
@@ -80,10 +84,22 @@ def export_program(
         quantization=quantization,
         max_new_tokens=max_new_tokens,
         on_stage=on_stage,
+        calibration=_calibration(form, quantization, calibration_file, tokenizer),
     )
     with _staged(path) as directory:
         manifest = _write_program(job, form, directory)
         parity, not_compared = _compare(job, form, directory, manifest) if verify else (None, None)
+    return _result(path, manifest, parity, not_compared)
+
+
+def _calibration(form: ExportFormat, quantization: str, file: str | None, tokenizer: Tokenizer) -> Tensor | None:
+    if file is None:
+        return None
+    form.check_calibration(quantization)
+    return calibration_windows(file, tokenizer)
+
+
+def _result(path: Path, manifest: Manifest, parity: Parity | None, not_compared: str | None) -> ExportResult:
     sizes = {name: (path.parent / name).stat().st_size for name in (*manifest.files, f"{path.name}.json")}
     is_compiled = manifest.instruction_set is not None
     return ExportResult(path=path, files=sizes, is_compiled=is_compiled, parity=parity, not_compared=not_compared)

@@ -25,10 +25,17 @@ SUFFIXES = ("weight", "scale", "row_scale")
 """Last parts of the names of an encoded matrix's tensors."""
 QUANTIZATIONS = ("none", "int8", "int4")
 
+Representable = Callable[[Tensor], Tensor]
+"""From scales [n, G] to the nearest ones that can be stored, in fp32."""
+RoundRows = Callable[[Tensor, Representable], tuple[Tensor, Tensor]]
+"""From rows [n, in] in fp32 to integers from -8 to 7 in fp32, [n, G, GROUP_SIZE], and the scales [n, G] of groups."""
+
 _INT8_PARTS = 4
 """Parts of a row, each with a scale. kernels/matrix.h has the same number."""
-_LANE_COLUMNS, _GROUP_SIZE, _MOST_LANES = 32, 16, 16
-"""Sizes of int4, which kernels/matrix.h describes and has too."""
+GROUP_SIZE = 16
+"""Neighbours in a row that share a scale in int4."""
+_LANE_COLUMNS, _MOST_LANES = 32, 16
+"""Sizes of int4, which kernels/matrix.h describes and has too, as it has GROUP_SIZE."""
 _SCALE_FACTORS = (1.0, 0.775, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975, 1.05, 1.1)
 """Candidates, relative to the scale that spans a group; a smaller scale clips the largest weight and is finer for the
 others."""
@@ -111,24 +118,37 @@ class Int4:
             )
         return {
             "weight": TensorEntry((num_out, num_in // 2), torch.uint8),
-            "scale": TensorEntry((num_out, num_in // _GROUP_SIZE), torch.int8),
+            "scale": TensorEntry((num_out, num_in // GROUP_SIZE), torch.int8),
             "row_scale": TensorEntry((num_out,), torch.float32),
         }
 
     def encode(self, matrix: Tensor, name: str) -> dict[str, Tensor]:
         """Round to integers from -8 to 7, with the scale of the least squared error among a few."""
-        num_out, num_in = matrix.shape
-        shapes = self.entries(num_out, num_in)
+        return self.encode_rows(matrix, name, _nearest_rows)
+
+    def encode_rows(self, matrix: Tensor, name: str, round_rows: RoundRows) -> dict[str, Tensor]:
+        """Encode with another way of rounding.
+
+        Args:
+            matrix: [out, in].
+            name: for messages.
+            round_rows: what chooses the integers and scales of some rows.
+
+        Raises:
+            CheckpointError: the matrix holds NaN or infinity.
+        """
+        shapes = self.entries(*matrix.shape)
         parts = {key: torch.empty(entry.shape, dtype=entry.dtype) for key, entry in shapes.items()}
         for rows in row_blocks(matrix):
-            block = matrix[rows].float().unflatten(1, (-1, _GROUP_SIZE))
+            block = matrix[rows].float()
             if not torch.isfinite(block).all():
                 raise CheckpointError(f"{name} holds NaN or infinite numbers, so it cannot be rounded to int4")
-            unit = (block.abs().amax(dim=(1, 2)) / (8 * 127))[:, None]
-            numbers, scale = nearest_int4(block, partial(_multiple_in_int8, unit=unit))
+            unit = block.abs().amax(dim=1) / (8 * 127)
+            numbers, scale = round_rows(block, partial(_multiple_in_int8, unit=unit[:, None]))
             parts["weight"][rows] = _packed((numbers + 8).to(torch.uint8))
-            parts["scale"][rows] = _laned(scale / torch.where(unit == 0, 1.0, unit)).transpose(2, 3).flatten(1)
-            parts["row_scale"][rows] = unit[:, 0]
+            whole = (scale / torch.where(unit == 0, 1.0, unit)[:, None]).round()
+            parts["scale"][rows] = _laned(whole).transpose(2, 3).flatten(1)
+            parts["row_scale"][rows] = unit
         return parts
 
     def decode(self, parts: Parts) -> Tensor:
@@ -153,12 +173,12 @@ def format_of(dtype: torch.dtype) -> WeightFormat:
     return Int4() if dtype is torch.uint8 else Plain(dtype)
 
 
-def nearest_int4(block: Tensor, representable: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def nearest_int4(block: Tensor, representable: Representable) -> tuple[Tensor, Tensor]:
     """Round groups to whole numbers with a scale each.
 
     Args:
         block: [n, G, size] in fp32.
-        representable: from scales [n, G] to the nearest ones that can be stored, in fp32.
+        representable: of the scales.
 
     Returns:
         Integers from -8 to 7 in fp32, [n, G, size], and their scales [n, G].
@@ -180,6 +200,10 @@ def nearest_int4(block: Tensor, representable: Callable[[Tensor], Tensor]) -> tu
     return best_numbers, best_scale
 
 
+def _nearest_rows(rows: Tensor, representable: Representable) -> tuple[Tensor, Tensor]:
+    return nearest_int4(rows.unflatten(1, (-1, GROUP_SIZE)), representable)
+
+
 def _multiple_in_int8(scale: Tensor, unit: Tensor) -> Tensor:
     return (scale / torch.where(unit == 0, 1.0, unit)).round().clamp(-127, 127) * unit
 
@@ -190,7 +214,7 @@ def _num_lanes(num_in: int) -> int:
 
 def _laned(groups: Tensor) -> Tensor:
     """[n, G, ...] -> [n, chunk, lane, half, ...]; a lane is two groups."""
-    lanes = _num_lanes(groups.shape[1] * _GROUP_SIZE)
+    lanes = _num_lanes(groups.shape[1] * GROUP_SIZE)
     return groups.unflatten(1, (-1, lanes, 2))
 
 

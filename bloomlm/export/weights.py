@@ -7,7 +7,7 @@ one matrix in fp32 and its encoded form.
 Shapes: L blocks, H heads, K head_dim, P virtual tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,20 +55,15 @@ def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int)
 
 
 def write_weights(
-    path: Path,
-    model: BloomForCausalLM,
-    weights: WeightFormat,
-    entries: Mapping[str, TensorEntry],
-    on_parameter: Callable[[], None],
+    path: Path, model: BloomForCausalLM, entries: Mapping[str, TensorEntry], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Write the file.
 
     Args:
         path: a new file.
-        model: the model; updates of an adapter are merged, and a prefix's keys and values are stored.
-        weights: how matrices are stored.
+        model: the model, of which a prefix's keys and values are stored.
         entries: the result of weight_entries for the model.
-        on_parameter: called after each parameter of the model.
+        tensors: what named_tensors gives.
 
     Raises:
         CheckpointError: a weight cannot be stored in this format, or the file cannot be written.
@@ -80,7 +75,7 @@ def write_weights(
             virtual = virtual_tokens(model)
             if virtual is not None:
                 _write_at(file, starts[VIRTUAL], virtual)
-            for name, tensor in named_tensors(model, weights, on_parameter):
+            for name, tensor in tensors:
                 name, _, layer = name.partition("@")
                 start = starts[name] + (int(layer) * num_bytes(entries[name]) // model.config.n_layer if layer else 0)
                 _write_at(file, start, tensor.to(entries[name].dtype))
@@ -104,15 +99,25 @@ def named_tensors(
     """Every tensor of a program except virtual tokens, named NAME or NAME@BLOCK, blocks in order."""
     yield SLOPES, torch.tensor(head_slopes(model.config.n_head))
     for name, parameter in merged_parameters(model, torch.float32):
-        *_, module, kind = name.split(".")
-        layer = f"@{name.split('.')[2]}" if name.startswith("transformer.h.") else ""
         if parameter.dim() == 1:
-            yield f"{module}.{kind}{layer}", parameter
+            yield stored_name(name), parameter
         else:
             for suffix, part in weights.encode(parameter.detach(), name).items():
-                yield f"{module}.{suffix}{layer}", part
+                yield stored_name(name, suffix), part
         if on_parameter is not None:
             on_parameter()
+
+
+def layer_of(name: str) -> int | None:
+    """The block that a parameter belongs to; None outside of the blocks."""
+    return int(name.split(".")[2]) if name.startswith("transformer.h.") else None
+
+
+def stored_name(name: str, suffix: str | None = None) -> str:
+    """The name, as named_tensors gives it, of a parameter, or of one of the tensors that encode it."""
+    *_, module, kind = name.split(".")
+    layer = layer_of(name)
+    return f"{module}.{suffix or kind}" + ("" if layer is None else f"@{layer}")
 
 
 def _write_at(file: BinaryIO, start: int, tensor: Tensor) -> None:

@@ -23,6 +23,8 @@ from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import Extension
 from bloomlm.model.partition import WHOLE, Partition
 
+Virtual = tuple[Tensor, Tensor] | None
+"""Keys and values [H, P, K] of virtual tokens in one block, or None without any."""
 SHORT_TOKENS = 128
 """Documents of at most this many tokens are computed together."""
 MOST_PADDED = 1.5

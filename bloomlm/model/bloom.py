@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bloomlm.model.alibi import COLUMNS, Alibi, fused_columns, head_slopes, query_columns
-from bloomlm.model.attention import VirtualTokens, attend, virtual_with_columns, with_columns
+from bloomlm.model.attention import Virtual, VirtualTokens, attend, virtual_with_columns, with_columns
 from bloomlm.model.causal import causal_attention, takes_causal
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.decoding import BloomRows, RowAdapters
@@ -46,28 +46,29 @@ class SelfAttention(nn.Module):
         x: Tensor,
         alibi: Alibi,
         documents: Documents,
-        virtual: tuple[Tensor, Tensor] | None,
+        virtual: Virtual,
         layer: int,
         extension: Extension | None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """[N, D] -> [N, D], or [M, D] for the given rows [M]."""
+        context = self.context(x, alibi, documents, virtual, layer, extension)
+        return self.dense(context if rows is None else context[rows])
+
+    def context(
+        self, x: Tensor, alibi: Alibi, documents: Documents, virtual: Virtual, layer: int, extension: Extension | None
+    ) -> Tensor:
+        """[N, D] -> [N, D]: the weighted values of all heads, which dense takes."""
         fused = self.query_key_value(x).unflatten(-1, (-1, 3, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
         if extension is None and takes_causal(fused, dropout):
-            context = causal_attention(fused, documents.lengths, alibi.slopes, virtual)
-        else:
-            with self.dense.partition.input_randomness() if dropout else nullcontext():
-                context = self.attend(
-                    with_columns(fused, alibi.columns),
-                    documents,
-                    head_dim=self.head_dim,
-                    virtual=None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual)),
-                    layer=layer,
-                    extension=extension,
-                    dropout=dropout,
-                )
-        return self.dense(context if rows is None else context[rows])
+            return causal_attention(fused, documents.lengths, alibi.slopes, virtual)
+        with self.dense.partition.input_randomness() if dropout else nullcontext():
+            fused = with_columns(fused, alibi.columns)
+            own = None if virtual is None else virtual_with_columns(*(v.to(fused.dtype) for v in virtual))
+            return self.attend(
+                fused, documents, head_dim=self.head_dim, virtual=own, layer=layer, extension=extension, dropout=dropout
+            )
 
 
 class MLP(nn.Module):
@@ -100,7 +101,7 @@ class BloomBlock(nn.Module):
         x: Tensor,
         alibi: Alibi,
         documents: Documents,
-        virtual: tuple[Tensor, Tensor] | None = None,
+        virtual: Virtual = None,
         layer: int = 0,
         extension: Extension | None = None,
         rows: Tensor | None = None,
@@ -174,7 +175,7 @@ class BloomModel(nn.Module):
         Returns:
             [N, D] hidden states after the last layer norm, or [M, D].
         """
-        virtual: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.h)
+        virtual: Sequence[Virtual] = [None] * len(self.h)
         if self.prefix is not None and (extension is None or extension.free_rows):
             virtual = self.prefix()
         x = self.word_embeddings(tokens).to(self.dtype)

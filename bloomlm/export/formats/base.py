@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import ConfigError, ProgramError
@@ -39,6 +40,8 @@ class ExportJob:
     """Default number of tokens that the program generates."""
     on_stage: OnStage
     """Receives the progress."""
+    calibration: Tensor | None = None
+    """[W, T] windows of tokens by which int4 is calibrated (calibration.py); None: without."""
 
     @property
     def prefix(self) -> str:
@@ -69,6 +72,8 @@ class ExportFormat:
     """The ones of QUANTIZATIONS that it has."""
     has_virtual_tokens: bool = True
     """Whether it has a place for a prefix adapter."""
+    calibrates: bool = False
+    """Whether its int4 can be calibrated."""
     float32_limits: str = "float32"
     """The key in parity.LIMITS for programs in float32."""
 
@@ -94,3 +99,16 @@ class ExportFormat:
             )
         wanted = dtype or model.transformer.dtype
         return wanted if wanted in self.dtypes else torch.float32
+
+    def check_calibration(self, quantization: str) -> None:
+        """Raise ConfigError if a program in this quantisation cannot be calibrated."""
+        if quantization != "int4":
+            raise ConfigError(
+                f"--calibration_file has no effect with --quantization {quantization}: it chooses how int4 rounds; add "
+                "--quantization int4, or leave it out"
+            )
+        if not self.calibrates:
+            raise ConfigError(
+                f"--calibration_file cannot be used with --format {self.name}, whose int4 is rounded without texts; "
+                "choose --format pt2, or leave it out"
+            )

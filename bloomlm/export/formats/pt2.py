@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bloomlm.export.attention import slot_attention
+from bloomlm.export.calibration import calibrated_tensors
 from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import DecodeStep, Prefill, library_product
 from bloomlm.export.operators import attend_of, compiler_options, product_of
 from bloomlm.export.weight_formats import WeightFormat, weight_format
-from bloomlm.export.weights import weight_entries, write_weights
+from bloomlm.export.weights import named_tensors, weight_entries, write_weights
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime.formats import pt2
 from bloomlm.runtime.manifest import VIRTUAL
@@ -36,7 +37,11 @@ def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
     weights = weight_format(job.quantization, job.dtype)
     entries = weight_entries(job.model.config, weights, job.model.transformer.num_virtual_tokens)
     path = directory / pt2.weights_file(job.prefix)
-    write_weights(path, job.model, weights, entries, on_parameter=job.count_parameters())
+    if job.calibration is None:
+        stored = named_tensors(job.model, weights, job.count_parameters())
+    else:
+        stored = calibrated_tensors(job.model, job.calibration, partial(job.on_stage, "calibrating"))
+    write_weights(path, job.model, entries, stored)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in entries if name != VIRTUAL}
     job.on_stage("tracing", 0.0)
@@ -55,7 +60,7 @@ def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
     return {"weights": described, "instruction_set": level}
 
 
-PT2 = ExportFormat(name="pt2", write=_write)
+PT2 = ExportFormat(name="pt2", write=_write, calibrates=True)
 
 
 def trace_all(

@@ -27,7 +27,7 @@ import numpy as np
 import peers
 from common import alternate, machine, median, peak_memory_bytes, random_model, record, run_side
 
-OURS = ("eager", "pt2", "pt2-int8", "pt2-int4")
+OURS = ("eager", "eager-bf16", "pt2", "pt2-bf16", "pt2-int8", "pt2-int4")
 SIDES = (
     "transformers,llama.cpp-F32,llama.cpp-Q8_0,llama.cpp-Q4_0,ctranslate2-float32,ctranslate2-int8,"
     "onnxruntime,openvino-fp32,openvino-int8,eager,pt2,pt2-int8"
@@ -37,7 +37,7 @@ LONG_TOKENS = 512
 FORCED_TOKENS = 8
 RATES = ("decode_1", "decode_8", "prefill_512")
 KEYS = (*RATES, "bandwidth", "error", "peak_memory_gb", "first_token_seconds", "read_gb_per_second")
-BYTES_PER_WEIGHT = {"int8": 1.0, "Q8_0": 34 / 32, "int4": 18 / 32, "Q4_0": 18 / 32}
+BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "Q8_0": 34 / 32, "int4": 18 / 32, "Q4_0": 18 / 32}
 """Of matrices, scales of groups included; 4 where nothing is said."""
 
 
@@ -79,7 +79,7 @@ class Stepping:
 
         batch, logits = self._model.prefill([prompt], len(forced))
         rows = [logits, *(batch.decode_step(torch.tensor([token])) for token in forced)]
-        return np.concatenate([torch.as_tensor(row).numpy() for row in rows])
+        return np.concatenate([torch.as_tensor(row).float().numpy() for row in rows])
 
 
 def model_directory(args: argparse.Namespace) -> Path:
@@ -113,9 +113,11 @@ def program(args: argparse.Namespace) -> Path:
     """A program of the random model, exported on first use."""
     kind, _, variant = args.side.partition("-")
     form = {"llama.cpp": "gguf", "onnxruntime": "onnx"}.get(kind, kind)
-    quantization = {"Q8_0": "int8", "Q4_0": "int4", "F32": "none"}.get(variant, variant or "none")
-    path = made(args) / f"{form}-{quantization}"
+    precision = {"Q8_0": "int8", "Q4_0": "int4", "F32": "none"}.get(variant, variant or "none")
+    path = made(args) / f"{form}-{precision}"
     if not path.with_name(f"{path.name}.json").exists():
+        import torch
+
         from bloomlm.checkpoint.reader import load_model
         from bloomlm.checkpoint.source import resolve_source
         from bloomlm.data.tokenizer import Tokenizer
@@ -123,8 +125,17 @@ def program(args: argparse.Namespace) -> Path:
 
         tokenizer = Tokenizer.from_directory(resolve_source("builtin:tiny").directory)
         model = load_model(str(model_directory(args)))
-        # its error is measured here
-        export_program(model, tokenizer, path, source=args.size, format=form, quantization=quantization, verify=False)
+        in_bf16 = precision == "bf16"
+        export_program(
+            model,
+            tokenizer,
+            path,
+            source=args.size,
+            format=form,
+            quantization="none" if in_bf16 else precision,
+            dtype=torch.bfloat16 if in_bf16 else None,
+            verify=False,  # its error is measured here
+        )
     return path
 
 
@@ -160,13 +171,16 @@ class Ours:
 
 def our_model(args: argparse.Namespace) -> Any:
     """A model of bloomlm, or a program of one."""
+    import torch
+
     from bloomlm.allocator import keep_freed_memory
 
     keep_freed_memory()  # as every command does
-    if args.side == "eager":
+    kind, _, precision = args.side.partition("-")
+    if kind == "eager":
         from bloomlm.checkpoint.reader import load_model
 
-        return load_model(str(model_directory(args)))
+        return load_model(str(model_directory(args)), dtype=torch.bfloat16 if precision else None)
     from bloomlm.runtime import Program
 
     return Program(program(args)).model

@@ -95,6 +95,7 @@ BF16 = "--sides bloomlm bloomlm-O1 bloomlm-O2 transformers-O1"
 O1 = (("bloomlm-O1", "transformers-O1"),)
 GENERATE, SERVE = "generate.py --new_tokens 32 --rounds 2 --sides", "serve.py --rounds 1 --parts"
 F32, INT8, INT4 = ("pt2", "llama.cpp-F32"), ("pt2-int8", "llama.cpp-Q8_0"), ("pt2-int4", "llama.cpp-Q4_0")
+BF16, EAGER_BF16 = ("pt2-bf16", "pt2"), ("eager-bf16", "eager")
 OPENVINO, OPENVINO_INT8, EAGER = ("pt2", "openvino-fp32"), ("pt2-int8", "openvino-int8"), ("eager", "pt2")
 
 
@@ -200,6 +201,14 @@ JOBS = (
         f"{GENERATE} pt2,eager,llama.cpp-F32,openvino-fp32",
         (F32, OPENVINO, EAGER),
         bounds=(*faster(F32, 1.0), *faster(EAGER, 0.95, 0.95)),
+    ),
+    Job(
+        "generate-bf16",
+        "generate",
+        "",
+        f"{GENERATE} pt2-bf16,pt2,eager-bf16,eager",
+        (BF16, EAGER_BF16),
+        bounds=(*faster(BF16, 1.7, 1.7, 1.7), *faster(EAGER_BF16, 1.7, 1.7, 1.7)),
     ),
     Job(
         "generate-ours",

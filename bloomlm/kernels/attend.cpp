@@ -132,11 +132,9 @@ extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTens
                                                 AtenTensorHandle* result) {
   using namespace bloomlm;
   const bloomlm::Floats q(query);
-  *result = new_floats(q.sizes[0], q.sizes[1] * q.sizes[2]);
+  *result = new_tensor(q.sizes[0], q.sizes[1] * q.sizes[2], aoti_torch_dtype_float32());
   float* results = data_of<float>(*result);
-  int32_t dtype = 0;
-  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(keys, &dtype));
-  if (dtype == aoti_torch_dtype_float32())
+  if (dtype_of(keys) == aoti_torch_dtype_float32())
     attend_all(attention_over<float>(query, keys, values, slopes, rows, slots, results));
   else attend_all(attention_over<Bfloat16>(query, keys, values, slopes, rows, slots, results));
   return AOTI_TORCH_SUCCESS;

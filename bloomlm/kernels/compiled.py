@@ -38,7 +38,10 @@ class Operators:
     """The operators, for contiguous tensors on the CPU, outside autograd."""
 
     product: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
-    """x W^T + b, or with True its GELU: fp32 [N, in], [out, in] in fp32, fp16 or bf16, fp32 [out] -> fp32 [N, out]."""
+    """x W^T + b, or with True its GELU -> [N, out] in x's dtype.
+
+    It takes x [N, in] in fp32 or bf16, a weight [out, in] in fp32, fp16 or bf16, and a bias [out] in fp32 or bf16.
+    """
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """Attention of new tokens over the slots of their rows up to their own -> fp32 [B, H * K].
 

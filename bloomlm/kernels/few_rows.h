@@ -17,7 +17,8 @@ constexpr int64_t kFarBytes = 16 << 10;
 
 // Whether rows fill the vectors of every level.
 inline bool fills_vectors(const Matrix& matrix) {
-  const int64_t columns = matrix.format == Matrix::kInt4 ? kChunk : matrix.format == Matrix::kInt8 ? 32 * kInt8Parts : 16;
+  constexpr int64_t kColumns[] = {16, 16, 32, 32 * kInt8Parts, kChunk};
+  const int64_t columns = kColumns[matrix.format];
   return matrix.ins % columns == 0;
 }
 
@@ -37,7 +38,8 @@ struct Kernels {
 
 inline Kernels kernels_of_level() {
   if (kLevel == kScalar) return KERNELS(scalar);
-  if (kLevel >= kAvx512) return KERNELS(avx512);
+  if (kLevel == kAvx512Bf16) return KERNELS(avx512_bf16);
+  if (kLevel == kAvx512) return KERNELS(avx512);
   if (kLevel == kAvxVnni) return KERNELS(avxvnni);
   return KERNELS(avx2);
 }
@@ -64,32 +66,35 @@ struct Finish {
   bool is_gelu;
 };
 
+inline Activations activations_for(const Matrix& matrix) {
+  switch (matrix.format) {
+    case Matrix::kInt8: return kShorts;
+    case Matrix::kInt4: return kBytes;
+    case Matrix::kBfloat16: return kLevel == kAvx512Bf16 && fills_vectors(matrix) ? kBfloat16s : kFloats;
+    default: return kFloats;
+  }
+}
+
 inline void few_rows(const float* x, const Matrix& matrix, int64_t rows, const Finish& end, float* results) {
+  constexpr int64_t kBytesOf[] = {4, 2, 2, 1};
   const int64_t ins = matrix.ins, lanes = ins / kLaneColumns;
-  const bool is_int8 = matrix.format == Matrix::kInt8, is_int4 = matrix.format == Matrix::kInt4;
-  const bool is_whole = is_int8 || is_int4;
+  const Activations activations = activations_for(matrix);
   // rows whose distance is a power of two would share few places of the first cache
-  const int64_t stride = ins + 64;
-  Room<float> floats(is_whole ? 0 : rows * stride), scales(is_int8 ? rows * kInt8Parts : is_int4 ? rows * lanes : 0);
-  Room<int16_t> shorts(is_whole ? rows * stride : 0);
-  Room<int32_t> offsets(is_int4 ? rows * 2 * lanes : 0);
-  auto* bytes = reinterpret_cast<int8_t*>(shorts.data());
-  const Operands p{matrix, rows, stride, is_whole ? shorts.data() : static_cast<const void*>(floats.data()), scales.data(),
-                   offsets.data(), results};
+  const int64_t stride = ins + 64, row_size = stride * kBytesOf[activations];
+  const int64_t num_scales = activations == kShorts ? kInt8Parts : activations == kBytes ? lanes : 0;
+  const int64_t num_offsets = activations == kBytes ? 2 * lanes : 0;
+  Room<char> numbers(rows * row_size);
+  Room<float> scales(rows * num_scales);
+  Room<int32_t> offsets(rows * num_offsets);
+  const Operands p{matrix, rows, stride, numbers.data(), scales.data(), offsets.data(), results};
   const Kernels kernels = kernels_for(matrix);
   const int64_t unit = 4 * std::max<int64_t>(1, kFarBytes / row_bytes(matrix));
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      if (is_int8)
-        kernels.round_row(x + row * ins, matrix,
-                          {shorts.data() + row * stride, scales.data() + row * kInt8Parts, nullptr});
-      else if (is_int4)
-        kernels.round_row(x + row * ins, matrix,
-                          {bytes + row * stride, scales.data() + row * lanes, offsets.data() + row * 2 * lanes});
-      else std::copy_n(x + row * ins, ins, floats.data() + row * stride);
-    }
+    for (int64_t row = 0; row < rows; ++row)
+      kernels.round_row(x + row * ins, matrix,
+                        {numbers.data() + row * row_size, scales.data() + row * num_scales, offsets.data() + row * num_offsets});
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < matrix.outs; start += unit) {
       const int64_t count = std::min(unit, matrix.outs - start);

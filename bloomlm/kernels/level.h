@@ -14,7 +14,7 @@ enum Level {
   kAvx2,        // 8 floats in an instruction, or 16 products of 16 bits
   kAvxVnni,     // sums of products of 8 and 16 bits in one instruction
   kAvx512,      // the same with vectors of twice the length
-  kAvx512Bf16,  // products of bfloat16, which the library uses
+  kAvx512Bf16,  // products of bfloat16
   kLevels
 };
 constexpr const char* kLevelNames[kLevels] = {"scalar", "avx2", "avxvnni", "avx512", "avx512_bf16"};

@@ -13,12 +13,16 @@
 
 namespace bloomlm {
 
+// How a kernel takes activations: as they are, or rounded to bfloat16, to 16-bit numbers (for int8), or to bytes in the order
+// (chunk, half, step, lane, j) (for int4).
+enum Activations { kFloats, kBfloat16s, kShorts, kBytes };
+
 // A product of `rows` activations with a matrix.
 struct Operands {
   Matrix matrix;
   int64_t rows;
   int64_t x_stride;         // elements from one row of x to the next
-  const void* x;            // [N, ins]: floats; for int8 16-bit numbers; for int4 bytes in the order (chunk, half, step, lane, j)
+  const void* x;            // [N, ins]: see Activations
   const float* x_scale;     // of int8 [N, kInt8Parts]; of int4 [N, lanes]
   const int32_t* x_offset;  // of int4, [N, chunk, half, lane]: -8 times the sum of the half's activations
   float* results;           // [N, outs]
@@ -41,7 +45,7 @@ struct RoundedRow {
 // The factor that brings the largest magnitude to `most`.
 INLINE float factor_to(float most, float largest) { return largest > 0.0f ? most / largest : 0.0f; }
 
-// Rounds a row for a matrix of whole numbers. largest(x, count) is the largest magnitude, or NaN or infinite if one of the
+// Copies a row, or rounds it for a matrix of whole numbers. largest(x, count) is the largest magnitude, or NaN or infinite if one of the
 // numbers is, and so are then the scale and the results; round(x, count, factor, numbers) gives 16-bit numbers.
 template <class Largest, class Round>
 INLINE void round_row(const float* x, const Matrix& matrix, const RoundedRow& row, Largest largest, Round round) {
@@ -52,6 +56,10 @@ INLINE void round_row(const float* x, const Matrix& matrix, const RoundedRow& ro
       row.scales[part] = most / 32767.0f;
       round(x, columns, factor_to(32767.0f, most), static_cast<int16_t*>(row.numbers) + part * columns);
     }
+    return;
+  }
+  if (matrix.format != Matrix::kInt4) {
+    std::memcpy(row.numbers, x, matrix.ins * sizeof(float));
     return;
   }
   const int64_t lanes = lanes_of(matrix.ins);

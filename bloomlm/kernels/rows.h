@@ -32,6 +32,29 @@ struct Dense {
   }
 };
 
+#ifdef BFLOAT16
+struct Pairs {
+  template <int R, int O>
+  INLINE static void add(const Operands& p, const int64_t (&rows)[R], const int64_t (&outs)[O], Sums<R, O>& sums) {
+    const Bfloat16 *x[R], *w[O];
+    for (int r = 0; r < R; ++r) x[r] = static_cast<const Bfloat16*>(p.x) + rows[r] * p.x_stride;
+    for (int o = 0; o < O; ++o) w[o] = static_cast<const Bfloat16*>(p.matrix.data) + outs[o] * p.matrix.ins;
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < p.matrix.ins; i += 2 * kLanes) {
+      Ints numbers[O];
+      for (int o = 0; o < O; ++o) {
+        numbers[o] = load_ints(w[o] + i);
+        prefetch(reinterpret_cast<const char*>(w[o] + i) + kAheadBytes / O);
+      }
+      for (int r = 0; r < R; ++r) {
+        const Ints activations = load_ints(x[r] + i);
+        for (int o = 0; o < O; ++o) sums[r][o] = add_products(sums[r][o], activations, numbers[o]);
+      }
+    }
+  }
+};
+#endif
+
 struct EightBits {
   static constexpr int64_t kColumns = 2 * kLanes * kInt8Parts;
   static constexpr int64_t kSegment = 4096;  // whole numbers of so many columns cannot exceed 32 bits
@@ -149,7 +172,11 @@ void few_rows(const Operands& p, int64_t start, int64_t spread) {
   switch (p.matrix.format) {
     case Matrix::kFloat32: return group<Dense<float>>(p, start, spread);
     case Matrix::kFloat16: return group<Dense<Float16>>(p, start, spread);
+#ifdef BFLOAT16
+    case Matrix::kBfloat16: return group<Pairs>(p, start, spread);
+#else
     case Matrix::kBfloat16: return group<Dense<Bfloat16>>(p, start, spread);
+#endif
     case Matrix::kInt8: return group<EightBits>(p, start, spread);
     case Matrix::kInt4: return group<FourBits>(p, start, spread);
   }
@@ -169,6 +196,9 @@ INLINE void round_numbers(const float* x, int64_t count, float inverse, int16_t*
 }
 
 void round_row(const float* x, const Matrix& matrix, const RoundedRow& row) {
+#ifdef BFLOAT16
+  if (matrix.format == Matrix::kBfloat16) return to_bfloat16(x, matrix.ins, static_cast<Bfloat16*>(row.numbers));
+#endif
   bloomlm::round_row(x, matrix, row, largest_of, round_numbers);
 }
 

@@ -9,6 +9,7 @@ _LEVELS = {
     "avx2": ("avx2,fma,f16c", "vectors_256.h"),
     "avxvnni": ("avx2,fma,f16c,avxvnni", "vectors_256.h"),
     "avx512": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", "vectors_512.h"),
+    "avx512_bf16": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16", "vectors_512.h"),
 }
 """Namespace of the code for a level of instructions -> the instructions, as GCC names them, and their vectors."""
 _OF_EACH_LEVEL = ("finish_rows.h", "rows.h", "attend_rows.h", "causal_rows.h")
@@ -30,11 +31,11 @@ def _assembled(after: Sequence[str]) -> str:
     """All files, with the code of each level of instructions in turn, and then some."""
     levels = []
     for name, (instructions, vectors) in _LEVELS.items():
-        uses_vnni = "vnni" in instructions
         levels += [
             "#pragma GCC push_options",
             f'#pragma GCC target("{instructions}")',
-            "#define VNNI" if uses_vnni else "#undef VNNI",
+            "#define VNNI" if "vnni" in instructions else "#undef VNNI",
+            "#define BFLOAT16" if "bf16" in instructions else "#undef BFLOAT16",
             f"namespace bloomlm::{name} {{",
             *_lines(vectors, *_OF_EACH_LEVEL),
             "}",

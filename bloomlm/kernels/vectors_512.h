@@ -81,6 +81,13 @@ INLINE Ints high_halves(Ints v) { return low_halves(_mm512_srli_epi16(v, 4)); }
 // sum + the products of two 16-bit numbers in each 32 bits.
 INLINE Ints add_products(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
+#ifdef BFLOAT16
+// sum + the products of two numbers in bfloat16 in each 32 bits.
+INLINE Floats add_products(Floats sum, Ints a, Ints b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#endif
+
 // sum + the products of four vectors of four numbers from 0 to 15 with numbers of 8 bits, 64 bytes apart.
 INLINE Ints add_products(Ints sum, const Ints (&a)[4], const int8_t* b) {
   for (int step = 0; step < 4; ++step) sum = _mm512_dpbusd_epi32(sum, a[step], load_ints(b + 64 * step));

@@ -5,9 +5,9 @@ Both compute the same sums in fp32. MKL reads a weight at a fraction of the memo
 has the measurements. The operator is the one that torch.compile emits; it takes plain tensors of any strides, so
 nothing is packed or copied. Where it does not exist or does not apply, F.linear is called.
 
-Without gradients, a few rows (a decoding step) go to our own operator instead, where this process has loaded it: it
-reads a weight once, at the memory's speed. Quantised weights keep to the library, because the operator would round
-their inputs to 16 bits.
+Without gradients, products go to our own operator instead, where this process has loaded it: few rows (a decoding step)
+read a weight once, at the memory's speed, and many rows add bias and GELU while results are in the processor's cache.
+Quantised weights keep to the library, because the operator would round their inputs to 16 bits.
 
 Shapes: N rows.
 """
@@ -34,11 +34,9 @@ _ONEDNN_DTYPES = (
     else (torch.float32,)
 )
 
-_MOST_ROWS = 16
-"""The most rows for which our operator is faster than oneDNN."""
 _COLUMNS = 16
 """Rows of a weight must be a multiple of so many columns, or our operator would compute one number at a time."""
-_FEW_ROWS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPERATOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -65,8 +63,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     """
     if scale is not None:
         return _quantized_linear(x, weight, scale, bias)
-    if _takes_few_rows(x, weight):
-        return _few_rows(x, weight, bias)
+    if _takes_operator(x, weight):
+        return _by_operator(x, weight, bias)
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     x = x.to(autocast_dtype(x.device.type) or x.dtype)
@@ -95,20 +93,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool
     return result
 
 
-def _takes_few_rows(x: Tensor, weight: Tensor) -> bool:
+def _takes_operator(x: Tensor, weight: Tensor) -> bool:
     # is_compiling comes first: a graph that has looked at the number of rows would be compiled again for other numbers
     return (
         not torch.compiler.is_compiling()
         and operators() is not None
         and x.dim() == 2
-        and len(x) <= _MOST_ROWS
         and not torch.is_grad_enabled()
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
-        and x.dtype in _FEW_ROWS_DTYPES
-        and weight.dtype in (_FEW_ROWS_DTYPES if x.dtype is torch.float32 else (x.dtype,))
+        and x.dtype in _OPERATOR_DTYPES
+        and weight.dtype in (_OPERATOR_DTYPES if x.dtype is torch.float32 else (x.dtype,))
         and weight.shape[1] % _COLUMNS == 0
         and x.numel() > 0
         and weight.is_contiguous()
@@ -116,11 +113,13 @@ def _takes_few_rows(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear for [N, in] by our operator, which computes in fp32."""
+def _by_operator(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """`product` for [N, in] by our operator."""
     loaded = operators()
     assert loaded is not None
-    out = loaded.product(x.float().contiguous(), weight, None if bias is None else bias.float(), False)
+    if x.dtype is not torch.float16:
+        return loaded.product(x.contiguous(), weight, bias, gelu)
+    out = loaded.product(x.float().contiguous(), weight, None if bias is None else bias.float(), gelu)
     return out.to(x.dtype)
 
 
@@ -267,8 +266,9 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh form) of the layer's result, in one pass where possible."""
         x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        is_plain = not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2
-        is_fused = not torch.is_grad_enabled() and uses_onednn(x, self.weight) and not _takes_few_rows(x, self.weight)
-        if is_plain and is_fused:
-            return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
+        if not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2:
+            if _takes_operator(x, self.weight):
+                return _by_operator(self.partition.enter(x), self.weight, self.bias, gelu=True)
+            if not torch.is_grad_enabled() and uses_onednn(x, self.weight):
+                return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

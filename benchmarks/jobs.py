@@ -239,7 +239,7 @@ JOBS = (
         "serve-vllm",
         "serve",
         "2 blocks",
-        "serve.py --rounds 2 --parts rates --layers 2 --sides pt2,vllm",
+        f"{SERVE} rates --layers 2 --sides pt2,vllm",
         (("pt2", "vllm"),),
     ),
     Job(

@@ -105,7 +105,8 @@ def _takes_operator(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype in _OPERATOR_DTYPES
-        and weight.dtype in (_OPERATOR_DTYPES if x.dtype is torch.float32 else (x.dtype,))
+        # it would round an fp32 input to a weight's bf16
+        and (weight.dtype is x.dtype or (x.dtype is torch.float32 and weight.dtype is torch.float16))
         and weight.shape[1] % _COLUMNS == 0
         and x.numel() > 0
         and weight.is_contiguous()

@@ -32,7 +32,7 @@ def test_values_and_gradients_equal_those_of_float64(shape: tuple[int, ...], has
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
 def test_a_weight_in_16_bits_multiplies_fp32_in_fp32(rows: int) -> None:
-    """By our operator, where this process has loaded it, and by oneDNN."""
+    """Our operator would round the input, so these go to oneDNN."""
     load_operators()
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, 32, generator=generator), torch.randn(80, 32, generator=generator).bfloat16()

@@ -148,6 +148,14 @@ JOBS = (
         (Bound(*OURS[0], "peak_memory_gb", most=0.6), Bound("bloomlm", None, "of_peak", least=0.7)),
     ),
     Job(
+        "train_step-full-clipped",
+        "train_step",
+        "full, clipped",
+        f"{STEP} full --max_grad_norm 1 --steps 3 --rounds 1",
+        OURS,
+        TRAINING,
+    ),
+    Job(
         "train_step-lora",
         "train_step",
         "LoRA r 8",

@@ -1,6 +1,7 @@
 """Training steps on a random model of bloom-560m's shape: bloomlm beside transformers (+ PEFT), same examples.
 
     python benchmarks/train_step.py --tuning full
+    python benchmarks/train_step.py --tuning full --max_grad_norm 1
     python benchmarks/train_step.py --tuning lora
     python benchmarks/train_step.py --tuning prefix
     python benchmarks/train_step.py --tuning lora --base_quantization nf4
@@ -53,13 +54,14 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     from bloomlm.adapters.prefix import PrefixConfig
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
+    from bloomlm.data.example import Example
+    from bloomlm.data.loader import BatchLoader
     from bloomlm.kernels.compiled import load_operators
-    from bloomlm.model.documents import Documents
     from bloomlm.model.quantized import QUANTIZATIONS
-    from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
-    from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
-    from bloomlm.training.meter import StepFlops
-    from bloomlm.training.precision import LearnedParameters
+    from bloomlm.training.meter import BatchMeter, StepFlops
+    from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
+    from bloomlm.training.precision import Precision
+    from bloomlm.training.step import StepConfig, Trainer
 
     keep_freed_memory()  # as every command does
     load_operators()  # as fine-tuning does
@@ -68,6 +70,7 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         str(random_model(args.size)),
         dtype=torch.bfloat16 if args.half_weights else torch.float32,
         device=args.device,
+        memory_map=False,
         quantization=quantization,
         # as in fine-tuning
         linear_dtype=torch.bfloat16 if args.bf16 and args.tuning != "full" and args.device == "cpu" else None,
@@ -81,40 +84,23 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     if args.tuning == "prefix":
         with torch.no_grad():
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
-    model.train()
-    learned = LearnedParameters(model.named_parameters())
-    model.transformer.word_embeddings.choose_gradient(in_place=not learned.masters)  # as in Trainer
-    flops = StepFlops(model)
-    optimizer = torch.optim.AdamW(learned.optimized.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    memory: list[torch.Tensor] = []
-    for batch in batches:
-        tokens = torch.from_numpy(np.concatenate([example for example, _ in batch]))
-        labels = torch.full_like(tokens, IGNORE_INDEX)
-        start = 0
-        for example, num_source in batch:
-            stop = start + len(example)
-            labels[start + num_source - 1 : stop - 1] = tokens[start + num_source : stop]
-            start = stop
-        tokens, labels = tokens.to(args.device), labels.to(args.device)
-        supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        embedding = model.transformer.word_embeddings
-        scale = 1 / len(supervised)
-        with autocast(args):
-            hidden = model.transformer(tokens, Documents.packed([len(example) for example, _ in batch]))
-            loss = linear_cross_entropy(
-                hidden[supervised],
-                embedding.weight,
-                labels[supervised],
-                weight_scale=embedding.weight_scale,
-                scale=scale,
-                gradient_memory=memory,
-            )
-        loss.backward()
-        optimizer.step()
-        learned.copy_to_model()
-        memory = [] if embedding.weight.grad is None else [embedding.weight.grad]  # as in Trainer
-        optimizer.zero_grad()
-        yield loss.item(), flops.of([len(example) for example, _ in batch], len(supervised))
+    examples = [Example.pair(tokens.astype(np.int32), num_source) for batch in batches for tokens, num_source in batch]
+    loader = BatchMeter(BatchLoader(examples, args.batch_size, shuffle=False, seed=0), StepFlops(model))
+    is_half = args.bf16 or args.half_weights
+    trainer = Trainer(
+        model,
+        loader,
+        optimizer=AdamWConfig(),
+        schedule=ScheduleConfig(learning_rate=LEARNING_RATE, lr_scheduler_type="constant").over(len(batches)),
+        precision=Precision(compute_dtype=torch.bfloat16 if is_half else torch.float32, half_weights=args.half_weights),
+        config=StepConfig(
+            max_grad_norm=args.max_grad_norm, fuses_update=args.tuning == "full" and args.max_grad_norm == 0
+        ),
+    )
+    for _ in batches:
+        before = loader.num_flops
+        loss = trainer.run_step().loss
+        yield loss, loader.num_flops - before
 
 
 def prefix_values(config):
@@ -173,6 +159,8 @@ def transformers_steps(args: argparse.Namespace, batches: list):
         with autocast(args):
             loss = model(**{name: tensor.to(args.device) for name, tensor in inputs.items()}).loss
         loss.backward()
+        if args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item(), 0
@@ -253,6 +241,7 @@ def main() -> None:
         "--warm_up", type=int, default=1, help="steps before the timed ones; on a GPU the first compile"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--max_grad_norm", type=float, default=0.0, help="clip gradients; 0: do not")
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -270,7 +259,7 @@ def main() -> None:
         return
     arguments = ["--tuning", args.tuning, "--size", args.size, "--steps", str(args.steps)]
     arguments += ["--batch_size", str(args.batch_size), "--warm_up", str(args.warm_up), "--device", args.device]
-    arguments += ["--base_quantization", args.base_quantization]
+    arguments += ["--base_quantization", args.base_quantization, "--max_grad_norm", str(args.max_grad_norm)]
     results = alternate(__file__, args.sides, args.rounds, arguments)
     base = "" if args.base_quantization == "none" else f" on {args.base_quantization}"
     print(f"{args.tuning} fine-tuning{base}, bloom-{args.size} shape; {machine(args.device)}")

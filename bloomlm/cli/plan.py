@@ -68,6 +68,7 @@ class PlanConfig(Flags):
     per_device_train_batch_size: int = same_flag(TrainingConfig, "per_device_train_batch_size")
     gradient_accumulation_steps: int = same_flag(TrainingConfig, "gradient_accumulation_steps")
     label_smoothing: float = same_flag(TrainingConfig, "label_smoothing")
+    max_grad_norm: float = same_flag(TrainingConfig, "max_grad_norm")
     preference: Literal["dpo", "orpo", "kto"] | None = same_flag(TrainingConfig, "preference")
 
     device: Literal["auto", "gpu", "cuda", "cpu"] = same_flag(
@@ -135,7 +136,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     length = config.src_length + config.tgt_length
 
     objective = objective_plan(training)
-    load_of = partial(workload, training, objective, precision.compute_dtype)
+    load_of = partial(workload, training, objective, precision.compute_dtype, degrees.world_size)
     load = load_of(config.per_device_train_batch_size)
     traffic = step_traffic(model, degrees, load, label_smoothing=config.label_smoothing > 0)
     links = Links(

@@ -21,6 +21,7 @@ from bloomlm.training.config import TrainingConfig
 from bloomlm.training.meter import StepFlops
 from bloomlm.training.objectives.base import Objective
 from bloomlm.training.reference import BATCH_TOKENS
+from bloomlm.training.sections import fuses_update
 
 _ANSWERS = 2
 """The reference scores an answer and another one of each example."""
@@ -53,10 +54,15 @@ def meta_model(
 
 
 def workload(
-    training: TrainingConfig, objective: Objective[Any], compute_dtype: torch.dtype, batch_size: int
+    training: TrainingConfig,
+    objective: Objective[Any],
+    compute_dtype: torch.dtype,
+    num_processes: int,
+    batch_size: int,
 ) -> Workload:
     """A training step with microbatches of batch_size examples, all of them as long as the flags allow."""
     num_documents = batch_size * objective.documents_per_example
+    fuses = fuses_update(training, num_processes)
     num_prompt_labels = batch_size * objective.learned_prompts * (training.src_length - 1)
     return Workload(
         num_documents=num_documents,
@@ -68,6 +74,8 @@ def workload(
         accumulation=training.gradient_accumulation_steps,
         uses_operator=training.device == "cpu",
         reshards=training.sharding == "stage3",
+        fuses_update=fuses,
+        factors_head=fuses and training.preference is None,
     )
 
 

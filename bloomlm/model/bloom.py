@@ -23,6 +23,7 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.decoding import BloomRows, RowAdapters
 from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
+from bloomlm.model.gelu import linear_of_gelu
 from bloomlm.model.kv_cache import Extension, KVCache
 from bloomlm.model.linear import ROWS_UNIT, Linear, autocast_dtype, takes_multiples
 from bloomlm.model.noise import embedding_noise
@@ -81,6 +82,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
+        if torch.is_grad_enabled():
+            return linear_of_gelu(self.dense_4h_to_h, self.dense_h_to_4h(x))
         return self.dense_4h_to_h(self.dense_h_to_4h.gelu(x))
 
 

@@ -1,9 +1,11 @@
-"""The word embedding, which is also the head, and the two ways in which its gradients are added up.
+"""The word embedding, which is also the head, and the ways in which its gradients are added up.
 
 Shapes: N packed tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,29 +37,76 @@ class ReplacedRows:
             z.index_copy_(-1, self.places, linear(hidden, self.rows.to(hidden.dtype)).to(z.dtype))
 
 
+class GradientParts:
+    """The gradient of a weight that is embedding and head, as parts that are added up a block of rows at a time.
+
+    Parts of which a row is computed when it is wanted need less memory than [V, D] while there are few of them, and
+    the backward pass goes through all blocks of the model between the head's part and the embedding's.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.of_head: list[Callable[[slice], Tensor]] = []
+        """From a slice of the weight's rows to their gradients, a new tensor [rows, D]. What autograd adds to
+        weight.grad is a part, too."""
+        self._looked_up: list[tuple[Tensor, Tensor]] = []
+
+    def add_looked_up(self, rows: Tensor, grad: Tensor) -> None:
+        """Add the gradients [N, D] of rows [N] that were looked up."""
+        self._looked_up.append((rows, grad))
+
+    def take(self, rows_at_once: int) -> Iterator[tuple[slice, Tensor]]:
+        """Every row's gradient, as consecutive slices of rows with tensors [rows, D]; then the parts are dropped."""
+        for start in range(0, len(self.weight), rows_at_once):
+            block = slice(start, min(start + rows_at_once, len(self.weight)))
+            yield block, self._sum_of(block)
+        self.of_head.clear()
+        self._looked_up.clear()
+
+    def _sum_of(self, block: slice) -> Tensor:
+        total = None if self.weight.grad is None else self.weight.grad[block]
+        for part in self.of_head:
+            total = part(block) if total is None else total.add_(part(block))
+        if total is None:
+            total = torch.zeros_like(self.weight[block])
+        for rows, grad in self._looked_up:
+            chosen = ((rows >= block.start) & (rows < block.stop)).nonzero().squeeze(1)
+            _add_rows(total, rows[chosen] - block.start, grad[chosen])
+        return total
+
+
 class _Lookup(torch.autograd.Function):
-    """Rows of a weight, whose gradient goes into weight.grad in place.
+    """Rows of a weight, whose gradient goes to a function.
 
     Autograd would add the weight's gradients up in a new [V, D], whether the lookup's is dense or sparse. The weight
     comes in a list so that autograd does not see it, and `anchor` makes autograd call backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rows: Tensor, weight: list[Tensor]) -> Tensor:
-        ctx.rows, ctx.weight = rows, weight[0]
+    def forward(
+        ctx: Any, anchor: Tensor, rows: Tensor, weight: list[Tensor], receive: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.rows, ctx.receive = rows, receive
         return F.embedding(rows, weight[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        weight = ctx.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        if weight.is_cuda:  # index_add_ adds a row's gradients in any order there, so that runs would not repeat
-            weight.grad.index_put_((ctx.rows,), grad.to(weight.grad.dtype), accumulate=True)
-        else:
-            weight.grad.index_add_(0, ctx.rows, grad.to(weight.grad.dtype))
-        return None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
+        ctx.receive(ctx.rows, grad)
+        return None, None, None, None
+
+
+def _add_to_grad(weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    _add_rows(weight.grad, rows, grad)
+
+
+def _add_rows(total: Tensor, rows: Tensor, grad: Tensor) -> None:
+    if total.is_cuda:  # index_add_ adds a row's gradients in any order there, so that runs would not repeat
+        total.index_put_((rows,), grad.to(total.dtype), accumulate=True)
+    else:
+        total.index_add_(0, rows, grad.to(total.dtype))
 
 
 class _SparseLookup(torch.autograd.Function):
@@ -84,6 +133,8 @@ class WordEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__(vocab_size, hidden_size)
         self.register_buffer("weight_scale", None, persistent=False)
+        self.gradient_parts: GradientParts | None = None
+        """Where training collects the gradient instead of in weight.grad; None: it does not."""
         self._adds_to_grad = False
 
     def choose_gradient(self, *, in_place: bool) -> None:
@@ -95,6 +146,11 @@ class WordEmbedding(nn.Embedding):
         """
         self._adds_to_grad, self.sparse = in_place, not in_place
 
+    def collect_gradient(self) -> GradientParts:
+        """Let training collect the gradient in parts; they belong to the present weight."""
+        self.gradient_parts = GradientParts(self.weight)
+        return self.gradient_parts
+
     def forward(self, tokens: Tensor) -> Tensor:
         """[N] ids -> [N, D]; fp32 where the weight is quantised."""
         if self.weight_scale is None:
@@ -103,8 +159,11 @@ class WordEmbedding(nn.Embedding):
 
     def lookup(self, rows: Tensor) -> Tensor:
         """[N] numbers of rows of the weight that is held here -> [N, D]."""
-        if self._adds_to_grad and self.weight.requires_grad and torch.is_grad_enabled():
-            found: Tensor = _Lookup.apply(torch.empty(0, device=rows.device, requires_grad=True), rows, [self.weight])
+        parts = self.gradient_parts
+        if (parts or self._adds_to_grad) and self.weight.requires_grad and torch.is_grad_enabled():
+            receive = partial(_add_to_grad, self.weight) if parts is None else parts.add_looked_up
+            anchor = torch.empty(0, device=rows.device, requires_grad=True)
+            found: Tensor = _Lookup.apply(anchor, rows, [self.weight], receive)
             return found
         if self.sparse:
             sparse: Tensor = _SparseLookup.apply(self.weight, rows)

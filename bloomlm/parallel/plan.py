@@ -35,7 +35,7 @@ class TrainingMemory:
     weights: int
     """All parameters."""
     gradients: int
-    """Gradients of the parameters that learn, in fp32."""
+    """Gradients of the parameters that learn, in fp32; with a fused update the largest of a block's."""
     optimizer: int
     """AdamW's moments, and fp32 copies of half-precision weights."""
     activations: int
@@ -45,7 +45,7 @@ class TrainingMemory:
     gathered: int
     """The most weights that FSDP has gathered from other ranks at once."""
     loss: int
-    """A chunk of logits, and the gradient of the head."""
+    """A chunk of logits, and the gradient of the head, or factors of it."""
     at_loss: int
     """Total while the loss or the gradients of the last block are computed."""
     at_end_of_backward: int
@@ -107,11 +107,14 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     gathered, root_gradient, block_gradients = _fsdp_bytes(model, degrees, load)
     rounded, chunk = _rounded_bytes(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
     embedding = model.transformer.word_embeddings.weight
-    head_gradient = embedding.numel() // degrees.tp * GRADIENT_BYTES * embedding.requires_grad
+    head_gradient = _head_gradient_bytes(model, degrees.tp, load)
     # with weights in half precision, autograd adds the gradients of embedding and head out of place
     tied_sum = embedding.nbytes // degrees.tp * (embedding.requires_grad and embedding.dtype is not torch.float32)
     # until the end of the backward pass every FSDP rank holds the gradients outside the blocks whole
     gradients_then = gradients - root_gradient // degrees.dp_shard + root_gradient
+    if load.fuses_update:
+        gradients = max(p.numel() for p in model.transformer.h.parameters()) * GRADIENT_BYTES
+        gradients_then = gradients + head_gradient
     fixed = weights + optimizer + gathered
     earlier = gradients if load.accumulation > 1 else 0
     return TrainingMemory(
@@ -194,6 +197,15 @@ def _rounded_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> i
     weights = [(f"{linear.name}.weight", linear.layer.get_parameter("weight")) for linear in block_linears(model)[0]]
     counts = [rank_numel(name, weight, Degrees(tp=tp_degree)) for name, weight in weights if weight.itemsize > half]
     return half * max(counts, default=0)
+
+
+def _head_gradient_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
+    """Bytes of the gradient of the head, or of its larger factor where that is kept instead."""
+    embedding = model.transformer.word_embeddings.weight
+    vocab_size, hidden_size = embedding.shape
+    if load.factors_head and load.num_supervised_tokens <= hidden_size and embedding.dtype is torch.float32:
+        return load.num_supervised_tokens * vocab_size * load.compute_dtype.itemsize
+    return embedding.numel() // tp_degree * GRADIENT_BYTES * embedding.requires_grad
 
 
 def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:

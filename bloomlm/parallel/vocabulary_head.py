@@ -23,6 +23,24 @@ normal numbers, and products stay far below 65504, with any loss scale."""
 _BLOCK = 4096
 
 
+@dataclass(frozen=True)
+class WeightGradient:
+    """The gradient of the weight from a chunk of rows, as two factors: [C, V] takes less memory than [V, D]."""
+
+    z: Tensor
+    """[C, V] gradients of the logits, up to a factor of each row, in the format of the products."""
+    hidden: Tensor
+    """[C, D] hidden states times that factor."""
+    scale: float = 1.0
+    """Factor of the product."""
+
+    def __call__(self, tokens: slice) -> Tensor:
+        """The gradient of a slice of the weight's rows, [rows, D] in fp32 or fp64."""
+        update = product(self.z[:, tokens].t(), self.hidden.t())
+        update = update.to(torch.promote_types(update.dtype, torch.float32))
+        return update if self.scale == 1.0 else update.mul_(self.scale)
+
+
 class VocabularyHead:
     """The head's matrix products over chunks of rows, in the precision of the weights or of autocast.
 
@@ -104,13 +122,13 @@ class VocabularyHead:
         row_factor: Tensor,
         scale: float,
         grad_hidden: Tensor,
-        grad_weight: Tensor | None,
+        grad_weight: Tensor | list[WeightGradient] | None,
         grad_replaced: Tensor | None = None,
     ) -> None:
         """Compute the gradients of a chunk, for which d loss / d logits is z [C, V] times row_factor [C, 1].
 
-        They are multiplied by scale, written to the chunk's rows of grad_hidden [M, D], and added to grad_weight [V, D]
-        and grad_replaced [K, D]. The contents of z are lost.
+        They are multiplied by scale, written to the chunk's rows of grad_hidden [M, D], and added to grad_weight, which
+        is [V, D] or a list, and grad_replaced [K, D]. The contents of z are lost.
         """
         if self.replaced is None:
             self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
@@ -123,18 +141,29 @@ class VocabularyHead:
             grad_replaced.addmm_(own.t(), self.hidden[rows].to(self.dtype))
 
     def _add_gradients_of_weight(
-        self, rows: slice, z: Tensor, row_factor: Tensor, scale: float, grad_hidden: Tensor, grad_weight: Tensor | None
+        self,
+        rows: slice,
+        z: Tensor,
+        row_factor: Tensor,
+        scale: float,
+        grad_hidden: Tensor,
+        grad_weight: Tensor | list[WeightGradient] | None,
     ) -> None:
         hidden = self.hidden[rows]
         first = rows.start == 0
         if self.uses_onednn:
             grad_hidden[rows] = product(z, self.weight.t()).mul_(row_factor * scale)
-            if grad_weight is not None:
-                columns = (hidden * (row_factor * scale)).t()
-                # in blocks that stay in the processor's cache until they are added
-                for part, z_part in zip(grad_weight.split(_BLOCK), z.split(_BLOCK, dim=1), strict=True):
-                    update = product(z_part.t(), columns)
-                    part.copy_(update) if first else part.add_(update)
+            if grad_weight is None:
+                return
+            factors = WeightGradient(z, hidden * (row_factor * scale))
+            if isinstance(grad_weight, list):
+                grad_weight.append(factors)
+                return
+            # in blocks that stay in the processor's cache until they are added
+            for start in range(0, len(grad_weight), _BLOCK):
+                tokens = slice(start, start + _BLOCK)
+                update = factors(tokens)
+                grad_weight[tokens].copy_(update) if first else grad_weight[tokens].add_(update)
             return
         if self.weight_scale is not None:
             z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
@@ -144,7 +173,9 @@ class VocabularyHead:
         if not self.is_half:
             # the row factor is applied to the smaller side of each product
             torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
-            if grad_weight is not None:
+            if isinstance(grad_weight, list):
+                grad_weight.append(WeightGradient(z.clone(), hidden * (row_factor * scale)))
+            elif grad_weight is not None:
                 grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
             return
         z.mul_(row_factor * self.headroom)
@@ -152,11 +183,13 @@ class VocabularyHead:
         for tokens, weight in self._half_weight():
             half_z = z[:, tokens].to(hidden.dtype)
             grad.add_(half_z @ weight)
-            if grad_weight is not None:
+            if isinstance(grad_weight, Tensor):
                 update = half_z.t() @ own_hidden
                 part = grad_weight[tokens]
                 part.copy_(update).mul_(scale) if first else part.add_(update, alpha=scale)
         grad_hidden[rows] = grad.mul_(scale / self.headroom)
+        if isinstance(grad_weight, list):
+            grad_weight.append(WeightGradient(z.to(hidden.dtype), own_hidden, scale))
 
 
 def exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ under autocast and for half-precision inputs. torch.nn.functional.cross_entropy 
 Shapes: M rows, C rows of a chunk, D hidden, V vocabulary (this rank's part of it, where it is shared).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,14 @@ from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
 from bloomlm.parallel.collectives import TensorParallelGroup
-from bloomlm.parallel.vocabulary_head import Vocabulary, VocabularyHead, exp_and_sum, memory_for, zero_of
+from bloomlm.parallel.vocabulary_head import (
+    Vocabulary,
+    VocabularyHead,
+    WeightGradient,
+    exp_and_sum,
+    memory_for,
+    zero_of,
+)
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
 MAX_CHUNK_BYTES = 256 * 2**20
@@ -40,6 +48,7 @@ def linear_cross_entropy(
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
     ranks: TensorParallelGroup | None = None,
     gradient_memory: list[Tensor] | None = None,
+    gradient_parts: list[Callable[[slice], Tensor]] | None = None,
 ) -> Tensor:
     """scale times the SUM over labelled rows of the cross entropy of hidden @ weight.T.
 
@@ -57,6 +66,8 @@ def linear_cross_entropy(
             hidden and labels, and get the same loss and gradient of hidden. None: the weight is whole.
         gradient_memory: tensors that are not needed any more. One of the right shape is removed from the list and
             becomes the weight's gradient; without one, memory is allocated.
+        gradient_parts: receives the weight's gradient in the backward pass, as functions from a slice of its rows to
+            [rows, D], where that needs less memory than [V, D]; autograd then gets none.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs). It can be differentiated once.
@@ -66,9 +77,9 @@ def linear_cross_entropy(
         return zero_of(hidden, weight, replaced)
     rows, places = (None, None) if replaced is None else (replaced.rows, replaced.places)
     tensors = hidden, weight, rows, places, labels, weight_scale
-    loss: Tensor = _LinearCrossEntropy.apply(
-        *tensors, scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled(), ranks, gradient_memory
-    )
+    options = scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled(), ranks
+    room = gradient_memory, gradient_parts if len(labels) <= weight.shape[1] else None
+    loss: Tensor = _LinearCrossEntropy.apply(*tensors, *options, room)
     return loss
 
 
@@ -87,20 +98,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         max_chunk_bytes: int,
         with_gradients: bool,
         ranks: TensorParallelGroup | None,
-        gradient_memory: list[Tensor] | None,
+        room: tuple[list[Tensor] | None, list[Callable[[slice], Tensor]] | None],
     ) -> Tensor:
         replaced = None if rows is None or places is None else ReplacedRows(places, rows)
         head = VocabularyHead(hidden, weight, max_chunk_bytes, weight_scale, replaced)
         ctx.dtypes = hidden.dtype, weight.dtype, None if replaced is None else replaced.rows.dtype
-        grad_hidden = grad_weight = grad_replaced = None
+        gradient_memory, ctx.gradient_parts = room
+        grad_hidden = grad_replaced = None
+        grad_weight: Tensor | list[WeightGradient] | None = None
         if with_gradients and any(ctx.needs_input_grad[:3]):
             grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
-            grad_weight = memory_for(weight, head.dtype, gradient_memory) if ctx.needs_input_grad[1] else None
+            if ctx.needs_input_grad[1]:
+                grad_weight = memory_for(weight, head.dtype, gradient_memory) if ctx.gradient_parts is None else []
             if replaced is not None and ctx.needs_input_grad[2]:
                 grad_replaced = torch.zeros_like(replaced.rows, dtype=head.dtype)
-        loss = torch.zeros((), dtype=head.dtype, device=hidden.device)
-        vocabulary = Vocabulary(len(weight), ranks)
-        smoothing_per_token = label_smoothing / vocabulary.size
+        loss, vocabulary = torch.zeros((), dtype=head.dtype, device=hidden.device), Vocabulary(len(weight), ranks)
         ctx.pending = []
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in head.chunks():
@@ -115,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is None:
                     continue
                 if label_smoothing:
-                    z.sub_(row_sum * smoothing_per_token)
+                    z.sub_(row_sum * (label_smoothing / vocabulary.size))
                 target.add(z, row_sum * (label_smoothing - 1.0))
                 head.add_gradients(chunk, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight, grad_replaced)
                 del z  # before the next chunk's is made
@@ -127,15 +139,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Not saved tensors: once ctx drops them, the gradient becomes weight.grad without a copy.
-        gradients, ctx.gradients = ctx.gradients, (None, None, None)
-        if gradients[0] is None:
+        (grad_hidden, grad_weight, grad_replaced), ctx.gradients = ctx.gradients, (None, None, None)
+        if grad_hidden is None:
             raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
         for work in ctx.pending:
             work.wait()
+        parts = grad_weight if isinstance(grad_weight, list) else []
+        gradients = grad_hidden, None if parts else grad_weight, grad_replaced
         # the gradients contain scale already, so the factor is usually 1 and needs no pass over [V, D]
         if grad_output.device.type != "cpu" or float(grad_output) != 1.0:
-            for gradient in gradients:
+            for gradient in (*gradients, *(part.hidden for part in parts)):
                 if gradient is not None:
                     gradient.mul_(grad_output)
+        if parts:
+            ctx.gradient_parts.extend(parts)
         typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return *typed, *[None] * 9

@@ -39,6 +39,10 @@ class Workload:
     """Whether attention is the operator for CPUs (model/causal.py) and not PyTorch's kernel."""
     reshards: bool = True
     """Whether FSDP frees a block's gathered weights between its forward and backward pass (stage 3)."""
+    fuses_update: bool = False
+    """Whether weights are updated within the backward pass, which frees each gradient (training/update.py)."""
+    factors_head: bool = False
+    """Whether the head's gradient is kept in two factors while they are smaller (vocabulary_loss.py)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list
         per_token = norm * (needs["query_key_value"] + needs["dense_h_to_4h"])
         per_token += 4 * part * half * needs["dense_4h_to_h"]  # GELU's input
         for linear in block:
-            if linear.layer.weight.requires_grad or linear.lora_rank:
+            # GELU is computed again from its input (model/gelu.py)
+            again = linear.kind == "dense_4h_to_h" and tp_degree == 1 and not linear.lora_rank
+            if (linear.layer.weight.requires_grad and not again) or linear.lora_rank:
                 # the operator keeps its results, which are the input of this layer
                 is_kept = load.uses_operator and linear.kind == "dense" and needs["dense"]
                 per_token += (inputs[linear.kind] * (not is_kept) + linear.lora_rank) * half

@@ -17,6 +17,8 @@ PIECE_VALUES = 2**20
 make five fp32 copies of their input on a CPU, and count in 32 bits on a GPU. A piece consists of whole blocks, so the
 results are the same."""
 
+SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
+
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with moments of one byte per value instead of four, rounded and updated by the kernels of bitsandbytes.
@@ -49,36 +51,62 @@ class AdamW8bit(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["step"] += 1
-                if "exp_avg" in state:
-                    self._update_small(parameter, state, group)
-                else:
-                    self._update_large(parameter, state, group)
+                if parameter.grad is not None:
+                    self.update_rows(group, parameter, slice(None), parameter.grad)
+                    self.state[parameter]["step"] += 1
 
-    def _update_small(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-        assert parameter.grad is not None
+    @torch.no_grad()
+    def update_rows(
+        self,
+        group: Mapping[str, Any],
+        parameter: nn.Parameter,
+        rows: slice,
+        gradient: Tensor,
+        blocked: Tensor | None = None,
+    ) -> None:
+        """As RowwiseAdamW.update_rows; the slice must start at a whole block of values."""
+        if blocked is not None and bool(blocked):
+            return
+        state = self.state[parameter]
+        if "exp_avg" in state:
+            self._update_small(parameter, rows, gradient, state, group)
+        else:
+            self._update_large(parameter, rows, gradient, state, group)
+
+    def _update_small(
+        self,
+        parameter: nn.Parameter,
+        rows: slice,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        group: Mapping[str, Any],
+    ) -> None:
         self._kernels.optimizer_update_32bit(
             "adam",
-            parameter.grad,
-            parameter,
-            state["exp_avg"],
+            gradient,
+            parameter[rows],
+            state["exp_avg"][rows],
             beta1=group["betas"][0],
             eps=group["eps"],
-            step=int(state["step"]),
+            step=int(state["step"]) + 1,
             lr=group["lr"],
-            state2=state["exp_avg_sq"],
+            state2=state["exp_avg_sq"][rows],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
         )
 
-    def _update_large(self, parameter: nn.Parameter, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-        assert parameter.grad is not None
-        by_value = [parameter.grad.reshape(-1)]
-        by_value += [tensor.view(-1) for tensor in (parameter, state["exp_avg_codes"], state["exp_avg_sq_codes"])]
-        by_block = [state["exp_avg_scales"], state["exp_avg_sq_scales"]]
+    def _update_large(
+        self,
+        parameter: nn.Parameter,
+        rows: slice,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        group: Mapping[str, Any],
+    ) -> None:
+        chosen = (tensor[rows].view(-1) for tensor in (parameter, state["exp_avg_codes"], state["exp_avg_sq_codes"]))
+        by_value = [gradient.reshape(-1), *chosen]
+        blocks = slice((rows.start or 0) * parameter[0].numel() // BLOCK_VALUES, None)
+        by_block = [state[name][blocks][: -(-gradient.numel() // BLOCK_VALUES)] for name in SCALES]
         pieces = zip(
             *(tensor.split(PIECE_VALUES) for tensor in by_value),
             *(tensor.split(PIECE_VALUES // BLOCK_VALUES) for tensor in by_block),
@@ -96,7 +124,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 beta3=0.0,  # beta3 and alpha belong to other optimizers
                 alpha=0.0,
                 eps=group["eps"],
-                step=int(state["step"]),
+                step=int(state["step"]) + 1,
                 lr=group["lr"],
                 qmap1=self._maps[0],
                 qmap2=self._maps[1],

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from bloomlm.errors import ConfigError
 from bloomlm.training.adamw_8bit import AdamW8bit
@@ -45,7 +46,58 @@ def rate_factor(name: str, parameter: Tensor, config: AdamWConfig) -> float:
     return config.loraplus_lr_ratio if name.endswith(".lora_B") or parameter.dim() == 1 else 1.0
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> torch.optim.Optimizer:
+class RowwiseAdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose state exists from the start, and which also updates some rows of a parameter."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], betas: tuple[float, float], epsilon: float) -> None:
+        super().__init__([dict(group) for group in groups], lr=0.0, betas=betas, eps=epsilon, fused=True)
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            # the state that AdamW creates at its first step
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+    @torch.no_grad()
+    def update_rows(
+        self,
+        group: Mapping[str, Any],
+        parameter: nn.Parameter,
+        rows: slice,
+        gradient: Tensor,
+        blocked: Tensor | None = None,
+    ) -> None:
+        """Update rows of a parameter, but not its count of steps, which goes up when all rows have been updated.
+
+        Args:
+            group: the parameter's group.
+            parameter: one of the group.
+            rows: its first dimension; slice(None) is all of it.
+            gradient: of these rows.
+            blocked: scalar; 1.0 on its device turns the update off.
+        """
+        state = self.state[parameter]
+        adamw(
+            [parameter[rows]],
+            [gradient],
+            [state["exp_avg"][rows]],
+            [state["exp_avg_sq"][rows]],
+            [],
+            [state["step"].clone()],
+            fused=True,
+            found_inf=blocked,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig) -> RowwiseAdamW | AdamW8bit:
     """AdamW whose state exists from the start, so that a saved state can be read into it.
 
     `parameters` maps names to fp32 parameters (LearnedParameters.optimized). The learning rate is set at each step.
@@ -59,32 +111,12 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: AdamWConfig)
             {"params": members, "weight_decay": weight_decay, "rate_factor": factor}
             for (weight_decay, factor), members in groups.items()
         ],
-        config,
+        (config.beta1, config.beta2),
+        config.epsilon,
     )
 
 
-def _fused_adamw(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW(
-        [dict(group) for group in groups], lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
-    )
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        # the state that AdamW creates at its first step
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
-
-
-def _adamw_8bit(groups: Sequence[Mapping[str, Any]], config: AdamWConfig) -> AdamW8bit:
-    return AdamW8bit(groups, (config.beta1, config.beta2), config.epsilon)
-
-
-OPTIMIZERS: dict[str, Callable[[Sequence[Mapping[str, Any]], AdamWConfig], torch.optim.Optimizer]] = {
-    "adamw": _fused_adamw,
-    "adamw_8bit": _adamw_8bit,
-}
+OPTIMIZERS: dict[str, type[RowwiseAdamW] | type[AdamW8bit]] = {"adamw": RowwiseAdamW, "adamw_8bit": AdamW8bit}
 """optim -> AdamW with fp32 moments, or with 8-bit moments (extra optim8bit)."""
 
 

@@ -40,7 +40,14 @@ from bloomlm.training.run_plan import (
     ReportPlan,
     RunPlan,
 )
-from bloomlm.training.sections import data_plan, evaluation_plan, objective_plan, output_plan, training_plan
+from bloomlm.training.sections import (
+    data_plan,
+    evaluation_plan,
+    fuses_update,
+    objective_plan,
+    output_plan,
+    training_plan,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,7 @@ def resolve(config: TrainingConfig, machine: Machine) -> RunPlan:
         ),
         data=data_plan(config),
         objective=objective_plan(config),
-        training=training_plan(config) if config.do_train else None,
+        training=training_plan(config, machine.world_size) if config.do_train else None,
         evaluation=evaluation_plan(config),
         output=output_plan(config),
         report=ReportPlan(
@@ -167,6 +174,8 @@ def _resolve_flags(config: TrainingConfig, machine: Machine, notices: list[str])
     check_preference(config, notices)
     config = resolve_best_model(config, objective_plan(config))
     check_unused(config, notices)
+    if config.do_train and fuses_update(config, machine.world_size):
+        notices.append("each weight is updated in the backward pass, so that the gradients never exist all at once")
     return _resolve_reports(config, machine, notices)
 
 

@@ -53,8 +53,18 @@ def objective_plan(config: TrainingConfig) -> Objective[Any]:
             return Kto(beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
 
 
-def training_plan(config: TrainingConfig) -> TrainingPlan:
-    """How the model learns."""
+def fuses_update(config: TrainingConfig, num_processes: int) -> bool:
+    """Whether weights are updated within the backward pass: all of them learn, and nothing needs all gradients first.
+
+    What learns beside an adapter is too small to be worth it.
+    """
+    learns_all = not (config.lora or config.prefix_tuning)
+    is_one_microbatch = num_processes == 1 and config.gradient_accumulation_steps == 1
+    return learns_all and is_one_microbatch and config.max_grad_norm == 0 and not config.fp16
+
+
+def training_plan(config: TrainingConfig, num_processes: int) -> TrainingPlan:
+    """How the model learns in a job of so many processes."""
     budget = config.max_tokens_per_batch
     return TrainingPlan(
         batch_size=config.per_device_train_batch_size if budget is None else TokenBudget(budget),
@@ -64,6 +74,7 @@ def training_plan(config: TrainingConfig) -> TrainingPlan:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
+            fuses_update=fuses_update(config, num_processes),
         ),
         optimizer=AdamWConfig(
             weight_decay=config.weight_decay,

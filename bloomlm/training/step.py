@@ -20,7 +20,6 @@ from torch import Tensor
 from bloomlm.data.loader import Batch, Batches
 from bloomlm.errors import TrainingError
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
 from bloomlm.parallel.layout import global_tensor
 from bloomlm.parallel.mesh import ALONE, Mesh
 from bloomlm.training.objectives.base import Objective
@@ -28,6 +27,7 @@ from bloomlm.training.objectives.cross_entropy import CROSS_ENTROPY
 from bloomlm.training.optimizer import AdamWConfig, Schedule, build_optimizer, optimizer_tensors, set_learning_rate
 from bloomlm.training.precision import LearnedParameters, LossScale, Precision, reason_to_skip
 from bloomlm.training.results import StepResult, Totals
+from bloomlm.training.update import FusedUpdate, GatheredUpdate, Update
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ class StepConfig:
     """Norm to which the gradients are clipped; 0 turns clipping off."""
     seed: int = 42
     """Seed of dropout."""
+    fuses_update: bool = False
+    """Whether weights are updated within the backward pass (update.py): one process, one microbatch a step, all weights
+    learn, and gradients are neither clipped nor scaled."""
 
 
 class Trainer:
@@ -96,6 +99,9 @@ class Trainer:
         model.transformer.word_embeddings.choose_gradient(in_place=not self.learned.masters)
         self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
+        self._update: Update = GatheredUpdate(self.learned, self.optimizer, mesh)
+        if config.fuses_update:
+            self._update = FusedUpdate(model, self.learned, self.optimizer)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
         self.non_finite_steps = 0
         """Number of NaN or infinite losses in a row."""
@@ -124,11 +130,12 @@ class Trainer:
             raise TrainingError(f"step {self.step + 1}: its examples have no supervised token; check the targets")
         torch.manual_seed(step_seed(self.config.seed, self.step, self.mesh.dp_rank))
         learning_rate = self.schedule(self.step)
+        set_learning_rate(self.optimizer, learning_rate)
         loss, grad_norm, sums = self._accumulate_gradients(microbatches, step_sums)
         self.step += 1
         skipped = reason_to_skip(loss, grad_norm)
         if skipped is None:
-            self._update(learning_rate, grad_norm)
+            self._update.finish(self._gradient_factor(grad_norm))
         self._note(skipped, loss)
         self._drop_gradients()
         result = StepResult(
@@ -240,12 +247,10 @@ class Trainer:
             result = self.objective.batch_loss(
                 self.model, batch, self.precision, step_sums=step_sums, loss_scale=scale, gradient_memory=memory
             )
-            result.loss.backward()
+            self._update.backward(result.loss)
             result.add_to(totals)
         values = self.mesh.sum_over(torch.stack(list(totals.values())), ("dp_replicate", "dp_shard"))
-        add_up_gradients(self.learned.gradients(), self.mesh)
-        norm = global_norm(self.learned.named_gradients(), self.mesh)
-        grad_norm, loss, *sums = torch.stack([norm.to(values), *values]).tolist()
+        grad_norm, loss, *sums = torch.stack([self._update.norm().to(values), *values]).tolist()
         return loss / scale, grad_norm / scale, dict(zip(list(totals)[1:], sums, strict=True))
 
     def _drop_gradients(self) -> None:
@@ -255,14 +260,10 @@ class Trainer:
         self._gradient_memory[:] = [gradient] if type(gradient) is Tensor else []
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _update(self, learning_rate: float, grad_norm: float) -> None:
-        factor = 1.0 / self._loss_scale_value
-        if self.config.max_grad_norm > 0 and grad_norm > self.config.max_grad_norm:
-            factor *= self.config.max_grad_norm / grad_norm
-        self.learned.scale_gradients(factor)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.learned.copy_to_model()
+    def _gradient_factor(self, grad_norm: float) -> float:
+        """What the gradients are multiplied by: the inverse of the loss scale, and clipping."""
+        clips = 0 < self.config.max_grad_norm < grad_norm
+        return (self.config.max_grad_norm / grad_norm if clips else 1.0) / self._loss_scale_value
 
     def _note(self, skipped: str | None, loss: float) -> None:
         """Adjust the loss scale; report and count values that are not finite."""
@@ -274,7 +275,8 @@ class Trainer:
             self.non_finite_steps = 0
             return
         consequence = "" if self.loss_scale is None else f"; the loss scale is {self.loss_scale.value:g} now"
-        logger.warning("step %d: %s, so the weights were not updated%s", self.step, skipped, consequence)
+        outcome = self._update.when_skipped if math.isfinite(loss) else GatheredUpdate.when_skipped
+        logger.warning("step %d: %s, so %s%s", self.step, skipped, outcome, consequence)
         if not overflow:
             self.non_finite_steps += 1
         if self.non_finite_steps >= MAX_NON_FINITE_STEPS:

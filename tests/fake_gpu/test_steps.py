@@ -1,5 +1,6 @@
 """Every device path on fake CUDA tensors: nothing stays on the CPU, precisions fit, and the host waits seldom."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ from bloomlm.generation.config import BeamSearch, GenerationConfig, Sampling
 from bloomlm.generation.session import DecodeSession
 from bloomlm.model import flex
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.embedding import _Lookup
+from bloomlm.model.embedding import GradientParts, _add_to_grad, _Lookup
 from bloomlm.model.linear import _QuantizedLinear
 from bloomlm.model.quantized import INT8, Quantization
 from bloomlm.training.objectives.cross_entropy import evaluate_loss
 from bloomlm.training.precision import Precision
+from bloomlm.training.update import FusedUpdate
 from tests.fake_gpu.device import fake_gpu, made_up_gradients, to_fake_gpu
 from tests.gpu.models import random_model, trainer
 from tests.tiny_bloom import write_bloom
@@ -115,6 +117,18 @@ def test_a_step(adapter: Adapter, precision: Precision, block_sparse: bool, call
     assert waits.count("copy to the GPU") <= 2 * 2, waits
 
 
+def test_updates_within_the_backward_pass_do_not_wait() -> None:
+    with fake_gpu() as waits:
+        run = trainer(fake_model(FullTuning()), gradient_accumulation_steps=1, max_grad_norm=0.0, fuses_update=True)
+        update = run._update
+        assert isinstance(update, FusedUpdate)
+        waits.clear()
+        for name, parameter in run.learned.optimized.items():
+            update._update(name, [(slice(None), torch.empty_like(parameter))])
+        assert update.norm().device.type == "cuda"
+    assert not waits
+
+
 @pytest.mark.parametrize("precision", PRECISIONS[:3], ids=str)
 def test_evaluation(precision: Precision) -> None:
     with fake_gpu() as waits:
@@ -132,8 +146,11 @@ def test_the_backward_passes_of_own_functions() -> None:
     with fake_gpu():
         weight = torch.empty(30, 8, device="cuda")
         rows, grad = torch.zeros(5, dtype=torch.int64, device="cuda"), torch.empty(5, 8, device="cuda")
-        _Lookup.backward(SimpleNamespace(rows=rows, weight=weight), grad)
+        _Lookup.backward(SimpleNamespace(rows=rows, receive=partial(_add_to_grad, weight)), grad)
         assert weight.grad is not None and weight.grad.device.type == "cuda"
+        parts = GradientParts(weight)
+        _Lookup.backward(SimpleNamespace(rows=rows, receive=parts.add_looked_up), grad)
+        assert [gradient.device.type for _, gradient in parts.take(20)] == ["cuda", "cuda"]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             saved = torch.empty(6, 8, dtype=torch.int8, device="cuda"), torch.empty(6, device="cuda")
             context = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, False, False, True))

@@ -1,6 +1,7 @@
 """Models, examples and comparisons of the tests that compute the same on the CPU and on the GPU."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,9 @@ def examples(num: int = 12, longest: int = 120) -> list[Example]:
     ]
 
 
-def trainer(model: BloomForCausalLM, precision: Precision | None = None, learning_rate: float = 5e-3) -> Trainer:
+def trainer(
+    model: BloomForCausalLM, precision: Precision | None = None, learning_rate: float = 5e-3, **step: Any
+) -> Trainer:
     """Two microbatches of six examples of different lengths make a step, and all examples there are."""
     return Trainer(
         model,
@@ -56,13 +59,15 @@ def trainer(model: BloomForCausalLM, precision: Precision | None = None, learnin
         optimizer=AdamWConfig(weight_decay=0.01),
         schedule=ScheduleConfig(learning_rate=learning_rate).over(100),
         precision=precision or Precision(),
-        config=StepConfig(gradient_accumulation_steps=2),
+        config=StepConfig(**{"gradient_accumulation_steps": 2, **step}),
     )
 
 
-def losses(model: BloomForCausalLM, precision: Precision | None = None, learning_rate: float = 5e-3) -> list[float]:
+def losses(
+    model: BloomForCausalLM, precision: Precision | None = None, learning_rate: float = 5e-3, **step: Any
+) -> list[float]:
     """Losses of the first five steps, which change the model."""
-    run = trainer(model, precision, learning_rate)
+    run = trainer(model, precision, learning_rate, **step)
     return [run.run_step().loss for _ in range(5)]
 
 

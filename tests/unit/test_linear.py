@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bloomlm.kernels.compiled import load_operators
+from bloomlm.model.gelu import linear_of_gelu
 from bloomlm.model.linear import Linear, linear, uses_onednn
 
 
@@ -122,3 +124,39 @@ def test_gelu_in_one_pass_has_the_values_of_two(shape: tuple[int, ...]) -> None:
             assert layer.gelu(x).dtype is torch.bfloat16
     assert layer.gelu(x).requires_grad
     torch.testing.assert_close(layer.gelu(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def learning_layer() -> Linear:
+    layer = Linear(12, 7)
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.normal_(generator=torch.Generator().manual_seed(seed))
+    return layer
+
+
+def test_a_product_after_gelu_keeps_its_input_alone() -> None:
+    layer = learning_layer()
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = linear_of_gelu(layer, x)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), layer.weight.data_ptr()}
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+    found = torch.autograd.grad((out * weights).sum(), (x, layer.weight, layer.bias))
+    expected_out = F.linear(F.gelu(x, approximate="tanh"), layer.weight, layer.bias)
+    expected = torch.autograd.grad((expected_out * weights).sum(), (x, layer.weight, layer.bias))
+    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_product_after_gelu_keeps_gelus_input_alone() -> None:
+    layer = learning_layer().requires_grad_(False)
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    (found,) = torch.autograd.grad(linear_of_gelu(layer, x).sum(), x)
+    expected_out = F.linear(F.gelu(x, approximate="tanh"), layer.weight, layer.bias)
+    torch.testing.assert_close(found, torch.autograd.grad(expected_out.sum(), x)[0], rtol=1e-5, atol=1e-6)

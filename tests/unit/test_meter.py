@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,14 +103,14 @@ def test_meter_counts_batches_as_they_are_yielded() -> None:
     assert inner.loaded == {"position": 1}
 
 
-def make_trainer(model: BloomForCausalLM, precision: Precision) -> Trainer:
+def make_trainer(model: BloomForCausalLM, precision: Precision, **step: Any) -> Trainer:
     return Trainer(
         model,
         OneBatch(),
         optimizer=AdamWConfig(),
         schedule=ScheduleConfig(learning_rate=1e-3).over(9),
         precision=precision,
-        config=StepConfig(),
+        config=StepConfig(**step),
     )
 
 
@@ -129,6 +130,15 @@ def test_memory_by_kind() -> None:
     assert (kinds["weights"], kinds["gradients"]) == (2 * size, 4 * size)  # gradients add up in fp32
     assert kinds["optimizer"] == 12 * size + steps  # moments and fp32 weights
     assert kinds["activations and the rest"] == 0
+
+
+def test_memory_by_kind_of_a_fused_update() -> None:
+    model = learning(FullTuning())
+    trainer = make_trainer(model, Precision())
+    fused = make_trainer(learning(FullTuning()), Precision(), fuses_update=True, max_grad_norm=0.0)
+    (one, other) = (memory_by_kind(each, 0) for each in (trainer, fused))
+    assert (one["weights"], one["optimizer"]) == (other["weights"], other["optimizer"])
+    assert other["gradients"] == max(4 * p.numel() for p in model.transformer.h.parameters())
 
 
 def test_peak_is_measured() -> None:

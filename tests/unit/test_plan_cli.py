@@ -77,6 +77,27 @@ def test_full_tuning_of_560m_by_hand() -> None:
     assert half.optimizer == 12 * size + 4 * num_tensors
 
 
+def test_an_update_within_the_backward_pass_by_hand() -> None:
+    """Without clipping, one gradient of a block exists at a time, and the head's in two factors."""
+    load = {"src_length": 500, "tgt_length": 100, "per_device_train_batch_size": 1}
+    clipped, fused = (plan_of(max_grad_norm=norm, **load).training for norm in (1.0, 0.0))
+    assert (clipped.weights, clipped.optimizer, clipped.activations) == (
+        fused.weights,
+        fused.optimizer,
+        fused.activations,
+    )
+    assert fused.gradients == 4 * 1024 * 4096
+    head, factor = 250_880 * 1024 * 4, 250_880 * 100 * 4
+    assert clipped.at_loss - fused.at_loss == head - factor
+    assert fused.peak == fused.at_loss < clipped.peak
+    # two microbatches, an adapter or 16-bit gradients need them all
+    for flags in ({"gradient_accumulation_steps": 2}, {"lora": True}, {"fp16": True}, {"tensor_parallel_degree": 2}):
+        assert plan_of(max_grad_norm=0.0, **flags).training == plan_of(**flags).training
+    # with more supervised tokens than the hidden size the head's gradient is smaller than its factors
+    load["tgt_length"] = 1025
+    assert plan_of(max_grad_norm=0.0, **load).training.loss == plan_of(**load).training.loss
+
+
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_a_quantised_base_takes_what_it_takes_when_loaded(quantization: str) -> None:
     if quantization == "nf4":

@@ -1,5 +1,6 @@
 """The tied weight's gradient, made in one piece of memory, against autograd's own sum of its two parts."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +31,32 @@ def test_rows_are_added_to_the_heads_gradient() -> None:
         for microbatches in (1, 3):
             expected = weight_gradient(plain, microbatches)
             torch.testing.assert_close(weight_gradient(model, microbatches), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_chunk_bytes", [1, 2**20])
+@pytest.mark.parametrize("hidden_factor", [1, 2])
+def test_parts_add_up_to_the_gradient(hidden_factor: int, max_chunk_bytes: int) -> None:
+    """Of two documents 5 tokens have labels; autograd gets the head's gradient where they are more than the width."""
+    plain, model = make_model(), make_model()
+    parts = model.transformer.word_embeddings.collect_gradient()
+    gradients = []
+    for each, of_head in ((plain, None), (model, parts.of_head)):
+        weight = each.transformer.word_embeddings.weight
+        hidden = each.transformer(TOKENS, Documents.packed([4, 3])).repeat(hidden_factor * 4, 1)
+        labels = LABELS.repeat(hidden_factor * 4)
+        loss = linear_cross_entropy(
+            hidden, weight, labels, max_chunk_bytes=max_chunk_bytes, label_smoothing=0.1, gradient_parts=of_head
+        )
+        (3.0 * loss).backward()
+        gradients.append(weight.grad)
+    assert gradients[0] is not None
+    width = len(gradients[0][0])
+    assert (gradients[1] is None) is (20 * hidden_factor <= width)
+    for number, (rows, gradient) in enumerate(parts.take(7)):
+        assert rows.start == 7 * number
+        torch.testing.assert_close(gradient, gradients[0][rows], rtol=1e-5, atol=1e-6)
+    assert rows.stop == len(gradients[0])
+    assert not parts.of_head
 
 
 def test_no_second_matrix_is_made() -> None:

@@ -111,6 +111,7 @@ def batch_loss(
             label_smoothing=label_smoothing,
             ranks=tensor_parallel_group(model),
             gradient_memory=gradient_memory,
+            gradient_parts=None if embedding.gradient_parts is None else embedding.gradient_parts.of_head,
         )
 
 

@@ -28,11 +28,15 @@ from tests.distributed.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL})]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL}),
+]
 
 # Beginning of a block or a command -> why it is not run here.
 NOT_RUN = {
     "make ": "sets up an environment, then runs the tests or the demo, which tests/unit/test_assets.py runs",
+    ".venv/bin/python -m pytest": "runs tests of this suite; tests/unit/test_site.py looks for their files",
     "pip install": "changes the environment",
     "python benchmarks/": "measures for minutes",
     "lm_eval ": "needs the data of lm-eval's tasks from the hub; tests/parity/test_lm_eval.py runs tasks of its own",
@@ -65,6 +69,7 @@ SHOWN = (
         "│",
         "bloomlm/\n",
         "cli > ",
+        "  cli > ",
         "source tokens,",
         "pairs.jsonl: ",
         "pairs.jsonl, line ",
@@ -101,7 +106,7 @@ SUBSTITUTIONS = {
     r"--add_tokens \d+": "--add_tokens 2",
     r"checkpoints/bloom-560m/checkpoint-\d+": "paddle_model",
     r"--input checkpoints/paddle": "--input paddle_model",
-    r"^python -m tests\.fuzz": f"PYTHONPATH={ROOT} {sys.executable} -m tests.fuzz",
+    r"^python -m tests\.": f"PYTHONPATH={ROOT} {sys.executable} -m tests.",
 }
 # Added to each command of a verb: the same work, in small.
 SMALLER = {

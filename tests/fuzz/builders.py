@@ -194,11 +194,12 @@ def renew_checksums(directory: Path) -> None:
     path = directory / "bloom.json"
     try:
         values = json.loads(path.read_text())
+        values.pop("checksum", None)
         values["files"] = {file.name: describe_file(file) for file in sorted(directory.glob("bloom.*")) if file != path}
         with suppress(BloomlmError):
             values["tokenizer"] = Tokenizer.from_directory(directory).fingerprint
         path.write_text(json.dumps({**values, "checksum": manifest_checksum(values)}))
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return
 
 

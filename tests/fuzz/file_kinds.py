@@ -67,7 +67,8 @@ class FileKind:
     is_slow: bool = False
     """Whether building or opening it takes seconds, so that `make test` leaves it out."""
     repair: Callable[[Path], object] | None = None
-    """Gives damaged files the checksums that belong to them, so that what stands behind the checksums is reached."""
+    """Gives damaged files the checksums that belong to them, so that what stands behind the checksums is reached. Such
+    files must come from someone whom the user trusts, so nothing is promised, and they are damaged only on request."""
 
 
 def complete(directory: Path, templates: Path, out: Path) -> None:

@@ -249,7 +249,8 @@ def load_run_examples(plan: RunPlan, tokenizer: Tokenizer) -> RunExamples:
         train, dev = train.hold_out(MOST_HELD_OUT)
         if not (len(train) and len(dev)):
             raise ConfigError(f"{data.name} has too few examples to train and evaluate; give --eval_file")
-        origin = ", the last ones, which are not trained on; --eval_file names others"
+        which = "ones, which are" if len(dev) > 1 else "one, which is"
+        origin = f", the last {which} not trained on; --eval_file names others"
     if trains and train is not None:
         descriptions += [
             f"training: {counted(len(train), train.unit)} from {train.name}, {counted(train.num_tokens, 'tokens')}, "

@@ -493,7 +493,7 @@ def test_the_last_examples_are_held_out_without_an_evaluation_file(
 ) -> None:
     result = finetune(flags(material, tmp_path / "out", eval_file=None, do_eval=True, do_train=True, max_steps=-1))
     shown = capfd.readouterr().err
-    assert re.search(r"evaluation: 1 example from .*, the last ones, which are not trained on", shown)
+    assert re.search(r"evaluation: 1 example from .*, the last one, which is not trained on", shown)
     assert result.train_metrics is not None and result.eval_metrics is not None
     assert result.step == 3 * 4  # 14 examples in batches of 4, three epochs
     tokenizer = bloomlm.load(material / "model").tokenizer

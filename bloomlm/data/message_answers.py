@@ -1,8 +1,8 @@
 """Answers that are messages, with the messages of their prompts, as in TRL's conversational form.
 
-| field                       | value                                                                      |
-|-----------------------------|----------------------------------------------------------------------------|
-| prompt                      | messages; without it, the answers of a row begin with the same messages    |
+| field                        | value                                                                     |
+|------------------------------|---------------------------------------------------------------------------|
+| prompt                       | messages; without it, both answers of a row begin with the same messages  |
 | chosen, rejected; completion | the messages after them                                                   |
 
 The chat template makes a text of the prompt, up to where an answer begins, and one of the prompt with each answer. Each

@@ -104,7 +104,7 @@ def faster(pair: tuple[str, str], *least: float, keys: Sequence[str] = ("decode_
     return tuple(Bound(*pair, key, least=bound) for key, bound in zip(keys, least, strict=False))
 
 
-def in_bf16(tuning: str, title: str) -> Job:
+def in_bf16(tuning: str, title: str, flags: str) -> Job:
     """Training in bf16 beside fp32 and beside transformers in bf16."""
     pairs = (("bloomlm-O1", "bloomlm"), ("bloomlm-O2", "bloomlm"), *O1)
     bounds = (
@@ -112,7 +112,7 @@ def in_bf16(tuning: str, title: str) -> Job:
         Bound(*pairs[0], "peak_memory_gb", most=1.0),
         Bound(*pairs[1], "tokens_per_second", least=1.8),
     )
-    command = f"{STEP} {tuning} {BF16} --steps 4"
+    command = f"{STEP} {tuning} {BF16} {flags}"
     return Job(f"train_step-{tuning}-bf16", "train_step_half", title, command, pairs, TRAINING, bounds)
 
 
@@ -165,8 +165,8 @@ JOBS = (
         (Bound("bloomlm", None, "of_peak", least=0.68),),
     ),
     Job("train_step-prefix", "train_step", "prefix, 16 tokens", f"{STEP} prefix", OURS, TRAINING),
-    in_bf16("full", "full"),
-    in_bf16("lora", "LoRA r 8"),
+    in_bf16("full", "full", "--steps 3 --rounds 1"),
+    in_bf16("lora", "LoRA r 8", "--steps 4"),
     Job(
         "train_step-nf4",
         "quantised_base",

@@ -212,6 +212,23 @@ def test_many_tokens_are_computed_in_multiples_and_equal_documents_alone() -> No
     torch.testing.assert_close(model.transformer(tokens, Documents.packed(lengths), rows=chosen), alone[chosen])
 
 
+def test_under_autocast_recompute_has_the_same_bits_and_packing_the_same_values() -> None:
+    model, lengths = tiny_model().train(), (17, 1, 12)
+    tokens = torch.randint(4, 64, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+
+    def gradients(parts: list[tuple[Tensor, Documents]]) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = torch.cat([model.transformer(part, documents) for part, documents in parts])
+        return list(torch.autograd.grad(hidden[:, 3].sum(), model.transformer.parameters()))
+
+    packed = [(tokens, Documents.packed(lengths))]
+    kept, alone = gradients(packed), gradients([(t, Documents.packed([len(t)])) for t in tokens.split(lengths)])
+    model.transformer.recompute = True
+    for found, again, single in zip(kept, gradients(packed), alone, strict=True):
+        assert torch.equal(found, again)
+        assert (found - single).norm() <= 2e-2 * single.norm() + 1e-6
+
+
 def test_a_model_without_memory_gives_shapes() -> None:
     """On the meta device, which has no autocast."""
     tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")

@@ -166,7 +166,7 @@ JOBS = (
     ),
     Job("train_step-prefix", "train_step", "prefix, 16 tokens", f"{STEP} prefix", OURS, TRAINING),
     in_bf16("full", "full", "--steps 3 --rounds 1"),
-    in_bf16("lora", "LoRA r 8", "--steps 4"),
+    in_bf16("lora", "LoRA r 8", "--steps 4 --rounds 1"),
     Job(
         "train_step-nf4",
         "quantised_base",

@@ -73,6 +73,7 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
         memory_map=False,
         quantization=quantization,
         # as in fine-tuning
+        memory_map=False,
         linear_dtype=torch.bfloat16 if args.bf16 and args.tuning != "full" and args.device == "cpu" else None,
     )
     adapters = {

@@ -66,15 +66,15 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
     keep_freed_memory()  # as every command does
     load_operators()  # as fine-tuning does
     quantization = QUANTIZATIONS.get(args.base_quantization)
+    is_half = args.bf16 or args.half_weights
+    precision = Precision(compute_dtype=torch.bfloat16 if is_half else torch.float32, half_weights=args.half_weights)
     model = load_model(
         str(random_model(args.size)),
-        dtype=torch.bfloat16 if args.half_weights else torch.float32,
+        dtype=precision.weights_dtype,
         device=args.device,
         memory_map=False,
         quantization=quantization,
-        # as in fine-tuning
-        memory_map=False,
-        linear_dtype=torch.bfloat16 if args.bf16 and args.tuning != "full" and args.device == "cpu" else None,
+        linear_dtype=precision.linear_dtype(args.device, learns=args.tuning == "full"),
     )
     adapters = {
         "full": FullTuning(),
@@ -87,13 +87,12 @@ def bloomlm_steps(args: argparse.Namespace, batches: list):
             model.transformer.prefix.embedding.weight.copy_(prefix_values(model.config))
     examples = [Example.pair(tokens.astype(np.int32), num_source) for batch in batches for tokens, num_source in batch]
     loader = BatchMeter(BatchLoader(examples, args.batch_size, shuffle=False, seed=0), StepFlops(model))
-    is_half = args.bf16 or args.half_weights
     trainer = Trainer(
         model,
         loader,
         optimizer=AdamWConfig(),
         schedule=ScheduleConfig(learning_rate=LEARNING_RATE, lr_scheduler_type="constant").over(len(batches)),
-        precision=Precision(compute_dtype=torch.bfloat16 if is_half else torch.float32, half_weights=args.half_weights),
+        precision=precision,
         config=StepConfig(
             max_grad_norm=args.max_grad_norm, fuses_update=args.tuning == "full" and args.max_grad_norm == 0
         ),

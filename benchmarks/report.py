@@ -90,6 +90,7 @@ def versions(job: Job) -> dict[str, str]:
 
 def run(job: Job, kind: str) -> None:
     """Run a job and record its result."""
+    commit = commit_now()
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows.json"
         # the package of this checkout, whatever is installed
@@ -100,7 +101,7 @@ def run(job: Job, kind: str) -> None:
     result = {
         "processor": kind,
         "date": f"{datetime.date.today()}",
-        "commit": commit_now(),
+        "commit": commit,
         "command": f"python benchmarks/{job.command}",
         "versions": versions(job),
         "rows": {

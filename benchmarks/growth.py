@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--picture", type=Path)
     parser.set_defaults(
-        base_quantization="none", device="cpu", bf16=False, half_weights=False
+        base_quantization="none", device="cpu", bf16=False, half_weights=False, max_grad_norm=0.0
     )  # what else train_step.py reads
     args = parser.parse_args()
     if args.side:

@@ -95,7 +95,13 @@ def measure_training(args: argparse.Namespace, vocab_size: int) -> dict[str, flo
     ]
     size = size_name(args.size, **changes(args, vocab_size))
     options = argparse.Namespace(
-        size=size, tuning="full", base_quantization="none", device="cpu", bf16=False, half_weights=False
+        size=size,
+        tuning="full",
+        base_quantization="none",
+        device="cpu",
+        bf16=False,
+        half_weights=False,
+        max_grad_norm=0.0,
     )
     steps = train_step.bloomlm_steps(options, batches)
     next(steps)

@@ -102,6 +102,7 @@ def measure_training(args: argparse.Namespace, vocab_size: int) -> dict[str, flo
         bf16=False,
         half_weights=False,
         max_grad_norm=0.0,
+        batch_size=2,
     )
     steps = train_step.bloomlm_steps(options, batches)
     next(steps)

@@ -79,7 +79,7 @@ def versions(job: Job) -> dict[str, str]:
     """Of Python and of the packages that a job compares."""
     names = [name for name in PACKAGES if name == "torch" or name in job.needs]
     names += [PIP.get(name, name) for kind in peers.PACKAGES if kind in job.command for name in peers.PACKAGES[kind]]
-    found = {"Python": platform.python_version()}
+    found = {"Python": platform.python_version().rpartition(".")[0]}
     for name in dict.fromkeys(names):
         try:
             found[name] = importlib.metadata.version(name).partition("+")[0]

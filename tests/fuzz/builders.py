@@ -68,6 +68,10 @@ SHARED = [
     {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b\nc"}]},
 ]
 PREFERENCES = [{"prompt": row["src"], "chosen": row["tgt"], "rejected": row["tgt"][::-1]} for row in ROWS]
+CHAT_PREFERENCES = [
+    {"prompt": CONVERSATION[:2], "chosen": CONVERSATION[2:], "rejected": [{"role": "assistant", "content": text}]}
+    for text in ("a mat", "one two")
+]
 JUDGED = [{"prompt": row["src"], "completion": row["tgt"], "label": number % 2 == 0} for number, row in enumerate(ROWS)]
 TEXT = "the cat and the dog sat on a mat .\n\n中文 text, and more of it\n" * 8
 RUN_FLAGS = {

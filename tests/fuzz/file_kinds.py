@@ -22,7 +22,8 @@ from bloomlm.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_chat_t
 from bloomlm.data.conversations import load_conversations
 from bloomlm.data.examples import load_examples
 from bloomlm.data.files import FileRows
-from bloomlm.data.preferences import AnswerPairs, ComparedSet, JudgedAnswers
+from bloomlm.data.message_answers import holds_messages, load_message_answers
+from bloomlm.data.preferences import AnswerPairs, Answers, ComparedSet, JudgedAnswers, load_text_answers
 from bloomlm.data.text_sources import load_mixture, read_mixture, sources_of_path
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import BloomlmError, CheckpointError, ConfigError, DataError, ProgramError
@@ -146,9 +147,17 @@ def read_conversations(directory: Path, templates: Path, out: Path) -> None:
 
 def read_comparisons(form: type[ComparedSet], directory: Path, templates: Path, out: Path) -> None:
     """Answers that are preferred to others, or judged."""
-    options = {"src_length": 8, "tgt_length": 8, "cache_dir": out, "show_progress": False}
-    found = form.load(FileRows(directory / "rows.jsonl"), builders.TOKENIZER, **options)
-    for _ in found:
+    rows = FileRows(directory / "rows.jsonl")
+    options = {"cache_dir": out, "show_progress": False}
+    chatty = builders.TOKENIZER.with_chat_template(PLAIN_TEMPLATE)
+    first = next(iter(rows.rows()), None)
+
+    def load(fields: tuple[str, ...]) -> Answers:
+        if first is not None and holds_messages(first.fields):
+            return load_message_answers(rows, chatty, fields=fields, max_length=64, **options)
+        return load_text_answers(rows, builders.TOKENIZER, fields=fields, src_length=8, tgt_length=8, **options)
+
+    for _ in form.load(rows, load):
         pass
 
 
@@ -359,6 +368,7 @@ KINDS: tuple[FileKind, ...] = (
             ("messages", builders.MESSAGES, read_conversations),
             ("ShareGPT", builders.SHARED, read_conversations),
             ("preferences", builders.PREFERENCES, partial(read_comparisons, AnswerPairs)),
+            ("preferences of messages", builders.CHAT_PREFERENCES, partial(read_comparisons, AnswerPairs)),
             ("judged answers", builders.JUDGED, partial(read_comparisons, JudgedAnswers)),
             ("rows of text", [{"text": row["src"]} for row in ROWS], partial(read_texts, "rows.jsonl")),
         )

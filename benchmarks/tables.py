@@ -65,6 +65,7 @@ COLUMNS = {
     "between_p50_ms": Column("between tokens, ms", times_as_fast),
     "bits": Column("bits a weight"),
     "error": Column("error", part_of_error),
+    "divergence": Column("divergence, nats", part),
     "perplexity": Column("perplexity", digits=5),
     "change": Column("its change", digits=2),
     "of_peak": Column("of the peak"),

@@ -185,7 +185,7 @@ JOBS = (
     ),
     beside_trl("dpo", "DPO"),
     beside_trl("sft", "SFT"),
-    Job("decode", "decode", "", "decode.py --rounds 2", OURS, TRAINING),
+    Job("decode", "decode", "", "decode.py --rounds 2 --repeats 2", OURS, TRAINING),
     Job(
         "generate-int8",
         "generate",

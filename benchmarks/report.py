@@ -96,6 +96,7 @@ def run(job: Job, kind: str) -> None:
         # the package of this checkout, whatever is installed
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "BLOOMLM_BENCH_ROWS": str(rows), "PYTHONPATH": os.pathsep.join(paths)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have bytecode on the disk
         subprocess.run([sys.executable, *job.words(HERE)], cwd=HERE.parent, env=environment, check=True)
         figures = json.loads(rows.read_text())
     result = {

@@ -137,6 +137,11 @@ class WordEmbedding(nn.Embedding):
         """Where training collects the gradient instead of in weight.grad; None: it does not."""
         self._adds_to_grad = False
 
+    def reset_parameters(self) -> None:
+        """Draw the weight, unless it has no memory yet: to draw nothing, PyTorch would import its compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def choose_gradient(self, *, in_place: bool) -> None:
         """Choose how training adds the gradient of looked-up rows to the head's dense gradient [V, D].
 

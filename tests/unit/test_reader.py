@@ -374,3 +374,14 @@ def test_peak_memory_is_one_copy_and_one_tensor(tmp_path: Path, stored: str, ask
     one_tensor = max(p.numel() for p in parameters.values()) * getattr(torch, stored).itemsize
     slack = 4 * 2**20
     assert one_copy * 0.9 < int(done.stdout) < one_copy + one_tensor + slack
+
+
+def test_loading_brings_no_compiler(checkpoint: Path) -> None:
+    """PyTorch's compiler takes half a second to import, and an embedding that draws its weight without memory asks for it."""
+    code = (
+        "import sys, torch; from bloomlm.checkpoint.reader import load_model\n"
+        "with torch.inference_mode(): load_model(sys.argv[1])(torch.arange(3)[None])\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bloomlm.adapters.base import PeftForm
 from bloomlm.adapters.lora import LoraConfig
@@ -21,6 +20,7 @@ from bloomlm.adapters.lora_linear import LoRALinear
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import linear
 from bloomlm.model.quantized import row_blocks
+from bloomlm.model.shard import own_part
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -53,11 +53,11 @@ class DoraLinear(LoRALinear):
     @torch.no_grad()
     def start_from_weight(self) -> None:
         """Set the magnitudes to the norms of the weight's rows; under FSDP, of the rows that this rank holds."""
-        weight = _local(self.weight)
+        weight = own_part(self.weight)
         squares = torch.empty(len(weight), device=weight.device)
         for rows in row_blocks(weight):
             squares[rows] = self.base_rows(weight, rows).square().sum(1)
-        _local(self.lora_magnitude_vector).copy_(self.partition.leave(squares).sqrt())
+        own_part(self.lora_magnitude_vector).copy_(self.partition.leave(squares).sqrt())
 
     def norms(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
         """[out] norms in fp32 of the whole rows of the updated weight; see merged_weight for the argument."""
@@ -141,8 +141,3 @@ class DoraConfig(LoraConfig):
     def from_peft(cls, values: Mapping[str, Any], keys: Collection[str], model: BloomForCausalLM) -> Self:
         """As for LoRA, with use_dora."""
         return super().from_peft({key: value for key, value in values.items() if key != "use_dora"}, keys, model)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds under FSDP."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bloomlm.adapters.base import AdapterModule
 from bloomlm.errors import AdapterError
 from bloomlm.model.embedding import ReplacedRows, WordEmbedding
 from bloomlm.model.quantized import dequantize_rows
+from bloomlm.model.shard import is_shard
 
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
@@ -64,14 +64,16 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
     @torch.no_grad()
     def start_from_weight(self) -> None:
         """Copy the trained rows from the weight. If ranks divide the weight, all of them must call this."""
-        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
+        weight = self.weight.full_tensor() if is_shard(self.weight) else self.weight
         if self.weight_scale is None:
             rows = self.partition.look_up(self.trained_tokens, lambda places: F.embedding(places, weight))
         else:
             scale = self.weight_scale[self.trained_tokens]
             rows = dequantize_rows(weight[self.trained_tokens], scale, torch.float32)
         own: Tensor = self.trained_rows
-        if isinstance(own, DTensor):
+        if is_shard(own):
+            from torch.distributed.tensor import distribute_tensor
+
             rows = distribute_tensor(rows, own.device_mesh, own.placements, src_data_rank=None).to_local()
             own = own.to_local()
         own.copy_(rows)

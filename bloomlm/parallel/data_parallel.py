@@ -8,16 +8,16 @@ across groups. Gradients are sums and not means, because the loss is already div
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from bloomlm.errors import ConfigError
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.shard import own_part
 from bloomlm.parallel.layout import tp_dim
 from bloomlm.parallel.mesh import Mesh
 
@@ -39,6 +39,8 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
     """
     if mesh.degrees.dp_shard == 1:
         return
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # slow; most runs have no shards
+
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"--sharding needs PyTorch 2.9 or later; found {torch.__version__}")
     assert mesh.device_mesh is not None
@@ -56,8 +58,11 @@ def shard_model(model: BloomForCausalLM, mesh: Mesh, *, reshard_after_forward: b
 
 def reshard(model: nn.Module) -> None:
     """Free the weights that a forward pass without backward pass left gathered, so that parameters are shards again."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # nobody has sharded anything
+        return
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
@@ -91,7 +96,7 @@ def global_norm(gradients: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
     for name, gradient in gradients.items():
         # a gradient that all tensor-parallel ranks hold counts once
         if tp_dim(name) is not None or mesh.tp_rank == 0:
-            counted.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+            counted.append(own_part(gradient))
     if mesh.index("dp_replicate") > 0:
         counted = []
     norm = torch.nn.utils.get_total_norm(counted).double()

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
 
+from bloomlm.model.shard import is_shard
 from bloomlm.parallel.mesh import Mesh
 
 Bounds = tuple[tuple[int, int], ...]
@@ -180,7 +179,7 @@ def whole_tensor(name: str, tensor: Tensor, mesh: Mesh, receiver: int | None = N
 def without_shards(tensor: Tensor) -> Tensor:
     """The tensor gathered over FSDP's ranks; it stays cut for tensor parallelism."""
     with torch.no_grad():
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        return tensor.full_tensor() if is_shard(tensor) else tensor.detach()
 
 
 def whole_shape(name: str, tensor: Tensor, mesh: Mesh) -> tuple[int, ...]:
@@ -195,11 +194,13 @@ def global_tensor(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
     """
     if mesh.is_alone:
         return tensor
+    from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
     dim = tp_dim(name)
     over_tp: Placement = Replicate() if dim is None else Shard(dim)
     over_dp: Placement = Replicate()
     whole = torch.Size(whole_shape(name, tensor, mesh))
-    if isinstance(tensor, DTensor):
+    if is_shard(tensor):
         over_dp, tensor = Shard(0), tensor.to_local()
     return DTensor.from_local(
         tensor,
@@ -215,7 +216,7 @@ def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
     """The place of `tensor`, this rank's part of a parameter, in the whole parameter."""
     part = tp_part(name, mesh.tp_rank, mesh.degrees.tp)
     bounds = [part.bounds(size * part.count) if dim == part.dim else (0, size) for dim, size in enumerate(tensor.shape)]
-    if isinstance(tensor, DTensor):
+    if is_shard(tensor):
         start, stop = dealt_rows(tensor.shape[0], mesh.index("dp_shard"), mesh.degrees.dp_shard)
         bounds[0] = bounds[0][0] + start, bounds[0][0] + stop
     return tuple(bounds)
@@ -223,8 +224,10 @@ def own_bounds(name: str, tensor: Tensor, mesh: Mesh) -> Bounds:
 
 def holding(parameter: Tensor, local: Tensor) -> Tensor:
     """This rank's new content of a parameter, `local`, in the form of the parameter (plain, or FSDP's DTensor)."""
-    if not isinstance(parameter, DTensor):
+    if not is_shard(parameter):
         return local
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         local,
         parameter.device_mesh,

@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from bloomlm.data.loader import Batch, Batches
 from bloomlm.files.atomic import atomic_write
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.linear import Linear, linear
+from bloomlm.model.shard import own_part
 from bloomlm.training.step import Trainer
 
 WARM_UP_STEPS = 2
@@ -205,7 +205,7 @@ def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:
 
 def _held_bytes(tensor: torch.Tensor) -> int:
     """Bytes on this rank, while nbytes of FSDP's DTensor is the size of the whole."""
-    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+    return own_part(tensor).nbytes
 
 
 def _finish(device: torch.device) -> None:

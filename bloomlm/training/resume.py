@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bloomlm.adapters.base import Adapter, adapter_of
 from bloomlm.checkpoint.formats import (
@@ -27,6 +26,7 @@ from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.checkpoint.training_state import load_training_state
 from bloomlm.errors import BloomlmError, CheckpointError, ConfigError, name_some
+from bloomlm.model.shard import is_shard, own_part
 from bloomlm.parallel.layout import global_tensor, own_bounds
 from bloomlm.training.results import History
 from bloomlm.training.run_plan import RunPlan
@@ -150,8 +150,7 @@ def _read_weights(trainer: Trainer, checkpoint: Path) -> None:
     reader = open_reader(checkpoint, read_config(checkpoint))
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            own.copy_(reader.read_box(name, own_bounds(name, parameter, trainer.mesh)))
+            own_part(parameter).copy_(reader.read_box(name, own_bounds(name, parameter, trainer.mesh)))
 
 
 def _restore_imported(trainer: Trainer, state: ImportedRun, checkpoint: Path) -> None:
@@ -218,7 +217,9 @@ def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> No
             f"{checkpoint}: {name} or its moments have shape {list(stored.shape)}; expected {list(target.shape)}"
         )
     value = stored.read()
-    if isinstance(target, DTensor):
+    if is_shard(target):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
         target = target.to_local()
     with torch.no_grad():

@@ -376,12 +376,13 @@ def test_peak_memory_is_one_copy_and_one_tensor(tmp_path: Path, stored: str, ask
     assert one_copy * 0.9 < int(done.stdout) < one_copy + one_tensor + slack
 
 
-def test_loading_brings_no_compiler(checkpoint: Path) -> None:
-    """PyTorch's compiler takes half a second to import, and an embedding that draws its weight without memory asks for it."""
+def test_loading_imports_neither_compiler_nor_shards(checkpoint: Path) -> None:
+    """Each takes half a second. An embedding that draws its weight without memory would ask for the compiler."""
     code = (
-        "import sys, torch; from bloomlm.checkpoint.reader import load_model\n"
+        "import sys, torch, bloomlm.api; from bloomlm.checkpoint.reader import load_model\n"
         "with torch.inference_mode(): load_model(sys.argv[1])(torch.arange(3)[None])\n"
-        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+        "slow = ('torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'torch.distributed.fsdp', 'sympy')\n"
+        "print([name for name in slow if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -1,9 +1,10 @@
-"""Matrix products with a weight. In fp32 on x86 processors they go to oneDNN instead of torch's default, MKL.
+"""Matrix products with a weight. On x86 processors they go to oneDNN, in fp32 instead of torch's default, MKL.
 
-Both compute the same sums in fp32. MKL reads a weight at a fraction of the memory's speed in products with few rows
+Both compute the same sums. MKL reads a weight at a fraction of the memory's speed in products with few rows
 (decoding), and uses AVX2 on every AMD processor, even one with AVX-512. oneDNN does neither; docs/decisions/onednn.md
-has the measurements. The operator is the one that torch.compile emits; it takes plain tensors of any strides, so
-nothing is packed or copied. Where it does not exist or does not apply, F.linear is called.
+has the measurements. It is used in bf16 too, where it has instructions for that. The operator is the one that
+torch.compile emits; it takes plain tensors of any strides, so nothing is packed or copied. Where it does not exist or
+does not apply, F.linear is called.
 
 Without gradients, products go to our own operator instead, where this process has loaded it: few rows (a decoding step)
 read a weight once, at the memory's speed, and many rows add bias and GELU while results are in the processor's cache.

@@ -38,8 +38,8 @@ class Precision:
     def linear_dtype(self, device_type: str, *, learns: bool) -> torch.dtype | None:
         """The format in which weights of linear layers are loaded, where it is not weights_dtype.
 
-        On a CPU, weights that do not learn are rounded once, which gives the same products. A GPU would have to convert
-        them for each token that it generates in fp32.
+        On a CPU, weights that do not learn are rounded once, which gives the same products. Answers that are generated
+        in fp32 meanwhile convert them for each token, which would cost a GPU more than it gains.
         """
         return self.compute_dtype if device_type == "cpu" and not learns else None
 

@@ -161,13 +161,16 @@ def read_sizes(path: Path, names: Sequence[str], lists: Sequence[str] = ()) -> d
         if not isinstance(sizes, dict) or sizes.keys() != {*names, *lists}:
             raise ValueError(f"expected the object 'size' with {', '.join([*names, *lists])}")
         wrong = [name for name in names if type(sizes[name]) is not int or not 0 <= sizes[name] < 2**63]
-        wrong += [name for name in lists if not isinstance(sizes[name], list)]
-        wrong += [name for name in lists if not all(isinstance(text, str) for text in sizes[name])]
+        wrong += [name for name in lists if not _are_texts(sizes[name])]
         if wrong:
             raise ValueError(f"{wrong[0]} is {sizes[wrong[0]]!r:.40}")
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path, str(error)) from error
     return sizes
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def damaged(path: Path, what: str) -> DataError:

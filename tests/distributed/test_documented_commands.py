@@ -148,6 +148,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "run.yaml").write_text("model_name_or_path: builtin:tiny\ntrain_file: train.jsonl\noutput_dir: run\n")
     shutil.copyfile(ROOT / "README.md", directory / "README.md")
     (directory / "my.txt").write_text("The cat sat on the mat, and the dog sat beside it. " * 20)
+    (directory / "texts.jsonl").write_text("".join(json.dumps({"text": page.read_text()}) + "\n" for page in PAGES[:8]))
     (directory / "lambada_test.jsonl").write_text(json.dumps({"text": "one two three one two three"}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)

@@ -146,7 +146,7 @@ def run_with_overflow(degrees: Degrees) -> tuple[list[tuple[bool, float]], bool]
     for step in range(3):
         handle = None
         if step == 1 and last:
-            weight = trainer.model.transformer.h[0].mlp.dense_4h_to_h
+            weight = trainer.model.transformer.h[0].mlp.dense_h_to_4h
             handle = weight.register_full_backward_hook(lambda m, i, o: (i[0] * float("inf"),))
         result = trainer.run_step()
         if handle is not None:

@@ -142,8 +142,8 @@ def test_lora_keeps_what_its_matrices_and_the_nonlinear_functions_need(
     assert expected <= saved_elements(LoraConfig(r=R, target_modules=targets)) <= expected + FEW
 
 
-def test_full_tuning_keeps_every_input(attention: Kept) -> None:
-    block = NORM + D + attention.block(True) + NORM + D + 4 * D + 4 * D
+def test_full_tuning_keeps_every_input_but_gelus_results(attention: Kept) -> None:
+    block = NORM + D + attention.block(True) + NORM + D + 4 * D  # GELU's results are computed again from its inputs
     embedding_norm, token_ids = NORM, 1
     expected = N * (L * block + embedding_norm + NORM + token_ids)
     assert expected <= saved_elements(FullTuning()) <= expected + FEW

@@ -130,9 +130,16 @@ def _read_source(entry: Any, path: Path, where: str, required: tuple[str, ...], 
         place = (path.parent / Path(entry["path"]).expanduser()).absolute()
     except RuntimeError as error:  # ~ and the name of nobody
         raise DataError(f"{where}: path is {entry['path']!r:.40}: {error}") from error
+
+    def inputs() -> list[TextInput]:
+        try:
+            return file_inputs(place)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
     return TextSource(
         name=entry["name"],
-        inputs=lambda: file_inputs(place),
+        inputs=inputs,
         weight=float(entry.get("weight", 1.0)),
         language=entry.get("language"),
     )

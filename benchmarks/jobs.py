@@ -91,7 +91,7 @@ CALIBRATED = ("bloomlm int4, calibrated", "llama.cpp Q4_0, its own")
 OURS = (("bloomlm", "transformers"),)
 TRAINING = ("transformers", "peft")
 STEP, GPU = "train_step.py --tuning", "--device cuda --batch_size 16 --steps 12 --warm_up 5 --rounds 1"
-BF16 = "--sides bloomlm bloomlm-O1 bloomlm-O2 transformers-O1"
+IN_BF16 = "--sides bloomlm bloomlm-O1 bloomlm-O2 transformers-O1"
 O1 = (("bloomlm-O1", "transformers-O1"),)
 GENERATE, SERVE = "generate.py --new_tokens 32 --rounds 2 --sides", "serve.py --rounds 1 --parts"
 F32, INT8, INT4 = ("pt2", "llama.cpp-F32"), ("pt2-int8", "llama.cpp-Q8_0"), ("pt2-int4", "llama.cpp-Q4_0")
@@ -112,7 +112,7 @@ def in_bf16(tuning: str, title: str, flags: str) -> Job:
         Bound(*pairs[0], "peak_memory_gb", most=1.0),
         Bound(*pairs[1], "tokens_per_second", least=1.8),
     )
-    command = f"{STEP} {tuning} {BF16} {flags}"
+    command = f"{STEP} {tuning} {IN_BF16} {flags}"
     return Job(f"train_step-{tuning}-bf16", "train_step_half", title, command, pairs, TRAINING, bounds)
 
 

@@ -14,6 +14,7 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import tempfile
@@ -38,12 +39,21 @@ GGUF = {"llama.cpp Q8_0": "int8", "llama.cpp Q4_0": "int4"}
 THEIRS = {"llama.cpp Q4_0, its own": ("MOSTLY_Q4_0", True), "llama.cpp Q4_K_M, its own": ("MOSTLY_Q4_K_M", False)}
 
 
-def llama_quantised(source: Path, path: Path, kind: str, pure: bool) -> None:
-    """A program whose gguf file llama.cpp's quantiser makes of the one in float32."""
+@functools.cache  # llama.cpp calls it later, too, so it must stay
+def silence_llama() -> Any:
+    """Let llama.cpp print nothing."""
     from llama_cpp import llama_cpp
 
     silence = llama_cpp.llama_log_callback(lambda *message: None)
     llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
+    return silence
+
+
+def llama_quantised(source: Path, path: Path, kind: str, pure: bool) -> None:
+    """A program whose gguf file llama.cpp's quantiser makes of the one in float32."""
+    from llama_cpp import llama_cpp
+
+    silence_llama()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.pure = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), pure
     files = [os.fsencode(one.with_suffix(".gguf")) for one in (source, path)]

@@ -148,9 +148,7 @@ def _read(row: Row, fields: tuple[str, ...]) -> _Talk:
 
 def _common_beginning(row: Row, chosen: list[Message], rejected: list[Message]) -> list[Message]:
     """The messages with which both answers begin; at least one message of each is left as the answer."""
-    most = min(len(chosen), len(rejected)) - 1
-    count = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-    prompt = chosen[:count]
+    prompt = chosen[: _common_length(chosen[:-1], rejected[:-1])]
     if not prompt:
         raise DataError(
             f"{row.where}: 'chosen' and 'rejected' begin with different messages, and 'prompt' holds none; expected "
@@ -223,7 +221,7 @@ def _texts(talk: _Talk, template: ChatTemplate) -> list[str]:
         raise DataError(f"{talk.where}: {error}") from error
 
 
-def _common_length(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Number of tokens with which both begin."""
-    pairs = enumerate(zip(tokens, others, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(tokens), len(others)))
+def _common_length(items: Sequence[object], others: Sequence[object]) -> int:
+    """Number of items, tokens or messages, with which both begin."""
+    pairs = enumerate(zip(items, others, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(items), len(others)))

@@ -119,8 +119,7 @@ def load_model(
     directory = resolve_source(str(name_or_path), revision).directory
     config = read_config(directory)
     reader = open_reader(directory, config)
-    model = empty_model(config)
-    _set_precision(model, dtype or _stored_dtype(reader), linear_dtype)
+    model = empty_model(config, dtype or _stored_dtype(reader), linear_dtype)
     if quantization is not None and not mesh.is_alone:
         raise ConfigError("quantised weights need a single process; leave out the quantisation or the other processes")
     if not mesh.is_alone:
@@ -131,14 +130,6 @@ def load_model(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from error
-
-
-def _set_precision(model: BloomForCausalLM, dtype: torch.dtype, linear_dtype: torch.dtype | None) -> None:
-    """New parameters for a model on the meta device; Module.to would swap their contents, which fake tensors cannot."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            is_linear = isinstance(module, Linear) and name == "weight"
-            setattr(module, name, nn.Parameter(parameter.to(linear_dtype if is_linear and linear_dtype else dtype)))
 
 
 def _stored_dtype(reader: TensorReader) -> torch.dtype:

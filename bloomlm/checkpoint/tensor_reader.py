@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bloomlm.errors import CheckpointError, name_some
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
+from bloomlm.model.linear import Linear
 from bloomlm.parallel.layout import Bounds
 
 MIN_HUGE_BYTES = 32 * 2**20
@@ -99,10 +100,24 @@ def fresh_memory(num_bytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def empty_model(config: BloomConfig) -> BloomForCausalLM:
-    """A model on the meta device: names and shapes of its parameters, without numbers."""
+def empty_model(
+    config: BloomConfig, dtype: torch.dtype = torch.float32, linear_dtype: torch.dtype | None = None
+) -> BloomForCausalLM:
+    """A model on the meta device: names, shapes and precisions of its parameters, without numbers.
+
+    Args:
+        config: its sizes.
+        dtype: precision of the parameters.
+        linear_dtype: precision of the weights of linear layers, where it differs from dtype.
+    """
     with torch.device("meta"):
-        return BloomForCausalLM(config)
+        model = BloomForCausalLM(config)
+    # Module.to would swap the contents of parameters, which those of fake tensors cannot
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            is_linear = isinstance(module, Linear) and name == "weight"
+            setattr(module, name, nn.Parameter(parameter.to(linear_dtype if is_linear and linear_dtype else dtype)))
+    return model
 
 
 def check_entries(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorEntry]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from bloomlm.adapters.base import FullTuning
+from bloomlm.adapters.base import apply_adapter
 from bloomlm.api import DTYPES
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.source import BUILTIN_PREFIX, resolve_source
@@ -19,6 +19,7 @@ from bloomlm.cli.plan_job import meta_model, reference_pass, step_flops, workloa
 from bloomlm.cli.plan_output import Fit, Plan, show_plan, write_plan
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Dtype, Flags, flag, same_flag
+from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
 from bloomlm.model.quantized import QUANTIZATIONS
 from bloomlm.parallel.mesh import Degrees, check_model_divides
@@ -26,7 +27,7 @@ from bloomlm.parallel.plan import prediction_memory, training_memory
 from bloomlm.parallel.traffic import Links, step_time, step_traffic
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.objective_checks import check_preference
-from bloomlm.training.precision import precision_from_flags
+from bloomlm.training.precision import Precision, precision_from_flags
 from bloomlm.training.resolve import Machine, adapter_from_flags, degrees_of, resolve_setup
 from bloomlm.training.sections import objective_plan
 
@@ -129,10 +130,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     precision = precision_from_flags(
         fp16=config.fp16, bf16=config.bf16, fp16_opt_level=config.fp16_opt_level, scale_loss=training.scale_loss
     )
-    adapter, quantization = adapter_from_flags(training), QUANTIZATIONS.get(config.base_quantization)
-    linear_dtype = precision.linear_dtype(training.device, learns=adapter.trains_base)
-    model = meta_model(model_config, adapter, precision.weights_dtype, quantization, linear_dtype)
-    predicting = meta_model(model_config, adapter, DTYPES[config.dtype])
+    model, reference, predicting = _models(model_config, config, training, precision)
     length = config.src_length + config.tgt_length
 
     objective = objective_plan(training)
@@ -145,7 +143,6 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
         network_bytes_per_second=config.network_bandwidth,
         ranks_per_node=config.processes_per_node,
     )
-    reference = meta_model(model_config, FullTuning(), precision.weights_dtype, quantization).requires_grad_(False)
     found = Plan(
         model=config.model_name_or_path,
         num_parameters=model_config.num_parameters,
@@ -169,6 +166,19 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
         reference=reference_pass(reference, training, load, degrees, links) if objective.uses_reference else None,
     )
     return found, notices
+
+
+def _models(
+    model_config: BloomConfig, config: PlanConfig, training: TrainingConfig, precision: Precision
+) -> tuple[BloomForCausalLM, BloomForCausalLM, BloomForCausalLM]:
+    """The model that learns, the same as it was read, which is the reference, and the one that predicts."""
+    adapter, quantization = adapter_from_flags(training), QUANTIZATIONS.get(config.base_quantization)
+    linear_dtype = precision.linear_dtype(training.device, learns=adapter.trains_base)
+    model, reference = (meta_model(model_config, precision.weights_dtype, linear_dtype, quantization) for _ in range(2))
+    predicting = meta_model(model_config, DTYPES[config.dtype])
+    for adapted in (model, predicting):
+        apply_adapter(adapted, adapter)
+    return model, reference.requires_grad_(False), predicting
 
 
 def find_config(name: str) -> BloomConfig:

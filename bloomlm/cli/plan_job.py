@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bloomlm.adapters.base import Adapter, apply_adapter
+from bloomlm.checkpoint.tensor_reader import empty_model
 from bloomlm.cli.plan_output import ReferencePass
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -29,21 +29,12 @@ _ANSWERS = 2
 
 def meta_model(
     config: BloomConfig,
-    adapter: Adapter,
     dtype: torch.dtype,
-    quantization: Quantization | None = None,
     linear_dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
 ) -> BloomForCausalLM:
-    """A model with its adapter on the meta device; see load_model."""
-    with torch.device("meta"):
-        model = BloomForCausalLM(config)
-    apply_adapter(model, adapter)
-    model.to(dtype)
-    if linear_dtype is not None:
-        for layer in (
-            found for found in model.modules() if isinstance(found, Linear) and not found.weight.requires_grad
-        ):
-            layer.weight = nn.Parameter(layer.weight.to(linear_dtype), requires_grad=False)
+    """A model on the meta device; see load_model."""
+    model = empty_model(config, dtype, linear_dtype)
     if quantization is not None:
         for module in (found for found in model.modules() if isinstance(found, Linear | WordEmbedding)):
             rows = quantization.linear if isinstance(module, Linear) else quantization.embedding

@@ -167,6 +167,8 @@ def test_a_cpu_holds_linear_weights_that_do_not_learn_in_16_bits() -> None:
     for flags, shrinks in (({"lora": True}, True), ({}, False)):
         gpu, cpu = (plan_of(device=device, bf16=True, **flags).training.weights for device in ("auto", "cpu"))
         assert gpu - cpu == (24 * 12 * 1024**2 * 2 if shrinks else 0)
+    gpu, cpu = (plan_of(device=d, bf16=True, lora=True, preference="dpo").reference.peak for d in ("auto", "cpu"))
+    assert gpu - cpu == 24 * 12 * 1024**2 * 2
 
 
 def test_the_largest_batch_fits_and_no_larger_one() -> None:

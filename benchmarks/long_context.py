@@ -30,6 +30,7 @@ def bloomlm_losses(directory: Path, length: int):
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.model.documents import Documents
+    from bloomlm.parallel.tensor_parallel import head_of
     from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
     from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
@@ -40,7 +41,7 @@ def bloomlm_losses(directory: Path, length: int):
     yield None
     while True:
         hidden = model.transformer(tokens, Documents.packed([length]))
-        loss = linear_cross_entropy(hidden, model.transformer.word_embeddings.weight, labels, scale=1 / (length - 1))
+        loss = linear_cross_entropy(hidden, head_of(model), labels, scale=1 / (length - 1))
         loss.backward()
         model.zero_grad()
         yield loss.item()

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> dict:
     from bloomlm.allocator import keep_freed_memory
     from bloomlm.checkpoint.reader import load_model
     from bloomlm.model.documents import Documents
+    from bloomlm.parallel.tensor_parallel import head_of
     from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
     from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX
 
@@ -42,8 +43,7 @@ def run(args: argparse.Namespace) -> dict:
     for _ in range(1 + args.steps):
         start = time.perf_counter()
         hidden = model.transformer(tokens, Documents.equal(args.documents, DOCUMENT_TOKENS))
-        weight = model.transformer.word_embeddings.weight
-        loss = linear_cross_entropy(hidden, weight, labels.flatten(), scale=1 / (args.documents * LABELS))
+        loss = linear_cross_entropy(hidden, head_of(model), labels.flatten(), scale=1 / (args.documents * LABELS))
         loss.backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - start)

@@ -14,8 +14,8 @@ Inside the block every rank runs the same program with the same values. Three ru
 
 - All ranks call the model (`model.transformer(...)`, `generate`, `score_tokens`) equally often and in the same order.
   The ranks of one tp group (mesh.tp_rank) pass the same inputs and get the same results, bit for bit.
-- The head's weight holds this rank's part of the vocabulary. Pass `ranks=tensor_parallel_group(model)` to
-  linear_cross_entropy and score_tokens to get results over the whole vocabulary; `model.logits` gathers all logits.
+- The head's weight holds this rank's part of the vocabulary. With `head_of(model)`, linear_cross_entropy and
+  score_tokens give results over the whole vocabulary; `model.logits` gathers all logits.
 - Data-parallel ranks (mesh.dp_rank of mesh.degrees.dp) take different examples: BatchLoader(..., dp_degree=, dp_rank=)
   distributes them, and mesh.sum_over(tensor, ("dp_replicate", "dp_shard")) adds results up. Only mesh.is_main prints
   and writes files; checkpoint/main_rank.py helps with files that all ranks write.

@@ -29,6 +29,7 @@ from bloomlm.parallel.collectives import (
 )
 from bloomlm.parallel.layout import Part, is_of_base, tp_dim, tp_part
 from bloomlm.parallel.mesh import Mesh, check_model_divides
+from bloomlm.parallel.vocabulary_head import Head
 
 
 class ColumnPartition(Partition):
@@ -148,10 +149,15 @@ def tp_group(mesh: Mesh) -> TensorParallelGroup:
     return TensorParallelGroup(mesh.group("tp"), mesh.tp_rank, mesh.degrees.tp)
 
 
-def tensor_parallel_group(model: BloomForCausalLM) -> TensorParallelGroup | None:
-    """The ranks among which a model is divided; None if it is whole."""
-    partition = model.transformer.word_embeddings.partition
-    return partition.ranks if isinstance(partition, CutVocabulary) else None
+def head_of(model: BloomForCausalLM) -> Head:
+    """The head of a model, of which this rank has its part of the vocabulary if ranks divide the model."""
+    embedding = model.transformer.word_embeddings
+    return Head(
+        embedding.weight,
+        weight_scale=embedding.weight_scale,
+        replaced=embedding.replaced_rows(),
+        ranks=embedding.partition.ranks if isinstance(embedding.partition, CutVocabulary) else None,
+    )
 
 
 def _cut(model: nn.Module, ranks: TensorParallelGroup, *, of_base: bool) -> None:

@@ -24,6 +24,26 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
+class Head:
+    """The weight of a head and what belongs to it; tensor_parallel.head_of returns that of a model."""
+
+    weight: Tensor
+    """[V, D]; without requires_grad no gradient is computed for it."""
+    weight_scale: Tensor | None = None
+    """[V] where the weight is quantised (see model/quantized.py)."""
+    replaced: ReplacedRows | None = None
+    """Rows that replace some rows of the weight, with a gradient if they require one."""
+    ranks: TensorParallelGroup | None = None
+    """The ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same hidden
+    states and labels, and get the same results and gradients of hidden states. None: the weight is whole."""
+
+    @property
+    def learned(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the replaced rows."""
+        return self.weight, None if self.replaced is None else self.replaced.rows
+
+
+@dataclass(frozen=True)
 class WeightGradient:
     """The gradient of the weight from a chunk of rows, as two factors: [C, V] takes less memory than [V, D]."""
 
@@ -41,29 +61,21 @@ class WeightGradient:
         return update if self.scale == 1.0 else update.mul_(self.scale)
 
 
-class VocabularyHead:
+class HeadProducts:
     """The head's matrix products over chunks of rows, in the precision of the weights or of autocast.
 
     Results are fp32 or fp64.
 
     Args:
         hidden: [M, D].
-        weight: [V, D].
+        head: what it is multiplied with.
         max_chunk_bytes: largest size of a chunk of logits.
-        weight_scale: [V] where the weight is quantised.
-        replaced: rows that replace some rows of the weight.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        max_chunk_bytes: int,
-        weight_scale: Tensor | None = None,
-        replaced: ReplacedRows | None = None,
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: Head, max_chunk_bytes: int) -> None:
+        weight, replaced = head.weight, head.replaced
         matmul_dtype = autocast_dtype(hidden.device.type) or torch.promote_types(hidden.dtype, weight.dtype)
-        self.hidden, self.weight_scale = hidden.to(matmul_dtype), weight_scale
+        self.hidden, self.weight_scale = hidden.to(matmul_dtype), head.weight_scale
         self.weight = weight
         self.replaced = None if replaced is None else ReplacedRows(replaced.places, replaced.rows.to(matmul_dtype))
         self.dtype = torch.promote_types(matmul_dtype, torch.float32)
@@ -75,11 +87,11 @@ class VocabularyHead:
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
         self.uses_onednn = not self.is_half and uses_onednn(self.hidden, self.weight)
         # oneDNN and quantised weights allocate their results; other products write into this
-        rows = 0 if self.uses_onednn or weight_scale is not None else self.chunk_rows
+        rows = 0 if self.uses_onednn or self.weight_scale is not None else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
         # on a CPU in blocks that stay in the processor's cache while they are rounded and used
         self._block = _BLOCK if hidden.device.type == "cpu" else vocab_size
-        casts = weight_scale is None and weight.dtype != matmul_dtype
+        casts = self.weight_scale is None and weight.dtype != matmul_dtype
         self._rounded = (
             weight.new_empty((min(self._block, vocab_size), weight.shape[1]), dtype=matmul_dtype) if casts else None
         )
@@ -219,9 +231,8 @@ class Target:
 class Vocabulary:
     """The vocabulary of a head, which may be shared among ranks."""
 
-    def __init__(self, num_tokens: int, ranks: TensorParallelGroup | None) -> None:
-        self.num_tokens = num_tokens
-        self.ranks = ranks
+    def __init__(self, head: Head) -> None:
+        self.num_tokens, self.ranks = num_tokens, ranks = len(head.weight), head.ranks
         self.first = 0 if ranks is None else ranks.rank * num_tokens
         self.size = num_tokens * (1 if ranks is None else ranks.degree)
         """Tokens of the whole vocabulary."""
@@ -246,10 +257,10 @@ class Vocabulary:
         return self.ranks.sum(torch.cat(parts, dim=1)).split(1, dim=1)
 
 
-def zero_of(hidden: Tensor, weight: Tensor, replaced: ReplacedRows | None) -> Tensor:
+def zero_of(hidden: Tensor, head: Head) -> Tensor:
     """A scalar zero, as a loss with labelled rows: of its dtype, and dependent on the same, so that gradients exist."""
-    learned = [weight[:1]] if weight.requires_grad else []
-    learned += [] if replaced is None else [replaced.rows]
+    learned = [head.weight[:1]] if head.weight.requires_grad else []
+    learned += [] if head.replaced is None else [head.replaced.rows]
     zero = sum((tensor.sum() for tensor in learned), hidden.sum()) * 0.0
     return zero.to(torch.promote_types(zero.dtype, torch.float32))
 

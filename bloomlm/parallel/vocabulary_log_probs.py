@@ -14,36 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.model.embedding import ReplacedRows
-from bloomlm.parallel.collectives import TensorParallelGroup
-from bloomlm.parallel.vocabulary_head import Vocabulary, VocabularyHead, exp_and_sum, memory_for, zero_of
+from bloomlm.parallel.vocabulary_head import Head, HeadProducts, Vocabulary, exp_and_sum, memory_for, zero_of
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
 
 def linear_log_probs(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
     *,
-    weight_scale: Tensor | None = None,
-    replaced: ReplacedRows | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
-    ranks: TensorParallelGroup | None = None,
     gradient_memory: list[Tensor] | None = None,
 ) -> Tensor:
-    """The log-probability of the label of each labelled row under softmax(hidden @ weight.T).
+    """The log-probability of the label of each labelled row under the softmax of the head's logits.
 
     torch.log_softmax on whole logits is the oracle.
 
     Args:
         hidden: [N, D].
-        weight: [V, D]; without requires_grad no gradient is computed for it.
+        head: its weight, and replaced rows, get gradients if they require them.
         labels: [N] int64, IGNORE_INDEX for rows without a label, which cost nothing.
-        weight_scale: [V] where the weight is quantised (see model/quantized.py).
-        replaced: rows that replace some rows of the weight, with a gradient if they require one.
         max_chunk_bytes: largest size of a chunk of logits.
-        ranks: the ranks that share the vocabulary, as in linear_cross_entropy.
         gradient_memory: as in linear_cross_entropy.
 
     Returns:
@@ -51,12 +43,9 @@ def linear_log_probs(
     """
     hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
-        return zero_of(hidden, weight, replaced).expand(0)
-    rows, places = (None, None) if replaced is None else (replaced.rows, replaced.places)
-    tensors = hidden, weight, rows, places, labels, weight_scale
-    log_probs: Tensor = _LinearLogProbs.apply(
-        *tensors, max_chunk_bytes, torch.is_grad_enabled(), ranks, gradient_memory
-    )
+        return zero_of(hidden, head).expand(0)
+    options = max_chunk_bytes, torch.is_grad_enabled(), gradient_memory
+    log_probs: Tensor = _LinearLogProbs.apply(hidden, *head.learned, labels, head, *options)
     return log_probs
 
 
@@ -67,26 +56,22 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         rows: Tensor | None,
-        places: Tensor | None,
         labels: Tensor,
-        weight_scale: Tensor | None,
+        head: Head,
         max_chunk_bytes: int,
         with_gradients: bool,
-        ranks: TensorParallelGroup | None,
         gradient_memory: list[Tensor] | None,
     ) -> Tensor:
-        replaced = None if rows is None or places is None else ReplacedRows(places, rows)
-        head = VocabularyHead(hidden, weight, max_chunk_bytes, weight_scale, replaced)
-        vocabulary = Vocabulary(len(weight), ranks)
+        products, vocabulary = HeadProducts(hidden, head, max_chunk_bytes), Vocabulary(head)
         ctx.dtypes = hidden.dtype, weight.dtype, None if rows is None else rows.dtype
         ctx.pending = []
         head_learns = with_gradients and any(ctx.needs_input_grad[1:3])
         keeps_gradient = with_gradients and ctx.needs_input_grad[0] and not head_learns
-        ctx.grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype) if keeps_gradient else None
-        row_max, row_sum, log_probs = (torch.empty_like(labels, dtype=head.dtype) for _ in range(3))
+        ctx.grad_hidden = hidden.new_empty(hidden.shape, dtype=products.dtype) if keeps_gradient else None
+        row_max, row_sum, log_probs = (torch.empty_like(labels, dtype=products.dtype) for _ in range(3))
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in head.chunks():
-                z, target = head.logits(chunk), vocabulary.locate(labels[chunk, None])
+            for chunk in products.chunks():
+                z, target = products.logits(chunk), vocabulary.locate(labels[chunk, None])
                 chunk_max = vocabulary.row_max(z)
                 label_z = target.pick(z)
                 chunk_sum, label_z = vocabulary.sum(exp_and_sum(z, chunk_max), label_z)
@@ -95,11 +80,11 @@ class _LinearLogProbs(torch.autograd.Function):
                 if ctx.grad_hidden is None:
                     continue
                 target.add(z, -chunk_sum)
-                head.add_gradients(chunk, z, -chunk_sum.reciprocal(), 1.0, ctx.grad_hidden, None)
+                products.add_gradients(chunk, z, -chunk_sum.reciprocal(), 1.0, ctx.grad_hidden, None)
                 del z  # before the next chunk's is made
-                if ranks is not None:
-                    ctx.pending.append(ranks.begin_sum(ctx.grad_hidden[chunk]))
-        ctx.again = (head, vocabulary, labels, row_max, row_sum, gradient_memory) if head_learns else None
+                if head.ranks is not None:
+                    ctx.pending.append(head.ranks.begin_sum(ctx.grad_hidden[chunk]))
+        ctx.again = (products, vocabulary, labels, row_max, row_sum, gradient_memory) if head_learns else None
         return log_probs
 
     @staticmethod
@@ -117,12 +102,12 @@ class _LinearLogProbs(torch.autograd.Function):
         else:
             raise RuntimeError("linear_log_probs can be differentiated once; call it again")
         typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return *typed, *[None] * 7
+        return *typed, *[None] * 5
 
 
 def _gradients_of_head(
     row_factor: Tensor,
-    head: VocabularyHead,
+    products: HeadProducts,
     vocabulary: Vocabulary,
     labels: Tensor,
     row_max: Tensor,
@@ -136,14 +121,16 @@ def _gradients_of_head(
     # the factor's size is applied in fp32, because it contains the loss scale and fp16 overflows
     scale = float(row_factor.abs().max()) or 1.0
     factor = (row_factor / (-scale * row_sum))[:, None]
-    grad_hidden = torch.empty_like(head.hidden, dtype=head.dtype)
-    grad_weight = memory_for(head.weight, head.dtype, gradient_memory) if needs_weight else None
-    grad_replaced = None if head.replaced is None else torch.zeros_like(head.replaced.rows, dtype=head.dtype)
+    grad_hidden = torch.empty_like(products.hidden, dtype=products.dtype)
+    grad_weight = memory_for(products.weight, products.dtype, gradient_memory) if needs_weight else None
+    grad_replaced = (
+        None if products.replaced is None else torch.zeros_like(products.replaced.rows, dtype=products.dtype)
+    )
     pending = []
-    for chunk in head.chunks():
-        z = head.logits(chunk).sub_(row_max[chunk, None]).exp_()
+    for chunk in products.chunks():
+        z = products.logits(chunk).sub_(row_max[chunk, None]).exp_()
         vocabulary.locate(labels[chunk, None]).add(z, -row_sum[chunk, None])
-        head.add_gradients(chunk, z, factor[chunk], scale, grad_hidden, grad_weight, grad_replaced)
+        products.add_gradients(chunk, z, factor[chunk], scale, grad_hidden, grad_weight, grad_replaced)
         del z  # before the next chunk's is made
         if vocabulary.ranks is not None:
             pending.append(vocabulary.ranks.begin_sum(grad_hidden[chunk]))

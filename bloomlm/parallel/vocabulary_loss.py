@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.model.embedding import ReplacedRows
-from bloomlm.parallel.collectives import TensorParallelGroup
 from bloomlm.parallel.vocabulary_head import (
+    Head,
+    HeadProducts,
     Vocabulary,
-    VocabularyHead,
     WeightGradient,
     exp_and_sum,
     memory_for,
@@ -38,32 +37,25 @@ MAX_CHUNK_BYTES = 256 * 2**20
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
     *,
-    weight_scale: Tensor | None = None,
-    replaced: ReplacedRows | None = None,
     scale: float = 1.0,
     label_smoothing: float = 0.0,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
-    ranks: TensorParallelGroup | None = None,
     gradient_memory: list[Tensor] | None = None,
     gradient_parts: list[Callable[[slice], Tensor]] | None = None,
 ) -> Tensor:
-    """scale times the SUM over labelled rows of the cross entropy of hidden @ weight.T.
+    """scale times the SUM over labelled rows of the cross entropy of the head's logits.
 
     Args:
         hidden: [M, D].
-        weight: [V, D]; without requires_grad no gradient is computed for it.
+        head: its weight, and replaced rows, get gradients if they require them.
         labels: [M] int64, IGNORE_INDEX for rows without a label, which cost nothing.
-        weight_scale: [V] where the weight is quantised (see model/quantized.py).
-        replaced: rows that replace some rows of the weight, with a gradient if they require one.
         scale: factor of the loss, for example loss scale / tokens of the step. It costs nothing here; multiplying the
             result would cost a pass over the weight's gradient.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         max_chunk_bytes: largest size of a chunk of logits.
-        ranks: the ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same
-            hidden and labels, and get the same loss and gradient of hidden. None: the weight is whole.
         gradient_memory: tensors that are not needed any more. One of the right shape is removed from the list and
             becomes the weight's gradient; without one, memory is allocated.
         gradient_parts: receives the weight's gradient in the backward pass, as functions from a slice of its rows to
@@ -74,12 +66,10 @@ def linear_cross_entropy(
     """
     hidden, labels = labelled_rows(hidden, labels)
     if len(labels) == 0:
-        return zero_of(hidden, weight, replaced)
-    rows, places = (None, None) if replaced is None else (replaced.rows, replaced.places)
-    tensors = hidden, weight, rows, places, labels, weight_scale
-    options = scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled(), ranks
-    room = gradient_memory, gradient_parts if len(labels) <= weight.shape[1] else None
-    loss: Tensor = _LinearCrossEntropy.apply(*tensors, *options, room)
+        return zero_of(hidden, head)
+    options = scale, label_smoothing, max_chunk_bytes, torch.is_grad_enabled()
+    room = gradient_memory, gradient_parts if len(labels) <= head.weight.shape[1] else None
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, *head.learned, labels, head, *options, room)
     return loss
 
 
@@ -90,33 +80,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         rows: Tensor | None,
-        places: Tensor | None,
         labels: Tensor,
-        weight_scale: Tensor | None,
+        head: Head,
         scale: float,
         label_smoothing: float,
         max_chunk_bytes: int,
         with_gradients: bool,
-        ranks: TensorParallelGroup | None,
         room: tuple[list[Tensor] | None, list[Callable[[slice], Tensor]] | None],
     ) -> Tensor:
-        replaced = None if rows is None or places is None else ReplacedRows(places, rows)
-        head = VocabularyHead(hidden, weight, max_chunk_bytes, weight_scale, replaced)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if replaced is None else replaced.rows.dtype
+        products, vocabulary = HeadProducts(hidden, head, max_chunk_bytes), Vocabulary(head)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if rows is None else rows.dtype
         gradient_memory, ctx.gradient_parts = room
         grad_hidden = grad_replaced = None
         grad_weight: Tensor | list[WeightGradient] | None = None
         if with_gradients and any(ctx.needs_input_grad[:3]):
-            grad_hidden = hidden.new_empty(hidden.shape, dtype=head.dtype)
+            grad_hidden = hidden.new_empty(hidden.shape, dtype=products.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = memory_for(weight, head.dtype, gradient_memory) if ctx.gradient_parts is None else []
-            if replaced is not None and ctx.needs_input_grad[2]:
-                grad_replaced = torch.zeros_like(replaced.rows, dtype=head.dtype)
-        loss, vocabulary = torch.zeros((), dtype=head.dtype, device=hidden.device), Vocabulary(len(weight), ranks)
+                grad_weight = memory_for(weight, products.dtype, gradient_memory) if ctx.gradient_parts is None else []
+            if rows is not None and ctx.needs_input_grad[2]:
+                grad_replaced = torch.zeros_like(rows, dtype=products.dtype)
+        loss = torch.zeros((), dtype=products.dtype, device=hidden.device)
         ctx.pending = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in head.chunks():
-                z, target = head.logits(chunk), vocabulary.locate(labels[chunk, None])
+            for chunk in products.chunks():
+                z, target = products.logits(chunk), vocabulary.locate(labels[chunk, None])
                 row_max = vocabulary.row_max(z)
                 sums = [target.pick(z), z.sum(dim=1, keepdim=True)] if label_smoothing else [target.pick(z)]
                 row_sum, label_z, *z_sum = vocabulary.sum(exp_and_sum(z, row_max), *sums)
@@ -129,10 +116,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if label_smoothing:
                     z.sub_(row_sum * (label_smoothing / vocabulary.size))
                 target.add(z, row_sum * (label_smoothing - 1.0))
-                head.add_gradients(chunk, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight, grad_replaced)
+                products.add_gradients(chunk, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight, grad_replaced)
                 del z  # before the next chunk's is made
-                if ranks is not None:
-                    ctx.pending.append(ranks.begin_sum(grad_hidden[chunk]))
+                if head.ranks is not None:
+                    ctx.pending.append(head.ranks.begin_sum(grad_hidden[chunk]))
         ctx.gradients = grad_hidden, grad_weight, grad_replaced
         return loss * scale
 
@@ -154,4 +141,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if parts:
             ctx.gradient_parts.extend(parts)
         typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return *typed, *[None] * 9
+        return *typed, *[None] * 7

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.linear import linear
-from bloomlm.parallel.collectives import TensorParallelGroup
+from bloomlm.parallel.vocabulary_head import Head
 
 IGNORE_INDEX = -100
 """The label of a position from which nothing is predicted."""
@@ -54,26 +53,20 @@ class TokenScore:
 @torch.no_grad()
 def score_labels(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
     *,
-    weight_scale: Tensor | None = None,
-    replaced: ReplacedRows | None = None,
-    ranks: TensorParallelGroup | None = None,
     block_columns: int | None = None,
 ) -> LabelScores:
     """Score one label for each hidden state.
 
     Args:
         hidden: [M, D] after the last layer norm.
-        weight: [V, D] of the head.
+        head: gives the logits.
         labels: [M] int64, ids of the whole vocabulary.
-        weight_scale: [V] where the weight is quantised (see model/quantized.py).
-        replaced: rows that replace some rows of the weight.
-        ranks: the ranks that share the vocabulary, each with an equal part of the weight's rows. They pass the same
-            hidden and labels, and get the same result. None: the weight is whole.
         block_columns: number of tokens of a block; None: a number that suits the device.
     """
+    weight, ranks = head.weight, head.ranks
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     row_max = torch.full((len(labels),), -torch.inf, dtype=dtype, device=hidden.device)
     row_sum, label_z = torch.zeros_like(row_max), torch.zeros_like(row_max)
@@ -82,10 +75,10 @@ def score_labels(
     size = block_columns or _block_columns(len(labels), hidden.device)
     for start in range(0, len(weight), size):
         columns = slice(start, start + size)
-        scale = None if weight_scale is None else weight_scale[columns]
+        scale = None if head.weight_scale is None else head.weight_scale[columns]
         z = linear(hidden, weight[columns], None, scale).to(dtype)
-        if replaced is not None:
-            replaced.of(columns).put_logits(hidden, z)
+        if head.replaced is not None:
+            head.replaced.of(columns).put_logits(hidden, z)
         block_max, block_likeliest = z.max(dim=1)
         # strictly larger, so that the first of equal logits stays
         likeliest = torch.where(block_max > row_max, block_likeliest + (first_token + start), likeliest)
@@ -104,27 +97,16 @@ def score_labels(
     )
 
 
-def score_tokens(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    weight_scale: Tensor | None = None,
-    replaced: ReplacedRows | None = None,
-    ranks: TensorParallelGroup | None = None,
-) -> TokenScore:
+def score_tokens(hidden: Tensor, head: Head, labels: Tensor) -> TokenScore:
     """Cross entropy and number of correct tokens, without gradients.
 
     Args:
         hidden: [M, D].
-        weight: [V, D].
+        head: gives the logits.
         labels: [M] int64, IGNORE_INDEX for rows without a label.
-        weight_scale: [V] where the weight is quantised.
-        replaced: rows that replace some rows of the weight.
-        ranks: the ranks that share the vocabulary, as in score_labels.
     """
     hidden, labels = labelled_rows(hidden, labels)
-    scores = score_labels(hidden, weight, labels, weight_scale=weight_scale, replaced=replaced, ranks=ranks)
+    scores = score_labels(hidden, head, labels)
     return TokenScore(loss=-scores.log_probs.sum(), num_correct=scores.is_likeliest.sum())
 
 

@@ -20,6 +20,7 @@ from bloomlm.data.corpus import Piece
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
+from bloomlm.parallel.tensor_parallel import head_of
 from bloomlm.parallel.vocabulary_scores import LabelScores, score_labels
 
 BATCH_TOKENS = 2048
@@ -127,16 +128,9 @@ def score_texts(model: BloomForCausalLM, texts: Sequence[Sequence[int]], first_i
         texts: ids.
         first_id: the id before the first token of each text.
     """
-    embedding = model.transformer.word_embeddings
-    device = embedding.weight.device
+    device = model.transformer.word_embeddings.weight.device
     given = [[first_id, *ids[:-1]] for ids in texts if ids]
     tokens = torch.tensor([token for ids in given for token in ids], dtype=torch.int64, device=device)
     labels = torch.tensor([token for ids in texts for token in ids], dtype=torch.int64, device=device)
     hidden = model.transformer(tokens, Documents.packed([len(ids) for ids in given]))
-    return score_labels(
-        hidden,
-        embedding.weight,
-        labels,
-        weight_scale=embedding.weight_scale,
-        replaced=embedding.replaced_rows(),
-    )
+    return score_labels(hidden, head_of(model), labels)

@@ -11,6 +11,7 @@ from tests.architecture.test_imports import FILES, PACKAGE
 
 NAMES = {*RUN, *(form.backend for form in RUN.values())}
 FORMAT_DIRECTORIES = {PACKAGE / "export" / "formats", PACKAGE / "runtime" / "formats"}
+HEAD_OF = PACKAGE / "parallel" / "tensor_parallel.py"
 TORCH_INTERNALS = PACKAGE / "runtime" / "torch_internals.py"
 PRIVATE = ("torch._inductor", "torch._C", "torch._dynamo")
 
@@ -60,10 +61,8 @@ def test_a_head_is_used_with_all_that_belongs_to_it(path: Path) -> None:
     """Its weight alone is not the head where it is int8, or where some of its rows learn apart from it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    for call in calls:
-        if isinstance(call.func, ast.Name) and call.func.id in ("linear_cross_entropy", "score_labels", "score_tokens"):
-            given = {keyword.arg for keyword in call.keywords}
-            assert {"weight_scale", "replaced"} <= given, f"{path}:{call.lineno}"
+    made = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Head"]
+    assert len(made) == (path == HEAD_OF), f"{path}:{made}"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path != TORCH_INTERNALS], ids=name_of)

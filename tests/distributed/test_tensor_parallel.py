@@ -22,7 +22,8 @@ from bloomlm.parallel.collectives import TensorParallelGroup, column_product, co
 from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.layout import tp_dim, whole_tensor
 from bloomlm.parallel.mesh import ALONE, Degrees, Mesh
-from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model, tensor_parallel_group
+from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model, head_of
+from bloomlm.parallel.vocabulary_head import Head
 from bloomlm.parallel.vocabulary_log_probs import linear_log_probs
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
@@ -126,16 +127,15 @@ def chunked_loss(max_chunk_bytes: int, label_smoothing: float, world_size: int) 
     labels = torch.randint(0, 24, (20,), generator=generator)
     labels[[0, 3, 19]] = -100
     model, mesh = tensor_parallel_model(Case(), world_size)
-    group = tensor_parallel_group(model)
+    group = head_of(model).ranks
     rows = slice(mesh.tp_rank * 24 // world_size, (mesh.tp_rank + 1) * 24 // world_size)
     part = weight[rows].clone().requires_grad_()
-    loss = linear_cross_entropy(
-        hidden, part, labels, label_smoothing=label_smoothing, max_chunk_bytes=max_chunk_bytes, ranks=group
-    )
+    head = Head(part, ranks=group)
+    loss = linear_cross_entropy(hidden, head, labels, label_smoothing=label_smoothing, max_chunk_bytes=max_chunk_bytes)
     (loss * 0.5).backward()
     assert hidden.grad is not None and part.grad is not None
     gradient = part.grad if group is None else group.gather(part.grad, 0)
-    score = score_tokens(hidden, part, labels, ranks=group)
+    score = score_tokens(hidden, head, labels)
     return {
         "loss": loss.detach(),
         "hidden": hidden.grad,
@@ -160,10 +160,10 @@ def chunked_log_probs(max_chunk_bytes: int, head_learns: bool, world_size: int) 
     labels = torch.randint(0, 24, (20,), generator=generator)
     labels[[0, 3, 19]] = -100
     model, mesh = tensor_parallel_model(Case(), world_size)
-    group = tensor_parallel_group(model)
+    group = head_of(model).ranks
     rows = slice(mesh.tp_rank * 24 // world_size, (mesh.tp_rank + 1) * 24 // world_size)
     part = weight[rows].clone().requires_grad_(head_learns)
-    log_probs = linear_log_probs(hidden, part, labels, max_chunk_bytes=max_chunk_bytes, ranks=group)
+    log_probs = linear_log_probs(hidden, Head(part, ranks=group), labels, max_chunk_bytes=max_chunk_bytes)
     (log_probs * torch.linspace(-1, 2, 17)).sum().backward()
     assert hidden.grad is not None
     found = {"log_probs": log_probs.detach(), "hidden": hidden.grad}
@@ -188,7 +188,7 @@ def tied_maxima(world_size: int) -> int:
     model, mesh = tensor_parallel_model(Case(), world_size)
     rows = slice(mesh.tp_rank * 8 // world_size, (mesh.tp_rank + 1) * 8 // world_size)
     labels = torch.tensor([1, 6, 6])
-    score = score_tokens(torch.ones(3, 2), weight[rows], labels, ranks=tensor_parallel_group(model))
+    score = score_tokens(torch.ones(3, 2), Head(weight[rows], ranks=head_of(model).ranks), labels)
     return int(score.num_correct)
 
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from bloomlm.parallel.vocabulary_head import Head
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES, linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_labels
 from tests.gpu.models import GPU, relative_error
@@ -22,7 +23,7 @@ def test_loss_and_gradients_equal_those_of_whole_logits_in_a_fraction_of_the_mem
     hidden, weight, labels = inputs()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    found = linear_cross_entropy(hidden, weight, labels, scale=1 / N)
+    found = linear_cross_entropy(hidden, Head(weight), labels, scale=1 / N)
     found.backward()
     gradients = hidden.grad, weight.grad
     ours = torch.cuda.max_memory_allocated() - start
@@ -42,12 +43,12 @@ def test_loss_and_gradients_equal_those_of_whole_logits_in_a_fraction_of_the_mem
 
 def test_in_bf16_it_is_as_exact_as_torchs() -> None:
     hidden, weight, labels = inputs()
-    exact = linear_cross_entropy(hidden, weight, labels, scale=1 / N)
+    exact = linear_cross_entropy(hidden, Head(weight), labels, scale=1 / N)
     exact.backward()
     gradients = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        found = linear_cross_entropy(hidden, weight, labels, scale=1 / N)
+        found = linear_cross_entropy(hidden, Head(weight), labels, scale=1 / N)
     found.backward()
     assert relative_error(found, exact) < 1e-3
     assert relative_error(hidden.grad, gradients[0]) < 1e-2
@@ -56,7 +57,7 @@ def test_in_bf16_it_is_as_exact_as_torchs() -> None:
 
 def test_scores_equal_those_of_whole_logits() -> None:
     hidden, weight, labels = inputs()
-    found = score_labels(hidden, weight, labels)
+    found = score_labels(hidden, Head(weight), labels)
     with torch.no_grad():
         logits = hidden @ weight.t()
         expected = logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)

@@ -104,9 +104,9 @@ def test_head_sees_scored_positions_only(
 ) -> None:
     rows = []
 
-    def counting(hidden, weight, labels, **options):  # type: ignore[no-untyped-def]
+    def counting(hidden, head, labels):  # type: ignore[no-untyped-def]
         rows.append(len(hidden))
-        return score_labels(hidden, weight, labels, **options)
+        return score_labels(hidden, head, labels)
 
     monkeypatch.setattr(scorers, "score_labels", counting)
     EagerScorer(model, max_batch_tokens=200).score_all(windows)

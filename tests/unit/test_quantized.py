@@ -25,6 +25,7 @@ from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
 from bloomlm.model.linear import Linear, linear
 from bloomlm.model.quantized import INT8, NF4, Quantization, dequantize_rows, quantize_rows, quantize_rows_nf4
+from bloomlm.parallel.tensor_parallel import head_of
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
 from tests.tiny_checkpoint import learned_tensors, merged_model, random_model
@@ -81,12 +82,10 @@ def step(model: BloomForCausalLM, label_smoothing: float = 0.0) -> tuple[Tensor,
     tokens = torch.randint(0, CONFIG.vocab_size, (sum(LENGTHS),), generator=generator)
     labels = torch.randint(0, CONFIG.vocab_size, (sum(LENGTHS),), generator=generator)
     labels[::3] = -100
-    embedding = model.transformer.word_embeddings
     loss = linear_cross_entropy(
         model.transformer(tokens, Documents.packed(LENGTHS)),
-        embedding.weight,
+        head_of(model),
         labels,
-        weight_scale=embedding.weight_scale,
         label_smoothing=label_smoothing,
         max_chunk_bytes=3 * CONFIG.vocab_size * 4,
     )
@@ -208,9 +207,7 @@ def test_the_score_of_an_evaluation(checkpoint: Path, block_elements: int) -> No
     model, exact = load_model(checkpoint, quantization=INT8), dequantized(checkpoint, INT8)
     hidden, labels = torch.randn(9, 64), torch.randint(0, CONFIG.vocab_size, (9,))
     labels[:2] = model.logits(hidden)[:2].argmax(1)
-    embedding = model.transformer.word_embeddings
-    found = score_tokens(hidden, embedding.weight, labels, weight_scale=embedding.weight_scale)
-    expected = score_tokens(hidden, exact.transformer.word_embeddings.weight, labels)
+    found, expected = (score_tokens(hidden, head_of(each), labels) for each in (model, exact))
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
     assert found.num_correct == expected.num_correct >= 2
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
+from bloomlm.parallel.vocabulary_head import Head
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from tests.paddle_files import make_model
 
@@ -18,7 +19,7 @@ def weight_gradient(model: BloomForCausalLM, microbatches: int = 1, memory: list
     weight.grad = None
     for batch in range(microbatches):
         hidden = model.transformer(TOKENS + batch, Documents.packed([4, 3]))
-        linear_cross_entropy(hidden, weight, LABELS, gradient_memory=memory).backward()
+        linear_cross_entropy(hidden, Head(weight), LABELS, gradient_memory=memory).backward()
     assert weight.grad is not None
     return weight.grad
 
@@ -45,7 +46,7 @@ def test_parts_add_up_to_the_gradient(hidden_factor: int, max_chunk_bytes: int) 
         hidden = each.transformer(TOKENS, Documents.packed([4, 3])).repeat(hidden_factor * 4, 1)
         labels = LABELS.repeat(hidden_factor * 4)
         loss = linear_cross_entropy(
-            hidden, weight, labels, max_chunk_bytes=max_chunk_bytes, label_smoothing=0.1, gradient_parts=of_head
+            hidden, Head(weight), labels, max_chunk_bytes=max_chunk_bytes, label_smoothing=0.1, gradient_parts=of_head
         )
         (3.0 * loss).backward()
         gradients.append(weight.grad)

@@ -19,6 +19,7 @@ from bloomlm.errors import AdapterError
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.quantized import INT8, Quantization, dequantize_rows
+from bloomlm.parallel.vocabulary_head import Head
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_labels
 from bloomlm.training.objectives.cross_entropy import batch_loss, evaluate_loss
@@ -166,9 +167,8 @@ def test_the_loss_equals_that_of_a_whole_head(dtype: torch.dtype, smoothing: flo
     found = result(
         lambda: linear_cross_entropy(
             hidden,
-            weight,
+            Head(weight, replaced=replaced),
             labels,
-            replaced=replaced,
             scale=0.5,
             label_smoothing=smoothing,
             max_chunk_bytes=rows_per_chunk * V * dtype.itemsize,
@@ -180,7 +180,7 @@ def test_the_loss_equals_that_of_a_whole_head(dtype: torch.dtype, smoothing: flo
 
 def test_a_batch_without_labels_gives_the_rows_a_zero_gradient() -> None:
     hidden, weight, replaced, labels = head(torch.float32)
-    linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), replaced=replaced).backward()
+    linear_cross_entropy(hidden, Head(weight, replaced=replaced), torch.full_like(labels, -100)).backward()
     assert replaced.rows.grad is not None and not replaced.rows.grad.any()
 
 
@@ -190,8 +190,8 @@ def test_scores_equal_those_of_a_whole_head(block_columns: int | None) -> None:
     labels = labels.clamp(min=0)
     with torch.no_grad():
         whole = weight.index_copy(0, replaced.places, replaced.rows)
-    found = score_labels(hidden, weight, labels, replaced=replaced, block_columns=block_columns)
-    expected = score_labels(hidden, whole, labels)
+    found = score_labels(hidden, Head(weight, replaced=replaced), labels, block_columns=block_columns)
+    expected = score_labels(hidden, Head(whole), labels)
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.is_likeliest, expected.is_likeliest)
 

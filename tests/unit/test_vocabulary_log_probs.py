@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
+from bloomlm.parallel.vocabulary_head import Head
 from bloomlm.parallel.vocabulary_log_probs import linear_log_probs
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 
@@ -54,7 +55,7 @@ def test_equals_log_softmax_of_whole_logits(
 ) -> None:
     hidden, weight, labels = inputs(dtype, head_learns=head_learns)
     found = results(
-        lambda h, w: linear_log_probs(h, w, labels, max_chunk_bytes=rows_per_chunk * V * dtype.itemsize),
+        lambda h, w: linear_log_probs(h, Head(w), labels, max_chunk_bytes=rows_per_chunk * V * dtype.itemsize),
         hidden,
         weight,
         factor=factor,
@@ -74,7 +75,7 @@ def test_replaced_rows_learn_and_the_weight_does_not(rows_per_chunk: int) -> Non
     rows = torch.randn(4, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
     found = results(
         lambda h, r: linear_log_probs(
-            h, weight, labels, replaced=ReplacedRows(places, r), max_chunk_bytes=rows_per_chunk * V * 8
+            h, Head(weight, replaced=ReplacedRows(places, r)), labels, max_chunk_bytes=rows_per_chunk * V * 8
         ),
         hidden,
         rows,
@@ -91,11 +92,11 @@ def test_half_precision_is_as_near_as_the_cross_entropy(head_learns: bool, dtype
     hidden, weight, labels = inputs(torch.float32, head_learns=head_learns)
     scale = 2.0**20
     with torch.autocast("cpu", dtype):
-        linear_cross_entropy(hidden, weight, labels, scale=scale).backward()
+        linear_cross_entropy(hidden, Head(weight), labels, scale=scale).backward()
     expected = [tensor.grad for tensor in (hidden, weight) if tensor.grad is not None]
     hidden.grad = weight.grad = None
     with torch.autocast("cpu", dtype):
-        log_probs = linear_log_probs(hidden, weight, labels)
+        log_probs = linear_log_probs(hidden, Head(weight), labels)
     (log_probs.sum() * -scale).backward()
     found = [tensor.grad for tensor in (hidden, weight) if tensor.grad is not None]
     assert len(found) == 1 + head_learns
@@ -105,7 +106,7 @@ def test_half_precision_is_as_near_as_the_cross_entropy(head_learns: bool, dtype
 
 def test_without_labels_every_gradient_is_zero() -> None:
     hidden, weight, labels = inputs(torch.float32, head_learns=True)
-    log_probs = linear_log_probs(hidden, weight, torch.full_like(labels, -100))
+    log_probs = linear_log_probs(hidden, Head(weight), torch.full_like(labels, -100))
     assert log_probs.shape == (0,)
     log_probs.sum().backward()
     for tensor in (hidden, weight):
@@ -114,7 +115,7 @@ def test_without_labels_every_gradient_is_zero() -> None:
 
 def test_a_second_backward_pass_is_refused() -> None:
     hidden, weight, labels = inputs(torch.float32, head_learns=True)
-    loss = linear_log_probs(hidden, weight, labels).sum()
+    loss = linear_log_probs(hidden, Head(weight), labels).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         loss.backward()
@@ -124,6 +125,6 @@ def test_the_weight_gradient_takes_memory_that_is_not_needed() -> None:
     hidden, weight, labels = inputs(torch.float32, head_learns=True)
     memory = [torch.full_like(weight, torch.nan, requires_grad=False)]
     address = memory[0].data_ptr()
-    linear_log_probs(hidden, weight, labels, gradient_memory=memory).sum().backward()
+    linear_log_probs(hidden, Head(weight), labels, gradient_memory=memory).sum().backward()
     assert not memory and weight.grad is not None and weight.grad.data_ptr() == address
     assert torch.isfinite(weight.grad).all()

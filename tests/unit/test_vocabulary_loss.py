@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bloomlm.parallel.vocabulary_head import Head, HeadProducts
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
 
@@ -51,7 +52,7 @@ def test_equals_cross_entropy_on_whole_logits(
     max_chunk_bytes = rows_per_chunk * V * dtype.itemsize
     found = gradients(
         lambda h, w: linear_cross_entropy(
-            h, w, labels, label_smoothing=label_smoothing, max_chunk_bytes=max_chunk_bytes
+            h, Head(w), labels, label_smoothing=label_smoothing, max_chunk_bytes=max_chunk_bytes
         ),
         hidden,
         weight,
@@ -68,7 +69,7 @@ def test_equals_cross_entropy_on_whole_logits(
 def test_scale_multiplies_loss_and_gradients() -> None:
     hidden, weight, labels = inputs()
     expected = gradients(lambda h, w: oracle(h, w, labels, 0.0), hidden, weight)
-    found = gradients(lambda h, w: linear_cross_entropy(h, w, labels, scale=0.125), hidden, weight)
+    found = gradients(lambda h, w: linear_cross_entropy(h, Head(w), labels, scale=0.125), hidden, weight)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs * 0.125)
 
@@ -80,34 +81,36 @@ def test_frozen_weight_gets_no_gradient_and_costs_no_product(monkeypatch: pytest
         raise AssertionError("a weight gradient was computed")
 
     monkeypatch.setattr(torch.Tensor, "addmm_", refuse)
-    found = gradients(lambda h, w: linear_cross_entropy(h, w, labels), hidden, weight)
+    found = gradients(lambda h, w: linear_cross_entropy(h, Head(w), labels), hidden, weight)
     expected = gradients(lambda h, w: oracle(h, w, labels, 0.0), hidden, weight)
     assert len(found) == 2 and weight.grad is None
     torch.testing.assert_close(found[1], expected[1])
     weight.requires_grad_()
     with pytest.raises(AssertionError, match="weight gradient"):
-        linear_cross_entropy(hidden, weight, labels)
+        linear_cross_entropy(hidden, Head(weight), labels)
 
 
 def test_without_grad_mode_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs()
-    monkeypatch.setattr("bloomlm.parallel.vocabulary_head.VocabularyHead.add_gradients", None)
+    monkeypatch.setattr("bloomlm.parallel.vocabulary_head.HeadProducts.add_gradients", None)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            loss = linear_cross_entropy(hidden, weight, labels)
+            loss = linear_cross_entropy(hidden, Head(weight), labels)
         torch.testing.assert_close(loss, oracle(hidden, weight, labels, 0.0).detach())
 
 
 def test_no_label_at_all_is_zero_and_differentiable() -> None:
     hidden, weight, labels = inputs()
-    value, *grads = gradients(lambda h, w: linear_cross_entropy(h, w, torch.full_like(labels, -100)), hidden, weight)
+    value, *grads = gradients(
+        lambda h, w: linear_cross_entropy(h, Head(w), torch.full_like(labels, -100)), hidden, weight
+    )
     assert value == 0 and len(grads) == 2
     assert torch.equal(grads[0], torch.zeros_like(hidden)) and torch.equal(grads[1], torch.zeros_like(weight))
 
 
 def test_second_backward_is_refused() -> None:
     hidden, weight, labels = inputs()
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss = linear_cross_entropy(hidden, Head(weight), labels)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         loss.backward()
@@ -119,7 +122,9 @@ def test_half_precision_is_near_the_fp32_oracle(dtype: torch.dtype, autocast: bo
     stored = torch.float32 if autocast else dtype
     hidden, weight, labels = inputs(stored)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
-        found = gradients(lambda h, w: linear_cross_entropy(h, w, labels, max_chunk_bytes=5 * V * 4), hidden, weight)
+        found = gradients(
+            lambda h, w: linear_cross_entropy(h, Head(w), labels, max_chunk_bytes=5 * V * 4), hidden, weight
+        )
         theirs = gradients(lambda h, w: F.cross_entropy((h @ w.T).float(), labels, reduction="sum"), hidden, weight)
     exact = (hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_())
     expected = gradients(lambda h, w: oracle(h, w, labels, 0.0), *exact)
@@ -139,7 +144,7 @@ def test_fp16_gradients_neither_overflow_nor_vanish() -> None:
     labels = torch.zeros(num_rows, dtype=torch.int64)
     hidden.requires_grad_()
     weight.requires_grad_()
-    linear_cross_entropy(hidden, weight, labels, scale=1.0 / num_rows, max_chunk_bytes=2**30).backward()
+    linear_cross_entropy(hidden, Head(weight), labels, scale=1.0 / num_rows, max_chunk_bytes=2**30).backward()
     assert weight.grad is not None
     # d loss / d W[0] = mean over rows of (1 / V - 1) * hidden, elsewhere 1 / V * hidden
     torch.testing.assert_close(weight.grad[0].float(), torch.tensor([-200.0, -0.01]), rtol=2e-3, atol=0)
@@ -148,18 +153,16 @@ def test_fp16_gradients_neither_overflow_nor_vanish() -> None:
 
 
 def test_chunks_are_equal_in_size() -> None:
-    from bloomlm.parallel.vocabulary_head import VocabularyHead
-
-    head = VocabularyHead(torch.zeros(10, 2), torch.zeros(V, 2), 8 * V * 4)
-    assert [(s.start, s.stop) for s in head.chunks()] == [(0, 5), (5, 10)]
-    assert all(head.logits(rows).shape == (5, V) for rows in head.chunks())
+    products = HeadProducts(torch.zeros(10, 2), Head(torch.zeros(V, 2)), 8 * V * 4)
+    assert [(s.start, s.stop) for s in products.chunks()] == [(0, 5), (5, 10)]
+    assert all(products.logits(rows).shape == (5, V) for rows in products.chunks())
 
 
 def test_score_tokens() -> None:
     hidden, weight, labels = inputs(torch.float32)
     logits = (hidden @ weight.T).detach()
     labels[0], labels[7] = logits[0].argmax(), logits[7].argmax()
-    score = score_tokens(hidden, weight, labels)
+    score = score_tokens(hidden, Head(weight), labels)
     known = labels != -100
     assert int(score.num_correct) == int((logits.argmax(1) == labels)[known].sum()) >= 2
     torch.testing.assert_close(score.loss, F.cross_entropy(logits, labels, reduction="sum"))

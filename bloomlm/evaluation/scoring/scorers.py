@@ -40,7 +40,7 @@ from bloomlm.kernels.compiled import load_operators_for
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.decoding import eval_mode
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.parallel.tensor_parallel import tensor_parallel_group
+from bloomlm.parallel.tensor_parallel import head_of
 from bloomlm.parallel.vocabulary_scores import IGNORE_INDEX, score_labels
 
 _CPU_BATCH_BYTES = 24 * 2**20
@@ -87,7 +87,6 @@ class EagerScorer(WindowScorer[BloomForCausalLM]):
 
     @torch.inference_mode()
     def _score_batch(self, windows: Sequence[Window], pieces: Sequence[Branches]) -> dict[int, WindowScore]:
-        embedding = self._model.transformer.word_embeddings
         batch = Branched(pieces) if pieces[0].num_shared else Packed([piece.documents[0] for piece in pieces])
         numbers, rows, labels = [], [], []
         for place in batch.placed:
@@ -97,14 +96,11 @@ class EagerScorer(WindowScorer[BloomForCausalLM]):
                 numbers.append(number)
                 rows.append(place.rows(len(window.tokens) - len(window.labels) + scored))
                 labels.append(window.labels[scored])
-        device = embedding.weight.device
+        device = self._model.transformer.word_embeddings.weight.device
         scores = score_labels(
             batch.hidden(self._model, torch.from_numpy(np.concatenate(rows)).to(device)),
-            embedding.weight,
+            head_of(self._model),
             torch.from_numpy(np.concatenate(labels)).to(device),
-            weight_scale=embedding.weight_scale,
-            replaced=embedding.replaced_rows(),
-            ranks=tensor_parallel_group(self._model),
         )
         self.num_computed_tokens += batch.num_tokens
         counts = [len(part) for part in labels]

@@ -16,7 +16,7 @@ from bloomlm.model.decoding import eval_mode
 from bloomlm.model.documents import Documents
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import ALONE, Mesh
-from bloomlm.parallel.tensor_parallel import tensor_parallel_group
+from bloomlm.parallel.tensor_parallel import head_of
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
 from bloomlm.training.objectives.base import BatchLoss, Objective
@@ -100,18 +100,15 @@ def batch_loss(
     """
     with precision.autocast(batch.tokens.device.type):
         hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
-        embedding = model.transformer.word_embeddings
+        parts = model.transformer.word_embeddings.gradient_parts
         return linear_cross_entropy(
             hidden,
-            embedding.weight,
+            head_of(model),
             batch.labels,
-            weight_scale=embedding.weight_scale,
-            replaced=embedding.replaced_rows(),
             scale=scale,
             label_smoothing=label_smoothing,
-            ranks=tensor_parallel_group(model),
             gradient_memory=gradient_memory,
-            gradient_parts=None if embedding.gradient_parts is None else embedding.gradient_parts.of_head,
+            gradient_parts=None if parts is None else parts.of_head,
         )
 
 
@@ -153,15 +150,7 @@ def evaluate_loss(
         for batch in batches:
             on_device = batch.to(device)
             hidden = model.transformer(on_device.tokens, Documents.packed(batch.lengths))
-            embedding = model.transformer.word_embeddings
-            score = score_tokens(
-                hidden,
-                embedding.weight,
-                on_device.labels,
-                weight_scale=embedding.weight_scale,
-                replaced=embedding.replaced_rows(),
-                ranks=tensor_parallel_group(model),
-            )
+            score = score_tokens(hidden, head_of(model), on_device.labels)
             loss += score.loss
             num_correct += score.num_correct
             num_supervised_tokens += batch.num_supervised_tokens

@@ -21,7 +21,7 @@ from bloomlm.model.decoding import eval_mode
 from bloomlm.model.documents import Documents
 from bloomlm.parallel.data_parallel import reshard
 from bloomlm.parallel.mesh import Mesh
-from bloomlm.parallel.tensor_parallel import tensor_parallel_group
+from bloomlm.parallel.tensor_parallel import head_of
 from bloomlm.parallel.vocabulary_log_probs import linear_log_probs
 from bloomlm.training.objectives.base import BatchLoss, Objective
 from bloomlm.training.precision import Precision
@@ -52,16 +52,7 @@ def score_answers(
     """
     with precision.autocast(batch.tokens.device.type):
         hidden = model.transformer(batch.tokens, Documents.packed(batch.lengths))
-        embedding = model.transformer.word_embeddings
-        log_probs = linear_log_probs(
-            hidden,
-            embedding.weight,
-            batch.labels,
-            weight_scale=embedding.weight_scale,
-            replaced=embedding.replaced_rows(),
-            ranks=tensor_parallel_group(model),
-            gradient_memory=gradient_memory,
-        ).double()
+        log_probs = linear_log_probs(hidden, head_of(model), batch.labels, gradient_memory=gradient_memory).double()
     if not batch.spans:  # nothing, but it depends on the model like everything else
         return AnswerScores(answers=log_probs, whole=log_probs)
     pieces = iter(log_probs.split([length for spans in batch.spans for length in spans]))

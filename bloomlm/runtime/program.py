@@ -46,9 +46,9 @@ class Program(TextGenerator):
             )
         large_file = form.large_file(prefix)
         self.manifest.check_files(directory, hash_file=lambda name: verify_weights or name != large_file)
+        self.model = form.open(self.manifest, directory, prefix)  # first: a thread goes on with it
         self.tokenizer = Tokenizer.from_directory(directory)
         self._check_tokenizer(directory)
-        self.model = form.open(self.manifest, directory, prefix)
 
     def _default_options(self) -> dict[str, Any]:
         return {"max_new_tokens": self.manifest.max_new_tokens}

@@ -44,6 +44,11 @@ def random_model(size: str, **changes: int) -> Path:
     return directory
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words: 1 stream, 4 streams."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def size_name(size: str, **changes: int) -> str:
     """A published size with its changes as one word."""
     return "-".join([size, *(f"{name}{value}" for name, value in changes.items())])

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import counted
+
 TEXTS = Path(os.environ.get("BLOOMLM_BENCH_TEXTS", Path(__file__).parents[2] / "shared" / "data"))
 """Where the texts lie that commands name: lambada_test.jsonl, wikitext-2.valid.tokens, wikitext-2.test.tokens."""
 PIP = {"lm_eval": "lm-eval", "llama_cpp": "llama-cpp-python", "optimum-cli": "optimum-intel"}
@@ -118,7 +120,7 @@ def in_bf16(tuning: str, title: str, flags: str) -> Job:
 
 def streams(pair: tuple[str, str], *least: float) -> tuple[Bound, ...]:
     """Bounds of servers with 1, 4, 8 and 16 streams."""
-    names = [[f"{count} streams, {side}" for side in pair] for count in (1, 4, 8, 16)]
+    names = [[f"{counted(count, 'stream')}, {side}" for side in pair] for count in (1, 4, 8, 16)]
     bounds = zip(names, least, strict=True)
     return tuple(Bound(row, peer, "tokens_per_second", least=bound) for (row, peer), bound in bounds)
 
@@ -271,7 +273,7 @@ JOBS = (
         "serve_lora",
         "",
         "serve.py --rounds 2 --parts lora --sides eager --streams 1,8 --lora_layers all",
-        bounds=tuple(Bound(f"{n} streams, eager", None, "mixed_over_base", least=0.85) for n in (1, 8)),
+        bounds=tuple(Bound(f"{counted(n, 'stream')}, eager", None, "mixed_over_base", least=0.85) for n in (1, 8)),
     ),
     Job(
         "trim-pt2",

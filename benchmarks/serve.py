@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from common import machine, median, record, run_side
+from common import counted, machine, median, record, run_side
 from serve_client import Answer, rates, stream_all
 from serve_sides import OURS, Server, adapters, missing, model_directory, program, serving, words
 
@@ -85,7 +85,7 @@ def measure_rates(args: argparse.Namespace, side: str, round_number: int) -> dic
         warm_up(server, args, prompts)
         for count in args.streams:
             asked = [prompts.of(server, args.prompt_tokens) for _ in range(count)]
-            found[f"{side}, {count} streams"] = rates(ask(server, asked, args.new_tokens))
+            found[f"{side}, {counted(count, 'stream')}"] = rates(ask(server, asked, args.new_tokens))
         peak = server.peak_memory_bytes() / 1e9
     return {name: {**row, "peak_memory_gb": peak} for name, row in found.items()}
 
@@ -107,7 +107,7 @@ def measure_http_overhead(args: argparse.Namespace, side: str, round_number: int
     else:
         http, session = over_http(), alone()
     return {
-        f"{side}, {args.streams[-1]} streams": {
+        f"{side}, {counted(args.streams[-1], 'stream')}": {
             "http_tokens_per_second": http,
             "session_tokens_per_second": session,
             "http_over_session": http / session,
@@ -211,7 +211,7 @@ def measure_lora(args: argparse.Namespace, side: str, round_number: int) -> dict
                         for place in range(count)
                     ]
                     speed[kind] = rates(stream_all(server.url, asked))["tokens_per_second"]
-            rows[f"{side}, {count} streams"] = {
+            rows[f"{side}, {counted(count, 'stream')}"] = {
                 "base_tokens_per_second": speed["base"],
                 "mixed_tokens_per_second": speed["mixed"],
                 "mixed_over_base": speed["mixed"] / speed["base"],

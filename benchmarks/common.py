@@ -4,6 +4,7 @@ Speed does not depend on the values of weights, so the model is random; both sid
 in a process of its own and the sides take turns, so that a drift of the machine falls on both alike.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -75,6 +76,15 @@ def memory_bytes() -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no VmRSS in /proc/self/status: this benchmark needs Linux")
+
+
+def side_parser(description: str | None, sides: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """The flags of a script whose sides take turns on a random model: which side a process is, the size, the rounds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=sides)
+    parser.add_argument("--size", default="560m")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
 
 
 def run_side(script: str, side: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:

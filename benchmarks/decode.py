@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from common import alternate, machine, median, peak_memory_bytes, random_model, record
+from common import alternate, machine, median, peak_memory_bytes, random_model, record, side_parser
 
 PROMPT_TOKENS = 128
 
@@ -82,12 +82,9 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("bloomlm", "transformers"))
-    parser.add_argument("--size", default="560m")
+    parser = side_parser(__doc__, ("bloomlm", "transformers"), rounds=3)
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()

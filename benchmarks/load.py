@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 
-from common import alternate, machine, median, peak_memory_bytes, random_model, record
+from common import alternate, machine, median, peak_memory_bytes, random_model, record, side_parser
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -43,10 +43,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("bloomlm", "transformers"))
-    parser.add_argument("--size", default="560m")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = side_parser(__doc__, ("bloomlm", "transformers"), rounds=5)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(run(args)))

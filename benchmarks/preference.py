@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import numpy as np
-from common import alternate, machine, median, peak_memory_bytes, random_model, record
+from common import alternate, machine, median, peak_memory_bytes, random_model, record, side_parser
 
 LEARNING_RATE = 1e-4
 LORA_RANK = 8
@@ -166,13 +166,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("bloomlm", "trl"))
+    parser = side_parser(__doc__, ("bloomlm", "trl"), rounds=1)
     parser.add_argument("--objective", choices=("dpo", "sft"), default="dpo")
-    parser.add_argument("--size", default="560m")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(run(args)))

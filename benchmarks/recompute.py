@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 
-from common import alternate, machine, median, memory_bytes, peak_memory_bytes, random_model, record
+from common import alternate, machine, median, memory_bytes, peak_memory_bytes, random_model, record, side_parser
 
 DOCUMENT_TOKENS = 256
 LABELS = 50
@@ -55,13 +55,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("kept", "made again"))
-    parser.add_argument("--size", default="560m")
+    parser = side_parser(__doc__, ("kept", "made again"), rounds=1)
     parser.add_argument("--tuning", choices=("full", "lora"), default="full")
     parser.add_argument("--documents", type=int)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(run(args)))

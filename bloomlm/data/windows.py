@@ -56,13 +56,11 @@ class TextWindows:
     def __getitem__(self, index: int) -> Example:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        (start, stop, first, _), (_, _, end, _) = self._rows(self._start + index % len(self), 2)
-        tokens = self._files.tokens.read(start, stop).astype(np.int32)
-        ends = self._files.ends.read(first, end).astype(np.int64) - start
+        start, stop, _, document_starts = self._place(index % len(self))
         return Example(
-            tokens=tokens,
-            learned=((0, len(tokens)),),
-            document_starts=(0, *(int(at) for at in ends if at < len(tokens))),
+            tokens=self._files.tokens.read(start, stop).astype(np.int32),
+            learned=((0, stop - start),),
+            document_starts=document_starts,
             source_text="",
             target_text="",
         )
@@ -97,8 +95,8 @@ class TextWindows:
 
     def document_languages(self, index: int) -> npt.NDArray[np.uint16]:
         """The language of each document of a window: 0 for none, or 1 + its index in language_names."""
-        (_, _, first, _), _ = self._rows(self._start + index, 2)
-        return self._files.languages.read(first, first + len(self[index].document_starts))
+        _, _, first, document_starts = self._place(index)
+        return self._files.languages.read(first, first + len(document_starts))
 
     @property
     def language_names(self) -> tuple[str, ...]:
@@ -120,6 +118,12 @@ class TextWindows:
         assert 0 <= start <= stop <= len(self)
         return TextWindows(self._files, self._max_length, start=self._start + start, stop=self._start + stop)
 
+    def _place(self, index: int) -> tuple[int, int, int, tuple[int, ...]]:
+        """Where a window begins and ends in the tokens, its first document, and where its documents begin within it."""
+        (start, stop, first, _), (_, _, end, _) = self._rows(self._start + index, 2)
+        ends = self._files.ends.read(first, end).astype(np.int64)
+        return start, stop, first, (0, *(ends[ends < stop] - start).tolist())
+
     def _rows(self, number: int, count: int) -> list[list[int]]:
         found = self._table.read(number * _COLUMNS, (number + count) * _COLUMNS)
         rows: list[list[int]] = found.astype(np.int64).reshape(count, _COLUMNS).tolist()
@@ -131,10 +135,11 @@ class PartialWindows:
 
     Args:
         windows: the whole windows.
-        kept: for each window that is left its index, and the numbers of the documents that stay, in order.
+        kept: for each window that is left its index, the numbers of the documents that stay, in order, and the number
+            of their tokens.
     """
 
-    def __init__(self, windows: TextWindows, kept: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def __init__(self, windows: TextWindows, kept: Sequence[tuple[int, Sequence[int], int]]) -> None:
         self._windows = windows
         self._kept = kept
 
@@ -142,7 +147,7 @@ class PartialWindows:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Example:
-        number, documents = self._kept[index]
+        number, documents, _ = self._kept[index]
         window = self._windows[number]
         pieces = np.split(window.tokens, window.document_starts[1:])
         kept = [pieces[document] for document in documents]
@@ -154,7 +159,7 @@ class PartialWindows:
     @property
     def lengths(self) -> Sequence[int]:
         """Number of tokens of each window."""
-        return [len(self[index].tokens) for index in range(len(self))]
+        return [num_tokens for _, _, num_tokens in self._kept]
 
 
 def pack(ends: Iterable[int], max_length: int) -> Iterator[tuple[int, int, int, int]]:

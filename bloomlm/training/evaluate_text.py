@@ -72,7 +72,7 @@ def text_parts(mixture: Mixture, tokenizer: Tokenizer) -> tuple[TextPart, ...]:
 def _parts_of(source: Source, sizes: npt.NDArray[np.int64]) -> Iterator[TextPart]:
     windows, names = source.windows, (source.language, *source.windows.language_names)
     num_tokens, num_bytes = np.zeros(len(names), dtype=np.int64), np.zeros(len(names), dtype=np.int64)
-    kept: dict[int, list[tuple[int, list[int]]]] = {}
+    kept: dict[int, list[tuple[int, list[int], int]]] = {}
     for index in range(len(windows)):
         window, codes = windows[index], windows.document_languages(index)
         starts, spelled = list(window.document_starts), sizes[window.tokens]
@@ -80,7 +80,8 @@ def _parts_of(source: Source, sizes: npt.NDArray[np.int64]) -> Iterator[TextPart
         np.add.at(num_tokens, codes, lengths - 1)
         np.add.at(num_bytes, codes, np.add.reduceat(spelled, starts) - spelled[starts])
         for code in np.unique(codes).tolist():
-            kept.setdefault(code, []).append((index, np.flatnonzero(codes == code).tolist()))
+            documents = np.flatnonzero(codes == code)
+            kept.setdefault(code, []).append((index, documents.tolist(), int(lengths[documents].sum())))
     for code, places in sorted(kept.items()):
         yield TextPart(
             source=source.name,

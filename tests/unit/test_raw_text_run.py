@@ -14,6 +14,7 @@ from bloomlm.data import splits as data_splits
 from bloomlm.data.text_sources import load_mixture, read_mixture, sources_of_path, sources_of_rows
 from bloomlm.errors import ConfigError, DataError
 from bloomlm.training.config import TrainingConfig
+from bloomlm.training.evaluate_text import text_parts
 from bloomlm.training.finetune import finetune
 from tests.bloom_tokenizer import make_tokenizer
 from tests.unit.test_token_files import write_jsonl, write_rows
@@ -133,6 +134,20 @@ def test_rows_of_one_file_are_evaluated_by_their_own_languages(tmp_path: Path) -
         for metric in ("loss", "bits_per_byte")
         for group in ("all", "more", "language/en", "language/de")
     }
+
+
+def test_the_parts_of_an_evaluation_know_the_lengths_of_their_windows(tmp_path: Path) -> None:
+    rows = [{"text": text, "language": name} for name in TEXTS for text in TEXTS[name][:20]]
+    write_rows(tmp_path / "all.jsonl", rows[::2] + rows[1::2])
+    tokenizer = make_tokenizer()
+    parts = text_parts(
+        load_mixture(sources_of_path(tmp_path / "all.jsonl"), tokenizer, 64, show_progress=False), tokenizer
+    )
+    assert [part.language for part in parts] == ["en", "de"]
+    for part in parts:
+        windows = [part.windows[index] for index in range(len(part.windows))]
+        assert list(part.windows.lengths) == [len(window.tokens) for window in windows]
+        assert sum(len(window.tokens) - len(window.document_starts) for window in windows) == part.num_tokens
 
 
 @pytest.mark.parametrize("metric", ["bits_per_byte", "eval_bits_per_byte/german", "bits_per_byte/language/de"])

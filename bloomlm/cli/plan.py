@@ -15,7 +15,7 @@ from bloomlm.api import DTYPES
 from bloomlm.checkpoint.reader import read_config
 from bloomlm.checkpoint.source import BUILTIN_PREFIX, resolve_source
 from bloomlm.cli.options import config_command
-from bloomlm.cli.plan_job import meta_model, reference_pass, step_flops, workload
+from bloomlm.cli.plan_job import job_traffic, meta_model, reference_pass, step_flops, workload
 from bloomlm.cli.plan_output import Fit, Plan, show_plan, write_plan
 from bloomlm.errors import ConfigError
 from bloomlm.flags import REQUIRED, Dtype, Flags, flag, same_flag
@@ -24,7 +24,7 @@ from bloomlm.model.config import PUBLISHED_SIZES, BloomConfig, published_config
 from bloomlm.model.quantized import QUANTIZATIONS
 from bloomlm.parallel.mesh import Degrees, check_model_divides
 from bloomlm.parallel.plan import prediction_memory, training_memory
-from bloomlm.parallel.traffic import Links, step_time, step_traffic
+from bloomlm.parallel.traffic import Links, step_time
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.objective_checks import check_preference
 from bloomlm.training.precision import Precision, precision_from_flags
@@ -136,7 +136,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     objective = objective_plan(training)
     load_of = partial(workload, training, objective, precision.compute_dtype, degrees.world_size)
     load = load_of(config.per_device_train_batch_size)
-    traffic = step_traffic(model, degrees, load, label_smoothing=config.label_smoothing > 0)
+    traffic = job_traffic(model, training, objective, load, degrees)
     links = Links(
         flops_per_second=config.flops_per_second,
         node_bytes_per_second=config.node_bandwidth,
@@ -216,8 +216,6 @@ def _resolve(config: PlanConfig) -> tuple[TrainingConfig, tuple[str, ...], Degre
     training, notices = resolve_setup(training, machine)
     idle: list[str] = []
     check_preference(training, idle)
-    if config.preference == "kto" and processes > 1:
-        idle.append("the second forward pass of a step with kto counts in the time of products, not in what is sent")
     if config.fp16_opt_level == "O2" and not (config.fp16 or config.bf16):
         idle.append("--fp16_opt_level O2 is not used: it says how --fp16 or --bf16 compute")
     if processes <= config.processes_per_node and config.network_bandwidth != PlanConfig.network_bandwidth:

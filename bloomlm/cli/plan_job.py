@@ -1,5 +1,6 @@
 """The job that `bloomlm plan` describes: its model, the work of a step, and the pass of a reference model before it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bloomlm.model.linear import Linear
 from bloomlm.model.quantized import Quantization
 from bloomlm.parallel.mesh import Degrees
 from bloomlm.parallel.plan import scoring_memory
-from bloomlm.parallel.traffic import Links
+from bloomlm.parallel.traffic import Links, Traffic, scoring_traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.parallel.workload import Workload
 from bloomlm.training.config import TrainingConfig
@@ -77,8 +78,18 @@ def step_flops(model: BloomForCausalLM, training: TrainingConfig, objective: Obj
     if load.recompute:
         found += flops.recomputed(lengths)
     if objective.scored_per_example:
-        found += _scored_flops(model, training, objective.scored_per_example)
+        found += _scored_flops(model, _scored(training, load, objective.scored_per_example))
     return found * load.accumulation
+
+
+def job_traffic(
+    model: BloomForCausalLM, training: TrainingConfig, objective: Objective[Any], load: Workload, degrees: Degrees
+) -> list[Traffic]:
+    """Everything that a rank exchanges in a step."""
+    found = step_traffic(model, degrees, load, label_smoothing=training.label_smoothing > 0)
+    if objective.scored_per_example:
+        found += scoring_traffic(model, degrees, _scored(training, load, objective.scored_per_example))
+    return found
 
 
 def reference_pass(
@@ -93,7 +104,7 @@ def reference_pass(
         degrees: ranks along each axis.
         links: the speed of a process.
     """
-    flops = _scored_flops(model, training, _ANSWERS) * load.accumulation
+    flops = _scored_flops(model, _scored(training, load, _ANSWERS)) * load.accumulation
     return ReferencePass(
         peak=scoring_memory(model, degrees, load, max(BATCH_TOKENS, _length(training))),
         seconds_a_step=flops / degrees.tp / links.flops_per_second,
@@ -104,7 +115,17 @@ def _length(training: TrainingConfig) -> int:
     return training.src_length + training.tgt_length - 1  # nothing follows the last token
 
 
-def _scored_flops(model: BloomForCausalLM, training: TrainingConfig, num_documents: int) -> int:
-    """Operations of the forward pass over so many documents of each example of a microbatch."""
+def _scored(training: TrainingConfig, load: Workload, num_documents: int) -> Workload:
+    """The forward pass over so many documents of each example of a microbatch."""
     count = num_documents * training.per_device_train_batch_size
-    return StepFlops(model).scored([_length(training)] * count, count * training.tgt_length)
+    return replace(
+        load,
+        num_documents=count,
+        num_tokens=count * _length(training),
+        num_supervised_tokens=count * training.tgt_length,
+    )
+
+
+def _scored_flops(model: BloomForCausalLM, load: Workload) -> int:
+    lengths = [load.num_tokens // load.num_documents] * load.num_documents
+    return StepFlops(model).scored(lengths, load.num_supervised_tokens)

@@ -126,6 +126,31 @@ def step_traffic(
     return found
 
 
+def scoring_traffic(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> list[Traffic]:
+    """Everything that a rank exchanges in a step's forward passes without gradients, one for each microbatch.
+
+    Args:
+        model: as in step_traffic.
+        degrees: ranks along each axis.
+        load: the scored documents of one rank in a step; the head computes the log-probabilities of their labels.
+    """
+    found = []
+    if degrees.tp > 1:
+        half, stream = load.compute_dtype.itemsize, model.transformer.dtype.itemsize
+        row = load.num_tokens * model.config.hidden_size
+        summed = [linear for block in block_linears(model) for linear in block if not linear.is_column]
+        low_rank = load.num_tokens * sum(linear.lora_rank for linear in summed)
+        fixed = (len(summed) * row + low_rank) * half + _prefix_numel(model)[0] * stream
+        fixed += 3 * load.num_supervised_tokens * _FP32
+        payload, least = (load.accumulation * (fixed + row * size) for size in (stream, half))
+        found.append(_all_reduce("scored answers", "tp", degrees.tp, payload, least))
+    if degrees.dp_shard > 1:
+        sizes = (_gathered_bytes(model, each, load) for each in (degrees, Degrees(tp=degrees.tp)))
+        payload, least = (kept + freed * load.accumulation for kept, freed in sizes)
+        found.append(_along_shards("weights for scores", "all-gather", degrees, payload, least))
+    return found
+
+
 def step_time(traffic: Sequence[Traffic], degrees: Degrees, links: Links, flops: float) -> StepTime:
     """How long a step takes at given speeds.
 
@@ -159,7 +184,7 @@ def _tensor_parallel(model: BloomForCausalLM, tp: int, load: Workload, label_smo
     # [N, R]: gradients of column-cut layers, sums of row-cut layers, the latter twice with recompute
     times = {True: 1, False: 1 + load.recompute}
     low_rank = load.num_tokens * sum(linear.lora_rank * times[linear.is_column] for linear in linears)
-    prefix = _prefix_numel(model)
+    prefix = sum(_prefix_numel(model))
     scalars = 4 if label_smoothing else 3
     blocks = 2 * config.n_layer * row * half
     items = {
@@ -179,55 +204,55 @@ def _tensor_parallel(model: BloomForCausalLM, tp: int, load: Workload, label_smo
     ]
 
 
-def _prefix_numel(model: BloomForCausalLM) -> int:
-    """Number of elements that a prefix exchanges: gradients of its keys and values, and the sums of a projection."""
+def _prefix_numel(model: BloomForCausalLM) -> tuple[int, int]:
+    """Number of elements that a prefix exchanges forward, the sums of a projection, and backward, its gradients."""
     prefix = cast(Any, model.transformer.prefix)
     if prefix is None:
-        return 0
+        return 0, 0
     flat = model.transformer.num_virtual_tokens * 2 * model.config.n_layer * model.config.hidden_size
     if prefix.transform is None:
-        return flat
-    return 2 * flat + int(prefix.embedding.weight.numel())
+        return 0, flat
+    return flat, flat + int(prefix.embedding.weight.numel())
+
+
+def _gathered_bytes(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> tuple[int, int]:
+    """Bytes of the weights that stay gathered after a forward pass, and of those that are freed."""
+    kept = freed = 0
+    for name, parameter in model.named_parameters():
+        # FSDP pads the parts of the last ranks to the size of the first
+        size = rank_numel(name, parameter, degrees) * degrees.dp_shard * parameter.itemsize
+        if name.startswith("transformer.h.") and load.reshards:
+            freed += size
+        else:
+            kept += size
+    return kept, freed
+
+
+def _gradient_bytes(model: BloomForCausalLM, degrees: Degrees) -> int:
+    """Bytes of the gradients that FSDP sums, padded like the weights."""
+    learned = [item for item in model.named_parameters() if item[1].requires_grad]
+    return sum(rank_numel(*item, degrees) for item in learned) * degrees.dp_shard * GRADIENT_BYTES
 
 
 def _sharded(model: BloomForCausalLM, degrees: Degrees, load: Workload) -> list[Traffic]:
-    once, twice, learned, exact_once, exact_twice, exact_learned = 0, 0, 0, 0, 0, 0
-    for name, parameter in model.named_parameters():
-        # FSDP pads the parts of the last ranks to the size of the first
-        padded = rank_numel(name, parameter, degrees) * degrees.dp_shard
-        exact = rank_numel(name, parameter, Degrees(tp=degrees.tp))
-        if name.startswith("transformer.h.") and load.reshards:
-            twice += padded * parameter.itemsize
-            exact_twice += exact * parameter.itemsize
-        else:
-            once += padded * parameter.itemsize
-            exact_once += exact * parameter.itemsize
-        learned += padded * GRADIENT_BYTES * parameter.requires_grad
-        exact_learned += exact * GRADIENT_BYTES * parameter.requires_grad
-
-    def shared(what: str, operation: Operation, payload: int, least: int) -> Traffic:
-        return Traffic(
-            what=what,
-            operation=operation,
-            axis="dp_shard",
-            num_ranks=degrees.dp_shard,
-            payload_bytes=payload * load.accumulation,
-            least_bytes=least,
-        )
+    exact = Degrees(tp=degrees.tp)
+    once, twice = _gathered_bytes(model, degrees, load)
+    exact_once, exact_twice = _gathered_bytes(model, exact, load)
+    learned, exact_learned = (_gradient_bytes(model, each) for each in (degrees, exact))
 
     times = load.accumulation
-    found = [shared("weights forward", "all-gather", once + twice, (exact_once + exact_twice) * times)]
+    forward, least = ((kept + freed) * times for kept, freed in ((once, twice), (exact_once, exact_twice)))
+    found = [_along_shards("weights forward", "all-gather", degrees, forward, least)]
     if twice:
-        found.append(shared("weights backward", "all-gather", twice, exact_twice * times))
-    found.append(shared("gradients", "reduce-scatter", learned, exact_learned))
+        found.append(_along_shards("weights backward", "all-gather", degrees, twice * times, exact_twice * times))
+    found.append(_along_shards("gradients", "reduce-scatter", degrees, learned * times, exact_learned))
     if degrees.dp_replicate > 1:
         found.append(_replicated(model, degrees, times))
     return found
 
 
 def _replicated(model: BloomForCausalLM, degrees: Degrees, times: int) -> Traffic:
-    learned = [item for item in model.named_parameters() if item[1].requires_grad]
-    payload = sum(rank_numel(name, parameter, degrees) for name, parameter in learned) * GRADIENT_BYTES
+    payload = _gradient_bytes(model, degrees) // degrees.dp_shard
     return _all_reduce("gradients of replicas", "dp_replicate", degrees.dp_replicate, payload * times, payload)
 
 
@@ -237,6 +262,17 @@ def _all_reduce(what: str, axis: str, num_ranks: int, payload_bytes: int, least_
         operation="all-reduce",
         axis=axis,
         num_ranks=num_ranks,
+        payload_bytes=payload_bytes,
+        least_bytes=least_bytes,
+    )
+
+
+def _along_shards(what: str, operation: Operation, degrees: Degrees, payload_bytes: int, least_bytes: int) -> Traffic:
+    return Traffic(
+        what=what,
+        operation=operation,
+        axis="dp_shard",
+        num_ranks=degrees.dp_shard,
         payload_bytes=payload_bytes,
         least_bytes=least_bytes,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bloomlm.adapters.lora import BLOCK_LINEARS, LoraConfig
 from bloomlm.adapters.prefix import PrefixConfig
-from bloomlm.data.answer_batch import ComparedExample, collate_pairs
+from bloomlm.data.answer_batch import ComparedExample, collate_judged, collate_pairs
 from bloomlm.data.loader import BatchLoader, collate
 from bloomlm.kernels import compiled
 from bloomlm.model.bloom import BloomForCausalLM
@@ -20,12 +20,13 @@ from bloomlm.parallel.data_parallel import shard_model
 from bloomlm.parallel.mesh import Degrees, Mesh
 from bloomlm.parallel.plan import parameter_bytes
 from bloomlm.parallel.tensor_parallel import cut_adapter, cut_model
-from bloomlm.parallel.traffic import Traffic, step_traffic
+from bloomlm.parallel.traffic import Traffic, scoring_traffic, step_traffic
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.parallel.workload import Workload, activation_bytes
 from bloomlm.training.meter import memory_by_kind
 from bloomlm.training.objectives.cross_entropy import CrossEntropy, batch_loss
 from bloomlm.training.objectives.dpo import Dpo
+from bloomlm.training.objectives.kto import Kto
 from bloomlm.training.optimizer import AdamWConfig, ScheduleConfig
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import StepConfig, Trainer
@@ -183,6 +184,34 @@ def test_stage_2_gathers_once(ranks: RankPool) -> None:
     found = ranks.run(2, step_payloads, case, degrees, False)[0]
     model = tiny_model(case).to("meta")
     assert found == planned_payloads(step_traffic(model, degrees, workload(case, reshards=False)))
+
+
+def scored_payloads(case: Case, degrees: Degrees, reshards: bool) -> Payloads:
+    """What the pass over other answers sends in a step with KTO."""
+    mesh = Mesh.over_all_ranks(degrees, "cpu")
+    model = tiny_model(case)
+    cut_model(model, mesh)
+    cut_adapter(model, mesh)
+    shard_model(model, mesh, reshard_after_forward=reshards)
+    answers = [
+        ComparedExample(**vars(example), other=example, is_desirable=True, reference=(0.0, 0.0))
+        for example in equal_examples(BATCH_SIZE)
+    ]
+    payloads: Payloads = {}
+    with counted(payloads):
+        Kto(beta=0.1).step_sums(model, [collate_judged(answers)] * case.accumulation, case.precision)
+    return payloads
+
+
+@pytest.mark.parametrize("setup", [name for name in SETUPS if name != "dp 2"])
+@pytest.mark.parametrize("name", CASES)
+def test_sent_bytes_of_scored_answers(ranks: RankPool, name: str, setup: str) -> None:
+    case, degrees = CASES[name], SETUPS[setup]
+    for reshards in {True, degrees.dp_shard == 1}:
+        found = ranks.run(degrees.world_size, scored_payloads, case, degrees, reshards)[0]
+        traffic = scoring_traffic(tiny_model(case).to("meta"), degrees, workload(case, reshards=reshards))
+        assert found == planned_payloads(traffic)
+        assert all(item.payload_bytes >= item.least_bytes for item in traffic)
 
 
 def learned(model: BloomForCausalLM, case: Case) -> Tensor:

@@ -151,6 +151,11 @@ def test_preference_tuning_has_two_documents_a_pair_and_a_reference() -> None:
         reference = found[name].reference
         assert reference.seconds_a_step == pytest.approx(scored / 4e14, rel=1e-9)
         assert found[name].training.weights < reference.peak < found[name].training.weights + 2**30
+    flags |= {"per_device_train_batch_size": 4, "tensor_parallel_degree": 2}
+    alone, scoring = (plan_of(preference=name, **flags) for name in (None, "kto"))
+    (scored,) = scoring.traffic[len(alone.traffic) :]
+    # 2 sums a block, that of the embedding, and the numbers of the labels
+    assert scored.payload_bytes == 4 * (4 * 127 * 1024 * (2 * 24 + 1) + 3 * 4 * 28)
     with pytest.raises(ConfigError, match=r"--label_smoothing 0\.1 with --preference orpo: this loss has none"):
         plan_of(preference="orpo", label_smoothing=0.1)
 

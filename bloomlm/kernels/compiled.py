@@ -51,6 +51,9 @@ class Operators:
     """
     causal: "CausalOperators | None" = None
     """None: PyTorch lacks the products that they need."""
+    weight_gradient: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """(gradients, x, result) writes the product of the transposed gradients [N, out], whose rows may be further apart,
+    with x [N, in] into result [out, in], all in fp32. None: as above."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def load_operators() -> None:
     except RuntimeError as error:
         _LOG.info("attention of whole documents uses PyTorch's operator: %s", error)
         return
-    _loaded = replace(_loaded, causal=CausalOperators(namespace.causal.default, namespace.causal_gradient.default))
+    causal = CausalOperators(namespace.causal.default, namespace.causal_gradient.default)
+    _loaded = replace(_loaded, causal=causal, weight_gradient=namespace.weight_gradient.default)
 
 
 def load_operators_for(device: torch.device) -> None:

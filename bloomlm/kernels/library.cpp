@@ -23,7 +23,12 @@ inline Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
   return Tensor(result);
 }
 
-// The results are written into the last tensors.
+// The results of these are written into the last tensors.
+
+inline void weight_gradient(const Tensor& gradients, const Tensor& x, Tensor result) {
+  bloomlm::weight_gradient(gradients.get(), x.get(), result.get());
+}
+
 inline void causal(const Tensor& fused, const Tensor& virtuals, const Tensor& slopes, const Tensor& starts, Tensor out,
                    Tensor log_sums) {
   int32_t dtype;
@@ -48,6 +53,7 @@ inline void causal_gradient(const Tensor& grad_out, const Tensor& fused, const T
 STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, bool is_gelu) -> Tensor");
   library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor slopes, Tensor rows, Tensor slots) -> Tensor");
+  library.def("weight_gradient(Tensor gradients, Tensor x, Tensor(a!) result) -> ()");
   library.def("causal(Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor(a!) out, Tensor(b!) log_sums) -> ()");
   library.def(
       "causal_gradient(Tensor grad_out, Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor out, "
@@ -57,6 +63,7 @@ STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
 STABLE_TORCH_LIBRARY_IMPL(bloomlm_kernels, CPU, library) {
   library.impl("product", TORCH_BOX(&bloomlm::library::product));
   library.impl("attend", TORCH_BOX(&bloomlm::library::attend));
+  library.impl("weight_gradient", TORCH_BOX(&bloomlm::library::weight_gradient));
   library.impl("causal", TORCH_BOX(&bloomlm::library::causal));
   library.impl("causal_gradient", TORCH_BOX(&bloomlm::library::causal_gradient));
 }

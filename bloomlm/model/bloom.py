@@ -23,10 +23,11 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.decoding import BloomRows, RowAdapters
 from bloomlm.model.documents import Documents
 from bloomlm.model.embedding import WordEmbedding
-from bloomlm.model.gelu import linear_of_gelu
 from bloomlm.model.kv_cache import Extension, KVCache
-from bloomlm.model.linear import ROWS_UNIT, Linear, autocast_dtype, takes_multiples
+from bloomlm.model.linear import Linear, autocast_dtype
 from bloomlm.model.noise import embedding_noise
+from bloomlm.model.products import ROWS_UNIT, takes_multiples
+from bloomlm.model.remade import LayerNorm, gelu
 from bloomlm.row_memory import RowFeatures, is_paged
 
 
@@ -83,7 +84,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
         if torch.is_grad_enabled():
-            return linear_of_gelu(self.dense_4h_to_h, self.dense_h_to_4h(x))
+            return self.dense_4h_to_h(gelu(self.dense_h_to_4h(x)))
         return self.dense_4h_to_h(self.dense_h_to_4h.gelu(x))
 
 
@@ -94,9 +95,9 @@ class BloomBlock(nn.Module):
         super().__init__()
         self.post_layernorm_residual = config.apply_residual_connection_post_layernorm
         self.hidden_dropout = config.hidden_dropout
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.self_attention = SelfAttention(config)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(

@@ -1,43 +1,23 @@
-"""Matrix products with a weight. On x86 processors they go to oneDNN, in fp32 instead of torch's default, MKL.
+"""Linear layers and their products, differentiable.
 
-Both compute the same sums. MKL reads a weight at a fraction of the memory's speed in products with few rows
-(decoding), and uses AVX2 on every AMD processor, even one with AVX-512. oneDNN does neither; docs/decisions/onednn.md
-has the measurements. It is used in bf16 too, where it has instructions for that. The operator is the one that
-torch.compile emits; it takes plain tensors of any strides, so nothing is packed or copied. Where it does not exist or
-does not apply, F.linear is called.
-
-Without gradients, products go to our own operator instead, where this process has loaded it: few rows (a decoding step)
-read a weight once, at the memory's speed, and many rows add bias and GELU while results are in the processor's cache.
-Quantised weights keep to the library, because the operator would round their inputs to 16 bits.
+Weights that learn and inputs that products keep for them are not copied: a weight in another format is rounded for each
+product, and what layer norms and GELU have made is made again in the backward pass (remade.py). Quantised weights keep
+to the library (products.py), because our operator would round their inputs to 16 bits.
 
 Shapes: N rows.
 """
 
-import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bloomlm.kernels.compiled import operators
 from bloomlm.model.partition import WHOLE, Partition
+from bloomlm.model.products import PLAIN, by_operator, product, takes_operator, uses_onednn, weight_gradient
 from bloomlm.model.quantized import dequantize_rows, row_blocks, weights_per_element
-
-_ONEDNN_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    else None
-)
-_ONEDNN_DTYPES = (
-    (torch.float32, torch.bfloat16)
-    if _ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else (torch.float32,)
-)
-
-_COLUMNS = 16
-"""Rows of a weight must be a multiple of so many columns, or our operator would compute one number at a time."""
-_OPERATOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from bloomlm.model.remade import recipe_of
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -64,116 +44,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     """
     if scale is not None:
         return _quantized_linear(x, weight, scale, bias)
-    if _takes_operator(x, weight):
-        return _by_operator(x, weight, bias)
+    if takes_operator(x, weight):
+        return by_operator(x, weight, bias)
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
+    recipe = recipe_of(x) if weight.requires_grad and type(weight) in PLAIN and x.dim() == 2 else None
     x = x.to(autocast_dtype(x.device.type) or x.dtype)
-    if x.dtype is weight.dtype and not uses_onednn(x, weight):
+    if x.dtype is weight.dtype and not uses_onednn(x, weight) and recipe is None:
         return F.linear(x, weight, bias)
     if x.dim() != 2:
         return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)
-    out: Tensor = _Linear.apply(x, weight, bias)
+    make, ingredients = (None, ()) if recipe is None else (recipe.make, recipe.ingredients)
+    out: Tensor = _Linear.apply(x, weight, bias, make, *ingredients)
     return out
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x W^T + b outside autograd: [N, in], [out, in] -> [N, out] in x's dtype, to which weight and bias are rounded.
-
-    x and weight may be transposed views. With gelu, GELU (tanh form) is applied, where oneDNN is used while the results
-    are in the processor's cache.
-    """
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if not uses_onednn(x, weight):
-        out = F.linear(x, weight, bias)
-        return F.gelu(out, approximate="tanh") if gelu else out
-    assert _ONEDNN_LINEAR is not None
-    result: Tensor = _ONEDNN_LINEAR(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
-    return result
-
-
-def _takes_operator(x: Tensor, weight: Tensor) -> bool:
-    # is_compiling comes first: a graph that has looked at the number of rows would be compiled again for other numbers
-    return (
-        not torch.compiler.is_compiling()
-        and operators() is not None
-        and x.dim() == 2
-        and not torch.is_grad_enabled()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and x.device.type == "cpu"
-        and weight.device.type == "cpu"
-        and x.dtype in _OPERATOR_DTYPES
-        # it would round an fp32 input to a weight's bf16
-        and (weight.dtype is x.dtype or (x.dtype is torch.float32 and weight.dtype is torch.float16))
-        and weight.shape[1] % _COLUMNS == 0
-        and x.numel() > 0
-        and weight.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _by_operator(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """`product` for [N, in] by our operator."""
-    loaded = operators()
-    assert loaded is not None
-    if x.dtype is not torch.float16:
-        return loaded.product(x.contiguous(), weight, bias, gelu)
-    out = loaded.product(x.float().contiguous(), weight, None if bias is None else bias.float(), gelu)
-    return out.to(x.dtype)
-
-
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` calls oneDNN: plain tensors on a CPU in fp32 or bf16, no tracing, oneDNN enabled in torch."""
-    return (
-        _ONEDNN_LINEAR is not None
-        and x.device.type == "cpu"
-        and x.dtype is weight.dtype
-        and x.dtype in _ONEDNN_DTYPES
-        and x.numel() > 0
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and bool(torch.backends.mkldnn.enabled)
-    )
-
-
-ROWS_UNIT = 16
-"""oneDNN's products may lose up to two fifths of their speed where the number of rows is no multiple of this.
-
-It prefers blocks that divide the rows exactly, even blocks of 61 rows: for 671 rows of 1,024 columns it reached 590
-GFLOP/s in bf16 and 330 in fp32, and 810 and 425 for 672.
-"""
-_LEAST_ROWS = 256
-
-
-def takes_multiples(x: Tensor) -> bool:
-    """Whether products of x [N, in] with many weights are faster with rows of zeros up to a multiple of ROWS_UNIT."""
-    return len(x) >= _LEAST_ROWS and uses_onednn(x, x)
-
-
-_PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, fake tensors) implement products themselves
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # a frozen weight does not keep x alive
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        make: Callable[..., Tensor] | None,
+        *ingredients: Tensor,
+    ) -> Tensor:
+        # a frozen weight does not keep x alive, nor does one whose x can be made again
+        keeps_x = ctx.needs_input_grad[1] and make is None
+        kept = x if keeps_x else None, weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(*kept, *ingredients)
+        ctx.make, ctx.bias_dtype = make, None if bias is None else bias.dtype
         return product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        return (
-            None if weight is None else product(grad, weight.t()),
-            None if x is None else product(grad.t(), x.t()),
-            grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *ingredients = ctx.saved_tensors
+        if ctx.make is not None:
+            x = ctx.make(*ingredients).to(grad.dtype)
+        grad_weight = None if x is None else weight_gradient(grad, x)
+        del x  # its memory serves the next product
+        grad_x = None if weight is None else product(grad, weight.t())
+        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, *[None] * len(ingredients)
 
 
 def quantized_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -269,8 +184,8 @@ class Linear(nn.Linear):
         """GELU (tanh form) of the layer's result, in one pass where possible."""
         x = x.to(autocast_dtype(x.device.type) or x.dtype)
         if not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2:
-            if _takes_operator(x, self.weight):
-                return _by_operator(self.partition.enter(x), self.weight, self.bias, gelu=True)
+            if takes_operator(x, self.weight):
+                return by_operator(self.partition.enter(x), self.weight, self.bias, gelu=True)
             if not torch.is_grad_enabled() and uses_onednn(x, self.weight):
                 return product(self.partition.enter(x), self.weight, self.bias, gelu=True)
         return F.gelu(self(x), approximate="tanh")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bloomlm.model.embedding import ReplacedRows
-from bloomlm.model.linear import autocast_dtype, product, quantized_input_gradient, quantized_product, uses_onednn
+from bloomlm.model.linear import autocast_dtype, quantized_input_gradient, quantized_product
+from bloomlm.model.products import product, uses_onednn, weight_gradient
 from bloomlm.parallel.collectives import TensorParallelGroup
 
 FP16_HEADROOM = 256.0
@@ -56,7 +57,7 @@ class WeightGradient:
 
     def __call__(self, tokens: slice) -> Tensor:
         """The gradient of a slice of the weight's rows, [rows, D] in fp32 or fp64."""
-        update = product(self.z[:, tokens].t(), self.hidden.t())
+        update = weight_gradient(self.z[:, tokens], self.hidden)
         update = update.to(torch.promote_types(update.dtype, torch.float32))
         return update if self.scale == 1.0 else update.mul_(self.scale)
 

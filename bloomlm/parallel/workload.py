@@ -98,12 +98,15 @@ def block_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> list
         per_token = norm * (needs["query_key_value"] + needs["dense_h_to_4h"])
         per_token += 4 * part * half * needs["dense_4h_to_h"]  # GELU's input
         for linear in block:
-            # GELU is computed again from its input (model/gelu.py)
-            again = linear.kind == "dense_4h_to_h" and tp_degree == 1 and not linear.lora_rank
-            if (linear.layer.weight.requires_grad and not again) or linear.lora_rank:
+            # results of layer norms and GELU are made again (model/remade.py), unless ranks share the input's gradient
+            is_made = linear.needs_input_gradient and linear.kind != "dense"
+            is_kept_whole = linear.layer.weight.requires_grad and linear.is_column and tp_degree > 1
+            learns = linear.layer.weight.requires_grad or linear.lora_rank
+            if is_kept_whole or (learns and not is_made):
                 # the operator keeps its results, which are the input of this layer
                 is_kept = load.uses_operator and linear.kind == "dense" and needs["dense"]
-                per_token += (inputs[linear.kind] * (not is_kept) + linear.lora_rank) * half
+                per_token += inputs[linear.kind] * (not is_kept) * half
+            per_token += linear.lora_rank * half
         sizes.append(per_token * load.num_tokens + attention * needs["dense"])
     return sizes
 

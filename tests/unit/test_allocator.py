@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bloomlm.model.linear import uses_onednn
+from bloomlm.model.products import uses_onednn
 
 ONES = torch.ones(17, 64)
 
@@ -41,7 +41,7 @@ def test_freed_memory_is_used_again() -> None:
 PRODUCTS = """
 import sys, torch
 from bloomlm.cli import main
-from bloomlm.model.linear import product
+from bloomlm.model.products import product
 if sys.argv[1] == "bound":
     try:
         main.main(["--version"])

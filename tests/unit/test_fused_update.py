@@ -14,7 +14,7 @@ from torch import Tensor
 from bloomlm.checkpoint.reader import load_model
 from bloomlm.data.loader import BatchLoader
 from bloomlm.model.bloom import BloomForCausalLM
-from bloomlm.model.linear import uses_onednn
+from bloomlm.model.products import uses_onednn
 from bloomlm.training import update
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.finetune import finetune

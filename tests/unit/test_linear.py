@@ -1,13 +1,17 @@
 """The matrix products of bloomlm.model.linear against float64, and when they apply."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bloomlm.kernels import compiled
 from bloomlm.kernels.compiled import load_operators
-from bloomlm.model.gelu import linear_of_gelu
-from bloomlm.model.linear import Linear, linear, uses_onednn
+from bloomlm.model.linear import Linear, linear
+from bloomlm.model.products import uses_onednn, weight_gradient
+from bloomlm.model.remade import LayerNorm, gelu
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -126,6 +130,30 @@ def test_gelu_in_one_pass_has_the_values_of_two(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(layer.gelu(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+# rows, columns of gradients and x: fewer and more than a tile has, and numbers that fill none
+@pytest.mark.parametrize("shape", [(1, 70, 33), (131, 200, 64), (48, 64, 1100), (1040, 65, 80), (2100, 5, 70)])
+def test_a_weights_gradient_by_our_operator(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    load_operators()
+    loaded = compiled.operators()
+    if loaded is None or loaded.weight_gradient is None:
+        pytest.skip("there is no C++ compiler, no AVX2, or an old PyTorch")
+    calls: list[Tensor] = []
+
+    def counted(grad: Tensor, x: Tensor, out: Tensor) -> None:
+        calls.append(out.fill_(torch.nan))
+        loaded.weight_gradient(grad, x, out)
+
+    monkeypatch.setattr(compiled, "_loaded", replace(loaded, weight_gradient=counted))
+    rows, outs, ins = shape
+    generator = torch.Generator().manual_seed(0)
+    grad, x = torch.randn(rows, outs + 3, generator=generator)[:, :outs], torch.randn(rows, ins, generator=generator)
+    found = weight_gradient(grad, x)
+    assert len(calls) == uses_onednn(grad, x)
+    torch.testing.assert_close(found.double(), grad.double().t() @ x.double(), rtol=1e-5, atol=2e-4)
+    other = weight_gradient(grad.t().contiguous().t(), x)  # the library's
+    torch.testing.assert_close(found, other, rtol=1e-5, atol=2e-4)
+
+
 def learning_layer() -> Linear:
     layer = Linear(12, 7)
     with torch.no_grad():
@@ -134,29 +162,38 @@ def learning_layer() -> Linear:
     return layer
 
 
-def test_a_product_after_gelu_keeps_its_input_alone() -> None:
-    layer = learning_layer()
+def learning_norm(width: int) -> LayerNorm:
+    norm = LayerNorm(width)
+    with torch.no_grad():
+        for seed, parameter in enumerate(norm.parameters()):
+            parameter.normal_(generator=torch.Generator().manual_seed(seed))
+    return norm
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["learning", "frozen"])
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("name", ["gelu", "norm"])
+def test_a_product_keeps_what_its_input_is_made_of(name: str, is_autocast: bool, learns: bool) -> None:
+    """And has the same values and gradients as with the input itself, bit for bit."""
+    layer, norm = learning_layer().requires_grad_(learns), learning_norm(12)
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    make = gelu if name == "gelu" else norm
+    learned = [p for p in (x, *layer.parameters(), *(norm.parameters() if name == "norm" else ())) if p.requires_grad]
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = linear_of_gelu(layer, x)
-    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), layer.weight.data_ptr()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made = make(x)
+            out = layer(made)
+        expected_out = layer(make(x).view_as(x))  # a view carries no recipe
+    assert torch.equal(out, expected_out)
+    rows_kept = {tensor.data_ptr() for tensor in kept if tensor.shape == x.shape}
+    assert rows_kept == {x.data_ptr()}
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
-    found = torch.autograd.grad((out * weights).sum(), (x, layer.weight, layer.bias))
-    expected_out = F.linear(F.gelu(x, approximate="tanh"), layer.weight, layer.bias)
-    expected = torch.autograd.grad((expected_out * weights).sum(), (x, layer.weight, layer.bias))
-    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_frozen_product_after_gelu_keeps_gelus_input_alone() -> None:
-    layer = learning_layer().requires_grad_(False)
-    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    (found,) = torch.autograd.grad(linear_of_gelu(layer, x).sum(), x)
-    expected_out = F.linear(F.gelu(x, approximate="tanh"), layer.weight, layer.bias)
-    torch.testing.assert_close(found, torch.autograd.grad(expected_out.sum(), x)[0], rtol=1e-5, atol=1e-6)
+    found, expected = (torch.autograd.grad((each * weights).sum(), learned) for each in (out, expected_out))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

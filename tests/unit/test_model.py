@@ -13,7 +13,7 @@ from bloomlm.model.alibi import fused_columns, head_slopes, key_columns, query_c
 from bloomlm.model.attention import _groups, attend, virtual_with_columns, with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
-from bloomlm.model.linear import uses_onednn
+from bloomlm.model.products import uses_onednn
 from tests.process_memory import STATM, memory_full_of_nan, resident_bytes
 from tests.tiny_checkpoint import TINY, random_model
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from bloomlm.runtime.formats import pt2
 from bloomlm.runtime.formats.pt2 import _enter_pages
 
 
@@ -23,16 +25,34 @@ def resident_bytes(path: Path) -> int:
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/smaps")
-def test_weights_enter_the_page_table_in_another_thread(tmp_path: Path) -> None:
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/smaps")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> dict[str, Tensor]:
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(1 << 20), "b": torch.zeros(3, 1 << 20, dtype=torch.int8)}, path)
     with safe_open(path, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in ("a", "b")}
-    size = sum(weight.nbytes for weight in weights.values())
-    assert resident_bytes(path) < size / 2
+        return {name: file.get_tensor(name) for name in ("a", "b")}
+
+
+def enter_pages(weights: dict[str, Tensor]) -> None:
     _enter_pages(weights)
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
             thread.join()
+
+
+def test_weights_enter_the_page_table_in_another_thread(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path, size = tmp_path / "weights.safetensors", 7 << 20
+    assert resident_bytes(path) < size / 2
+    enter_pages(weights)
     assert resident_bytes(path) >= size
+
+
+def test_the_rest_of_large_weights_is_left_to_the_first_step(
+    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pt2, "_MOST_BYTES", 5 << 20)
+    enter_pages(weights)
+    assert 5 << 20 <= resident_bytes(tmp_path / "weights.safetensors") < 6 << 20

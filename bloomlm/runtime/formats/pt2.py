@@ -33,8 +33,8 @@ Kernels use longer vectors where the processor that runs them has any."""
 
 _PAGES_BYTES = 1 << 16
 """Linux enters the pages of so many bytes at once, where they are in the page cache (fault_around_bytes)."""
-_MOST_BYTES = 1 << 30
-"""Of a tensor; the first step need not wait for the rest of a large model, nor the end of a process that fails."""
+_MOST_BYTES = 1 << 32
+"""Of the weights that are entered before the first step, while the tokenizer is read."""
 
 Function = Callable[..., Tensor]
 
@@ -231,9 +231,13 @@ def _map_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 def _enter_pages(weights: Mapping[str, Tensor]) -> None:
     """Enter mapped weights into the page table in another thread, by reading one byte in each _PAGES_BYTES.
 
-    The first step would do so otherwise, which takes 0.1 s for 2 GB that are in the page cache.
+    The first step would do so otherwise, which takes 0.1 s for 2 GB in the page cache. Of more than _MOST_BYTES
+    the rest is left to it, because the process cannot end before the thread does, which may wait for the disk.
     """
-    places = [weight.flatten().view(torch.uint8)[:_MOST_BYTES:_PAGES_BYTES] for weight in weights.values()]
+    places, left = [], _MOST_BYTES
+    for weight in weights.values():
+        places.append(weight.flatten().view(torch.uint8)[:left:_PAGES_BYTES])
+        left = max(0, left - weight.nbytes)
     # One operation, because the thread waits for Python's lock between operations. No daemon, because a process that
     # ends while one computes may crash.
     threading.Thread(target=torch.cat, args=(places,)).start()

@@ -26,6 +26,7 @@ from common import machine, record
 
 from bloomlm.api import LoadedModel, load
 from bloomlm.export.calibration import calibrated_tensors, calibration_windows
+from bloomlm.export.graph import look_up
 from bloomlm.export.program import export_program
 from bloomlm.export.weight_formats import SUFFIXES, Int4, Int8, WeightFormat
 from bloomlm.export.weights import named_tensors, stored_name
@@ -78,6 +79,8 @@ def rounded(model: BloomForCausalLM, weights: WeightFormat, tensors: dict[str, t
         names = {suffix: stored_name(name, suffix) for suffix in SUFFIXES}
         parts = {suffix: tensors[full] for suffix, full in names.items() if full in tensors}
         parameter.data = weights.decode(parts) if parameter.dim() == 2 else tensors[stored_name(name)].float()
+    # the head keeps the rows above, while those that are looked up may have more bits
+    changed.transformer.word_embeddings.forward = functools.partial(look_up, weights=tensors, format=weights)
     return changed
 
 

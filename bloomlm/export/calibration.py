@@ -19,9 +19,10 @@ from bloomlm.checkpoint.merge import merged_parameters
 from bloomlm.data.corpus import find_corpus
 from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import DataError
-from bloomlm.export.gptq import Moments, add_damping, cholesky, round_linear, round_matrix
-from bloomlm.export.weight_formats import Int4
-from bloomlm.export.weights import SLOPES, layer_of, stored_name
+from bloomlm.export.gptq import DAMPING, Moments, add_damping, cholesky, round_linear, round_matrix
+from bloomlm.export.graph import look_up
+from bloomlm.export.weight_formats import Int4, Parts
+from bloomlm.export.weights import FREQUENT, FREQUENT_PLACES, SLOPES, layer_of, stored_name
 from bloomlm.model.alibi import Alibi, fused_columns, head_slopes, query_columns
 from bloomlm.model.bloom import BloomBlock, BloomForCausalLM
 from bloomlm.model.config import BloomConfig
@@ -35,8 +36,8 @@ FEWEST_WINDOWS = 16
 """Windows that a text must have; with fewer, its accidents outweigh what it says."""
 _CHUNK_TOKENS = 2048
 """Tokens that are computed at a time."""
-_EMBEDDING_DAMPING = 1.0
-"""As gptq.DAMPING, for the embedding, whose rows are looked up too, and there every weight counts alike."""
+_FREQUENT_SHARE = 0.95
+"""Share of a text that its frequent tokens make up, if they are not too many."""
 _PIECES = 64
 
 
@@ -64,6 +65,17 @@ def calibration_windows(path: str, tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(tokens[: windows * WINDOW_TOKENS]).view(windows, WINDOW_TOKENS)
 
 
+def frequent_tokens(windows: Tensor, vocab_size: int) -> Tensor:
+    """The ids [F], in order, of the tokens whose rows have more bits when looked up, at most an eighth of all.
+
+    A row that is looked up stands alone, so no other weight makes up for its error; and few tokens are most of a text.
+    """
+    counts, tokens = torch.bincount(windows.flatten(), minlength=vocab_size).sort(descending=True, stable=True)
+    wanted = int((counts.cumsum(0) < _FREQUENT_SHARE * windows.numel()).sum()) + 1
+    most = min(max(1, vocab_size // 8), torch.iinfo(torch.int16).max)
+    return tokens[: min(wanted, most)].sort().values
+
+
 @torch.no_grad()
 def calibrated_tensors(
     model: BloomForCausalLM, windows: Tensor, on_share: Callable[[float], None] = lambda share: None
@@ -89,8 +101,7 @@ def calibrated_tensors(
         for name, parameter in group:
             if parameter.dim() == 2:
                 on_share(0.0)
-                for suffix, part in calibration.embedding(parameter, name).items():
-                    yield stored_name(name, suffix), part
+                yield from calibration.embedding(parameter, name).items()
                 on_share(1 / num_stages)
             else:
                 yield stored_name(name), parameter
@@ -120,15 +131,16 @@ class _Calibration:
             hidden = self._model.transformer(self._tokens[rows], documents).float()
             squares += hidden.t() @ hidden
         squares /= len(self._tokens)
-        add_damping(squares, _EMBEDDING_DAMPING)
+        add_damping(squares, DAMPING)
         parts = round_matrix(matrix, cholesky(squares, name), name)
+        stored = {stored_name(name, suffix): part for suffix, part in parts.items()}
+        stored.update(_frequent_rows(matrix, parts, frequent_tokens(self._tokens, len(matrix)), name))
         norm = self._model.transformer.word_embeddings_layernorm
-        looked_up = Int4().decode({suffix: part[self._tokens] for suffix, part in parts.items()})
         self._wanted, self._found = (
             F.layer_norm(rows, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            for rows in (matrix[self._tokens].float(), looked_up)
+            for rows in (matrix[self._tokens].float(), look_up(self._tokens, stored, Int4()))
         )
-        return parts
+        return stored
 
     def block(self, layer: int, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Round the layers of a block, and take the tokens through it.
@@ -152,6 +164,15 @@ class _Calibration:
         for rows, _ in self._chunks:
             block.finish(rows)
         yield from ((stored_name(name), value) for name, value in parameters.items() if "layernorm" in name)
+
+
+def _frequent_rows(matrix: Tensor, parts: Parts, tokens: Tensor, name: str) -> dict[str, Tensor]:
+    """What rounding [V, D] took from the rows of some tokens, and their places among these."""
+    places = torch.full((len(matrix),), -1, dtype=torch.int16)
+    places[tokens] = torch.arange(len(tokens), dtype=torch.int16)
+    rest = matrix[tokens].float() - Int4().decode({suffix: part[tokens] for suffix, part in parts.items()})
+    encoded = Int4().encode(rest, name)
+    return {FREQUENT_PLACES: places, **{f"{FREQUENT}.{suffix}": part for suffix, part in encoded.items()}}
 
 
 Look = Callable[[slice, Documents], tuple[Tensor, Tensor]]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bloomlm.export.attention import Attention, padded_attention
 from bloomlm.export.weight_formats import SUFFIXES, Parts, WeightFormat, format_of
-from bloomlm.export.weights import EMBEDDING, SLOPES
+from bloomlm.export.weights import EMBEDDING, FREQUENT, FREQUENT_PLACES, SLOPES
 from bloomlm.model.config import BloomConfig
 
 _BLOCK_ELEMENTS = 2**21
@@ -64,8 +64,7 @@ class Graph(nn.Module):
             weights: all weights; see weight_entries.
             attend: from queries, keys and values of the new tokens, [N, H, K] each, and the block's number to [N, D].
         """
-        embedding = {name: part[tokens] for name, part in parts_of(weights, EMBEDDING).items()}
-        x = self._norm(self.weights.decode(embedding), weights, "word_embeddings_layernorm")
+        x = self._norm(look_up(tokens, weights, self.weights), weights, "word_embeddings_layernorm")
         for layer in range(self.config.n_layer):
             x = self._block(x, weights, layer, attend)
         return x
@@ -244,6 +243,22 @@ def library_product(x: Tensor, parts: Parts, bias: Tensor | None = None, *, is_g
     if bias is not None:
         out = out + bias
     return F.gelu(out, approximate="tanh") if is_gelu else out
+
+
+def look_up(tokens: Tensor, weights: Weights, format: WeightFormat) -> Tensor:
+    """Rows of the embedding in fp32: ids [N] -> [N, D].
+
+    Args:
+        tokens: ids.
+        weights: those of EMBEDDING, and of FREQUENT where a program has them.
+        format: how they are stored.
+    """
+    found = format.decode({suffix: part[tokens] for suffix, part in parts_of(weights, EMBEDDING).items()})
+    if FREQUENT_PLACES not in weights:
+        return found
+    places = weights[FREQUENT_PLACES][tokens].long()
+    rest = format.decode({suffix: part[places.clamp(min=0)] for suffix, part in parts_of(weights, FREQUENT).items()})
+    return torch.where(places[:, None] < 0, found, found + rest)
 
 
 def parts_of(weights: Weights, name: str, layer: int | None = None) -> dict[str, Tensor]:

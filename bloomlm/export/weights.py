@@ -25,13 +25,26 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.runtime.manifest import VIRTUAL
 
 EMBEDDING = "word_embeddings"
+FREQUENT = "frequent_tokens"
+"""Tokens whose rows of the embedding are looked up with more bits: what rounding took from them, rounded again."""
+FREQUENT_PLACES = f"{FREQUENT}.places"
+"""[V] the place of each token among the frequent ones; -1 elsewhere."""
 SLOPES = "head_slopes"
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _OUTER_NORMS = ("word_embeddings_layernorm", "ln_f")
 
 
-def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int) -> dict[str, TensorEntry]:
-    """Name -> shape and dtype of every tensor in the file, in its order."""
+def weight_entries(
+    config: BloomConfig, weights: WeightFormat, num_virtual: int, num_frequent: int = 0
+) -> dict[str, TensorEntry]:
+    """Name -> shape and dtype of every tensor in the file, in its order.
+
+    Args:
+        config: the model's shape.
+        weights: how matrices are stored.
+        num_virtual: tokens of a prefix adapter.
+        num_frequent: tokens of FREQUENT.
+    """
     hidden, layers, fp32 = config.hidden_size, config.n_layer, torch.float32
     linears = {
         "query_key_value": (3 * hidden, hidden),
@@ -48,6 +61,10 @@ def weight_entries(config: BloomConfig, weights: WeightFormat, num_virtual: int)
         entries.update({f"{name}.{kind}": TensorEntry((layers, hidden), fp32) for name in _NORMS})
         entries.update({f"{name}.{kind}": TensorEntry((hidden,), fp32) for name in _OUTER_NORMS})
     entries[SLOPES] = TensorEntry((config.n_head,), fp32)
+    if num_frequent:
+        entries[FREQUENT_PLACES] = TensorEntry((config.vocab_size,), torch.int16)
+        rows = weights.entries(num_frequent, hidden)
+        entries.update({f"{FREQUENT}.{suffix}": entry for suffix, entry in rows.items()})
     if num_virtual:
         entries[VIRTUAL] = TensorEntry((layers, 2, config.n_head, num_virtual, config.head_dim), fp32)
     # wide dtypes first, so that every tensor is aligned to its own element size

@@ -1,6 +1,7 @@
 """Rounding by GPTQ, by value against the published algorithm written column by column, and calibrated programs."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from bloomlm.data.tokenizer import Tokenizer
 from bloomlm.errors import CheckpointError, ConfigError, DataError
 from bloomlm.export.calibration import MOST_WINDOWS, WINDOW_TOKENS, calibrated_tensors, calibration_windows
 from bloomlm.export.gptq import DAMPING, Moments, add_damping, cholesky, round_linear, round_matrix
+from bloomlm.export.graph import look_up
 from bloomlm.export.program import export_program
 from bloomlm.export.weight_formats import GROUP_SIZE, Int4, nearest_int4
-from bloomlm.export.weights import named_tensors, stored_name
+from bloomlm.export.weights import FREQUENT, FREQUENT_PLACES, named_tensors, stored_name
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.documents import Documents
@@ -176,6 +178,16 @@ def decoded(stored: dict[str, Tensor], name: str) -> Tensor:
     return Int4().decode({suffix: stored[stored_name(name, suffix)] for suffix in ("weight", "scale", "row_scale")})
 
 
+def looked_up_rows(stored: dict[str, Tensor]) -> Tensor:
+    """The embedding [V, D] with what the rows of frequent tokens have besides, one row at a time."""
+    table = decoded(stored, "transformer.word_embeddings.weight")
+    rest = Int4().decode({suffix: stored[f"{FREQUENT}.{suffix}"] for suffix in ("weight", "scale", "row_scale")})
+    for token, place in enumerate(stored[FREQUENT_PLACES].tolist()):
+        if place >= 0:
+            table[token] += rest[place]
+    return table
+
+
 @pytest.mark.parametrize(
     "adapter",
     [None, LoraConfig(r=2, target_modules=("query_key_value", "dense_h_to_4h")), PrefixConfig(num_prefix_tokens=3)],
@@ -197,12 +209,19 @@ def test_every_layer_is_rounded_for_what_it_sees(adapter: Adapter | None, post_l
     windows = torch.randint(4, 101, (8, 24), generator=torch.Generator().manual_seed(0))
     stored = dict(calibrated_tensors(model.eval(), windows))
     whole = model if adapter is None or adapter.cannot_merge else merged_model(model)
-    embedding = decoded(stored, "transformer.word_embeddings.weight")
-    for name, expected in rounded_with_hooks(whole, embedding, windows).items():
+    frequent = [token for token, _ in Counter(windows.flatten().tolist()).most_common(101 // 8)]
+    looked_up = looked_up_rows(stored)
+    for name, expected in rounded_with_hooks(whole, looked_up, windows).items():
         found = decoded(stored, name) if expected.dim() == 2 else stored[stored_name(name)]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     plain = {name: part.shape for name, part in named_tensors(model, Int4())}
-    assert {name: part.shape for name, part in stored.items()} == plain
+    assert {name: part.shape for name, part in stored.items() if FREQUENT not in name} == plain
+    counts = torch.bincount(windows.flatten(), minlength=101)
+    assert int(counts[stored[FREQUENT_PLACES] >= 0].sum()) == int(counts[frequent].sum())
+    error = (looked_up - whole.transformer.word_embeddings.weight).norm(dim=1)
+    assert error[stored[FREQUENT_PLACES] >= 0].max() < 0.2 * error[stored[FREQUENT_PLACES] < 0].min()
+    tokens = windows.flatten()[:20]
+    assert torch.equal(look_up(tokens, stored, Int4()), looked_up[tokens])
 
 
 @pytest.fixture(scope="module")

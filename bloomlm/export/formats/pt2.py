@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from bloomlm.export.attention import slot_attention
-from bloomlm.export.calibration import calibrated_tensors
+from bloomlm.export.calibration import calibrated_tensors, frequent_tokens
 from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import DecodeStep, Prefill, library_product
 from bloomlm.export.operators import attend_of, compiler_options, product_of
@@ -35,17 +35,19 @@ _MOST = 1 << 24
 def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
     """Write weights, functions and, where there is a compiler, the package."""
     weights = weight_format(job.quantization, job.dtype)
-    entries = weight_entries(job.model.config, weights, job.model.transformer.num_virtual_tokens)
+    config, calibration = job.model.config, job.calibration
+    num_frequent = 0 if calibration is None else len(frequent_tokens(calibration, config.vocab_size))
+    entries = weight_entries(config, weights, job.model.transformer.num_virtual_tokens, num_frequent)
     path = directory / pt2.weights_file(job.prefix)
-    if job.calibration is None:
+    if calibration is None:
         stored = named_tensors(job.model, weights, job.count_parameters())
     else:
-        stored = calibrated_tensors(job.model, job.calibration, partial(job.on_stage, "calibrating"))
+        stored = calibrated_tensors(job.model, calibration, partial(job.on_stage, "calibrating"))
     write_weights(path, job.model, entries, stored)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in entries if name != VIRTUAL}
     job.on_stage("tracing", 0.0)
-    for name, program in trace_all(job.model.config, weights, tensors, for_compiler=False).items():
+    for name, program in trace_all(config, weights, tensors, for_compiler=False).items():
         program.example_inputs = None  # they hold the weights
         torch.export.save(program, directory / pt2.graph_file(job.prefix, name))
     level = None
@@ -53,7 +55,7 @@ def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
         _LOG.warning("no C++ compiler was found (g++ or clang++): the program is written uncompiled, which is slower")
     else:
         job.on_stage("compiling", 0.0)
-        traced = trace_all(job.model.config, weights, tensors, for_compiler=True)
+        traced = trace_all(config, weights, tensors, for_compiler=True)
         level = pt2.instruction_set()
         compile_functions(traced, directory / pt2.package_file(job.prefix), level, partial(job.on_stage, "compiling"))
     described = {name: [str(entry.dtype).removeprefix("torch."), list(entry.shape)] for name, entry in entries.items()}

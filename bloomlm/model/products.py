@@ -87,8 +87,8 @@ def takes_operator(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype in _OPERATOR_DTYPES
-        # it would round an fp32 input to a weight's bf16
-        and (weight.dtype is x.dtype or (x.dtype is torch.float32 and weight.dtype is torch.float16))
+        # it reads a weight in 16 bits as it is, and beside one in bf16 it may round an fp32 input to bf16
+        and (weight.dtype is x.dtype or (x.dtype is torch.float32 and weight.dtype in _OPERATOR_DTYPES))
         and weight.shape[1] % _COLUMNS == 0
         and x.numel() > 0
         and weight.is_contiguous()

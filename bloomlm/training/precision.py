@@ -39,7 +39,7 @@ class Precision:
         """The format in which weights of linear layers are loaded, where it is not weights_dtype.
 
         On a CPU, weights that do not learn are rounded once, which gives the same products. Answers that are generated
-        in fp32 meanwhile convert them for each token, which would cost a GPU more than it gains.
+        meanwhile read them as they are, by the operators for decoding; a GPU would convert them for each token.
         """
         return self.compute_dtype if device_type == "cpu" and not learns else None
 

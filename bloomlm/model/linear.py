@@ -181,9 +181,10 @@ class Linear(nn.Linear):
         return self.partition.leave(self.partition.multiply(x, self.weight, None, self.weight_scale, linear))
 
     def gelu(self, x: Tensor) -> Tensor:
-        """GELU (tanh form) of the layer's result, in one pass where possible."""
+        """GELU (tanh form) of the layer's result, in one pass where possible and no hook wants to see that."""
         x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        if not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2:
+        has_hooks = self._forward_hooks or self._forward_pre_hooks
+        if not has_hooks and not self.update_matrices and not self.partition.sums_inputs and x.dim() == 2:
             if takes_operator(x, self.weight):
                 return by_operator(self.partition.enter(x), self.weight, self.bias, gelu=True)
             if not torch.is_grad_enabled() and uses_onednn(x, self.weight):

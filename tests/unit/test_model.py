@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bloomlm.adapters.base import apply_adapter
@@ -46,6 +47,28 @@ def test_documents_pack_and_unpack() -> None:
     assert documents.unpack(documents.pack(padded)).tolist() == (padded * mask).tolist()
     with pytest.raises(ValueError, match="row 1"):
         Documents.from_mask(torch.tensor([[1, 1], [0, 0]]))
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_hooks_of_every_layer_see_its_result(with_gradients: bool) -> None:
+    """Whichever operations are one operator otherwise; a hook may also replace the result."""
+    model, ids = tiny_model(), torch.randint(0, 64, (2, 9))
+    layers = {name: module for name, module in model.transformer.h.named_modules() if not list(module.children())}
+    found: dict[str, Tensor] = {}
+    with torch.set_grad_enabled(with_gradients):
+        expected = model(ids)
+        for name, layer in layers.items():
+            layer.register_forward_hook(lambda _, inputs, result, name=name: found.update({name: result}))
+        torch.testing.assert_close(model(ids), expected)
+        assert found.keys() == layers.keys()
+        first = layers["0.mlp.dense_h_to_4h"]
+        torch.testing.assert_close(
+            found["0.mlp.dense_h_to_4h"], F.linear(found["0.post_attention_layernorm"], *first.parameters())
+        )
+        first.register_forward_hook(lambda _, inputs, result: torch.zeros_like(result))
+        model(ids)
+    bias = layers["0.mlp.dense_4h_to_h"].bias
+    torch.testing.assert_close(found["0.mlp.dense_4h_to_h"], bias.expand(18, -1))
 
 
 def test_recompute_gives_the_same_gradients() -> None:

@@ -17,6 +17,7 @@ from bloomlm.model.embedding import ReplacedRows
 from bloomlm.model.linear import autocast_dtype, quantized_input_gradient, quantized_product
 from bloomlm.model.products import product, uses_onednn, weight_gradient
 from bloomlm.parallel.collectives import TensorParallelGroup
+from bloomlm.parallel.logits import Logits, block_columns
 
 FP16_HEADROOM = 256.0
 """fp16 only: gradients of logits are multiplied by this, hidden states divided. Probabilities down to 2e-7 then stay
@@ -48,7 +49,7 @@ class Head:
 class WeightGradient:
     """The gradient of the weight from a chunk of rows, as two factors: [C, V] takes less memory than [V, D]."""
 
-    z: Tensor
+    z: Logits
     """[C, V] gradients of the logits, up to a factor of each row, in the format of the products."""
     hidden: Tensor
     """[C, D] hidden states times that factor."""
@@ -57,7 +58,7 @@ class WeightGradient:
 
     def __call__(self, tokens: slice) -> Tensor:
         """The gradient of a slice of the weight's rows, [rows, D] in fp32 or fp64."""
-        update = weight_gradient(self.z[:, tokens], self.hidden)
+        update = weight_gradient(self.z.of(tokens), self.hidden)
         update = update.to(torch.promote_types(update.dtype, torch.float32))
         return update if self.scale == 1.0 else update.mul_(self.scale)
 
@@ -102,12 +103,16 @@ class HeadProducts:
         num_rows, size = len(self.hidden), max(1, self.chunk_rows)
         return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
-    def logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice) -> Logits:
         """[C, V] logits of a chunk, valid until the next call."""
-        z = self._logits_of_weight(self.hidden[rows])
+        hidden = self.hidden[rows]
+        if self.uses_onednn and self.replaced is None:
+            parts = self.weight.split(block_columns(len(hidden), self.dtype.itemsize))
+            return Logits(tuple(product(hidden, part) for part in parts))
+        z = self._logits_of_weight(hidden)
         if self.replaced is not None:
-            z[:, self.replaced.places] = (self.hidden[rows] @ self.replaced.rows.t()).to(z.dtype)
-        return z
+            z[:, self.replaced.places] = (hidden @ self.replaced.rows.t()).to(z.dtype)
+        return Logits((z,))
 
     def _logits_of_weight(self, hidden: Tensor) -> Tensor:
         if self.uses_onednn:
@@ -131,7 +136,7 @@ class HeadProducts:
     def add_gradients(
         self,
         rows: slice,
-        z: Tensor,
+        z: Logits,
         row_factor: Tensor,
         scale: float,
         grad_hidden: Tensor,
@@ -146,8 +151,8 @@ class HeadProducts:
         if self.replaced is None:
             self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
             return
-        own = z[:, self.replaced.places] * (row_factor * scale)
-        z[:, self.replaced.places] = 0.0  # the gradients of replaced rows do not belong to the weight
+        own = z.whole[:, self.replaced.places] * (row_factor * scale)
+        z.whole[:, self.replaced.places] = 0.0  # the gradients of replaced rows do not belong to the weight
         self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
         grad_hidden[rows] += own @ self.replaced.rows.to(self.dtype)
         if grad_replaced is not None:
@@ -156,7 +161,7 @@ class HeadProducts:
     def _add_gradients_of_weight(
         self,
         rows: slice,
-        z: Tensor,
+        logits: Logits,
         row_factor: Tensor,
         scale: float,
         grad_hidden: Tensor,
@@ -165,10 +170,11 @@ class HeadProducts:
         hidden = self.hidden[rows]
         first = rows.start == 0
         if self.uses_onednn:
-            grad_hidden[rows] = product(z, self.weight.t()).mul_(row_factor * scale)
+            parts = [product(block, self.weight[tokens].t()) for tokens, block in logits.with_tokens()]
+            grad_hidden[rows] = sum(parts[1:], parts[0]).mul_(row_factor * scale)
             if grad_weight is None:
                 return
-            factors = WeightGradient(z, hidden * (row_factor * scale))
+            factors = WeightGradient(logits, hidden * (row_factor * scale))
             if isinstance(grad_weight, list):
                 grad_weight.append(factors)
                 return
@@ -178,6 +184,7 @@ class HeadProducts:
                 update = factors(tokens)
                 grad_weight[tokens].copy_(update) if first else grad_weight[tokens].add_(update)
             return
+        z = logits.whole
         if self.weight_scale is not None:
             z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
             gradient = quantized_input_gradient(z, self.weight, self.weight_scale)
@@ -187,7 +194,7 @@ class HeadProducts:
             # the row factor is applied to the smaller side of each product
             torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
             if isinstance(grad_weight, list):
-                grad_weight.append(WeightGradient(z.clone(), hidden * (row_factor * scale)))
+                grad_weight.append(WeightGradient(Logits((z.clone(),)), hidden * (row_factor * scale)))
             elif grad_weight is not None:
                 grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
             return
@@ -202,12 +209,7 @@ class HeadProducts:
                 part.copy_(update).mul_(scale) if first else part.add_(update, alpha=scale)
         grad_hidden[rows] = grad.mul_(scale / self.headroom)
         if isinstance(grad_weight, list):
-            grad_weight.append(WeightGradient(z.to(hidden.dtype), own_hidden, scale))
-
-
-def exp_and_sum(z: Tensor, row_max: Tensor) -> Tensor:
-    """Replace z [C, V] by exp(z - row_max) and return the sum of each row, [C, 1]."""
-    return z.sub_(row_max).exp_().sum(dim=1, keepdim=True)
+            grad_weight.append(WeightGradient(Logits((z.to(hidden.dtype),)), own_hidden, scale))
 
 
 @dataclass(frozen=True)
@@ -219,14 +221,14 @@ class Target:
     is_here: Tensor | None
     """[C, 1] bool: whether this rank has the label; None: it has all labels."""
 
-    def pick(self, z: Tensor) -> Tensor:
+    def pick(self, z: Logits) -> Tensor:
         """[C, V] -> [C, 1]: the element of each label; 0 if another rank has it."""
-        picked = z.gather(1, self.column)
+        picked = z.pick(self.column)
         return picked if self.is_here is None else picked.masked_fill(~self.is_here, 0.0)
 
-    def add(self, z: Tensor, values: Tensor) -> None:
+    def add(self, z: Logits, values: Tensor) -> None:
         """Add values [C, 1] to the elements of the labels in z [C, V]."""
-        z.scatter_add_(1, self.column, values if self.is_here is None else values * self.is_here)
+        z.add(self.column, values if self.is_here is None else values * self.is_here)
 
 
 class Vocabulary:
@@ -246,9 +248,9 @@ class Vocabulary:
         is_here = (column >= 0) & (column < self.num_tokens)
         return Target(column.masked_fill(~is_here, 0), is_here)
 
-    def row_max(self, z: Tensor) -> Tensor:
+    def row_max(self, z: Logits) -> Tensor:
         """[C, V] -> [C, 1], over the whole vocabulary."""
-        own = z.amax(dim=1, keepdim=True)
+        own = z.row_max()
         return own if self.ranks is None else self.ranks.max(own)
 
     def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:

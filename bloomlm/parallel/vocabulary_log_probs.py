@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.parallel.vocabulary_head import Head, HeadProducts, Vocabulary, exp_and_sum, memory_for, zero_of
+from bloomlm.parallel.vocabulary_head import Head, HeadProducts, Vocabulary, memory_for, zero_of
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
@@ -74,7 +74,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 z, target = products.logits(chunk), vocabulary.locate(labels[chunk, None])
                 chunk_max = vocabulary.row_max(z)
                 label_z = target.pick(z)
-                chunk_sum, label_z = vocabulary.sum(exp_and_sum(z, chunk_max), label_z)
+                chunk_sum, label_z = vocabulary.sum(z.exp_and_sum(chunk_max), label_z)
                 row_max[chunk], row_sum[chunk] = chunk_max[:, 0], chunk_sum[:, 0]
                 log_probs[chunk] = (label_z - chunk_max - chunk_sum.log())[:, 0]
                 if ctx.grad_hidden is None:
@@ -128,7 +128,8 @@ def _gradients_of_head(
     )
     pending = []
     for chunk in products.chunks():
-        z = products.logits(chunk).sub_(row_max[chunk, None]).exp_()
+        z = products.logits(chunk)
+        z.exp_and_sum(row_max[chunk, None])
         vocabulary.locate(labels[chunk, None]).add(z, -row_sum[chunk, None])
         products.add_gradients(chunk, z, factor[chunk], scale, grad_hidden, grad_weight, grad_replaced)
         del z  # before the next chunk's is made

@@ -25,7 +25,6 @@ from bloomlm.parallel.vocabulary_head import (
     HeadProducts,
     Vocabulary,
     WeightGradient,
-    exp_and_sum,
     memory_for,
     zero_of,
 )
@@ -105,8 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for chunk in products.chunks():
                 z, target = products.logits(chunk), vocabulary.locate(labels[chunk, None])
                 row_max = vocabulary.row_max(z)
-                sums = [target.pick(z), z.sum(dim=1, keepdim=True)] if label_smoothing else [target.pick(z)]
-                row_sum, label_z, *z_sum = vocabulary.sum(exp_and_sum(z, row_max), *sums)
+                sums = [target.pick(z), z.row_sum()] if label_smoothing else [target.pick(z)]
+                row_sum, label_z, *z_sum = vocabulary.sum(z.exp_and_sum(row_max), *sums)
                 shifted_target = (1.0 - label_smoothing) * (label_z - row_max)
                 if label_smoothing:
                     shifted_target += label_smoothing * (z_sum[0] / vocabulary.size - row_max)
@@ -114,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is None:
                     continue
                 if label_smoothing:
-                    z.sub_(row_sum * (label_smoothing / vocabulary.size))
+                    z.subtract(row_sum * (label_smoothing / vocabulary.size))
                 target.add(z, row_sum * (label_smoothing - 1.0))
                 products.add_gradients(chunk, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight, grad_replaced)
                 del z  # before the next chunk's is made

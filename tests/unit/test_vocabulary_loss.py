@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bloomlm.model.products import uses_onednn
+from bloomlm.parallel import logits
+from bloomlm.parallel.logits import Logits
 from bloomlm.parallel.vocabulary_head import Head, HeadProducts
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from bloomlm.parallel.vocabulary_scores import score_tokens
@@ -64,6 +67,33 @@ def test_equals_cross_entropy_on_whole_logits(
     for ours, theirs in zip(found, expected, strict=True):
         assert relative_error(ours, theirs) < (1e-6 if dtype is torch.float32 else 1e-13)
     assert torch.equal(found[1][2], torch.zeros(D, dtype=dtype))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_logits_in_blocks_of_columns(label_smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels lie in all blocks; the weight's gradient is taken in slices that end within blocks."""
+    monkeypatch.setattr(logits, "_UNIT", 16)
+    monkeypatch.setattr(logits, "_MOST_BYTES", 1)
+    hidden, weight, labels = inputs(torch.float32)
+    chunks = []
+    monkeypatch.setattr(Logits, "row_max", lambda z, real=Logits.row_max: chunks.append(z) or real(z))
+    parts: list[Callable[[slice], Tensor]] = []
+    labels[:4], labels[9:] = torch.tensor([0, 15, 16, 49]), -100  # no more rows than columns of the weight
+    loss = linear_cross_entropy(
+        hidden, Head(weight), labels, label_smoothing=label_smoothing, max_chunk_bytes=4 * V * 4, gradient_parts=parts
+    )
+    (found_hidden,) = torch.autograd.grad(loss, hidden)
+    found = [torch.cat([sum_of(parts, slice(i, i + size)) for i in range(0, V, size)])[:V] for size in (16, 7, 50)]
+    if uses_onednn(hidden, weight):
+        assert [len(z.blocks) for z in chunks] == [4] * len(chunks)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = torch.autograd.grad(oracle(*exact, labels, label_smoothing), exact)
+    assert relative_error(found_hidden, expected[0]) < 1e-6
+    assert all(relative_error(each, expected[1]) < 1e-6 for each in found)
+
+
+def sum_of(parts: list[Callable[[slice], Tensor]], tokens: slice) -> Tensor:
+    return torch.stack([part(tokens) for part in parts]).sum(0)
 
 
 def test_scale_multiplies_loss_and_gradients() -> None:
@@ -155,7 +185,7 @@ def test_fp16_gradients_neither_overflow_nor_vanish() -> None:
 def test_chunks_are_equal_in_size() -> None:
     products = HeadProducts(torch.zeros(10, 2), Head(torch.zeros(V, 2)), 8 * V * 4)
     assert [(s.start, s.stop) for s in products.chunks()] == [(0, 5), (5, 10)]
-    assert all(products.logits(rows).shape == (5, V) for rows in products.chunks())
+    assert all(products.logits(rows).whole.shape == (5, V) for rows in products.chunks())
 
 
 def test_score_tokens() -> None:

@@ -1,8 +1,8 @@
 """The logits of a chunk of rows, or numbers of the same shape, as blocks of columns.
 
 On a CPU the memory of a larger tensor comes from the system, is cleared, and goes back each time (allocator.py), which
-would take as long as a third of the product that writes it. Blocks lie where activations have been. They are in the
-processor's cache while their exponentials are summed.
+would take a third as long as the product that writes it. Blocks lie in the holes that activations have left in the
+heap, and stay in the cache of the processor while their exponentials are summed.
 
 Shapes: C rows of a chunk, V vocabulary (this rank's part of it, where it is shared).
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MOST_BYTES = 16 * 2**20
-_UNIT = 4096
+_MOST_BYTES = 4 * 2**20
+_UNIT = 4096  # columns; products of fewer are slower
 
 
 def block_columns(num_rows: int, itemsize: int) -> int:

@@ -168,22 +168,13 @@ class HeadProducts:
         grad_weight: Tensor | list[WeightGradient] | None,
     ) -> None:
         hidden = self.hidden[rows]
-        first = rows.start == 0
         if self.uses_onednn:
             parts = [product(block, self.weight[tokens].t()) for tokens, block in logits.with_tokens()]
             grad_hidden[rows] = sum(parts[1:], parts[0]).mul_(row_factor * scale)
-            if grad_weight is None:
-                return
-            factors = WeightGradient(logits, hidden * (row_factor * scale))
-            if isinstance(grad_weight, list):
-                grad_weight.append(factors)
-                return
-            # in blocks that stay in the processor's cache until they are added
-            for start in range(0, len(grad_weight), _BLOCK):
-                tokens = slice(start, start + _BLOCK)
-                update = factors(tokens)
-                grad_weight[tokens].copy_(update) if first else grad_weight[tokens].add_(update)
+            if grad_weight is not None:
+                _add_factors(WeightGradient(logits, hidden * (row_factor * scale)), rows.start == 0, grad_weight)
             return
+        first = rows.start == 0
         z = logits.whole
         if self.weight_scale is not None:
             z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
@@ -210,6 +201,17 @@ class HeadProducts:
         grad_hidden[rows] = grad.mul_(scale / self.headroom)
         if isinstance(grad_weight, list):
             grad_weight.append(WeightGradient(Logits((z.to(hidden.dtype),)), own_hidden, scale))
+
+
+def _add_factors(factors: WeightGradient, is_first: bool, grad_weight: Tensor | list[WeightGradient]) -> None:
+    if isinstance(grad_weight, list):
+        grad_weight.append(factors)
+        return
+    # in blocks that stay in the processor's cache until they are added
+    for start in range(0, len(grad_weight), _BLOCK):
+        tokens = slice(start, start + _BLOCK)
+        update = factors(tokens)
+        grad_weight[tokens].copy_(update) if is_first else grad_weight[tokens].add_(update)
 
 
 @dataclass(frozen=True)

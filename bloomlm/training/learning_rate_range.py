@@ -22,7 +22,7 @@ from bloomlm.training.optimizer import Schedule, ScheduleConfig
 from bloomlm.training.results import FinetuneResult
 from bloomlm.training.run_plan import RunPlan, TrainingPlan
 from bloomlm.training.setup import RunSetup, build_trainer, load_batches, set_up
-from bloomlm.training.summary import run_title, show_notices
+from bloomlm.training.summary import run_title, show_notices, smoothed
 
 LOWEST, HIGHEST = 1e-7, 1.0
 MOST_STEPS = 100
@@ -60,9 +60,8 @@ class RangeTest:
 
     @property
     def averages(self) -> list[float]:
-        """The mean of each loss and its neighbours, of which losses near the ends have fewer."""
-        reach = _WINDOW // 2
-        return [statistics.fmean(self.losses[max(0, i - reach) : i + reach + 1]) for i in range(len(self.losses))]
+        """The mean of each loss and its neighbours."""
+        return smoothed(self.losses, _WINDOW)
 
     @property
     def suggestion(self) -> float | None:

@@ -235,7 +235,7 @@ def _draw_loss_panel(axes: Any, log_history: Sequence[dict[str, Any]]) -> None:
     if len(steps) > _MANY_POINTS:
         axes.plot(steps, values, color=_TRAIN, alpha=0.3, linewidth=0.8)
         width = len(steps) // 30
-        axes.plot(steps, _smoothed(values, width), color=_TRAIN, linewidth=1.8, label=f"training, mean of {width} logs")
+        axes.plot(steps, smoothed(values, width), color=_TRAIN, linewidth=1.8, label=f"training, mean of {width} logs")
     else:
         marker = "o" if len(steps) < 30 else None
         axes.plot(steps, values, color=_TRAIN, linewidth=1.6, marker=marker, markersize=3.5, label="training")
@@ -271,7 +271,7 @@ def _series(log_history: Sequence[dict[str, Any]], name: str) -> tuple[list[int]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smoothed(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and its neighbours, of which values near the ends have fewer."""
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and those up to width // 2 places beside it; values near the ends have fewer."""
     reach = width // 2
     return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

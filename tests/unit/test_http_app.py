@@ -328,6 +328,38 @@ def test_chat_log_probabilities(engine: FakeEngine) -> None:
     assert error_of(lone, 400)["param"] == "top_logprobs"
 
 
+CHAT_BODY = {"messages": [{"role": "user", "content": "Who?"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("completions", {"prompt": "a", "min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens (4)"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "possible with echo only"),
+        ("completions", {"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias", "the key 'a'; expected ids of tokens"),
+        ("completions", {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream: true"),
+        ("completions", {"prompt": ["a"] * 257}, "prompt", "257 prompts in one request; send at most 256"),
+        ("chat/completions", {**CHAT_BODY, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "older name"),
+        ("unload_lora_adapter", {"lora_name": "bloom"}, "lora_name", "the name of the model, which stays"),
+        ("load_lora_adapter", {"lora_name": "bloom", "lora_path": "a"}, "lora_name", "choose another one"),
+    ],
+)
+def test_fields_that_do_not_go_together(
+    engine: FakeEngine, path: str, body: dict[str, Any], param: str, words: str
+) -> None:
+    client = client_of(engine, chat_template=TEMPLATE, allow_adapter_loading=True)
+    error = error_of(client.post(f"/v1/{path}", json=body), 400)
+    assert error["param"] == param and words in error["message"]
+    assert not engine.handles
+
+
+def test_a_chat_may_name_its_limit_twice(engine: FakeEngine) -> None:
+    client = client_of(engine, chat_template=TEMPLATE)
+    for limits in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}):
+        assert client.post("/v1/chat/completions", json={**CHAT_BODY, **limits}).status_code == 200
+        assert engine.handles[-1].request.config.max_new_tokens == 3
+
+
 def test_a_template_that_is_none_is_told_before_there_is_a_model() -> None:
     with pytest.raises(ConfigError, match="the chat template is no Jinja template"):
         Service(ServerOptions(model_name="bloom", chat_template="{% if messages %}"))

@@ -74,7 +74,7 @@ async def unload_adapter(service: Service, request: Request, body: Body) -> Resp
     """POST /v1/unload_lora_adapter."""
     _check_adapter_loading(service)
     name = body["lora_name"]
-    if name == service.options.model_name or service.adapter_of(name) is None:
+    if service.adapter_of(name) is None:
         raise bad_request(f"lora_name is {name!r}, the name of the model, which stays", "lora_name")
     await service.change_adapters(service.engine.unload_adapter, name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

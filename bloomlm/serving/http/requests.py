@@ -92,16 +92,14 @@ def plan_chat(body: Mapping[str, Any], service: Service) -> Plan:
     engine = service.engine
     if "top_logprobs" in body and not body.get("logprobs"):
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-    if body.get("max_tokens", body.get("max_completion_tokens")) != body.get(
-        "max_completion_tokens", body.get("max_tokens")
-    ):
+    limits = {body[name] for name in ("max_completion_tokens", "max_tokens") if name in body}
+    if len(limits) > 1:
         raise bad_request("max_tokens is the older name of max_completion_tokens; give one of them", "max_tokens")
     prompt = engine.tokenizer.encode(_prompt_of(body, service))
     room = engine.options.max_model_len - len(prompt)
-    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", max(1, room)))
     config = _config(
         body,
-        max_new_tokens=max_tokens,
+        max_new_tokens=limits.pop() if limits else max(1, room),
         num_log_probs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
         num=body.get("n", 1),
     )

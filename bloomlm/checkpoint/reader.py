@@ -16,7 +16,7 @@ from bloomlm.checkpoint.formats import FOREIGN_VERSION_KEY, MODEL_FORMATS, confi
 from bloomlm.checkpoint.source import resolve_source
 from bloomlm.checkpoint.tensor_reader import TensorReader, check_entries, empty_model
 from bloomlm.errors import CheckpointError, ConfigError, name_some
-from bloomlm.files.json_text import read_json
+from bloomlm.files.json_text import read_object
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.embedding import WordEmbedding
@@ -51,11 +51,9 @@ def read_config(directory: Path) -> BloomConfig:
             hint = "; it holds weights: put the config.json of their model beside them"
         raise CheckpointError(f"{directory} has no config.json, so it is not a model{hint}")
     try:
-        values = read_json(path)
+        values = read_object(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; expected a JSON object")
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     values.pop(FOREIGN_VERSION_KEY, None)
     try:
         return BloomConfig.from_dict(values)

@@ -33,7 +33,7 @@ from bloomlm.checkpoint.distributed_index import INDEX_FILE, check_index
 from bloomlm.checkpoint.formats import find_foreign_run
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.files.atomic import TEMPORARY_SUFFIX, atomic_directory
-from bloomlm.files.json_text import read_json
+from bloomlm.files.json_text import read_json, read_object
 from bloomlm.parallel.mesh import ALONE, Mesh
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,9 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: they cannot be read.
     """
     try:
-        values: dict[str, Any] = read_json(checkpoint / VALUES_FILE)
+        return read_object(checkpoint / VALUES_FILE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / VALUES_FILE} cannot be read: {error}") from error
-    return values
 
 
 def load_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomlm.errors import CheckpointError
-from bloomlm.files.json_text import read_json
+from bloomlm.files.json_text import read_object
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -40,12 +40,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = read_json(path)
+        return read_object(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}). Fetch or save it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or save it again") from error
 
 
 def _read_text(path: Path) -> str:

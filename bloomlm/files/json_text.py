@@ -51,6 +51,19 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes())
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: as read_json.
+        ValueError: as read_json, or the file holds another value.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
 def _check_characters(value: Any, text: str) -> None:
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 from bloomlm.errors import CheckpointError
 from bloomlm.files.atomic import atomic_write
-from bloomlm.files.json_text import read_json
+from bloomlm.files.json_text import read_object
 
 STATE_FILE = "trainer_state.json"
 TRAIN_RESULTS_FILE = "train_results.json"
@@ -203,9 +203,9 @@ class History:
         """
         path = checkpoint / STATE_FILE
         try:
-            values = read_json(path)
+            values = read_object(path)
             logged = {name: values[name] for name in vars(self) if name not in ("max_steps", "num_train_epochs")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error!r}; remove {checkpoint} to resume from an earlier checkpoint"
             ) from error
@@ -257,10 +257,9 @@ def write_results(output_dir: Path, train: Mapping[str, Any] | None, evaluation:
 def read_train_results(output_dir: Path) -> dict[str, Any] | None:
     """The content of train_results.json; None if it does not exist or cannot be read."""
     try:
-        values = read_json(output_dir / TRAIN_RESULTS_FILE)
+        return read_object(output_dir / TRAIN_RESULTS_FILE)
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) else None
 
 
 def write_answers(output_dir: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -229,8 +229,8 @@ def test_missing_files_are_named(tmp_path):
     ("file_name", "text", "message"),
     [
         ("tokenizer.json", "{}", "cannot be read as a tokenizer"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
-        ("special_tokens_map.json", "[]", "expected a JSON object, found list"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read: Expecting"),
+        ("special_tokens_map.json", "[]", "it holds list; expected a JSON object"),
         ("tokenizer_config.json", '{"pad_token": "[PAD]"}', r"pad_token is '\[PAD\]'.*no id for it \(276 tokens\)"),
         (
             "tokenizer_config.json",

@@ -23,7 +23,7 @@ from bloomlm.checkpoint.huggingface import TensorFile, TorchFile
 from bloomlm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from bloomlm.checkpoint.tensor_reader import check_entries, empty_model
 from bloomlm.errors import AdapterError, CheckpointError, ConfigError
-from bloomlm.files.json_text import read_json
+from bloomlm.files.json_text import read_object
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.layout import is_of_base, whole_tensor
@@ -155,12 +155,9 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"{path.parent} has no {path.name}; expected the directory of an adapter")
     try:
-        values = read_json(path)
+        return read_object(path)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path} holds {type(values).__name__}; expected a JSON object")
-    return values
+        raise AdapterError(f"{path} cannot be read: {error}") from error
 
 
 def open_peft_weights(directory: Path) -> TensorFile:

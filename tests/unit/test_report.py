@@ -30,11 +30,11 @@ from bloomlm.training.results import (
 from bloomlm.training.run_plan import RunPlan
 from bloomlm.training.summary import (
     _series,
-    _smoothed,
     draw_losses,
     next_commands,
     print_summary,
     run_title,
+    smoothed,
     write_picture,
 )
 from tests.short_runs import save_figure
@@ -258,7 +258,7 @@ def test_picture_is_drawn_from_the_log(tmp_path: Path, monkeypatch: pytest.Monke
     assert _series(log, "loss") == ([1, 3], [3.0, 0.1])
     assert _series(log, "learning_rate") == ([1, 2, 3], [1e-3, 5e-4, 1e-4])
     assert _series(log, "eval_loss") == ([2], [2.0])
-    assert _smoothed([1.0, 2.0, 6.0, 3.0], 2) == [1.5, 3.0, 11 / 3, 4.5]
+    assert smoothed([1.0, 2.0, 6.0, 3.0], 2) == [1.5, 3.0, 11 / 3, 4.5]
     history = History(max_steps=3, num_train_epochs=1.0, log_history=log)
     path = write_picture(history, tmp_path, planned(dataset_name_or_path="builtin:dates"))
     assert path == tmp_path / "loss.png"

@@ -101,16 +101,23 @@ struct EightBits {
 };
 
 struct FourBits {
-  // One row of the matrix after another: the activations are as many bytes as two rows, too many for registers.
+  static constexpr int64_t kBytesForScale = kHalfColumns / 2;  // of the matrix, for each of its scales
+
+  // The lanes of one row of activations stay in registers for all rows of the matrix. Those of more rows are too many, so
+  // rows of the matrix come one after another.
   template <int R, int O>
   INLINE static void add(const Operands& p, const int64_t (&rows)[R], const int64_t (&outs)[O], Sums<R, O>& sums) {
+    constexpr int kTogether = R == 1 ? O : 1;
+    const int64_t chunks = p.matrix.ins / kChunk;
 #pragma GCC unroll 1
-    for (int o = 0; o < O; ++o) {
-      Floats row_sums[R] = {};
-      for (int64_t chunk = 0; chunk < p.matrix.ins / kChunk; ++chunk)
+    for (int first = 0; first < O; first += kTogether) {
+      Floats found[kTogether][R] = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
         for (int64_t lane = 0; lane < kMostLanes; lane += kLanes)
-          add_lanes<R>(p, rows, outs[o] * (p.matrix.ins / kChunk) + chunk, chunk, lane, row_sums);
-      for (int r = 0; r < R; ++r) sums[r][o] = multiply(row_sums[r], all(p.matrix.row_scale[outs[o]]));
+#pragma GCC unroll 4
+          for (int o = 0; o < kTogether; ++o) add_lanes<R>(p, rows, outs[first + o] * chunks + chunk, chunk, lane, found[o]);
+      for (int o = 0; o < kTogether; ++o)
+        for (int r = 0; r < R; ++r) sums[r][first + o] = multiply(found[o][r], all(p.matrix.row_scale[outs[first + o]]));
     }
   }
 
@@ -121,6 +128,7 @@ struct FourBits {
     const auto* bytes = static_cast<const uint8_t*>(p.matrix.data) + place * (kChunk / 2) + 4 * lane;
     const auto* scales = static_cast<const int8_t*>(p.matrix.scale) + place * 2 * kMostLanes + lane;
     const Floats low_scale = load(scales), high_scale = load(scales + kMostLanes);
+    prefetch(scales + kAheadBytes / 4 / kBytesForScale);
     Ints low[4], high[4];
     for (int step = 0; step < 4; ++step) {
       const Ints both = load_ints(bytes + 4 * kMostLanes * step);

@@ -164,7 +164,7 @@ def serve(config: ServeConfig) -> None:
         for name, path in adapters.items():
             engine.load_adapter(name, path)
         service.open(engine)
-        _show_banner(console, config, server, generator, engine)
+        _show_banner(console, service, config.host, server.url, _describe(generator))
         while not stopping.wait(1.0):
             if not engine.is_alive:
                 raise ServingError("the engine has stopped, see above; its requests got an error")
@@ -217,31 +217,30 @@ def _write_requests_to_stdout() -> None:
     log.setLevel(logging.INFO)
 
 
-def _show_banner(
-    console: Console, config: ServeConfig, server: HttpServer, generator: LoadedModel | Program, engine: Engine
-) -> None:
+def _show_banner(console: Console, service: Service, host: str, url: str, described: str) -> None:
     """Print where the server listens, what it serves, and how much at once."""
-    options = engine.options
+    engine = service.engine
+    options, has_key = engine.options, service.options.api_key is not None
     names = [adapter.name for adapter in engine.adapters]
     on = {"prefix cache": options.prefix_caching, f"prompt lookup {options.prompt_lookup}": options.prompt_lookup}
     lines = {
-        "serving": f"{config.model_name} ({_describe(generator)})",
+        "serving": f"{service.options.model_name} ({described})",
         "budget": f"{options.max_num_seqs} sequences at once, {options.max_model_len:,} tokens each at most, "
         f"{options.max_queue} requests may wait; {format_bytes(engine.kv_cache_bytes)} for keys and values",
         "features": ", ".join(name for name, is_on in on.items() if is_on) or "none",
         "adapters": ", ".join(names) or "none",
-        "key": "needed" if config.server_options().api_key else "none",
-        "page": f"{server.url}/",
-        "API": f"{server.url}/v1 (OpenAI's), {server.url}/openapi.json",
+        "key": "needed" if has_key else "none",
+        "page": f"{url}/",
+        "API": f"{url}/v1 (OpenAI's), {url}/openapi.json",
     }
     for name, text in lines.items():
         console.print(f"  {name:<9} {text}")
     console.print(
-        f"  try       curl {server.url}/v1/completions -H 'Content-Type: application/json' "
+        f"  try       curl {url}/v1/completions -H 'Content-Type: application/json' "
         f"""-d '{{"prompt": "The history of", "max_tokens": 20}}'"""
     )
-    if config.host not in _LOOPBACK and not config.server_options().api_key:
-        console.print(f"warning: everyone who reaches {config.host} can use this server; --api_key keeps others out")
+    if host not in _LOOPBACK and not has_key:
+        console.print(f"warning: everyone who reaches {host} can use this server; --api_key keeps others out")
 
 
 def _describe(generator: LoadedModel | Program) -> str:

@@ -1,5 +1,6 @@
 """The server on a real port: clients that leave, time limits, closing, and a real engine behind it."""
 
+import io
 import json
 import signal
 import socket
@@ -14,9 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 import bloomlm
 from bloomlm.cli.main import main
+from bloomlm.cli.serve import ServeConfig, _show_banner
 from bloomlm.errors import ConfigError
 from bloomlm.serving.engine import Engine
 from bloomlm.serving.http import gate
@@ -203,6 +206,24 @@ def test_a_client_that_leaves_frees_the_rows_of_a_real_engine(real: tuple[HttpSe
     wait_for(lambda: engine.stats().num_running == 1)
     connection.close()
     wait_for(lambda: engine.stats().num_running == 0)
+
+
+@pytest.mark.parametrize(("host", "key"), [("127.0.0.1", None), ("0.0.0.0", None), ("0.0.0.0", "secret")])
+def test_the_banner_says_who_can_use_the_server_and_reads_no_file_again(
+    host: str, key: str | None, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
+    config = ServeConfig(served_model_name="bloom", host=host, api_key=key, chat_template=str(template))
+    service = Service(config.server_options())
+    service.open(FakeEngine())
+    template.unlink()
+    console = Console(file=io.StringIO(), width=200)
+    _show_banner(console, service, config.host, "http://here:8000", "a model")
+    text = console.file.getvalue()
+    assert "serving   bloom (a model)\n" in text and "adapters  dates\n" in text
+    assert f"key       {'none' if key is None else 'needed'}\n" in text
+    assert ("everyone who reaches 0.0.0.0 can use this server" in text) is (host == "0.0.0.0" and key is None)
 
 
 def test_command_serves_and_drains() -> None:

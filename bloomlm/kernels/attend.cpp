@@ -97,8 +97,10 @@ inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t 
 template <class T>
 void attend_all(const CachedAttention<T>& a) {
   constexpr bool kIsFloat = std::is_same_v<T, float>;
-  const bool has_runs = kIsFloat && kLevel != kScalar && has_products<float>();
-  const std::vector<Run> runs = runs_of(a.rows, a.slots, a.query.sizes[0], has_runs ? kMostTogether : 1);
+  const int64_t tokens = a.query.sizes[0];
+  std::vector<Run> runs = runs_of(a.rows, a.slots, tokens, kMostTogether);
+  const bool has_runs = static_cast<int64_t>(runs.size()) < tokens;  // not so in a decoding step
+  if (has_runs && !(kIsFloat && kLevel != kScalar && has_products<float>())) runs = runs_of(a.rows, a.slots, tokens, 1);
   const int64_t num_runs = runs.size();
   const Kernels kernels = kernels_of_level();
 #pragma omp parallel

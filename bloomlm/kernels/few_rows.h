@@ -3,6 +3,8 @@
 #ifndef BLOOMLM_FEW_ROWS_H
 #define BLOOMLM_FEW_ROWS_H
 
+#include <omp.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -11,13 +13,12 @@
 
 namespace bloomlm {
 
-// Four rows of the matrix are read at a time, each in order and so far from the next: that is the pattern that processors
-// prefetch by themselves.
-constexpr int64_t kFarBytes = 16 << 10;
+// Four rows of the matrix are read at a time, each in order and so far from the next; int4 is computed one row after another.
+constexpr int64_t kFarBytes = 256 << 10, kFarBytesOfInt4 = 64 << 10;
 
 // Whether rows fill the vectors of every level.
 inline bool fills_vectors(const Matrix& matrix) {
-  constexpr int64_t kColumns[] = {16, 16, 32, 32 * kInt8Parts, kChunk};
+  constexpr int64_t kColumns[] = {16, 16, 32, 64 * kInt8Parts, kChunk};
   const int64_t columns = kColumns[matrix.format];
   return matrix.ins % columns == 0;
 }
@@ -75,20 +76,28 @@ inline Activations activations_for(const Matrix& matrix) {
   }
 }
 
+// The distance of rows that are read at a time, by which all threads have equally many units of 4 times so many rows.
+inline int64_t spread_of(const Matrix& matrix) {
+  const int64_t far_bytes = matrix.format == Matrix::kInt4 ? kFarBytesOfInt4 : kFarBytes;
+  const int64_t threads = omp_get_max_threads(), far_rows = std::max<int64_t>(1, far_bytes / row_bytes(matrix));
+  const int64_t share = (matrix.outs + 4 * threads - 1) / (4 * threads), units = (share + far_rows - 1) / far_rows;
+  return (share + units - 1) / units;
+}
+
 inline void few_rows(const float* x, const Matrix& matrix, int64_t rows, const Finish& end, float* results) {
   constexpr int64_t kBytesOf[] = {4, 2, 2, 1};
   const int64_t ins = matrix.ins, lanes = ins / kLaneColumns;
   const Activations activations = activations_for(matrix);
   // rows whose distance is a power of two would share few places of the first cache
   const int64_t stride = ins + 64, row_size = stride * kBytesOf[activations];
-  const int64_t num_scales = activations == kShorts ? kInt8Parts : activations == kBytes ? lanes : 0;
+  const int64_t num_scales = activations == kShorts ? 1 : activations == kBytes ? lanes : 0;
   const int64_t num_offsets = activations == kBytes ? 2 * lanes : 0;
   Room<char> numbers(rows * row_size);
   Room<float> scales(rows * num_scales);
   Room<int32_t> offsets(rows * num_offsets);
   const Operands p{matrix, rows, stride, numbers.data(), scales.data(), offsets.data(), results};
   const Kernels kernels = kernels_for(matrix);
-  const int64_t unit = 4 * std::max<int64_t>(1, kFarBytes / row_bytes(matrix));
+  const int64_t unit = 4 * spread_of(matrix);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)

@@ -5,7 +5,7 @@
 // | float32  | float                     |                                         |                                        |
 // | float16  | 16 bits                   |                                         |                                        |
 // | bfloat16 | 16 bits                   |                                         |                                        |
-// | int8     | int8                      | a float for each quarter of a row       | 16 bits, a scale for a quarter of a row |
+// | int8     | int8                      | a float for each quarter of a row       | 16 bits, a scale for a row             |
 // | int4     | two numbers + 8 in a byte | int8 for 16 columns and a float for all | 8 bits, a scale for 32 columns          |
 //
 // int4: a chunk of a row has L lanes of 32 columns, L = 16 or, in a row of other length, the greatest common divisor of

@@ -23,7 +23,7 @@ struct Operands {
   int64_t rows;
   int64_t x_stride;         // elements from one row of x to the next
   const void* x;            // [N, ins]: see Activations
-  const float* x_scale;     // of int8 [N, kInt8Parts]; of int4 [N, lanes]
+  const float* x_scale;     // of int8 [N]; of int4 [N, lanes]
   const int32_t* x_offset;  // of int4, [N, chunk, half, lane]: -8 times the sum of the half's activations
   float* results;           // [N, outs]
 };
@@ -50,13 +50,9 @@ INLINE float factor_to(float most, float largest) { return largest > 0.0f ? most
 template <class Largest, class Round>
 INLINE void round_row(const float* x, const Matrix& matrix, const RoundedRow& row, Largest largest, Round round) {
   if (matrix.format == Matrix::kInt8) {
-    const int64_t columns = matrix.ins / kInt8Parts;
-    for (int64_t part = 0; part < kInt8Parts; ++part, x += columns) {
-      const float most = largest(x, columns);
-      row.scales[part] = most / 32767.0f;
-      round(x, columns, factor_to(32767.0f, most), static_cast<int16_t*>(row.numbers) + part * columns);
-    }
-    return;
+    const float most = largest(x, matrix.ins);
+    row.scales[0] = most / 32767.0f;
+    return round(x, matrix.ins, factor_to(32767.0f, most), static_cast<int16_t*>(row.numbers));
   }
   if (matrix.format != Matrix::kInt4) {
     std::memcpy(row.numbers, x, matrix.ins * sizeof(float));

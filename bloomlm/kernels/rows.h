@@ -1,7 +1,7 @@
 // The sums of few rows of activations with rows of a matrix, and rows of a matrix in float32, for one level of
 // instructions: this text is compiled once for each, inside a namespace of its own, after its vectors.
 
-constexpr int64_t kAheadBytes = 4096;  // prefetched, over all rows that are read at a time
+constexpr int64_t kAheadBytes = 8192;  // prefetched, over all rows that are read at a time
 
 // A tile has R rows of activations and O rows of the matrix, and its sums lie in registers.
 template <int R, int O>
@@ -56,7 +56,7 @@ struct Pairs {
 #endif
 
 struct EightBits {
-  static constexpr int64_t kColumns = 2 * kLanes * kInt8Parts;
+  static constexpr int64_t kLine = 64;  // columns that are prefetched together
   static constexpr int64_t kSegment = 4096;  // whole numbers of so many columns cannot exceed 32 bits
 
   template <int R, int O>
@@ -67,14 +67,15 @@ struct EightBits {
       for (int64_t first = part * part_columns; first < end; first += kSegment) {
         Ints whole[R][O] = {};
         add_segment<R, O>(p, rows, outs, first, least(first + kSegment, end), whole);
-        Floats scales[O];
-        for (int o = 0; o < O; ++o) scales[o] = all(static_cast<const float*>(p.matrix.scale)[outs[o] * kInt8Parts + part]);
-        for (int r = 0; r < R; ++r) {
-          const Floats scale = all(p.x_scale[rows[r] * kInt8Parts + part]);
-          for (int o = 0; o < O; ++o)
-            sums[r][o] = add_product(sums[r][o], multiply(floats(whole[r][o]), scale), scales[o]);
+        for (int o = 0; o < O; ++o) {
+          const Floats scale = all(static_cast<const float*>(p.matrix.scale)[outs[o] * kInt8Parts + part]);
+          for (int r = 0; r < R; ++r) sums[r][o] = add_product(sums[r][o], floats(whole[r][o]), scale);
         }
       }
+    }
+    for (int r = 0; r < R; ++r) {
+      const Floats scale = all(p.x_scale[rows[r]]);
+      for (int o = 0; o < O; ++o) sums[r][o] = multiply(sums[r][o], scale);
     }
   }
 
@@ -85,16 +86,16 @@ struct EightBits {
     const int8_t* w[O];
     for (int r = 0; r < R; ++r) x[r] = static_cast<const int16_t*>(p.x) + rows[r] * p.x_stride;
     for (int o = 0; o < O; ++o) w[o] = static_cast<const int8_t*>(p.matrix.data) + outs[o] * p.matrix.ins;
-#pragma GCC unroll 2
-    for (int64_t i = first; i < last; i += 2 * kLanes) {
-      Ints numbers[O];
-      for (int o = 0; o < O; ++o) {
-        numbers[o] = load_shorts(w[o] + i);
-        prefetch(reinterpret_cast<const char*>(w[o] + i) + kAheadBytes / O);
-      }
-      for (int r = 0; r < R; ++r) {
-        const Ints activations = load_ints(x[r] + i);
-        for (int o = 0; o < O; ++o) whole[r][o] = add_products(whole[r][o], activations, numbers[o]);
+    for (int64_t line = first; line < last; line += kLine) {
+      for (int o = 0; o < O; ++o) prefetch(w[o] + line + kAheadBytes / O);
+#pragma GCC unroll 4
+      for (int i = 0; i < kLine; i += 2 * kLanes) {
+        Ints numbers[O];
+        for (int o = 0; o < O; ++o) numbers[o] = load_shorts(w[o] + line + i);
+        for (int r = 0; r < R; ++r) {
+          const Ints activations = load_ints(x[r] + line + i);
+          for (int o = 0; o < O; ++o) whole[r][o] = add_products(whole[r][o], activations, numbers[o]);
+        }
       }
     }
   }
@@ -147,6 +148,13 @@ struct FourBits {
   }
 };
 
+template <int N>
+INLINE void totals(const Floats* v, float* sums) {
+  if constexpr (N == kLanes) store(sums, totals(v));
+  else
+    for (int i = 0; i < N; ++i) sums[i] = total(v[i]);
+}
+
 template <class F, int R, int O>
 INLINE void tile(const Operands& p, int64_t row, int64_t out, int64_t spread) {
   int64_t rows[R], outs[O];  // the last ones again where there are fewer
@@ -154,8 +162,10 @@ INLINE void tile(const Operands& p, int64_t row, int64_t out, int64_t spread) {
   for (int o = 0; o < O; ++o) outs[o] = least(out + o * spread, p.matrix.outs - 1);
   Sums<R, O> sums = {};
   F::template add<R, O>(p, rows, outs, sums);
+  float found[R][O];
+  totals<R * O>(sums[0], found[0]);
   for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) p.results[rows[r] * p.matrix.outs + outs[o]] = total(sums[r][o]);
+    for (int o = 0; o < O; ++o) p.results[rows[r] * p.matrix.outs + outs[o]] = found[r][o];
 }
 
 // A tile's sums take at most half of the registers.

@@ -35,10 +35,9 @@ inline float eight_bits(const Operands& p, int64_t row, int64_t out) {
     const auto* w = static_cast<const int8_t*>(p.matrix.data) + out * p.matrix.ins + part * columns;
     int64_t whole = 0;
     for (int64_t i = 0; i < columns; ++i) whole += x[i] * w[i];
-    sum += static_cast<float>(whole) * p.x_scale[row * kInt8Parts + part] *
-           static_cast<const float*>(p.matrix.scale)[out * kInt8Parts + part];
+    sum += static_cast<float>(whole) * static_cast<const float*>(p.matrix.scale)[out * kInt8Parts + part];
   }
-  return sum;
+  return sum * p.x_scale[row];
 }
 
 inline float four_bits(const Operands& p, int64_t row, int64_t out) {

@@ -64,6 +64,14 @@ INLINE void transpose(Floats (&v)[kLanes]) {
   }
 }
 
+// The total of v[i] as number i.
+INLINE Floats totals(const Floats* v) {
+  Floats fours[2];
+  for (int i = 0; i < 2; ++i, v += 4)
+    fours[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return add(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+}
+
 INLINE Ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 INLINE Ints load_shorts(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -58,6 +58,22 @@ INLINE void transpose(Floats (&v)[kLanes]) {
   }
 }
 
+// Sums of neighbouring quarters, those of a before those of b.
+INLINE Floats halved(Floats a, Floats b) {
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// The total of v[i] as number i.
+INLINE Floats totals(const Floats* v) {
+  Floats fours[4];
+  for (int i = 0; i < 4; ++i, v += 4) {
+    const __m512d a = _mm512_castps_pd(add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])));
+    const __m512d b = _mm512_castps_pd(add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])));
+    fours[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  return halved(halved(fours[0], fours[1]), halved(fours[2], fours[3]));
+}
+
 INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
 INLINE Ints load_shorts(const int8_t* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -79,7 +95,10 @@ INLINE Ints low_halves(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)
 INLINE Ints high_halves(Ints v) { return low_halves(_mm512_srli_epi16(v, 4)); }
 
 // sum + the products of two 16-bit numbers in each 32 bits.
-INLINE Ints add_products(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+INLINE Ints add_products(Ints sum, Ints a, Ints b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // GCC copies sums of the intrinsic, and stores some of them
+  return sum;
+}
 
 #ifdef BFLOAT16
 // sum + the products of two numbers in bfloat16 in each 32 bits.

@@ -169,11 +169,11 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, rows:
 
 
 def rounded(x: Tensor, name: str, level: str) -> Tensor:
-    """What a product of few rows makes of activations, in float64: whole numbers, with a scale for each part, or numbers
-    in bfloat16 where the processor multiplies such and rows fill its vectors."""
+    """What a product of few rows makes of activations, in float64: whole numbers, with a scale for the row (int8)
+    or for each part (int4), or numbers in bfloat16 where the processor multiplies such and rows fill its vectors."""
     if name == "bfloat16" and level == "avx512_bf16" and x.shape[1] % 32 == 0:
         return x.bfloat16().double()
-    most, parts = {"int8": (32767, 4), "int4": (127, x.shape[1] // 32)}.get(name, (0, 1))
+    most, parts = {"int8": (32767, 1), "int4": (127, x.shape[1] // 32)}.get(name, (0, 1))
     if not most:
         return x.double()
     parted = x.unflatten(1, (parts, -1))

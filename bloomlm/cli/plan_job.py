@@ -55,6 +55,7 @@ def workload(
     """A training step with microbatches of batch_size examples, all of them as long as the flags allow."""
     num_documents = batch_size * objective.documents_per_example
     fuses = fuses_update(training, num_processes)
+    has_masters = (training.bf16 or training.fp16) and training.fp16_opt_level == "O2"
     num_prompt_labels = batch_size * objective.learned_prompts * (training.src_length - 1)
     return Workload(
         num_documents=num_documents,
@@ -67,7 +68,7 @@ def workload(
         uses_operator=training.device == "cpu",
         reshards=training.sharding == "stage3",
         fuses_update=fuses,
-        factors_head=fuses and training.preference is None,
+        factors_head=training.preference is None and (fuses or (has_masters and not training.sharding)),
     )
 
 

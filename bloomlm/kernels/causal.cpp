@@ -26,9 +26,6 @@ inline void require_products() {
 
 inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-inline void assign(float& to, float number) { to = number; }
-inline void assign(Bfloat16& to, float number) { scalar::to_bfloat16(&number, 1, &to); }
-
 // Rows of K numbers, some numbers apart from each other.
 template <class T>
 struct Rows {

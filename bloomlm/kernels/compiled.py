@@ -49,11 +49,27 @@ class Operators:
     may be views whose last dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each
     token.
     """
+    gelu: "GeluOperators | None" = None
+    norm: Callable[[Tensor], float] | None = None
+    """Of a tensor in fp32 or bf16, added up in fp64."""
+    adamw: Callable[..., None] | None = None
+    """(gradient, master, mean, squares, weight, kept, beta1, beta2, step_size, inverse_root, epsilon) updates masters
+    and both moments in fp32 and weights in bf16 by a gradient in fp32 or bf16; kernels/adamw.h has the constants."""
     causal: "CausalOperators | None" = None
     """None: PyTorch lacks the products that they need."""
     weight_gradient: Callable[[Tensor, Tensor, Tensor], None] | None = None
     """(gradients, x, result) writes the product of the transposed gradients [N, out], whose rows may be further apart,
     with x [N, in] into result [out, in], all in fp32. None: as above."""
+
+
+@dataclass(frozen=True)
+class GeluOperators:
+    """GELU in its tanh form, for contiguous tensors in fp32 or bf16, into tensors that exist."""
+
+    forward: Callable[[Tensor, Tensor], None]
+    """(x, out)."""
+    gradient: Callable[[Tensor, Tensor, Tensor], None]
+    """(grad_out, x, grad_x)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,13 @@ def load_operators() -> None:
         _LOG.warning("PyTorch's operators are used, which are slower: %s", _reason(error))
         return
     namespace = torch.ops.bloomlm_kernels
-    _loaded = Operators(product=namespace.product.default, attend=namespace.attend.default)
+    _loaded = Operators(
+        product=namespace.product.default,
+        attend=namespace.attend.default,
+        gelu=GeluOperators(namespace.gelu.default, namespace.gelu_gradient.default),
+        norm=namespace.norm.default,
+        adamw=namespace.adamw.default,
+    )
     one = torch.zeros(1, 1, 3, 1)
     try:
         namespace.causal(

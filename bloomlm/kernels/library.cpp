@@ -48,6 +48,32 @@ inline void causal_gradient(const Tensor& grad_out, const Tensor& fused, const T
       grad_fused.get(), grad_virtuals.get());
 }
 
+// The results are written into the last tensor.
+inline void gelu(const Tensor& x, Tensor results) {
+  const auto run = dtype_of(x.get()) == aoti_torch_dtype_float32() ? bloomlm::gelu<float> : bloomlm::gelu<Bfloat16>;
+  run(x.get(), results.get());
+}
+
+inline void gelu_gradient(const Tensor& gradient, const Tensor& x, Tensor results) {
+  const auto run =
+      dtype_of(x.get()) == aoti_torch_dtype_float32() ? bloomlm::gelu_gradient<float> : bloomlm::gelu_gradient<Bfloat16>;
+  run(gradient.get(), x.get(), results.get());
+}
+
+inline double norm(const Tensor& numbers) {
+  return (dtype_of(numbers.get()) == aoti_torch_dtype_float32() ? bloomlm::norm<float> : bloomlm::norm<Bfloat16>)(numbers.get());
+}
+
+inline void adamw(const Tensor& gradient, Tensor master, Tensor mean, Tensor squares, Tensor weight, double kept,
+                  double beta1, double beta2, double step_size, double inverse_root, double epsilon) {
+  const auto run = dtype_of(gradient.get()) == aoti_torch_dtype_float32() ? bloomlm::adamw<float> : bloomlm::adamw<Bfloat16>;
+  const AdamW constants = {static_cast<float>(kept),         static_cast<float>(1.0 - beta1),
+                           static_cast<float>(beta2),        static_cast<float>(1.0 - beta2),
+                           static_cast<float>(step_size),    static_cast<float>(inverse_root),
+                           static_cast<float>(epsilon)};
+  run(gradient.get(), master.get(), mean.get(), squares.get(), weight.get(), constants);
+}
+
 }  // namespace bloomlm::library
 
 STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
@@ -58,6 +84,12 @@ STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
   library.def(
       "causal_gradient(Tensor grad_out, Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor out, "
       "Tensor log_sums, Tensor(a!) grad_fused, Tensor(b!) grad_virtuals) -> ()");
+  library.def("gelu(Tensor x, Tensor(a!) results) -> ()");
+  library.def("gelu_gradient(Tensor gradient, Tensor x, Tensor(a!) results) -> ()");
+  library.def(
+      "adamw(Tensor gradient, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) squares, Tensor(d!) weight, float kept, "
+      "float beta1, float beta2, float step_size, float inverse_root, float epsilon) -> ()");
+  library.def("norm(Tensor numbers) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bloomlm_kernels, CPU, library) {
@@ -66,4 +98,8 @@ STABLE_TORCH_LIBRARY_IMPL(bloomlm_kernels, CPU, library) {
   library.impl("weight_gradient", TORCH_BOX(&bloomlm::library::weight_gradient));
   library.impl("causal", TORCH_BOX(&bloomlm::library::causal));
   library.impl("causal_gradient", TORCH_BOX(&bloomlm::library::causal_gradient));
+  library.impl("gelu", TORCH_BOX(&bloomlm::library::gelu));
+  library.impl("gelu_gradient", TORCH_BOX(&bloomlm::library::gelu_gradient));
+  library.impl("adamw", TORCH_BOX(&bloomlm::library::adamw));
+  library.impl("norm", TORCH_BOX(&bloomlm::library::norm));
 }

@@ -141,4 +141,11 @@ inline void from_bfloat16(const Bfloat16* from, int64_t count, float* to) {
 
 }  // namespace bloomlm::scalar
 
+namespace bloomlm {
+
+inline void assign(float& to, float number) { to = number; }
+inline void assign(Bfloat16& to, float number) { scalar::to_bfloat16(&number, 1, &to); }
+
+}  // namespace bloomlm
+
 #endif

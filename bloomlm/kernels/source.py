@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 from importlib.resources import files
 
-_BEFORE = ("level.h", "tensors.h", "matrix.h", "small_products.h", "product.h", "scalar.h", "attend.h", "causal.h")
+_BEFORE = (
+    "level.h",
+    "tensors.h",
+    "matrix.h",
+    "small_products.h",
+    "product.h",
+    "scalar.h",
+    "attend.h",
+    "causal.h",
+    "gelu.h",
+    "adamw.h",
+)
 _AFTER = ("few_rows.h", "many_rows.h", "product.cpp", "attend.cpp")
 _LEVELS = {
     "avx2": ("avx2,fma,f16c", "vectors_256.h"),
@@ -12,7 +23,7 @@ _LEVELS = {
     "avx512_bf16": ("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16", "vectors_512.h"),
 }
 """Namespace of the code for a level of instructions -> the instructions, as GCC names them, and their vectors."""
-_OF_EACH_LEVEL = ("finish_rows.h", "rows.h", "attend_rows.h", "causal_rows.h")
+_OF_EACH_LEVEL = ("finish_rows.h", "rows.h", "attend_rows.h", "causal_rows.h", "gelu_rows.h", "adamw_rows.h")
 
 
 def cpp_source() -> str:
@@ -22,7 +33,7 @@ def cpp_source() -> str:
 
 def library_source() -> str:
     """The C++ as a library for PyTorch, with the operators that only the model uses."""
-    text = _assembled((*_AFTER, "gradient.cpp", "causal.cpp", "library.cpp"))
+    text = _assembled((*_AFTER, "gradient.cpp", "causal.cpp", "pieces.h", "gelu.cpp", "adamw.cpp", "library.cpp"))
     # the compiler of programs includes this header itself
     return f"#include <torch/csrc/inductor/aoti_runtime/utils.h>\n{text}"
 

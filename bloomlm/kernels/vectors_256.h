@@ -18,6 +18,7 @@ INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 INLINE Floats all(float number) { return _mm256_set1_ps(number); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Floats root(Floats v) { return _mm256_sqrt_ps(v); }
 INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, sum); }
 // Where the second is NaN, so is the result.
 INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }

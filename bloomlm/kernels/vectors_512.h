@@ -20,6 +20,7 @@ INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 INLINE Floats all(float number) { return _mm512_set1_ps(number); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Floats root(Floats v) { return _mm512_sqrt_ps(v); }
 INLINE Floats add_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
 // Where the second is NaN, so is the result.
 INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }

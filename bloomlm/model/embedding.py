@@ -55,20 +55,39 @@ class GradientParts:
         """Add the gradients [N, D] of rows [N] that were looked up."""
         self._looked_up.append((rows, grad))
 
+    def add_to(self, total: Tensor, rows_at_once: int, *, overwrite: bool) -> None:
+        """Add the parts to a tensor [V, D], or overwrite it with their sum; then they are dropped."""
+        if overwrite and not self.of_head:
+            total.zero_()
+        for block in self._blocks(rows_at_once):
+            for number, part in enumerate(self.of_head):
+                total[block].copy_(part(block)) if overwrite and number == 0 else total[block].add_(part(block))
+        for rows, grad in self._looked_up:
+            _add_rows(total, rows, grad)
+        self._drop()
+
     def take(self, rows_at_once: int) -> Iterator[tuple[slice, Tensor]]:
-        """Every row's gradient, as consecutive slices of rows with tensors [rows, D]; then the parts are dropped."""
-        for start in range(0, len(self.weight), rows_at_once):
-            block = slice(start, min(start + rows_at_once, len(self.weight)))
+        """Every row's gradient in fp32 or fp64, as consecutive slices of rows with tensors [rows, D]; then the parts
+        are dropped."""
+        for block in self._blocks(rows_at_once):
             yield block, self._sum_of(block)
+        self._drop()
+
+    def _blocks(self, rows_at_once: int) -> Iterator[slice]:
+        for start in range(0, len(self.weight), rows_at_once):
+            yield slice(start, min(start + rows_at_once, len(self.weight)))
+
+    def _drop(self) -> None:
         self.of_head.clear()
         self._looked_up.clear()
 
     def _sum_of(self, block: slice) -> Tensor:
-        total = None if self.weight.grad is None else self.weight.grad[block]
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        total = None if self.weight.grad is None else self.weight.grad[block].to(dtype)
         for part in self.of_head:
             total = part(block) if total is None else total.add_(part(block))
         if total is None:
-            total = torch.zeros_like(self.weight[block])
+            total = torch.zeros_like(self.weight[block], dtype=dtype)
         for rows, grad in self._looked_up:
             chosen = ((rows >= block.start) & (rows < block.stop)).nonzero().squeeze(1)
             _add_rows(total, rows[chosen] - block.start, grad[chosen])

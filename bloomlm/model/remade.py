@@ -9,10 +9,15 @@ Shapes: N rows, D columns.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bloomlm.kernels.compiled import GeluOperators, operators
+
+_OPERATOR_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -55,4 +60,35 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    loaded = operators()
+    if (
+        torch.compiler.is_compiling()
+        or loaded is None
+        or loaded.gelu is None
+        or type(x) is not Tensor
+        or x.device.type != "cpu"
+        or x.dtype not in _OPERATOR_DTYPES
+        or not x.is_contiguous()
+    ):
+        return F.gelu(x, approximate="tanh")
+    out: Tensor = _Gelu.apply(x, loaded.gelu)
+    return out
+
+
+class _Gelu(torch.autograd.Function):
+    """GELU by our operator (kernels/gelu.cpp)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operator: GeluOperators) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.operator, out = operator, torch.empty_like(x)
+        operator.forward(x, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        ctx.operator.gradient(grad.contiguous(), x, out)
+        return out, None

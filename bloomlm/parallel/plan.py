@@ -108,13 +108,17 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
     rounded, chunk = _rounded_bytes(model, degrees.tp, load), _loss_chunk_bytes(model, degrees.tp, load)
     embedding = model.transformer.word_embeddings.weight
     head_gradient = _head_gradient_bytes(model, degrees.tp, load)
-    # with weights in half precision, autograd adds the gradients of embedding and head out of place
-    tied_sum = embedding.nbytes // degrees.tp * (embedding.requires_grad and embedding.dtype is not torch.float32)
+    factors_head = _factors_head(model, load)
+    # autograd has the gradient of a head in half precision in half precision too, unless it is kept in factors
+    is_rounded = embedding.requires_grad and embedding.dtype is not torch.float32 and not factors_head
+    rounded_gradient = embedding.nbytes // degrees.tp * is_rounded
     # until the end of the backward pass every FSDP rank holds the gradients outside the blocks whole
     gradients_then = gradients - root_gradient // degrees.dp_shard + root_gradient
     if load.fuses_update:
-        gradients = max(p.numel() for p in model.transformer.h.parameters()) * GRADIENT_BYTES
-        gradients_then = gradients + head_gradient
+        gradients = max(p.nbytes for p in model.transformer.h.parameters())
+        gradients_then = gradients
+    if load.fuses_update or factors_head:
+        gradients_then += head_gradient
     fixed = weights + optimizer + gathered
     earlier = gradients if load.accumulation > 1 else 0
     return TrainingMemory(
@@ -126,7 +130,7 @@ def training_memory(model: BloomForCausalLM, degrees: Degrees, load: Workload) -
         gathered=gathered,
         loss=chunk + head_gradient,
         at_loss=fixed + earlier + kept + head_gradient + max(chunk, block + rounded),
-        at_end_of_backward=fixed + gradients_then + max(block + rounded, block_gradients, tied_sum),
+        at_end_of_backward=fixed + gradients_then + max(block + rounded, block_gradients, rounded_gradient),
     )
 
 
@@ -199,13 +203,19 @@ def _rounded_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> i
     return half * max(counts, default=0)
 
 
+def _factors_head(model: BloomForCausalLM, load: Workload) -> bool:
+    """Whether the head's gradient is kept in two factors, because they are smaller."""
+    return load.factors_head and load.num_supervised_tokens <= model.config.hidden_size
+
+
 def _head_gradient_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:
     """Bytes of the gradient of the head, or of its larger factor where that is kept instead."""
     embedding = model.transformer.word_embeddings.weight
-    vocab_size, hidden_size = embedding.shape
-    if load.factors_head and load.num_supervised_tokens <= hidden_size and embedding.dtype is torch.float32:
-        return load.num_supervised_tokens * vocab_size * load.compute_dtype.itemsize
-    return embedding.numel() // tp_degree * GRADIENT_BYTES * embedding.requires_grad
+    if _factors_head(model, load):
+        size = load.num_supervised_tokens * len(embedding) * load.compute_dtype.itemsize
+    else:
+        size = embedding.numel() * GRADIENT_BYTES
+    return size // tp_degree * embedding.requires_grad
 
 
 def _loss_chunk_bytes(model: BloomForCausalLM, tp_degree: int, load: Workload) -> int:

@@ -88,8 +88,10 @@ class HeadProducts:
         num_chunks = -(-num_rows // most_rows)
         self.chunk_rows = -(-num_rows // max(1, num_chunks))
         self.uses_onednn = not self.is_half and uses_onednn(self.hidden, self.weight)
-        # oneDNN and quantised weights allocate their results; other products write into this
-        rows = 0 if self.uses_onednn or self.weight_scale is not None else self.chunk_rows
+        self._in_blocks = self.replaced is None and self.weight_scale is None and (self.uses_onednn or self.is_half)
+        # these, oneDNN and quantised weights allocate their results; other products write into this
+        allocates = self._in_blocks or self.uses_onednn or self.weight_scale is not None
+        rows = 0 if allocates else self.chunk_rows
         self.z = torch.empty(rows, vocab_size, dtype=self.dtype, device=hidden.device)
         # on a CPU in blocks that stay in the processor's cache while they are rounded and used
         self._block = _BLOCK if hidden.device.type == "cpu" else vocab_size
@@ -106,7 +108,9 @@ class HeadProducts:
     def logits(self, rows: slice) -> Logits:
         """[C, V] logits of a chunk, valid until the next call."""
         hidden = self.hidden[rows]
-        if self.uses_onednn and self.replaced is None:
+        if self._in_blocks and self.is_half:
+            return Logits(tuple((hidden @ part.t()).to(self.dtype) for _, part in self._half_weight()))
+        if self._in_blocks:
             parts = self.weight.split(block_columns(len(hidden), self.dtype.itemsize))
             return Logits(tuple(product(hidden, part) for part in parts))
         z = self._logits_of_weight(hidden)
@@ -175,32 +179,47 @@ class HeadProducts:
                 _add_factors(WeightGradient(logits, hidden * (row_factor * scale)), rows.start == 0, grad_weight)
             return
         first = rows.start == 0
+        if self.is_half and self.weight_scale is None:
+            self._add_half_gradients(rows, logits, row_factor, scale, grad_hidden, grad_weight)
+            return
         z = logits.whole
         if self.weight_scale is not None:
             z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
             gradient = quantized_input_gradient(z, self.weight, self.weight_scale)
             grad_hidden[rows] = gradient.mul_(scale / self.headroom)
             return
-        if not self.is_half:
-            # the row factor is applied to the smaller side of each product
-            torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
-            if isinstance(grad_weight, list):
-                grad_weight.append(WeightGradient(Logits((z.clone(),)), hidden * (row_factor * scale)))
-            elif grad_weight is not None:
-                grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
-            return
-        z.mul_(row_factor * self.headroom)
-        own_hidden, grad = hidden / self.headroom, torch.zeros_like(grad_hidden[rows])
+        # the row factor is applied to the smaller side of each product
+        torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
+        if isinstance(grad_weight, list):
+            grad_weight.append(WeightGradient(Logits((z.clone(),)), hidden * (row_factor * scale)))
+        elif grad_weight is not None:
+            grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
+
+    def _add_half_gradients(
+        self,
+        rows: slice,
+        logits: Logits,
+        row_factor: Tensor,
+        scale: float,
+        grad_hidden: Tensor,
+        grad_weight: Tensor | list[WeightGradient] | None,
+    ) -> None:
+        """Of products in half precision. bf16 has the range for the whole factor before z is rounded, fp16 has not."""
+        own_hidden = self.hidden[rows] / self.headroom
+        own_scale = scale if self.headroom == 1.0 else self.headroom
+        rest, factor = scale / own_scale * self.headroom, row_factor * own_scale
+        grad, halves = torch.zeros_like(grad_hidden[rows]), []
         for tokens, weight in self._half_weight():
-            half_z = z[:, tokens].to(hidden.dtype)
+            half_z = logits.of(tokens).mul_(factor).to(own_hidden.dtype)
             grad.add_(half_z @ weight)
             if isinstance(grad_weight, Tensor):
-                update = half_z.t() @ own_hidden
-                part = grad_weight[tokens]
-                part.copy_(update).mul_(scale) if first else part.add_(update, alpha=scale)
-        grad_hidden[rows] = grad.mul_(scale / self.headroom)
+                update, part = half_z.t() @ own_hidden, grad_weight[tokens]
+                part.copy_(update).mul_(rest) if rows.start == 0 else part.add_(update, alpha=rest)
+            elif grad_weight is not None:
+                halves.append(half_z)
+        grad_hidden[rows] = grad.mul_(scale / own_scale)
         if isinstance(grad_weight, list):
-            grad_weight.append(WeightGradient(Logits((z.to(hidden.dtype),)), own_hidden, scale))
+            grad_weight.append(WeightGradient(Logits(tuple(halves)), own_hidden, rest))
 
 
 def _add_factors(factors: WeightGradient, is_first: bool, grad_weight: Tensor | list[WeightGradient]) -> None:

@@ -153,7 +153,7 @@ def memory_by_kind(trainer: Trainer, peak_memory_bytes: int) -> dict[str, int]:
         "weights": sum(_held_bytes(p) for p in trainer.model.parameters()),
         "gradients": _gradient_bytes(trainer),
         "optimizer": sum(_state_bytes(trainer.optimizer.state[p]) for p in learned)
-        + sum(_held_bytes(master) for _, master in trainer.learned.masters),
+        + sum(_held_bytes(master) for master in trainer.learned.masters.values()),
     }
     return {**sizes, "activations and the rest": max(0, peak_memory_bytes - sum(sizes.values()))}
 
@@ -192,11 +192,11 @@ class StepProfiler:
 
 
 def _gradient_bytes(trainer: Trainer) -> int:
-    """Of fp32, also for weights in half precision. With a fused update the largest of a block's is there at a time."""
-    sizes = {name: _held_bytes(p) for name, p in trainer.learned.optimized.items()}
+    """Of fp32, also for weights in half precision. With a fused update the largest of a block's is there at a time, in
+    the weight's precision."""
     if not trainer.config.fuses_update:
-        return sum(sizes.values())
-    return max(size for name, size in sizes.items() if name.startswith("transformer.h."))
+        return sum(_held_bytes(p) for p in trainer.learned.optimized.values())
+    return max(_held_bytes(p) for p in trainer.model.transformer.h.parameters())
 
 
 def _state_bytes(state: Mapping[str, torch.Tensor]) -> int:

@@ -111,17 +111,14 @@ def reason_to_skip(loss: float, grad_norm: float) -> str | None:
 class LearnedParameters:
     """What the optimizer updates: the parameters that learn, or fp32 masters of those in half precision.
 
-    A half-precision gradient is added to its master's as soon as autograd has computed it. So the gradients of
-    microbatches add up in fp32, and the half-precision gradients never exist all at once.
-
     Args:
         named_parameters: model.named_parameters(); parameters that do not require a gradient are left out.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.optimized: dict[str, nn.Parameter] = {}
-        self.masters: list[tuple[nn.Parameter, nn.Parameter]] = []
-        """Pairs of a parameter of the model and its fp32 master."""
+        self.masters: dict[Tensor, nn.Parameter] = {}
+        """Half-precision parameter of the model -> its fp32 master."""
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 continue
@@ -129,9 +126,15 @@ class LearnedParameters:
                 self.optimized[name] = parameter
                 continue
             master = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+            self.optimized[name] = self.masters[parameter] = master
+
+    def move_gradients(self) -> None:
+        """From now on add each half-precision gradient to its master's as soon as autograd has computed it.
+
+        So the gradients of microbatches add up in fp32, and the half-precision gradients never exist all at once.
+        """
+        for parameter, master in self.masters.items():
             parameter.register_post_accumulate_grad_hook(_gradient_mover(master))
-            self.optimized[name] = master
-            self.masters.append((parameter, master))
 
     def gradients(self) -> list[Tensor]:
         """The existing gradients of optimized parameters."""
@@ -150,7 +153,7 @@ class LearnedParameters:
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""
         with torch.no_grad():
-            for parameter, master in self.masters:
+            for parameter, master in self.masters.items():
                 parameter.copy_(master)
 
 
@@ -161,7 +164,8 @@ class _gradient_mover:
         self.master = master
 
     def __call__(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # its gradient is not autograd's, or nothing depends on it
+            return
         if self.master.grad is None:
             self.master.grad = parameter.grad.float()
         else:

@@ -95,13 +95,10 @@ class Trainer:
         self.learned = LearnedParameters(model.named_parameters())
         if not self.learned.optimized:
             raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
-        # a gradient that moves to its master at once cannot be summed in place, so autograd adds the rows
-        model.transformer.word_embeddings.choose_gradient(in_place=not self.learned.masters)
         self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
-        self._update: Update = GatheredUpdate(self.learned, self.optimizer, mesh)
-        if config.fuses_update:
-            self._update = FusedUpdate(model, self.learned, self.optimizer)
+        state, memory = (model, self.learned, self.optimizer), self._gradient_memory
+        self._update: Update = FusedUpdate(*state) if config.fuses_update else GatheredUpdate(*state, mesh, memory)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
         self.non_finite_steps = 0
         """Number of NaN or infinite losses in a row."""
@@ -255,7 +252,8 @@ class Trainer:
 
     def _drop_gradients(self) -> None:
         """Drop gradients, but keep the memory of the largest one, because new memory costs time in the next step."""
-        gradient = self.model.transformer.word_embeddings.weight.grad
+        weight = self.model.transformer.word_embeddings.weight
+        gradient = self.learned.masters.get(weight, weight).grad
         # under FSDP it is a DTensor, whose shard is too small for the gradient of the whole weight
         self._gradient_memory[:] = [gradient] if type(gradient) is Tensor else []
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backwa
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Protocol
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
 from bloomlm.parallel.mesh import Mesh
+from bloomlm.parallel.vocabulary_head import memory_for
 from bloomlm.training.adamw_8bit import AdamW8bit
+from bloomlm.training.master_adamw import master_adamw
 from bloomlm.training.optimizer import RowwiseAdamW
 from bloomlm.training.precision import LearnedParameters
 
@@ -50,21 +52,47 @@ class GatheredUpdate:
     """Gradients are kept until the backward passes of all microbatches are done.
 
     Args:
-        learned: the parameters that learn.
+        model: the model.
+        learned: its parameters that learn.
         optimizer: over learned.optimized.
         mesh: the ranks, whose gradients are added up.
+        gradient_memory: tensors that are not needed any more, for the gradient of the embedding's master.
     """
 
     when_skipped: ClassVar[str] = "the weights were not updated"
 
-    def __init__(self, learned: LearnedParameters, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        model: BloomForCausalLM,
+        learned: LearnedParameters,
+        optimizer: RowwiseAdamW | AdamW8bit,
+        mesh: Mesh,
+        gradient_memory: list[Tensor],
+    ) -> None:
         self._learned = learned
         self._optimizer = optimizer
         self._mesh = mesh
+        self._memory = gradient_memory
+        self._master_adamw = master_adamw(optimizer, learned.masters)
+        learned.move_gradients()
+        embedding = model.transformer.word_embeddings
+        self._embedding = learned.masters.get(embedding.weight)
+        # FSDP reduces a gradient in half precision, which cannot be summed in place, so autograd adds the rows
+        embedding.choose_gradient(in_place=not learned.masters)
+        collects = self._embedding is not None and mesh.degrees.dp_shard == 1
+        self._parts = embedding.collect_gradient() if collects else None
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss; gradients add up."""
         loss.backward()
+        if self._parts is None:
+            return
+        assert self._embedding is not None
+        is_new = self._embedding.grad is None
+        total = memory_for(self._embedding, self._embedding.dtype, self._memory) if is_new else self._embedding.grad
+        assert total is not None
+        self._parts.add_to(total, _ROWS_AT_ONCE[loss.device.type], overwrite=is_new)
+        self._embedding.grad = total
 
     def norm(self) -> Tensor:
         """Add up the gradients of data-parallel ranks, and return the norm of all."""
@@ -74,8 +102,15 @@ class GatheredUpdate:
     def finish(self, factor: float) -> None:
         """Update the weights by the gradients times a factor."""
         self._learned.scale_gradients(factor)
-        self._optimizer.step()
-        self._learned.copy_to_model()
+        if self._master_adamw is None:
+            self._optimizer.step()
+            self._learned.copy_to_model()
+            return
+        for group in self._optimizer.param_groups:
+            for master in group["params"]:
+                if master.grad is not None:
+                    self._master_adamw.update_rows(group, master, slice(None), master.grad)
+                    self._optimizer.state[master]["step"] += 1
 
 
 class FusedUpdate:
@@ -99,13 +134,14 @@ class FusedUpdate:
         self._blocked = torch.zeros((), device=next(model.parameters()).device)
         """1 after the first gradient of a step that is not finite; a tensor, so that a GPU need not be waited for."""
         self._embedding = model.transformer.word_embeddings.weight
-        # gradients in half precision are added up by autograd (precision.py)
-        self._parts = None if learned.masters else model.transformer.word_embeddings.collect_gradient()
+        self._parts = model.transformer.word_embeddings.collect_gradient()
+        self._rows_at_once = _ROWS_AT_ONCE[self._blocked.device.type]
+        self._master_adamw = master_adamw(optimizer, learned.masters)
         for name, parameter in model.named_parameters():
-            if self._parts is None or parameter is not self._embedding:
-                parameter.register_post_accumulate_grad_hook(self._hook(name))
-            else:
+            if parameter is self._embedding:
                 self._embedding_name = name
+            else:
+                parameter.register_post_accumulate_grad_hook(self._hook(name))
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss, and update each weight as soon as its gradient is complete.
@@ -118,9 +154,9 @@ class FusedUpdate:
         if not math.isfinite(loss.item()):
             return
         loss.backward()
-        if self._parts is not None:
-            rows_at_once = _ROWS_AT_ONCE[self._blocked.device.type]
-            self._update(self._embedding_name, self._parts.take(rows_at_once))
+        self._update(self._embedding_name, self._embedding, self._parts.take(self._rows_at_once))
+        if self._learned.masters:  # an fp32 gradient's memory is used again
+            self._embedding.grad = None
 
     def norm(self) -> Tensor:
         """The norm of all gradients; NaN if there are none."""
@@ -135,27 +171,35 @@ class FusedUpdate:
         assert factor == 1.0
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
-        optimized = self._learned.optimized[name]
-
         def update(parameter: Tensor) -> None:
-            if optimized.grad is None:  # nothing depends on the parameter
+            if parameter.grad is None:  # nothing depends on the parameter
                 return
-            self._update(name, [(slice(None), optimized.grad)])
-            optimized.grad = None
-            if optimized is not parameter:
-                with torch.no_grad():
-                    parameter.copy_(optimized)
+            gradient = parameter.grad
+            needs_copy = self._master_adamw is None and gradient.dtype is not torch.float32
+            self._update(name, parameter, self._in_fp32(gradient) if needs_copy else [(slice(None), gradient)])
+            parameter.grad = None
 
         return update
 
+    def _in_fp32(self, gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows of a gradient in half precision."""
+        for start in range(0, len(gradient), self._rows_at_once):
+            rows = slice(start, start + self._rows_at_once)
+            yield rows, gradient[rows].float()
+
     @torch.no_grad()
-    def _update(self, name: str, gradients: Iterable[tuple[slice, Tensor]]) -> None:
-        parameter = self._learned.optimized[name]
-        norms = []
+    def _update(self, name: str, parameter: Tensor, gradients: Iterable[tuple[slice, Tensor]]) -> None:
+        optimized, norms = self._learned.optimized[name], []
+        group, in_one_pass = self._groups[optimized], self._master_adamw
         for rows, gradient in gradients:
-            norms.append(torch.linalg.vector_norm(gradient))
+            norms.append(torch.linalg.vector_norm(gradient) if in_one_pass is None else in_one_pass.norm(gradient))
             self._blocked.logical_or_(~torch.isfinite(norms[-1]))
-            self._optimizer.update_rows(self._groups[parameter], parameter, rows, gradient, self._blocked)
-        count = self._optimizer.state[parameter]["step"]
+            if in_one_pass is None:
+                self._optimizer.update_rows(group, optimized, rows, gradient, self._blocked)
+                if optimized is not parameter:
+                    parameter[rows].copy_(optimized[rows])
+            elif not self._blocked:
+                in_one_pass.update_rows(group, optimized, rows, gradient)
+        count = self._optimizer.state[optimized]["step"]
         count += (1.0 - self._blocked).to(count.device)
         self._norms[name] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

@@ -57,12 +57,13 @@ def test_fp32_parameters_are_optimized_themselves() -> None:
     layer.bias.requires_grad_(False)
     learned = LearnedParameters(layer.named_parameters())
     assert list(learned.optimized) == ["weight"] and learned.optimized["weight"] is layer.weight
-    assert learned.masters == []
+    assert not learned.masters
 
 
 def test_masters_add_gradients_in_fp32_and_keep_small_updates() -> None:
     weight = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
     learned = LearnedParameters([("w", weight)])
+    learned.move_gradients()
     master = learned.optimized["w"]
     assert master.dtype is torch.float32
     # in bf16, 1 + 2**-9 rounds to 1, so each of eight additions would be lost

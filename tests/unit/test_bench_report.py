@@ -128,8 +128,9 @@ def test_every_script_has_a_job_and_every_job_a_table(tables: ModuleType) -> Non
 
 
 def test_the_flags_of_a_job_are_those_of_its_script(tables: ModuleType) -> None:
+    common = (BENCHMARKS / "common.py").read_text(encoding="utf-8")
     for job in tables.JOBS:
-        script = (BENCHMARKS / job.script).read_text(encoding="utf-8")
+        script = (BENCHMARKS / job.script).read_text(encoding="utf-8") + common
         unknown = [flag for flag in re.findall("--[a-z0-9_]+", job.command) if f'"{flag}"' not in script]
         assert unknown == [], job.command
 

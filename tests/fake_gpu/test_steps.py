@@ -47,6 +47,9 @@ PRECISIONS = [
 ]
 
 
+BF16_O2 = Precision(compute_dtype=torch.bfloat16, half_weights=True)
+
+
 def fake_model(adapter: Adapter, dtype: torch.dtype = torch.float32) -> BloomForCausalLM:
     """A model with an adapter, on the fake GPU; called within fake_gpu."""
     with unset_fake_temporarily():
@@ -117,14 +120,17 @@ def test_a_step(adapter: Adapter, precision: Precision, block_sparse: bool, call
     assert waits.count("copy to the GPU") <= 2 * 2, waits
 
 
-def test_updates_within_the_backward_pass_do_not_wait() -> None:
+@pytest.mark.parametrize("precision", [Precision(), BF16_O2], ids=["fp32", "bf16 O2"])
+def test_updates_within_the_backward_pass_do_not_wait(precision: Precision) -> None:
+    step = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "fuses_update": True}
     with fake_gpu() as waits:
-        run = trainer(fake_model(FullTuning()), gradient_accumulation_steps=1, max_grad_norm=0.0, fuses_update=True)
+        run = trainer(fake_model(FullTuning(), precision.weights_dtype), precision, **step)
         update = run._update
         assert isinstance(update, FusedUpdate)
         waits.clear()
-        for name, parameter in run.learned.optimized.items():
-            update._update(name, [(slice(None), torch.empty_like(parameter))])
+        for name, parameter in run.model.named_parameters():
+            gradient = torch.empty_like(run.learned.optimized[name])
+            update._update(name, parameter, [(slice(None), gradient)])
         assert update.norm().device.type == "cuda"
     assert not waits
 

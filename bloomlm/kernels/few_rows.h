@@ -13,7 +13,8 @@
 
 namespace bloomlm {
 
-// Four rows of the matrix are read at a time, each in order and so far from the next; int4 is computed one row after another.
+// Four rows of the matrix are read at a time, each in order and so far from the next. Several rows of x with int4 take one row
+// after another.
 constexpr int64_t kFarBytes = 256 << 10, kFarBytesOfInt4 = 64 << 10;
 
 // Whether rows fill the vectors of every level.

@@ -12,13 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bloomlm.data.loader import BatchLoader
 from bloomlm.kernels import compiled
 from bloomlm.kernels.compiled import load_operators, operators
 from bloomlm.model.remade import gelu
 from bloomlm.training.master_adamw import MasterAdamW, master_adamw
-from bloomlm.training.optimizer import AdamWConfig, build_optimizer, set_learning_rate
+from bloomlm.training.objectives.cross_entropy import batch_loss
+from bloomlm.training.optimizer import AdamWConfig, build_optimizer, is_decayed, set_learning_rate
 from bloomlm.training.precision import Precision
+from bloomlm.training.step import step_seed
 from tests.unit.test_fused_update import BF16_O2, assert_same, run, some_trainer
+from tests.unit.test_loop import some_examples, tiny_model
 
 load_operators()
 loaded = operators()
@@ -126,6 +130,38 @@ def test_a_run_learns_as_with_the_update_of_pytorch(fuses: bool, monkeypatch: py
     masters: list[dict[str, Tensor]] = [dict(trainer.learned.optimized) for trainer in (found, expected)]
     for name, master in masters[0].items():
         torch.testing.assert_close(master, masters[1][name], rtol=0, atol=4e-3)  # the rate is 0.01
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("fuses", [True, False])
+def test_masters_are_those_of_plain_autograd(fuses: bool, batch_size: int) -> None:
+    """The oracle adds the embedding's gradients up in bf16, copies all gradients in fp32 and updates with torch's AdamW."""
+    trainer = some_trainer(fuses, precision=BF16_O2, batch_size=batch_size)
+    oracle = tiny_model(dropout=0.1).bfloat16().train()
+    start = {name: p.detach().float() for name, p in oracle.named_parameters()}
+    masters = {name: nn.Parameter(p.clone()) for name, p in start.items()}
+    groups = [{"params": [p], "weight_decay": 0.1 * is_decayed(name)} for name, p in masters.items()]
+    optimizer = torch.optim.AdamW(groups)
+    loader = BatchLoader(some_examples(), batch_size, shuffle=True, seed=1)
+    batches = (batch for _ in range(4) for batch in loader)
+    for step, batch in zip(range(4), batches, strict=False):
+        trainer.run_step()
+        torch.manual_seed(step_seed(42, step))
+        batch_loss(oracle, batch, BF16_O2, scale=1 / batch.num_supervised_tokens).backward()
+        for name, p in oracle.named_parameters():
+            assert p.grad is not None
+            masters[name].grad, p.grad = p.grad.float(), None
+        for group in optimizer.param_groups:
+            group["lr"] = trainer.schedule(step)
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in oracle.named_parameters():
+                p.copy_(masters[name])
+    assert trainer.step == 4
+    for name, master in trainer.learned.optimized.items():
+        moved = (masters[name] - start[name]).abs().mean()
+        # AdamW divides by the size of the gradient, so rounding shows where it is near zero, as of the bias of keys
+        assert (master - masters[name]).abs().mean() < (0.3 if name.endswith("value.bias") else 0.05) * moved, name
 
 
 def test_what_the_operator_does_not_take() -> None:

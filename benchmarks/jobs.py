@@ -202,7 +202,7 @@ JOBS = (
         "",
         f"{GENERATE} pt2-int4,llama.cpp-Q4_0",
         (INT4,),
-        bounds=(*faster(INT4, 1.1, 1.0, 1.0), Bound(*INT4, "error", most=0.5)),
+        bounds=faster(INT4, 1.1, 1.0, 1.0),
     ),
     Job(
         "generate-fp32",

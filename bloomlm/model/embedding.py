@@ -47,8 +47,7 @@ class GradientParts:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.of_head: list[Callable[[slice], Tensor]] = []
-        """From a slice of the weight's rows to their gradients, a new tensor [rows, D]. What autograd adds to
-        weight.grad is a part, too."""
+        """From a slice of the weight's rows to their gradients: a new tensor [rows, D], in the format of products."""
         self._looked_up: list[tuple[Tensor, Tensor]] = []
 
     def add_looked_up(self, rows: Tensor, grad: Tensor) -> None:
@@ -57,40 +56,37 @@ class GradientParts:
 
     def add_to(self, total: Tensor, rows_at_once: int, *, overwrite: bool) -> None:
         """Add the parts to a tensor [V, D], or overwrite it with their sum; then they are dropped."""
-        if overwrite and not self.of_head:
-            total.zero_()
-        for block in self._blocks(rows_at_once):
-            for number, part in enumerate(self.of_head):
-                total[block].copy_(part(block)) if overwrite and number == 0 else total[block].add_(part(block))
-        for rows, grad in self._looked_up:
-            _add_rows(total, rows, grad)
-        self._drop()
+        for block, gradient in self.take(rows_at_once, None if overwrite else total):
+            total[block].copy_(gradient)
 
-    def take(self, rows_at_once: int) -> Iterator[tuple[slice, Tensor]]:
-        """Every row's gradient in fp32 or fp64, as consecutive slices of rows with tensors [rows, D]; then the parts
-        are dropped."""
-        for block in self._blocks(rows_at_once):
-            yield block, self._sum_of(block)
-        self._drop()
+    def take(self, rows_at_once: int, given: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Every row's gradient, as consecutive slices of rows with tensors [rows, D]; then the parts are dropped.
 
-    def _blocks(self, rows_at_once: int) -> Iterator[slice]:
+        A gradient that is given [V, D] is a part, too; one in fp32 or fp64 receives the sum. A single part in the
+        weight's format remains in it, with the rows that were also looked up rounded once, as autograd would; otherwise
+        results are in fp32 or fp64.
+        """
         for start in range(0, len(self.weight), rows_at_once):
-            yield slice(start, min(start + rows_at_once, len(self.weight)))
-
-    def _drop(self) -> None:
+            block = slice(start, min(start + rows_at_once, len(self.weight)))
+            yield block, self._sum_of(block, None if given is None else given[block])
         self.of_head.clear()
         self._looked_up.clear()
 
-    def _sum_of(self, block: slice) -> Tensor:
+    def _sum_of(self, block: slice, total: Tensor | None) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        total = None if self.weight.grad is None else self.weight.grad[block].to(dtype)
-        for part in self.of_head:
-            total = part(block) if total is None else total.add_(part(block))
-        if total is None:
-            total = torch.zeros_like(self.weight[block], dtype=dtype)
+        if total is None and len(self.of_head) == 1:
+            total = self.of_head[0](block)
+            total = total if total.dtype is self.weight.dtype else total.to(dtype)
+        else:
+            total = torch.zeros_like(self.weight[block], dtype=dtype) if total is None else total.to(dtype)
+            for part in self.of_head:
+                total.add_(part(block))
         for rows, grad in self._looked_up:
             chosen = ((rows >= block.start) & (rows < block.stop)).nonzero().squeeze(1)
-            _add_rows(total, rows[chosen] - block.start, grad[chosen])
+            places, numbers = (rows[chosen] - block.start).unique(return_inverse=True)
+            sums = total[places].to(dtype)
+            _add_rows(sums, numbers, grad[chosen])
+            total[places] = sums.to(total.dtype)
         return total
 
 

@@ -57,10 +57,11 @@ class WeightGradient:
     """Factor of the product."""
 
     def __call__(self, tokens: slice) -> Tensor:
-        """The gradient of a slice of the weight's rows, [rows, D] in fp32 or fp64."""
+        """The gradient of a slice of the weight's rows, [rows, D] in the format of the products; fp32 with a scale."""
         update = weight_gradient(self.z.of(tokens), self.hidden)
-        update = update.to(torch.promote_types(update.dtype, torch.float32))
-        return update if self.scale == 1.0 else update.mul_(self.scale)
+        if self.scale == 1.0:
+            return update
+        return update.to(torch.promote_types(update.dtype, torch.float32)).mul_(self.scale)
 
 
 class HeadProducts:

@@ -154,7 +154,8 @@ class FusedUpdate:
         if not math.isfinite(loss.item()):
             return
         loss.backward()
-        self._update(self._embedding_name, self._embedding, self._parts.take(self._rows_at_once))
+        gradients = self._parts.take(self._rows_at_once, self._embedding.grad)
+        self._update(self._embedding_name, self._embedding, gradients)
         if self._learned.masters:  # an fp32 gradient's memory is used again
             self._embedding.grad = None
 
@@ -175,23 +176,24 @@ class FusedUpdate:
             if parameter.grad is None:  # nothing depends on the parameter
                 return
             gradient = parameter.grad
-            needs_copy = self._master_adamw is None and gradient.dtype is not torch.float32
-            self._update(name, parameter, self._in_fp32(gradient) if needs_copy else [(slice(None), gradient)])
+            in_blocks = self._master_adamw is None and gradient.dtype is not torch.float32
+            self._update(name, parameter, self._blocks(gradient) if in_blocks else [(slice(None), gradient)])
             parameter.grad = None
 
         return update
 
-    def _in_fp32(self, gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows of a gradient in half precision."""
+    def _blocks(self, gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows of a gradient in half precision, which are copied in fp32."""
         for start in range(0, len(gradient), self._rows_at_once):
             rows = slice(start, start + self._rows_at_once)
-            yield rows, gradient[rows].float()
+            yield rows, gradient[rows]
 
     @torch.no_grad()
     def _update(self, name: str, parameter: Tensor, gradients: Iterable[tuple[slice, Tensor]]) -> None:
         optimized, norms = self._learned.optimized[name], []
         group, in_one_pass = self._groups[optimized], self._master_adamw
-        for rows, gradient in gradients:
+        for rows, part in gradients:
+            gradient = part if in_one_pass is not None else part.to(optimized.dtype)
             norms.append(torch.linalg.vector_norm(gradient) if in_one_pass is None else in_one_pass.norm(gradient))
             self._blocked.logical_or_(~torch.isfinite(norms[-1]))
             if in_one_pass is None:

@@ -156,7 +156,7 @@ def test_the_backward_passes_of_own_functions() -> None:
         assert weight.grad is not None and weight.grad.device.type == "cuda"
         parts = GradientParts(weight)
         _Lookup.backward(SimpleNamespace(rows=rows, receive=parts.add_looked_up), grad)
-        assert [gradient.device.type for _, gradient in parts.take(20)] == ["cuda", "cuda"]
+        assert [gradient.device.type for _, gradient in parts.take(20, None)] == ["cuda", "cuda"]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             saved = torch.empty(6, 8, dtype=torch.int8, device="cuda"), torch.empty(6, device="cuda")
             context = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, False, False, True))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.documents import Documents
+from bloomlm.model.embedding import GradientParts
 from bloomlm.parallel.vocabulary_head import Head
 from bloomlm.parallel.vocabulary_loss import linear_cross_entropy
 from tests.paddle_files import make_model
@@ -53,7 +54,7 @@ def test_parts_add_up_to_the_gradient(hidden_factor: int, max_chunk_bytes: int) 
     assert gradients[0] is not None
     width = len(gradients[0][0])
     assert (gradients[1] is None) is (20 * hidden_factor <= width)
-    for number, (rows, gradient) in enumerate(parts.take(7)):
+    for number, (rows, gradient) in enumerate(parts.take(7, gradients[1])):
         assert rows.start == 7 * number
         torch.testing.assert_close(gradient, gradients[0][rows], rtol=1e-5, atol=1e-6)
     assert rows.stop == len(gradients[0])
@@ -87,3 +88,20 @@ def test_a_loss_without_the_head_has_the_embeddings_gradient_alone() -> None:
         each.transformer(TOKENS, Documents.packed([4, 3])).pow(3).sum().backward()
     found, expected = (each.transformer.word_embeddings.weight.grad for each in (model, plain))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_single_part_in_bf16_stays_so_and_is_rounded_once_where_rows_were_looked_up() -> None:
+    weight = torch.zeros(8, 4, dtype=torch.bfloat16)
+    of_head = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    rows = torch.tensor([5, 1, *[5] * 30])
+    looked_up = torch.full((len(rows), 4), 2.0**-7, dtype=weight.dtype)  # in bf16 sums, most of these would be lost
+    sums = of_head.float().index_add_(0, rows, looked_up.float())
+    for given in (None, torch.ones(8, 4, dtype=weight.dtype)):
+        parts = GradientParts(weight)
+        parts.of_head.append(lambda block: of_head[block].clone())
+        parts.add_looked_up(rows, looked_up)
+        gradient = torch.cat([gradient for _, gradient in parts.take(3, given)])
+        if given is None:
+            assert torch.equal(gradient, sums.to(weight.dtype))
+        else:
+            torch.testing.assert_close(gradient, sums + 1.0)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bloomlm.adapters.base import FullTuning, apply_adapter
 from bloomlm.checkpoint.paddle.importer import ImportedRun, read_run
 from bloomlm.model.bloom import BloomForCausalLM
+from bloomlm.model.remade import LayerNorm
 from tests.paddle_files import read_paddle_adapter, resume_paddle_adapter
 from tests.paddle_fixtures import FIXTURES, needs_full_checkpoint, present
 from tests.parity.test_paddle_fixtures import BASE, PAD, load_base
@@ -56,7 +57,8 @@ class FrozenLayerNorm(torch.autograd.Function):
 @contextmanager
 def paddles_frozen_layer_norm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(nn.LayerNorm, "forward", lambda s, x: FrozenLayerNorm.apply(x, s.weight, s.bias, s.eps))
+        for norm in (nn.LayerNorm, LayerNorm):
+            patch.setattr(norm, "forward", lambda s, x: FrozenLayerNorm.apply(x, s.weight, s.bias, s.eps))
         yield
 
 

@@ -99,12 +99,17 @@ inline void few_rows(const float* x, const Matrix& matrix, int64_t rows, const F
   const Operands p{matrix, rows, stride, numbers.data(), scales.data(), offsets.data(), results};
   const Kernels kernels = kernels_for(matrix);
   const int64_t unit = 4 * spread_of(matrix);
+  const auto round = [&](int64_t row) {
+    kernels.round_row(x + row * ins, matrix,
+                      {numbers.data() + row * row_size, scales.data() + row * num_scales, offsets.data() + row * num_offsets});
+  };
+  if (rows == 1) round(0);  // threads would have to wait for each other
 #pragma omp parallel
   {
+    if (rows > 1) {
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row)
-      kernels.round_row(x + row * ins, matrix,
-                        {numbers.data() + row * row_size, scales.data() + row * num_scales, offsets.data() + row * num_offsets});
+      for (int64_t row = 0; row < rows; ++row) round(row);
+    }
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < matrix.outs; start += unit) {
       const int64_t count = std::min(unit, matrix.outs - start);

@@ -62,17 +62,19 @@ INLINE void round_row(const float* x, const Matrix& matrix, const RoundedRow& ro
   for (int64_t number = 0; number < matrix.ins / kLaneColumns; ++number, x += kLaneColumns) {
     const int64_t place = 2 * (number - number % lanes), lane = number % lanes;
     const float most = largest(x, kLaneColumns);
-    int16_t whole[kLaneColumns];
+    alignas(16) int16_t whole[kLaneColumns];
     row.scales[number] = most / 127.0f;
     round(x, kLaneColumns, factor_to(127.0f, most), whole);
     for (int64_t half = 0; half < 2; ++half) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < kHalfColumns; ++i) {
-        const int16_t value = whole[half * kHalfColumns + i];
-        const int64_t step = i / 4, at = (place + half * lanes) * kHalfColumns + (step * lanes + lane) * 4 + i % 4;
-        static_cast<int8_t*>(row.numbers)[at] = static_cast<int8_t>(value);
-        sum += value;
-      }
+      const auto eights = reinterpret_cast<const __m128i*>(whole + half * kHalfColumns);
+      const __m128i bytes = _mm_packs_epi16(_mm_load_si128(eights), _mm_load_si128(eights + 1));
+      const int32_t steps[4] = {_mm_extract_epi32(bytes, 0), _mm_extract_epi32(bytes, 1), _mm_extract_epi32(bytes, 2),
+                                _mm_extract_epi32(bytes, 3)};
+      char* numbers = static_cast<char*>(row.numbers) + (place + half * lanes) * kHalfColumns + 4 * lane;
+      for (int64_t step = 0; step < 4; ++step) std::memcpy(numbers + 4 * step * lanes, steps + step, 4);
+      // sums of eight unsigned bytes, each 128 too large
+      const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+      const int32_t sum = _mm_extract_epi32(sums, 0) + _mm_extract_epi32(sums, 2) - 128 * static_cast<int32_t>(kHalfColumns);
       row.offsets[place + half * lanes + lane] = -8 * sum;
     }
   }

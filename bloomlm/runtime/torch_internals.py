@@ -94,6 +94,7 @@ def compile_package(
     *,
     instruction_set: str,
     options: Mapping[str, Any],
+    numbers_of_thread: Mapping[str, int],
     on_share: Callable[[float], None],
 ) -> None:
     """Compile functions into one package.
@@ -103,6 +104,8 @@ def compile_package(
         path: the package to write.
         instruction_set: the instruction set, as GCC's -march names it.
         options: more options of the compiler, for example from c_function_options.
+        numbers_of_thread: the fewest numbers that are worth a thread in the compiler's own loops, by function, judged
+            by the example inputs; the compiler's default for others.
         on_share: called after each function with the share of them that is done.
 
     Raises:
@@ -121,7 +124,8 @@ def compile_package(
             for name, program in functions.items():
                 arguments = program.example_inputs
                 assert arguments is not None
-                files[name] = aot_compile(program.module(), arguments[0], options=options)
+                chunk = {"cpp.min_chunk_size": numbers_of_thread[name]} if name in numbers_of_thread else {}
+                files[name] = aot_compile(program.module(), arguments[0], options=options | chunk)
                 on_share(len(files) / len(functions))
         package_aoti(str(path), files)
     except Exception as error:  # the compiler raises errors of every kind

@@ -30,6 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 _MOST = 1 << 24
 """Upper bound of the dynamic sizes, which tracing requires; programs accept larger sizes."""
+_NUMBERS_OF_THREAD = {"decode_step": 4096}
+"""A norm of few rows takes less time than its threads need to wait for each other four times."""
 
 
 def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
@@ -107,7 +109,14 @@ def compile_functions(
     Raises:
         ProgramError: the compiler fails.
     """
-    compile_package(traced, path, instruction_set=level, options=compiler_options() or {}, on_share=on_share)
+    compile_package(
+        traced,
+        path,
+        instruction_set=level,
+        options=compiler_options() or {},
+        numbers_of_thread=_NUMBERS_OF_THREAD,
+        on_share=on_share,
+    )
 
 
 def _prefill_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

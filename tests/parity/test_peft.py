@@ -202,7 +202,8 @@ def test_loss_and_gradients_are_those_of_peft(base: Path, tmp_path: Path, option
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient is not None and gradient.abs().max() > 0
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
+        # sums of both sides are rounded differently, by up to 2.5e-5 of the largest number
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=5e-5 * float(gradient.abs().max()))
 
 
 def test_dora_starts_where_peft_does(base: Path) -> None:

@@ -7,9 +7,19 @@ from tests.browser.fake_server import FakeServer
 
 def open_desk(page: Page, server: FakeServer, text: str = "") -> None:
     page.goto(server.url)
-    expect(page.locator("#model option")).to_have_count(len(server.models))
+    _has_models(page, server)
     if text:
         page.fill("#text", text)
+
+
+def reload_desk(page: Page, server: FakeServer) -> None:
+    page.reload()
+    _has_models(page, server)
+
+
+def _has_models(page: Page, server: FakeServer) -> None:
+    """Wait for the names of the models, before which nothing is continued."""
+    expect(page.locator("#model option")).to_have_count(len(server.models))
 
 
 def proceed(page: Page) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("uvicorn", reason="the page is served by the extra serve")
 
 from playwright.sync_api import Page, expect  # noqa: E402
 
-from tests.browser.desk import choose, finished, open_desk, pieces, proceed, text_of  # noqa: E402
+from tests.browser.desk import choose, finished, open_desk, pieces, proceed, reload_desk, text_of  # noqa: E402
 from tests.browser.fake_server import FakeServer, Step, steps_of  # noqa: E402
 
 
@@ -32,7 +32,7 @@ def test_continue_streams_text_coloured_by_probability(page: Page, server: FakeS
     page.uncheck("#colours")
     background = "getComputedStyle(document.querySelector('#layer .p0')).backgroundColor"
     assert page.evaluate(background) == "rgba(0, 0, 0, 0)"
-    page.reload()
+    reload_desk(page, server)
     expect(page.locator("#colours")).not_to_be_checked()
 
 
@@ -297,7 +297,7 @@ def test_settings_are_sent_and_kept(page: Page, server: FakeServer) -> None:
     for name, value in values.items():
         page.fill(f"[name={name}]", value)
     page.fill("[name=stop]", "\\n\\n\nEND")
-    page.reload()
+    reload_desk(page, server)
     proceed(page)
     expected = {name: float(value) for name, value in values.items()} | {"stop": ["\n\n", "END"]}
     assert {name: server.completions[0][name] for name in expected} == expected
@@ -335,7 +335,7 @@ def test_counts_copies_and_saves(page: Page, server: FakeServer, tmp_path: Path)
     download.value.save_as(tmp_path / "saved.txt")
     assert (tmp_path / "saved.txt").read_text() == "four words are here"
     # the text survives a reload
-    page.reload()
+    reload_desk(page, server)
     assert text_of(page) == "four words are here"
 
 

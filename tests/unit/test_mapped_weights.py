@@ -1,7 +1,6 @@
 """Weights of a pt2 program: mapped, and in the page table before a step needs them."""
 
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -36,17 +35,10 @@ def weights(tmp_path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in ("a", "b")}
 
 
-def enter_pages(weights: dict[str, Tensor]) -> None:
-    _enter_pages(weights)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
-
-
 def test_weights_enter_the_page_table_in_another_thread(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path, size = tmp_path / "weights.safetensors", 7 << 20
     assert resident_bytes(path) < size / 2
-    enter_pages(weights)
+    _enter_pages(weights).join()
     assert resident_bytes(path) >= size
 
 
@@ -54,5 +46,5 @@ def test_the_rest_of_large_weights_is_left_to_the_first_step(
     weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pt2, "_MOST_BYTES", 5 << 20)
-    enter_pages(weights)
+    _enter_pages(weights).join()
     assert 5 << 20 <= resident_bytes(tmp_path / "weights.safetensors") < 6 << 20

@@ -228,7 +228,7 @@ def _map_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     return tensors
 
 
-def _enter_pages(weights: Mapping[str, Tensor]) -> None:
+def _enter_pages(weights: Mapping[str, Tensor]) -> threading.Thread:
     """Enter mapped weights into the page table in another thread, by reading one byte in each _PAGES_BYTES.
 
     The first step would do so otherwise, which takes 0.1 s for 2 GB in the page cache. Of more than _MOST_BYTES
@@ -240,7 +240,9 @@ def _enter_pages(weights: Mapping[str, Tensor]) -> None:
         left = max(0, left - weight.nbytes)
     # One operation, because the thread waits for Python's lock between operations. No daemon, because a process that
     # ends while one computes may crash.
-    threading.Thread(target=torch.cat, args=(places,)).start()
+    thread = threading.Thread(target=torch.cat, args=(places,))
+    thread.start()
+    return thread
 
 
 def _open_compiled(directory: Path, prefix: str, entry_point: str, weights: Mapping[str, Tensor]) -> Function:

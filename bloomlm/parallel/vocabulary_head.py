@@ -64,6 +64,18 @@ class WeightGradient:
         return update.to(torch.promote_types(update.dtype, torch.float32)).mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class HeadGradients:
+    """Where the gradients of a head's products go."""
+
+    hidden: Tensor
+    """[M, D], written."""
+    weight: Tensor | list[WeightGradient] | None = None
+    """[V, D], or a list that receives a factor pair of each chunk; None: the weight gets no gradient."""
+    replaced: Tensor | None = None
+    """[K, D], added to; None: the replaced rows get no gradient."""
+
+
 class HeadProducts:
     """The head's matrix products over chunks of rows, in the precision of the weights or of autocast.
 
@@ -138,89 +150,66 @@ class HeadProducts:
             part = self.weight[tokens]
             yield tokens, part if self._rounded is None else self._rounded[: len(part)].copy_(part)
 
-    def add_gradients(
-        self,
-        rows: slice,
-        z: Logits,
-        row_factor: Tensor,
-        scale: float,
-        grad_hidden: Tensor,
-        grad_weight: Tensor | list[WeightGradient] | None,
-        grad_replaced: Tensor | None = None,
-    ) -> None:
+    def add_gradients(self, rows: slice, z: Logits, row_factor: Tensor, scale: float, into: HeadGradients) -> None:
         """Compute the gradients of a chunk, for which d loss / d logits is z [C, V] times row_factor [C, 1].
 
-        They are multiplied by scale, written to the chunk's rows of grad_hidden [M, D], and added to grad_weight, which
-        is [V, D] or a list, and grad_replaced [K, D]. The contents of z are lost.
+        They are multiplied by scale. The contents of z are lost.
         """
         if self.replaced is None:
-            self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
+            self._add_gradients_of_weight(rows, z, row_factor, scale, into)
             return
         own = z.whole[:, self.replaced.places] * (row_factor * scale)
         z.whole[:, self.replaced.places] = 0.0  # the gradients of replaced rows do not belong to the weight
-        self._add_gradients_of_weight(rows, z, row_factor, scale, grad_hidden, grad_weight)
-        grad_hidden[rows] += own @ self.replaced.rows.to(self.dtype)
-        if grad_replaced is not None:
-            grad_replaced.addmm_(own.t(), self.hidden[rows].to(self.dtype))
+        self._add_gradients_of_weight(rows, z, row_factor, scale, into)
+        into.hidden[rows] += own @ self.replaced.rows.to(self.dtype)
+        if into.replaced is not None:
+            into.replaced.addmm_(own.t(), self.hidden[rows].to(self.dtype))
 
     def _add_gradients_of_weight(
-        self,
-        rows: slice,
-        logits: Logits,
-        row_factor: Tensor,
-        scale: float,
-        grad_hidden: Tensor,
-        grad_weight: Tensor | list[WeightGradient] | None,
+        self, rows: slice, logits: Logits, row_factor: Tensor, scale: float, into: HeadGradients
     ) -> None:
         hidden = self.hidden[rows]
         if self.uses_onednn:
             parts = [product(block, self.weight[tokens].t()) for tokens, block in logits.with_tokens()]
-            grad_hidden[rows] = sum(parts[1:], parts[0]).mul_(row_factor * scale)
-            if grad_weight is not None:
-                _add_factors(WeightGradient(logits, hidden * (row_factor * scale)), rows.start == 0, grad_weight)
+            into.hidden[rows] = sum(parts[1:], parts[0]).mul_(row_factor * scale)
+            if into.weight is not None:
+                _add_factors(WeightGradient(logits, hidden * (row_factor * scale)), rows.start == 0, into.weight)
             return
-        first = rows.start == 0
         if self.is_half and self.weight_scale is None:
-            self._add_half_gradients(rows, logits, row_factor, scale, grad_hidden, grad_weight)
+            self._add_half_gradients(rows, logits, row_factor, scale, into)
             return
         z = logits.whole
         if self.weight_scale is not None:
             z = z.mul_(row_factor * self.headroom).to(hidden.dtype)
             gradient = quantized_input_gradient(z, self.weight, self.weight_scale)
-            grad_hidden[rows] = gradient.mul_(scale / self.headroom)
+            into.hidden[rows] = gradient.mul_(scale / self.headroom)
             return
         # the row factor is applied to the smaller side of each product
-        torch.mm(z, self.weight, out=grad_hidden[rows]).mul_(row_factor * scale)
-        if isinstance(grad_weight, list):
-            grad_weight.append(WeightGradient(Logits((z.clone(),)), hidden * (row_factor * scale)))
-        elif grad_weight is not None:
-            grad_weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if first else 1)
+        torch.mm(z, self.weight, out=into.hidden[rows]).mul_(row_factor * scale)
+        if isinstance(into.weight, list):
+            into.weight.append(WeightGradient(Logits((z.clone(),)), hidden * (row_factor * scale)))
+        elif into.weight is not None:
+            into.weight.addmm_(z.t(), hidden * (row_factor * scale), beta=0 if rows.start == 0 else 1)
 
     def _add_half_gradients(
-        self,
-        rows: slice,
-        logits: Logits,
-        row_factor: Tensor,
-        scale: float,
-        grad_hidden: Tensor,
-        grad_weight: Tensor | list[WeightGradient] | None,
+        self, rows: slice, logits: Logits, row_factor: Tensor, scale: float, into: HeadGradients
     ) -> None:
         """Of products in half precision. bf16 has the range for the whole factor before z is rounded, fp16 has not."""
         own_hidden = self.hidden[rows] / self.headroom
         own_scale = scale if self.headroom == 1.0 else self.headroom
         rest, factor = scale / own_scale * self.headroom, row_factor * own_scale
-        grad, halves = torch.zeros_like(grad_hidden[rows]), []
+        grad, halves = torch.zeros_like(into.hidden[rows]), []
         for tokens, weight in self._half_weight():
             half_z = logits.of(tokens).mul_(factor).to(own_hidden.dtype)
             grad.add_(half_z @ weight)
-            if isinstance(grad_weight, Tensor):
-                update, part = half_z.t() @ own_hidden, grad_weight[tokens]
+            if isinstance(into.weight, Tensor):
+                update, part = half_z.t() @ own_hidden, into.weight[tokens]
                 part.copy_(update).mul_(rest) if rows.start == 0 else part.add_(update, alpha=rest)
-            elif grad_weight is not None:
+            elif into.weight is not None:
                 halves.append(half_z)
-        grad_hidden[rows] = grad.mul_(scale / own_scale)
-        if isinstance(grad_weight, list):
-            grad_weight.append(WeightGradient(Logits(tuple(halves)), own_hidden, rest))
+        into.hidden[rows] = grad.mul_(scale / own_scale)
+        if isinstance(into.weight, list):
+            into.weight.append(WeightGradient(Logits(tuple(halves)), own_hidden, rest))
 
 
 def _add_factors(factors: WeightGradient, is_first: bool, grad_weight: Tensor | list[WeightGradient]) -> None:

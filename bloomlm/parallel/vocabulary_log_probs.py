@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bloomlm.parallel.vocabulary_head import Head, HeadProducts, Vocabulary, memory_for, zero_of
+from bloomlm.parallel.vocabulary_head import Head, HeadGradients, HeadProducts, Vocabulary, memory_for, zero_of
 from bloomlm.parallel.vocabulary_loss import MAX_CHUNK_BYTES
 from bloomlm.parallel.vocabulary_scores import labelled_rows
 
@@ -80,7 +80,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 if ctx.grad_hidden is None:
                     continue
                 target.add(z, -chunk_sum)
-                products.add_gradients(chunk, z, -chunk_sum.reciprocal(), 1.0, ctx.grad_hidden, None)
+                products.add_gradients(chunk, z, -chunk_sum.reciprocal(), 1.0, HeadGradients(ctx.grad_hidden))
                 del z  # before the next chunk's is made
                 if head.ranks is not None:
                     ctx.pending.append(head.ranks.begin_sum(ctx.grad_hidden[chunk]))
@@ -126,12 +126,13 @@ def _gradients_of_head(
     grad_replaced = (
         None if products.replaced is None else torch.zeros_like(products.replaced.rows, dtype=products.dtype)
     )
+    into = HeadGradients(grad_hidden, grad_weight, grad_replaced)
     pending = []
     for chunk in products.chunks():
         z = products.logits(chunk)
         z.exp_and_sum(row_max[chunk, None])
         vocabulary.locate(labels[chunk, None]).add(z, -row_sum[chunk, None])
-        products.add_gradients(chunk, z, factor[chunk], scale, grad_hidden, grad_weight, grad_replaced)
+        products.add_gradients(chunk, z, factor[chunk], scale, into)
         del z  # before the next chunk's is made
         if vocabulary.ranks is not None:
             pending.append(vocabulary.ranks.begin_sum(grad_hidden[chunk]))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bloomlm.parallel.vocabulary_head import (
     Head,
+    HeadGradients,
     HeadProducts,
     Vocabulary,
     WeightGradient,
@@ -90,14 +91,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         products, vocabulary = HeadProducts(hidden, head, max_chunk_bytes), Vocabulary(head)
         ctx.dtypes = hidden.dtype, weight.dtype, None if rows is None else rows.dtype
         gradient_memory, ctx.gradient_parts = room
-        grad_hidden = grad_replaced = None
-        grad_weight: Tensor | list[WeightGradient] | None = None
+        ctx.gradients = None
         if with_gradients and any(ctx.needs_input_grad[:3]):
-            grad_hidden = hidden.new_empty(hidden.shape, dtype=products.dtype)
+            grad_weight: Tensor | list[WeightGradient] | None = None
+            grad_replaced = None
             if ctx.needs_input_grad[1]:
                 grad_weight = memory_for(weight, products.dtype, gradient_memory) if ctx.gradient_parts is None else []
             if rows is not None and ctx.needs_input_grad[2]:
                 grad_replaced = torch.zeros_like(rows, dtype=products.dtype)
+            grad_hidden = hidden.new_empty(hidden.shape, dtype=products.dtype)
+            ctx.gradients = HeadGradients(grad_hidden, grad_weight, grad_replaced)
         loss = torch.zeros((), dtype=products.dtype, device=hidden.device)
         ctx.pending = []
         with torch.autocast(hidden.device.type, enabled=False):
@@ -110,28 +113,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if label_smoothing:
                     shifted_target += label_smoothing * (z_sum[0] / vocabulary.size - row_max)
                 loss += (row_sum.log() - shifted_target).sum()
-                if grad_hidden is None:
+                if ctx.gradients is None:
                     continue
                 if label_smoothing:
                     z.subtract(row_sum * (label_smoothing / vocabulary.size))
                 target.add(z, row_sum * (label_smoothing - 1.0))
-                products.add_gradients(chunk, z, row_sum.reciprocal(), scale, grad_hidden, grad_weight, grad_replaced)
+                products.add_gradients(chunk, z, row_sum.reciprocal(), scale, ctx.gradients)
                 del z  # before the next chunk's is made
                 if head.ranks is not None:
-                    ctx.pending.append(head.ranks.begin_sum(grad_hidden[chunk]))
-        ctx.gradients = grad_hidden, grad_weight, grad_replaced
+                    ctx.pending.append(head.ranks.begin_sum(ctx.gradients.hidden[chunk]))
         return loss * scale
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Not saved tensors: once ctx drops them, the gradient becomes weight.grad without a copy.
-        (grad_hidden, grad_weight, grad_replaced), ctx.gradients = ctx.gradients, (None, None, None)
-        if grad_hidden is None:
+        found, ctx.gradients = ctx.gradients, None
+        if found is None:
             raise RuntimeError("linear_cross_entropy can be differentiated once; call it again")
         for work in ctx.pending:
             work.wait()
-        parts = grad_weight if isinstance(grad_weight, list) else []
-        gradients = grad_hidden, None if parts else grad_weight, grad_replaced
+        parts = found.weight if isinstance(found.weight, list) else []
+        gradients = found.hidden, None if parts else found.weight, found.replaced
         # the gradients contain scale already, so the factor is usually 1 and needs no pass over [V, D]
         if grad_output.device.type != "cpu" or float(grad_output) != 1.0:
             for gradient in (*gradients, *(part.hidden for part in parts)):

@@ -64,6 +64,11 @@ class Logits:
         for block in self.blocks:
             block.sub_(values)
 
+    def exp(self) -> None:
+        """Replace z by exp(z)."""
+        for block in self.blocks:
+            block.exp_()
+
     def exp_and_sum(self, row_max: Tensor) -> Tensor:
         """Replace z by exp(z - row_max) and return the sum of each row, [C, 1]."""
         sums = [block.sub_(row_max).exp_().sum(dim=1, keepdim=True) for block in self.blocks]

@@ -130,7 +130,8 @@ def _gradients_of_head(
     pending = []
     for chunk in products.chunks():
         z = products.logits(chunk)
-        z.exp_and_sum(row_max[chunk, None])
+        z.subtract(row_max[chunk, None])
+        z.exp()
         vocabulary.locate(labels[chunk, None]).add(z, -row_sum[chunk, None])
         products.add_gradients(chunk, z, factor[chunk], scale, into)
         del z  # before the next chunk's is made

@@ -18,7 +18,7 @@ from bloomlm.adapters.base import AdapterModule
 from bloomlm.errors import AdapterError
 from bloomlm.model.embedding import ReplacedRows, WordEmbedding
 from bloomlm.model.quantized import dequantize_rows
-from bloomlm.model.shard import is_shard
+from bloomlm.model.shard import fill, is_shard
 
 if TYPE_CHECKING:
     from bloomlm.adapters.lora import LoraConfig
@@ -70,13 +70,7 @@ class TrainedRowsEmbedding(WordEmbedding, AdapterModule):
         else:
             scale = self.weight_scale[self.trained_tokens]
             rows = dequantize_rows(weight[self.trained_tokens], scale, torch.float32)
-        own: Tensor = self.trained_rows
-        if is_shard(own):
-            from torch.distributed.tensor import distribute_tensor
-
-            rows = distribute_tensor(rows, own.device_mesh, own.placements, src_data_rank=None).to_local()
-            own = own.to_local()
-        own.copy_(rows)
+        fill(self.trained_rows, rows)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[M] ids -> [M, D]."""

@@ -6,6 +6,7 @@
 import sys
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -21,3 +22,13 @@ def is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
 def own_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds: of a shard the plain tensor in it, otherwise the tensor itself."""
     return tensor.to_local() if is_shard(tensor) else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy a tensor, of which every rank has the whole, or this rank's part of it into another."""
+    if is_shard(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = own_part(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+    own_part(target).copy_(whole)

@@ -26,7 +26,7 @@ from bloomlm.checkpoint.reader import open_reader, read_config
 from bloomlm.checkpoint.tensor_reader import LazyTensor
 from bloomlm.checkpoint.training_state import load_training_state
 from bloomlm.errors import BloomlmError, CheckpointError, ConfigError, name_some
-from bloomlm.model.shard import is_shard, own_part
+from bloomlm.model.shard import fill, own_part
 from bloomlm.parallel.layout import global_tensor, own_bounds
 from bloomlm.training.results import History
 from bloomlm.training.run_plan import RunPlan
@@ -216,14 +216,7 @@ def _fill(target: Tensor, stored: LazyTensor, name: str, checkpoint: Path) -> No
         raise CheckpointError(
             f"{checkpoint}: {name} or its moments have shape {list(stored.shape)}; expected {list(target.shape)}"
         )
-    value = stored.read()
-    if is_shard(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
-        target = target.to_local()
-    with torch.no_grad():
-        target.copy_(value)
+    fill(target, stored.read())
 
 
 def _position(trainer: Trainer, step: int, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from bloomlm.checkpoint.reader import load_model
 from bloomlm.checkpoint.writer import write_model
 from bloomlm.errors import CheckpointError, ConfigError
 from bloomlm.files.atomic import atomic_directory
+from bloomlm.kernels.compiled import load_operators
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.parallel.data_parallel import shard_model
@@ -31,6 +32,7 @@ from tests.distributed.pool import RankError, RankPool
 from tests.paddle_files import cut, paddle_state, write, write_config
 from tests.tiny_checkpoint import random_model
 
+load_operators()  # in this process and in those of ranks, which import this module: they must compute the same bits
 SETUPS = {
     "tp 2": Degrees(tp=2),
     "tp 4": Degrees(tp=4),

@@ -134,7 +134,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, tuple[str, ...]]:
     length = config.src_length + config.tgt_length
 
     objective = objective_plan(training)
-    load_of = partial(workload, training, objective, precision.compute_dtype, degrees.world_size)
+    load_of = partial(workload, training, objective, precision, degrees.world_size)
     load = load_of(config.per_device_train_batch_size)
     traffic = job_traffic(model, training, objective, load, degrees)
     links = Links(

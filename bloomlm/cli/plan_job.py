@@ -21,6 +21,7 @@ from bloomlm.parallel.workload import Workload
 from bloomlm.training.config import TrainingConfig
 from bloomlm.training.meter import StepFlops
 from bloomlm.training.objectives.base import Objective
+from bloomlm.training.precision import Precision
 from bloomlm.training.reference import BATCH_TOKENS
 from bloomlm.training.sections import fuses_update
 
@@ -48,27 +49,26 @@ def meta_model(
 def workload(
     training: TrainingConfig,
     objective: Objective[Any],
-    compute_dtype: torch.dtype,
+    precision: Precision,
     num_processes: int,
     batch_size: int,
 ) -> Workload:
     """A training step with microbatches of batch_size examples, all of them as long as the flags allow."""
     num_documents = batch_size * objective.documents_per_example
     fuses = fuses_update(training, num_processes)
-    has_masters = (training.bf16 or training.fp16) and training.fp16_opt_level == "O2"
     num_prompt_labels = batch_size * objective.learned_prompts * (training.src_length - 1)
     return Workload(
         num_documents=num_documents,
         num_tokens=num_documents * _length(training),
         num_supervised_tokens=num_documents * training.tgt_length + num_prompt_labels,
-        compute_dtype=compute_dtype,
+        compute_dtype=precision.compute_dtype,
         max_chunk_bytes=MAX_CHUNK_BYTES,
         recompute=training.recompute,
         accumulation=training.gradient_accumulation_steps,
         uses_operator=training.device == "cpu",
         reshards=training.sharding == "stage3",
         fuses_update=fuses,
-        factors_head=training.preference is None and (fuses or (has_masters and not training.sharding)),
+        factors_head=training.preference is None and (fuses or (precision.half_weights and not training.sharding)),
     )
 
 

@@ -49,10 +49,10 @@ class Operators:
     may be views whose last dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each
     token.
     """
-    gelu: "GeluOperators | None" = None
-    norm: Callable[[Tensor], float] | None = None
+    gelu: "GeluOperators"
+    norm: Callable[[Tensor], float]
     """Of a tensor in fp32 or bf16, added up in fp64."""
-    adamw: Callable[..., None] | None = None
+    adamw: Callable[..., None]
     """(gradient, master, mean, squares, weight, kept, beta1, beta2, step_size, inverse_root, epsilon) updates masters
     and both moments in fp32 and weights in bf16 by a gradient in fp32 or bf16; kernels/adamw.h has the constants."""
     causal: "CausalOperators | None" = None

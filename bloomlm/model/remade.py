@@ -64,7 +64,6 @@ def _gelu(x: Tensor) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or loaded is None
-        or loaded.gelu is None
         or type(x) is not Tensor
         or x.device.type != "cpu"
         or x.dtype not in _OPERATOR_DTYPES

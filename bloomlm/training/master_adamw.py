@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bloomlm.kernels.compiled import operators
+from bloomlm.kernels.compiled import Operators, operators
 from bloomlm.training.adamw_8bit import AdamW8bit
 from bloomlm.training.optimizer import RowwiseAdamW
 
@@ -19,13 +19,12 @@ class MasterAdamW:
     """Updates masters whose state an optimizer has.
 
     Args:
+        loaded: the operators.
         optimizer: over the masters.
         masters: weight of the model -> its master.
     """
 
-    def __init__(self, optimizer: RowwiseAdamW, masters: Mapping[Tensor, nn.Parameter]) -> None:
-        loaded = operators()
-        assert loaded is not None and loaded.adamw is not None and loaded.norm is not None
+    def __init__(self, loaded: Operators, optimizer: RowwiseAdamW, masters: Mapping[Tensor, nn.Parameter]) -> None:
         self._state, self._adamw, self._norm = optimizer.state, loaded.adamw, loaded.norm
         self._weights = {master: weight for weight, master in masters.items()}
 
@@ -63,15 +62,14 @@ class MasterAdamW:
 def master_adamw(optimizer: RowwiseAdamW | AdamW8bit, masters: Mapping[Tensor, nn.Parameter]) -> MasterAdamW | None:
     """The updates of all that an optimizer updates, if they are masters that the operator takes."""
     loaded = operators()
+    if loaded is None or not isinstance(optimizer, RowwiseAdamW):
+        return None
     takes_all = (
-        loaded is not None
-        and loaded.adamw is not None
-        and isinstance(optimizer, RowwiseAdamW)
-        and len(masters) == sum(len(group["params"]) for group in optimizer.param_groups) > 0
+        len(masters) == sum(len(group["params"]) for group in optimizer.param_groups) > 0
         and all(_is_taken(weight) and _is_taken(master) for weight, master in masters.items())
         and all(weight.dtype is torch.bfloat16 for weight in masters)
     )
-    return MasterAdamW(optimizer, masters) if takes_all and isinstance(optimizer, RowwiseAdamW) else None
+    return MasterAdamW(loaded, optimizer, masters) if takes_all else None
 
 
 def _is_taken(parameter: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[Counting, Counting]:
     loaded = operators()
     assert loaded is not None
     product, attend = Counting(loaded.product), Counting(loaded.attend)
-    use(monkeypatch, Operators(product=product, attend=attend))
+    use(monkeypatch, replace(loaded, product=product, attend=attend, causal=None, weight_gradient=None))
     return product, attend
 
 

@@ -229,7 +229,6 @@ def kept_bytes(
     case: Case, tp_degree: int, uses_operator: bool, loss_of: Callable[[BloomForCausalLM, Case], Tensor] = learned
 ) -> int:
     """Bytes that autograd keeps of a forward pass, besides parameters and the gradients that the loss computes."""
-    compiled._loaded = LOADED if uses_operator else None  # without it, attention is PyTorch's, as on GPUs
     model = tiny_model(case)
     if tp_degree > 1:
         mesh = Mesh.over_all_ranks(Degrees(tp=tp_degree), "cpu")
@@ -244,7 +243,10 @@ def kept_bytes(
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with pytest.MonkeyPatch.context() as patch, keeping:  # undone, because later tests have the same ranks
+        # without it, attention is PyTorch's, as on GPUs
+        patch.setattr(compiled, "_loaded", LOADED if uses_operator else None)
         loss = loss_of(model.train(), case)
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
         keeps_x = ctx.needs_input_grad[1] and make is None
         kept = x if keeps_x else None, weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(*kept, *ingredients)
-        ctx.make, ctx.bias_dtype = make, None if bias is None else bias.dtype
+        ctx.make = make
         return product(x, weight, bias)
 
     @staticmethod
@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
         grad_weight = None if x is None else weight_gradient(grad, x)
         del x  # its memory serves the next product
         grad_x = None if weight is None else product(grad, weight.t())
-        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, *[None] * len(ingredients)
 
 

@@ -3,16 +3,19 @@
 //
 // All products are of a tile of up to kBlock keys and a block of up to kBlock queries, by oneDNN's kernels for small
 // matrices. Scores are kept transposed, [keys, queries], so that no product needs a matrix turned over but queries, keys,
-// values and gradients themselves, once.
+// values and gradients themselves, once. Of numbers in bfloat16 products are in bfloat16 where the processor has them:
+// weights and gradients of scores are rounded for them, and all sums are in float32.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "causal.h"
+#include "causal_operands.h"
 #include "few_rows.h"
 #include "small_products.h"
 #include "tensors.h"
@@ -43,6 +46,7 @@ struct Attention {
   const float* slopes;     // [H]
   const int64_t* starts;   // [D + 1]
   int64_t num_tokens, num_heads, head_dim, num_virtual;
+  Kernels kernels;
   decltype(&scalar::softmax) softmax;
   decltype(&scalar::softmax_gradient) softmax_gradient;
 
@@ -51,78 +55,58 @@ struct Attention {
   }
 };
 
-// Room that a thread uses for one document and head after another.
-struct Buffers {
-  std::vector<float> rows[2], turned, block[7], sums[2], gradients[2];
-  static float* sized(std::vector<float>& numbers, int64_t count) {
-    if (static_cast<int64_t>(numbers.size()) < count) numbers.resize(count);
-    return numbers.data();
-  }
-};
-
-template <class T>
-void copy_rows(Rows<T> from, int64_t first, int64_t count, int64_t k, float* to) {
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t i = 0; i < k; ++i) to[row * k + i] = to_float(from.at(first + row)[i]);
+// `count` rows of K numbers as P, and rows of zeros up to `wanted`.
+template <class P, class T>
+void copy_rows(const Kernels& kernels, Rows<T> from, int64_t first, int64_t count, int64_t wanted, int64_t k, P* to) {
+  for (int64_t row = 0; row < count; ++row) convert(kernels, from.at(first + row), k, to + row * k);
+  std::fill(to + count * k, to + wanted * k, P{});
 }
 
-// The first rows of [kBlock, K] into the columns of [K, kBlock].
-inline void turn(const float* rows, int64_t count, int64_t k, float* turned) {
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t row = 0; row < count; ++row) turned[i * kBlock + row] = rows[row * k + i];
-}
-
-// The first rows of [K, kBlock] turned back.
+// Rows of K numbers in float32 as T.
 template <class T>
-void copy_turned(const float* turned, int64_t count, int64_t k, Rows<T> to, int64_t first) {
-  for (int64_t row = 0; row < count; ++row)
-    for (int64_t i = 0; i < k; ++i) assign(to.at(first + row)[i], turned[i * kBlock + row]);
+void put_rows(const Kernels& kernels, const float* from, int64_t count, int64_t k, Rows<T> to, int64_t first) {
+  for (int64_t row = 0; row < count; ++row) convert(kernels, from + row * k, k, to.at(first + row));
 }
 
 // Keys (which 1) or values (2) with the virtual ones before them, as [S', K] with zeros at the end of the last tile.
-template <class T>
-float* gathered(const Attention<T>& a, int64_t document, int64_t head, int64_t which, std::vector<float>& room) {
-  const int64_t num_new = a.starts[document + 1] - a.starts[document], count = a.num_virtual + num_new, k = a.head_dim;
-  float* rows = Buffers::sized(room, rounded_up(count, kBlock) * k);
-  if (a.num_virtual > 0)
-    std::copy_n(a.virtuals + ((which - 1) * a.num_heads + head) * a.num_virtual * k, a.num_virtual * k, rows);
-  copy_rows(a.part(document, head, which), 0, num_new, k, rows + a.num_virtual * k);
-  std::fill(rows + count * k, rows + rounded_up(count, kBlock) * k, 0.0f);
+template <class P, class T>
+P* gathered(const Attention<T>& a, int64_t document, int64_t head, int64_t which, P* rows) {
+  const int64_t num_new = a.starts[document + 1] - a.starts[document], k = a.head_dim;
+  const int64_t wanted = rounded_up(a.num_virtual + num_new, kBlock);
+  const float* virtuals = a.virtuals + ((which - 1) * a.num_heads + head) * a.num_virtual * k;
+  convert(a.kernels, virtuals, a.num_virtual * k, rows);
+  copy_rows(a.kernels, a.part(document, head, which), 0, num_new, wanted - a.num_virtual, k, rows + a.num_virtual * k);
   return rows;
 }
 
 // [S', K] -> tiles [K, kBlock] of kBlock rows each.
-inline float* tiles_turned(const float* rows, int64_t count, int64_t k, std::vector<float>& room) {
-  float* tiles = Buffers::sized(room, rounded_up(count, kBlock) * k);
-  for (int64_t tile = 0; tile < count; tile += kBlock) turn(rows + tile * k, kBlock, k, tiles + tile * k);
+template <class P>
+P* tiles_turned(const Kernels& kernels, const P* rows, int64_t count, int64_t k, P* tiles, P* room) {
+  for (int64_t tile = 0; tile < count; tile += kBlock) to_turned(kernels, rows + tile * k, k, tiles + tile * k, room);
   return tiles;
-}
-
-// Some rows of K numbers as [kBlock, K] and [K, kBlock], with zeros for rows that are missing.
-template <class T>
-void both_ways(Rows<T> from, int64_t first, int64_t count, int64_t k, float* straight, float* turned) {
-  copy_rows(from, first, count, k, straight);
-  std::fill(straight + count * k, straight + kBlock * k, 0.0f);
-  if (count < kBlock) std::fill(turned, turned + kBlock * k, 0.0f);
-  turn(straight, count, k, turned);
 }
 
 // The rows of a tile that a product computes: those that some query of the block sees.
 inline int64_t rows_of(int64_t tile, int64_t seen) { return std::min(kBlock, rounded_up(seen - tile, 16)); }
 
-template <class T>
+template <class P, class T>
 void attend_document(const Attention<T>& a, int64_t document, int64_t head, Buffers& room, Rows<T> out, float* log_sums) {
-  const int64_t k = a.head_dim, num_new = a.starts[document + 1] - a.starts[document];
-  const float* keys = gathered(a, document, head, 1, room.rows[0]);
-  const float* values = tiles_turned(gathered(a, document, head, 2, room.rows[1]), a.num_virtual + num_new, k, room.turned);
-  float *straight = Buffers::sized(room.block[0], kBlock * k), *query = Buffers::sized(room.block[1], kBlock * k);
-  float *result = Buffers::sized(room.block[2], kBlock * k), *sums = Buffers::sized(room.sums[0], kBlock);
-  float* scores = Buffers::sized(room.block[3], rounded_up(a.num_virtual + num_new, kBlock) * kBlock);
+  const int64_t k = a.head_dim, num_new = a.starts[document + 1] - a.starts[document], total = a.num_virtual + num_new;
+  const int64_t size = rounded_up(total, kBlock);
+  room.begin();
+  P *straight = room.take<P>(kBlock * k), *query = room.take<P>(kBlock * k);
+  P *weights = room.take<P>(kBlock * kBlock), *right = room.take<P>(kBlock * kBlock);
+  float *result = room.take<float>(kBlock * k), *turned = room.take<float>(kBlock * k);
+  float *scores = room.take<float>(size * kBlock), *sums = room.take<float>(kBlock);
+  const P* keys = gathered(a, document, head, 1, room.take<P>(size * k));
+  const P* values = gathered(a, document, head, 2, room.take<P>(size * k));
+  values = tiles_turned(a.kernels, values, total, k, room.take<P>(size * k), straight);
   const float factor = 1.0f / std::sqrt(static_cast<float>(k));
   for (int64_t first = 0; first < num_new; first += kBlock) {
     const int64_t count = std::min(kBlock, num_new - first), columns = rounded_up(count, 16);
     const int64_t seen = a.num_virtual + first + count;
-    both_ways(a.part(document, head, 0), first, count, k, straight, query);
+    copy_rows(a.kernels, a.part(document, head, 0), first, count, kBlock, k, straight);
+    to_columns(a.kernels, straight, k, query);
     int64_t rows = 0;
     for (int64_t tile = 0; tile < seen; tile += kBlock) {
       rows = tile + rows_of(tile, seen);
@@ -130,74 +114,107 @@ void attend_document(const Attention<T>& a, int64_t document, int64_t head, Buff
     }
     a.softmax({scores, 0, rows, a.num_virtual + first, columns, factor, a.slopes[head]}, sums);
     std::copy_n(sums, count, log_sums + first);
-    for (int64_t tile = 0; tile < seen; tile += kBlock)
-      multiply(k, columns, rows_of(tile, seen), values + tile * k, kBlock, scores + tile * kBlock, kBlock, result, kBlock,
+    for (int64_t tile = 0; tile < seen; tile += kBlock) {
+      const int64_t inner = rows_of(tile, seen);
+      const P* numbers = rounded(a.kernels, scores + tile * kBlock, inner * kBlock, weights);
+      multiply(k, columns, inner, values + tile * k, kBlock, to_right(numbers, inner, kBlock, right), kBlock, result, kBlock,
                tile > 0);
-    copy_turned(result, count, k, out, first);
+    }
+    a.kernels.turn(result, kBlock, k, kBlock, turned, k);
+    put_rows(a.kernels, turned, count, k, out, first);
+  }
+}
+
+// For each query of a block the product of the gradient of its result with the result, and the logarithm of its sum.
+template <class T>
+void means_of(Rows<T> grad_out, Rows<T> out, const float* log_sums, int64_t first, int64_t count, int64_t k, float* means,
+              float* sums) {
+  std::fill_n(means, kBlock, 0.0f);
+  std::fill_n(sums, kBlock, 0.0f);
+  std::copy_n(log_sums + first, count, sums);
+  for (int64_t row = 0; row < count; ++row) {
+    const T *gradient = grad_out.at(first + row), *result = out.at(first + row);
+    float mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < k; ++i) mean += to_float(gradient[i]) * to_float(result[i]);
+    means[row] = mean;
   }
 }
 
 // Gradients of one document and head. `grad` has the layout of fused; `grad_virtual` is [2, P, K] of this head, in rows
 // of H * P * K for keys and values.
-template <class T>
+template <class P, class T>
 void attend_document_gradient(const Attention<T>& a, const Attention<T>& grad, int64_t document, int64_t head,
                               Buffers& room, Rows<T> grad_out, Rows<T> out, const float* log_sums, float* grad_virtual) {
   const int64_t k = a.head_dim, num_new = a.starts[document + 1] - a.starts[document], total = a.num_virtual + num_new;
-  const float *keys = gathered(a, document, head, 1, room.rows[0]), *values = gathered(a, document, head, 2, room.rows[1]);
-  const float* keys_turned = tiles_turned(keys, total, k, room.turned);
-  float* grads[2];  // of keys and values
-  for (int64_t which = 0; which < 2; ++which) {
-    grads[which] = Buffers::sized(room.gradients[which], rounded_up(total, kBlock) * k);
-    std::fill_n(grads[which], rounded_up(total, kBlock) * k, 0.0f);
-  }
-  float* block[7];  // queries and gradients of the result, both ways; scores and their gradients; gradients of queries
-  for (int64_t i = 0; i < 7; ++i) block[i] = Buffers::sized(room.block[i], kBlock * std::max(k, kBlock));
-  float *sums = Buffers::sized(room.sums[0], kBlock), *means = Buffers::sized(room.sums[1], kBlock);
+  const int64_t size = rounded_up(total, kBlock);
+  room.begin();
+  const Kernels& kernels = a.kernels;
+  P* block[10];  // queries and gradients of the result: rows, columns, right-hand matrices; the same of scores, rounded
+  for (int i = 0; i < 10; ++i) block[i] = room.take<P>(kBlock * std::max(k, kBlock));
+  float *scores = room.take<float>(kBlock * kBlock), *gradients = room.take<float>(kBlock * kBlock);
+  float *result = room.take<float>(kBlock * k), *turned = room.take<float>(kBlock * k);
+  float *sums = room.take<float>(kBlock), *means = room.take<float>(kBlock);
+  const P* keys = gathered(a, document, head, 1, room.take<P>(size * k));
+  const P* values = gathered(a, document, head, 2, room.take<P>(size * k));
+  const P* keys_turned = tiles_turned(kernels, keys, total, k, room.take<P>(size * k), block[0]);
+  float* grads[2] = {room.take<float>(size * k), room.take<float>(size * k)};  // of keys and values
+  for (float* numbers : grads) std::fill_n(numbers, size * k, 0.0f);
   const float factor = 1.0f / std::sqrt(static_cast<float>(k));
   for (int64_t first = 0; first < num_new; first += kBlock) {
     const int64_t count = std::min(kBlock, num_new - first), columns = rounded_up(count, 16);
     const int64_t seen = a.num_virtual + first + count;
-    both_ways(a.part(document, head, 0), first, count, k, block[0], block[1]);
-    both_ways(grad_out, first, count, k, block[2], block[3]);
-    for (int64_t row = 0; row < columns; ++row) {
-      sums[row] = row < count ? log_sums[first + row] : 0.0f;
-      means[row] = 0.0f;
-      for (int64_t i = 0; row < count && i < k; ++i) means[row] += block[2][row * k + i] * to_float(out.at(first + row)[i]);
-    }
+    copy_rows(kernels, a.part(document, head, 0), first, count, kBlock, k, block[0]);
+    copy_rows(kernels, grad_out, first, count, kBlock, k, block[1]);
+    to_columns(kernels, block[0], k, block[2]);
+    to_columns(kernels, block[1], k, block[3]);
+    const P *queries = to_right(block[0], kBlock, k, block[4]), *of_results = to_right(block[1], kBlock, k, block[5]);
+    means_of(grad_out, out, log_sums, first, count, k, means, sums);
     for (int64_t tile = 0; tile < seen; tile += kBlock) {
       const int64_t rows = rows_of(tile, seen);
-      multiply(rows, columns, k, keys + tile * k, k, block[1], kBlock, block[4], kBlock, false);
-      multiply(rows, columns, k, values + tile * k, k, block[3], kBlock, block[5], kBlock, false);
-      a.softmax_gradient({block[4], tile, rows, a.num_virtual + first, columns, factor, a.slopes[head]}, sums, means,
-                         block[5]);
-      multiply(rows, k, columns, block[5], kBlock, block[0], k, grads[0] + tile * k, k, true);
-      multiply(rows, k, columns, block[4], kBlock, block[2], k, grads[1] + tile * k, k, true);
-      multiply(k, columns, rows, keys_turned + tile * k, kBlock, block[5], kBlock, block[6], kBlock, tile > 0);
+      multiply(rows, columns, k, keys + tile * k, k, block[2], kBlock, scores, kBlock, false);
+      multiply(rows, columns, k, values + tile * k, k, block[3], kBlock, gradients, kBlock, false);
+      a.softmax_gradient({scores, tile, rows, a.num_virtual + first, columns, factor, a.slopes[head]}, sums, means, gradients);
+      const P* weights = rounded(kernels, scores, rows * kBlock, block[6]);
+      const P* of_scores = rounded(kernels, gradients, rows * kBlock, block[7]);
+      multiply(rows, k, columns, of_scores, kBlock, queries, k, grads[0] + tile * k, k, true);
+      multiply(rows, k, columns, weights, kBlock, of_results, k, grads[1] + tile * k, k, true);
+      multiply(k, columns, rows, keys_turned + tile * k, kBlock, to_right(of_scores, rows, kBlock, block[8]), kBlock, result,
+               kBlock, tile > 0);
     }
-    copy_turned(block[6], count, k, grad.part(document, head, 0), first);
+    kernels.turn(result, kBlock, k, kBlock, turned, k);
+    put_rows(kernels, turned, count, k, grad.part(document, head, 0), first);
   }
   for (int64_t which = 0; which < 2; ++which) {
-    const Rows<T> to = grad.part(document, head, which + 1);
-    for (int64_t row = 0; row < num_new; ++row)
-      for (int64_t i = 0; i < k; ++i) assign(to.at(row)[i], grads[which][(a.num_virtual + row) * k + i]);
+    put_rows(kernels, grads[which] + a.num_virtual * k, num_new, k, grad.part(document, head, which + 1), 0);
     std::copy_n(grads[which], a.num_virtual * k, grad_virtual + which * a.num_heads * a.num_virtual * k);
   }
 }
 
-// Calls function(document, head, buffers) for all, on all threads, the longest documents first.
-template <class F>
-void for_all(const int64_t* starts, int64_t num_documents, int64_t num_heads, F function) {
+// Calls function(P{}, document, head, buffers) for all, on all threads, the longest documents first.
+template <class P, class T, class F>
+void for_all_in(const Attention<T>& a, int64_t num_documents, F function) {
   std::vector<int64_t> order(num_documents);
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(),
-            [&](int64_t a, int64_t b) { return starts[a + 1] - starts[a] > starts[b + 1] - starts[b]; });
+  const auto length = [&](int64_t document) { return a.starts[document + 1] - a.starts[document]; };
+  std::sort(order.begin(), order.end(), [&](int64_t one, int64_t other) { return length(one) > length(other); });
 #pragma omp parallel
   {
     Buffers buffers;
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < num_documents * num_heads; ++unit)
-      function(order[unit / num_heads], unit % num_heads, buffers);
+    for (int64_t unit = 0; unit < num_documents * a.num_heads; ++unit)
+      function(P{}, order[unit / a.num_heads], unit % a.num_heads, buffers);
+    end_products(static_cast<const P*>(nullptr));
   }
+}
+
+// P, the format of products, is T where the processor has products of it.
+template <class T, class F>
+void for_all(const Attention<T>& a, int64_t num_documents, F function) {
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    if (kLevel == kAvx512Bf16 && a.head_dim % 2 == 0 && has_products<Bfloat16>())
+      return for_all_in<Bfloat16>(a, num_documents, function);
+  for_all_in<float>(a, num_documents, function);
 }
 
 template <class T>
@@ -208,7 +225,7 @@ Attention<T> attention_of(AtenTensorHandle fused, AtenTensorHandle virtuals, Ate
   AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(virtuals, &virtual_sizes));
   const bool is_fast = kLevel >= kAvx2;
   return {data_of<T>(fused), {strides[0], strides[1], strides[2]}, data_of<float>(virtuals), data_of<float>(slopes),
-          data_of<int64_t>(starts), sizes[0], sizes[1], sizes[3], virtual_sizes[2],
+          data_of<int64_t>(starts), sizes[0], sizes[1], sizes[3], virtual_sizes[2], kernels_of_level(),
           !is_fast ? scalar::softmax : kLevel >= kAvx512 ? avx512::softmax : avx2::softmax,
           !is_fast ? scalar::softmax_gradient : kLevel >= kAvx512 ? avx512::softmax_gradient : avx2::softmax_gradient};
 }
@@ -227,9 +244,9 @@ void causal(AtenTensorHandle fused, AtenTensorHandle virtuals, AtenTensorHandle 
   T* results = data_of<T>(out);
   float* sums = data_of<float>(log_sums);
   const int64_t stride = a.num_heads * a.head_dim;
-  for_all(a.starts, length_of(starts) - 1, a.num_heads, [&](int64_t document, int64_t head, Buffers& buffers) {
+  for_all(a, length_of(starts) - 1, [&](auto number, int64_t document, int64_t head, Buffers& buffers) {
     const int64_t start = a.starts[document];
-    attend_document(a, document, head, buffers, {results + start * stride + head * a.head_dim, stride},
+    attend_document<decltype(number)>(a, document, head, buffers, {results + start * stride + head * a.head_dim, stride},
                     sums + head * a.num_tokens + start);
   });
 }
@@ -244,9 +261,9 @@ void causal_gradient(AtenTensorHandle grad_out, AtenTensorHandle fused, AtenTens
   const float* sums = data_of<float>(log_sums);
   float* to_virtuals = data_of<float>(grad_virtuals);  // [D, 2, H, P, K]
   const int64_t stride = a.num_heads * a.head_dim, virtual_numbers = a.num_virtual * a.head_dim;
-  for_all(a.starts, length_of(starts) - 1, a.num_heads, [&](int64_t document, int64_t head, Buffers& buffers) {
+  for_all(a, length_of(starts) - 1, [&](auto number, int64_t document, int64_t head, Buffers& buffers) {
     const int64_t start = a.starts[document], offset = start * stride + head * a.head_dim;
-    attend_document_gradient(a, grad, document, head, buffers, {gradients + offset, stride}, {results + offset, stride},
+    attend_document_gradient<decltype(number)>(a, grad, document, head, buffers, {gradients + offset, stride}, {results + offset, stride},
                              sums + head * a.num_tokens + start,
                              to_virtuals + (document * 2 * a.num_heads + head) * virtual_numbers);
   });

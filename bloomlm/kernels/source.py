@@ -33,7 +33,9 @@ def cpp_source() -> str:
 
 def library_source() -> str:
     """The C++ as a library for PyTorch, with the operators that only the model uses."""
-    text = _assembled((*_AFTER, "gradient.cpp", "causal.cpp", "pieces.h", "gelu.cpp", "adamw.cpp", "library.cpp"))
+    text = _assembled(
+        (*_AFTER, "gradient.cpp", "causal_operands.h", "causal.cpp", "pieces.h", "gelu.cpp", "adamw.cpp", "library.cpp")
+    )
     # the compiler of programs includes this header itself
     return f"#include <torch/csrc/inductor/aoti_runtime/utils.h>\n{text}"
 

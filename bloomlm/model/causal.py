@@ -36,7 +36,9 @@ def takes_causal(fused: Tensor, dropout: float = 0.0) -> bool:
 def causal_attention(
     fused: Tensor, lengths: tuple[int, ...], slopes: Tensor, virtual: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Causal attention within each document, computed in fp32.
+    """Causal attention within each document.
+
+    Sums and softmax are in fp32, products in the dtype of fused where the processor has them.
 
     Args:
         fused: [N, H, 3, K] queries, keys and values in fp32 or bf16, with any strides but that of the last dimension.

@@ -88,14 +88,15 @@ def errors(dtype: torch.dtype, *, offset: int = 0) -> list[float]:
 @pytest.mark.parametrize("offset", [0, 8])
 def test_values_and_gradients_are_those_of_the_definition(offset: int) -> None:
     assert max(errors(torch.float32, offset=offset)) < 2e-6
-    assert max(errors(torch.bfloat16, offset=offset)) < 2e-2
+    assert max(errors(torch.bfloat16, offset=offset)) < 1.5e-2
 
 
-@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_every_level_of_instructions_gives_the_same(level: str) -> None:
+    """Products of bf16 round weights, too, which lower levels multiply in fp32."""
     code = (
         "import torch; from tests.unit.test_causal import errors\n"
-        "assert max(errors(torch.float32)) < 2e-6\nassert max(errors(torch.bfloat16)) < 2e-2"
+        f"assert max(errors(torch.float32)) < 2e-6\nassert max(errors(torch.bfloat16)) < {1.5e-2 if 'bf16' in level else 1e-2}"
     )
     limits = {"BLOOMLM_MAX_CPU_ISA": level, "ONEDNN_MAX_CPU_ISA": "AVX2" if level == "avx2" else "ALL"}
     root = Path(__file__).parents[2]

@@ -35,9 +35,11 @@ inline std::vector<Run> runs_of(const int64_t* rows, const int64_t* slots, int64
 // What all tokens and heads share.
 template <class T>
 struct CachedAttention {
-  bloomlm::Floats query;  // [B, H, K]
-  T *keys, *values;       // [R, H, M, K]
-  int64_t strides[3];     // of keys and values, except the last
+  const float* query;  // [B, H, K]
+  int64_t query_strides[2];
+  int64_t tokens;
+  T *keys, *values;    // [R, H, M, K]
+  int64_t strides[3];  // of keys and values, except the last
   const float* slopes;
   const int64_t *rows, *slots;
   int64_t heads, head_dim;
@@ -46,7 +48,7 @@ struct CachedAttention {
 
   int64_t offset(int64_t token, int64_t head) const { return rows[token] * strides[0] + head * strides[1]; }
   const float* query_of(int64_t token, int64_t head) const {
-    return query.data + token * query.strides[0] + head * query.strides[1];
+    return query + token * query_strides[0] + head * query_strides[1];
   }
   float* result_of(int64_t token, int64_t head) const { return results + (token * heads + head) * head_dim; }
 };
@@ -78,7 +80,7 @@ inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t 
     const int64_t token = run.first + first, count = std::min(kBlock, run.count - first), columns = (count + 15) / 16 * 16;
     const int64_t seen = a.slots[token] + count;
     if (count < kBlock) std::fill_n(query, tile_size, 0.0f);
-    kernels.turn(a.query_of(token, head), a.query.strides[0], count, k, query, kBlock);
+    kernels.turn(a.query_of(token, head), a.query_strides[0], count, k, query, kBlock);
     int64_t rows = 0;
     for (int64_t tile = 0; tile < seen; tile += kBlock) {
       const bool is_whole = tile + kBlock <= slots;
@@ -97,10 +99,9 @@ inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t 
 template <class T>
 void attend_all(const CachedAttention<T>& a) {
   constexpr bool kIsFloat = std::is_same_v<T, float>;
-  const int64_t tokens = a.query.sizes[0];
-  std::vector<Run> runs = runs_of(a.rows, a.slots, tokens, kMostTogether);
-  const bool has_runs = static_cast<int64_t>(runs.size()) < tokens;  // not so in a decoding step
-  if (has_runs && !(kIsFloat && kLevel != kScalar && has_products<float>())) runs = runs_of(a.rows, a.slots, tokens, 1);
+  std::vector<Run> runs = runs_of(a.rows, a.slots, a.tokens, kMostTogether);
+  const bool has_runs = static_cast<int64_t>(runs.size()) < a.tokens;  // not so in a decoding step
+  if (has_runs && !(kIsFloat && kLevel != kScalar && has_products<float>())) runs = runs_of(a.rows, a.slots, a.tokens, 1);
   const int64_t num_runs = runs.size();
   const Kernels kernels = kernels_of_level();
 #pragma omp parallel
@@ -122,9 +123,9 @@ CachedAttention<T> attention_over(AtenTensorHandle query, AtenTensorHandle keys,
   const bloomlm::Floats q(query);
   int64_t* strides;
   AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(keys, &strides));
-  return {q, data_of<T>(keys), data_of<T>(values), {strides[0], strides[1], strides[2]}, data_of<float>(slopes),
-          data_of<int64_t>(rows), data_of<int64_t>(slots), q.sizes[1], q.sizes[2],
-          1.0f / std::sqrt(static_cast<float>(q.sizes[2])), results};
+  return {q.data, {q.strides[0], q.strides[1]}, q.sizes[0], data_of<T>(keys), data_of<T>(values),
+          {strides[0], strides[1], strides[2]}, data_of<float>(slopes), data_of<int64_t>(rows), data_of<int64_t>(slots),
+          q.sizes[1], q.sizes[2], 1.0f / std::sqrt(static_cast<float>(q.sizes[2])), results};
 }
 
 }  // namespace bloomlm

@@ -49,6 +49,11 @@ class Operators:
     may be views whose last dimension alone is contiguous), ALiBi's slopes [H], and the int64 row and slot [B] of each
     token.
     """
+    decode_block: Callable[..., Tensor]
+    """A block of the model for one new token of each row of a cache, which receives keys and values -> [B, D].
+
+    All numbers are in fp32 or all in bf16, except ALiBi's slopes in fp32. model/plain_blocks.py calls it.
+    """
     gelu: "GeluOperators"
     norm: Callable[[Tensor], float]
     """Of a tensor in fp32 or bf16, added up in fp64."""
@@ -114,6 +119,7 @@ def load_operators() -> None:
     _loaded = Operators(
         product=namespace.product.default,
         attend=namespace.attend.default,
+        decode_block=namespace.decode_block.default,
         gelu=GeluOperators(namespace.gelu.default, namespace.gelu_gradient.default),
         norm=namespace.norm.default,
         adamw=namespace.adamw.default,

@@ -23,6 +23,25 @@ inline Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
   return Tensor(result);
 }
 
+inline Tensor decode_block(const Tensor& x, const Tensor& norm1_weight, const Tensor& norm1_bias, const Tensor& qkv_weight,
+                           const Tensor& qkv_bias, const Tensor& dense_weight, const Tensor& dense_bias,
+                           const Tensor& norm2_weight, const Tensor& norm2_bias, const Tensor& up_weight,
+                           const Tensor& up_bias, const Tensor& down_weight, const Tensor& down_bias, const Tensor& cache,
+                           int64_t layer, const Tensor& columns, const Tensor& slopes, const Tensor& rows,
+                           const Tensor& slots, double epsilon, bool adds_to_normed) {
+  const float small = static_cast<float>(epsilon);
+  const Block block{{Vector(norm1_weight.get()), Vector(norm1_bias.get()), small},
+                    Layer(qkv_weight.get(), qkv_bias.get()),
+                    Layer(dense_weight.get(), dense_bias.get()),
+                    {Vector(norm2_weight.get()), Vector(norm2_bias.get()), small},
+                    Layer(up_weight.get(), up_bias.get()),
+                    Layer(down_weight.get(), down_bias.get()),
+                    adds_to_normed};
+  const auto run =
+      dtype_of(x.get()) == aoti_torch_dtype_float32() ? bloomlm::decode_block<float> : bloomlm::decode_block<Bfloat16>;
+  return Tensor(run(block, x.get(), cache.get(), layer, columns.get(), slopes.get(), rows.get(), slots.get()));
+}
+
 // The results of these are written into the last tensors.
 
 inline void weight_gradient(const Tensor& gradients, const Tensor& x, Tensor result) {
@@ -79,6 +98,11 @@ inline void adamw(const Tensor& gradient, Tensor master, Tensor mean, Tensor squ
 STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, bool is_gelu) -> Tensor");
   library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor slopes, Tensor rows, Tensor slots) -> Tensor");
+  library.def(
+      "decode_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor dense_weight, "
+      "Tensor dense_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor up_weight, Tensor up_bias, Tensor down_weight, "
+      "Tensor down_bias, Tensor(a!) cache, int layer, Tensor columns, Tensor slopes, Tensor rows, Tensor slots, "
+      "float epsilon, bool adds_to_normed) -> Tensor");
   library.def("weight_gradient(Tensor gradients, Tensor x, Tensor(a!) result) -> ()");
   library.def("causal(Tensor fused, Tensor virtuals, Tensor slopes, Tensor starts, Tensor(a!) out, Tensor(b!) log_sums) -> ()");
   library.def(
@@ -95,6 +119,7 @@ STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
 STABLE_TORCH_LIBRARY_IMPL(bloomlm_kernels, CPU, library) {
   library.impl("product", TORCH_BOX(&bloomlm::library::product));
   library.impl("attend", TORCH_BOX(&bloomlm::library::attend));
+  library.impl("decode_block", TORCH_BOX(&bloomlm::library::decode_block));
   library.impl("weight_gradient", TORCH_BOX(&bloomlm::library::weight_gradient));
   library.impl("causal", TORCH_BOX(&bloomlm::library::causal));
   library.impl("causal_gradient", TORCH_BOX(&bloomlm::library::causal_gradient));

@@ -16,6 +16,8 @@ _BEFORE = (
     "adamw.h",
 )
 _AFTER = ("few_rows.h", "many_rows.h", "product.cpp", "attend.cpp")
+_OF_MODEL = ("pieces.h", "block.cpp", "gradient.cpp", "causal_operands.h", "causal.cpp", "gelu.cpp", "adamw.cpp")
+"""The operators that only the model uses."""
 _LEVELS = {
     "avx2": ("avx2,fma,f16c", "vectors_256.h"),
     "avxvnni": ("avx2,fma,f16c,avxvnni", "vectors_256.h"),
@@ -33,9 +35,7 @@ def cpp_source() -> str:
 
 def library_source() -> str:
     """The C++ as a library for PyTorch, with the operators that only the model uses."""
-    text = _assembled(
-        (*_AFTER, "gradient.cpp", "causal_operands.h", "causal.cpp", "pieces.h", "gelu.cpp", "adamw.cpp", "library.cpp")
-    )
+    text = _assembled((*_AFTER, *_OF_MODEL, "library.cpp"))
     # the compiler of programs includes this header itself
     return f"#include <torch/csrc/inductor/aoti_runtime/utils.h>\n{text}"
 

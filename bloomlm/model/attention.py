@@ -62,7 +62,7 @@ def attend(
     scale = head_dim**-0.5
     if extension is not None:
         extension.write(layer, fused, virtual)
-        if _takes_attend(fused, extension, dropout):
+        if takes_attend(fused, extension):
             return _attend_singles(fused[:, :, 0, :head_dim], layer, extension)
         if extension.is_prefill and takes_causal(fused, dropout):
             own = None if virtual is None else (virtual[0][..., :head_dim], virtual[1][..., :head_dim])
@@ -210,14 +210,15 @@ def _causal_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return out
 
 
-def _takes_attend(fused: Tensor, extension: Extension, dropout: float) -> bool:
+def takes_attend(x: Tensor, extension: Extension) -> bool:
+    """Whether our operator computes attention in x's precision: one new token of each row in use, without gradients."""
     return (
         not torch.compiler.is_compiling()
         and operators() is not None
         and extension.is_decode
-        and fused.device.type == "cpu"
-        and fused.dtype is extension.cache.keys.dtype
-        and fused.dtype in (torch.float32, torch.bfloat16)
+        and x.device.type == "cpu"
+        and x.dtype is extension.cache.keys.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
     )
 

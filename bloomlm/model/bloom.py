@@ -190,7 +190,7 @@ class BloomModel(nn.Module):
             documents = documents.in_multiples(ROWS_UNIT)
             x = F.pad(x, (0, 0, 0, sum(documents.lengths) - len(x)))
         positions = documents.positions(tokens.device) if extension is None else extension.positions
-        alibi = self._alibi(positions, extension)
+        alibi = self.alibi(positions, extension)
         for layer, block in enumerate(self.h):
             block_rows = rows if layer == len(self.h) - 1 else None
             if self.recompute and self.training and torch.is_grad_enabled():
@@ -207,7 +207,8 @@ class BloomModel(nn.Module):
             assert isinstance(block, BloomBlock)
             block.compile_around_attention(backend)
 
-    def _alibi(self, positions: Tensor, extension: Extension | None = None) -> Alibi:
+    def alibi(self, positions: Tensor, extension: Extension | None = None) -> Alibi:
+        """What attention needs of the positions [N] of new tokens."""
         kind = positions.device.type
         if extension is None:
             all_slopes = head_slopes(self.config.n_head)

@@ -16,6 +16,7 @@ from bloomlm.kernels.compiled import load_operators_for
 from bloomlm.model.attention import virtual_with_columns
 from bloomlm.model.documents import Documents
 from bloomlm.model.kv_cache import KVCache
+from bloomlm.model.plain_blocks import PlainBlocks
 
 if TYPE_CHECKING:
     from bloomlm.model.bloom import BloomForCausalLM
@@ -52,13 +53,17 @@ class RowAdapters(Protocol):
 
 
 class BloomRows:
-    """Sequences in a cache and the model that continues them, which computes in eval mode and then leaves it again."""
+    """Sequences in a cache and the model that continues them, which computes in eval mode and then leaves it again.
+
+    Its modules and their hooks must not change meanwhile.
+    """
 
     def __init__(self, model: "BloomForCausalLM", num_rows: int, num_tokens: int) -> None:
         self._model = model
         self._device = model.transformer.word_embeddings.weight.device
         load_operators_for(self._device)
         self._adapters: list[str | None] = [None] * num_rows
+        self._plain_blocks = PlainBlocks.of(model)
         self.cache = KVCache(
             model.config,
             num_rows,
@@ -142,7 +147,13 @@ class BloomRows:
         selected = nullcontext() if adapters is None else adapters.selected(names, documents.lengths, num_kept)
         with eval_mode(self._model), selected:
             extension = self.cache.extend(rows, documents.lengths)
-            hidden: Tensor = self._model.transformer(tokens, documents, extension, rows=chosen)
+            transformer, plain_blocks = self._model.transformer, self._plain_blocks
+            hidden: Tensor
+            if plain_blocks is not None and plain_blocks.take(extension):
+                hidden = plain_blocks.hidden_states(transformer, tokens, extension)
+                hidden = hidden if chosen is None else hidden[chosen]
+            else:
+                hidden = transformer(tokens, documents, extension, rows=chosen)
             return self._model.logits(hidden)
 
 

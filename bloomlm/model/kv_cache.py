@@ -115,14 +115,14 @@ class Extension:
         device = cache.keys.device
         self.slots = torch.tensor([slot for new in slots for slot in new], device=device)
         """[N] slot of each new token."""
-        counts = torch.tensor(num_new, device=device)
-        firsts = torch.tensor([cache.num_virtual[row] for row in rows], device=device)
-        self.positions = self.slots - firsts.repeat_interleave(counts, output_size=len(self.slots))
+        positions = [slot - cache.num_virtual[row] for row, new in zip(rows, slots, strict=True) for slot in new]
+        self.positions = torch.tensor(positions, device=device)
         """[N] position of each new token within its sequence."""
         self._blocks = list(_equal_neighbours(rows, slots))
         self._block = (slice(rows[0], rows[0] + len(rows)), slice(slots[0].start, slots[0].stop))
         self._is_block = len(self._blocks) == 1
-        self.token_rows = torch.tensor(rows, device=device).repeat_interleave(counts, output_size=len(self.slots))
+        token_rows = [row for row, new in zip(rows, slots, strict=True) for _ in new]
+        self.token_rows = torch.tensor(token_rows, device=device)
         """[N] row of each new token."""
 
     @cached_property

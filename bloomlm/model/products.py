@@ -32,7 +32,7 @@ _ONEDNN_DTYPES = (
     else (torch.float32,)
 )
 
-_COLUMNS = 16
+COLUMNS = 16
 """Rows of a weight must be a multiple of so many columns, or our operator would compute one number at a time."""
 _OPERATOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,7 +86,7 @@ def takes_operator(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in _OPERATOR_DTYPES
         # it reads a weight in 16 bits as it is, and beside one in bf16 it may round an fp32 input to bf16
         and (weight.dtype is x.dtype or (x.dtype is torch.float32 and weight.dtype in _OPERATOR_DTYPES))
-        and weight.shape[1] % _COLUMNS == 0
+        and weight.shape[1] % COLUMNS == 0
         and x.numel() > 0
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")

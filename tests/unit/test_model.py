@@ -150,7 +150,7 @@ def test_double_precision_gradients_equal_finite_differences() -> None:
     model = tiny_model().double()
     hidden = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     documents = Documents.packed((2, 3))
-    alibi = model.transformer._alibi(documents.positions(hidden.device))
+    alibi = model.transformer.alibi(documents.positions(hidden.device))
     assert torch.autograd.gradcheck(lambda x: model.transformer.h[0](x, alibi, documents), hidden)
 
 

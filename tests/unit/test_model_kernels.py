@@ -4,17 +4,23 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from bloomlm.adapters.base import apply_adapter
+from bloomlm.adapters.lora import LoraConfig
+from bloomlm.adapters.prefix import PrefixConfig
 from bloomlm.kernels import compiled
 from bloomlm.kernels.compiled import Operators, load_operators, operators
 from bloomlm.model.bloom import BloomForCausalLM
 from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import Linear, linear
+from bloomlm.model.plain_blocks import PlainBlocks
+from bloomlm.model.quantized import quantize_rows
 
 load_operators()
 needs_operators = pytest.mark.skipif(operators() is None, reason="there is no C++ compiler, or no AVX2")
@@ -37,14 +43,21 @@ class Counting:
         return self.operator(*arguments)  # type: ignore[operator,no-any-return]
 
 
+class Counted(NamedTuple):
+    """Operators that are in use."""
+
+    product: Counting
+    attend: Counting
+    decode_block: Counting
+
+
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[Counting, Counting]:
-    """Operators for product and attend, which are in use."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     loaded = operators()
     assert loaded is not None
-    product, attend = Counting(loaded.product), Counting(loaded.attend)
-    use(monkeypatch, replace(loaded, product=product, attend=attend, causal=None, weight_gradient=None))
-    return product, attend
+    counted = Counted(*(Counting(getattr(loaded, name)) for name in Counted._fields))
+    use(monkeypatch, replace(loaded, **counted._asdict(), causal=None, weight_gradient=None))
+    return counted
 
 
 @needs_operators
@@ -52,7 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[Counting, Counting]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_products_without_gradients_are_those_of_our_operator(
-    has_bias: bool, dtype: torch.dtype, num_rows: int, counted: tuple[Counting, Counting]
+    has_bias: bool, dtype: torch.dtype, num_rows: int, counted: Counted
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(37, 128, generator=generator)
@@ -62,7 +75,7 @@ def test_products_without_gradients_are_those_of_our_operator(
     exact = F.linear(x.double(), matrix.double(), bias.double() if has_bias else None)
     with torch.no_grad():
         found = linear(x, matrix, bias if has_bias else None)
-    assert counted[0].calls == 1
+    assert counted.product.calls == 1
     assert found.dtype is dtype
     # rounded once: half of the distance of neighbouring numbers
     rounding = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
@@ -72,21 +85,19 @@ def test_products_without_gradients_are_those_of_our_operator(
 @needs_operators
 @pytest.mark.parametrize("num_rows", [3, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_adds_gelu_in_the_product(
-    dtype: torch.dtype, num_rows: int, counted: tuple[Counting, Counting]
-) -> None:
+def test_a_layer_adds_gelu_in_the_product(dtype: torch.dtype, num_rows: int, counted: Counted) -> None:
     layer = Linear(32, 48).to(dtype)
     x = torch.randn(num_rows, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
         found = layer.gelu(x)
-    assert counted[0].calls == 1 and found.dtype is dtype
+    assert counted.product.calls == 1 and found.dtype is dtype
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8}[dtype]
     torch.testing.assert_close(found.double(), F.gelu(exact, approximate="tanh"), rtol=rounding, atol=1e-5)
 
 
 @needs_operators
-def test_other_products_are_not(counted: tuple[Counting, Counting]) -> None:
+def test_other_products_are_not(counted: Counted) -> None:
     x, weight = torch.randn(4, 32), torch.randn(8, 32)
     linear(x, weight.requires_grad_())  # autograd needs its own
     with torch.no_grad():
@@ -96,7 +107,7 @@ def test_other_products_are_not(counted: tuple[Counting, Counting]) -> None:
         linear(x[:0], weight)
         with torch.autocast("cpu", torch.bfloat16):
             linear(x, weight)
-    assert counted[0].calls == 0
+    assert counted.product.calls == 0
 
 
 def model(**changes: object) -> BloomForCausalLM:
@@ -108,6 +119,12 @@ def model(**changes: object) -> BloomForCausalLM:
             if "bias" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(2))
     return made.eval()
+
+
+@pytest.fixture
+def divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are not computed by their operator, but by those of their parts."""
+    monkeypatch.setattr(PlainBlocks, "take", lambda *arguments: False)
 
 
 def decoded(made: BloomForCausalLM, lengths: Sequence[int]) -> Tensor:
@@ -124,16 +141,83 @@ def decoded(made: BloomForCausalLM, lengths: Sequence[int]) -> Tensor:
 
 @needs_operators
 @pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("lengths", [LENGTHS, tuple(range(1, 30))], ids=["few rows", "many rows"])
 def test_decoding_gives_what_the_library_gives(
-    post_norm: bool, counted: tuple[Counting, Counting], monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, ...], post_norm: bool, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = model(apply_residual_connection_post_layernorm=post_norm)
-    found = decoded(made, LENGTHS)
-    assert counted[1].calls == 6 * 3
+    found = decoded(made, lengths)
+    assert counted.decode_block.calls == 6 * 3 and counted.attend.calls == 0
     use(monkeypatch, None)
-    expected = decoded(made, LENGTHS)
+    expected = decoded(made, lengths)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@needs_operators
+@pytest.mark.usefixtures("divided")
+def test_operators_of_its_parts_give_what_the_library_gives(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    found = decoded(made, LENGTHS)
+    assert counted.attend.calls == 6 * 3 and counted.decode_block.calls == 0
+    use(monkeypatch, None)
+    torch.testing.assert_close(found, decoded(made, LENGTHS), rtol=0, atol=1e-5)
+
+
+@needs_operators
+def test_a_block_writes_what_its_modules_write(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = [model().open_rows(3, 20) for _ in range(2)]
+    with torch.inference_mode():
+        for rows in opened:
+            rows.prefill([2, 0], [[1, 2, 3], [4]])
+        opened[0].decode_step([0, 2], torch.tensor([5, 6]))
+        monkeypatch.setattr(PlainBlocks, "take", lambda *arguments: False)
+        opened[1].decode_step([0, 2], torch.tensor([5, 6]))
+    assert counted.decode_block.calls == 3
+    found, expected = (rows.cache for rows in opened)
+    assert found.lengths == expected.lengths == [2, 0, 4]
+    torch.testing.assert_close(found.tensor, expected.tensor, rtol=0, atol=1e-5)
+
+
+@needs_operators
+def test_prompts_of_one_token_have_the_logits_that_are_asked_for(counted: Counted) -> None:
+    made, logits = model(), []
+    for wanted in ([1, 1], [0, 1]):
+        rows = made.open_rows(2, 20)
+        with torch.inference_mode():
+            rows.prefill([0, 1], [[1, 2, 3], [4]])
+            logits.append(rows.prefill([0, 1], [[5], [6]], num_logits=wanted))
+    assert counted.decode_block.calls == 2 * 3
+    assert torch.equal(logits[1], logits[0][1:])
+
+
+@needs_operators
+def test_blocks_that_are_more_than_products_and_norms_are_left_to_their_modules(counted: Counted) -> None:
+    seen: list[nn.Module] = []
+
+    def see(module: nn.Module, *others: object) -> None:
+        seen.append(module)
+
+    hooked, adapted, quantised = model(), model(), model()
+    hooked.transformer.h[1].mlp.register_forward_hook(see)
+    apply_adapter(adapted, LoraConfig(r=2))
+    layer = quantised.transformer.h[0].self_attention.dense
+    codes, layer.weight_scale = quantize_rows(layer.weight.detach(), "dense")
+    layer.weight = nn.Parameter(codes, requires_grad=False)
+    for made in (hooked, adapted, quantised, model(hidden_size=24)):
+        decoded(made, LENGTHS)
+    assert counted.decode_block.calls == 0
+    assert seen == [hooked.transformer.h[1].mlp] * 7
+
+
+@needs_operators
+def test_prefix_tokens_are_attended_to(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    apply_adapter(made, PrefixConfig(num_prefix_tokens=4), torch.Generator().manual_seed(3))
+    found = decoded(made, LENGTHS)
+    assert counted.decode_block.calls == 6 * 3
+    use(monkeypatch, None)
+    torch.testing.assert_close(found, decoded(made, LENGTHS), rtol=0, atol=1e-5)
 
 
 @needs_operators
@@ -145,10 +229,10 @@ def test_a_row_has_the_logits_that_it_has_alone() -> None:
 
 
 @needs_operators
-def test_bfloat16_is_decoded_by_our_operators(counted: tuple[Counting, Counting]) -> None:
+def test_bfloat16_is_decoded_by_our_operators(counted: Counted) -> None:
     found = decoded(model().bfloat16(), LENGTHS)
-    assert counted[0].calls > 0
-    assert counted[1].calls == 6 * 3
+    assert counted.product.calls > 0
+    assert counted.decode_block.calls == 6 * 3
     torch.testing.assert_close(found.float(), decoded(model().bfloat16().float(), LENGTHS), rtol=0, atol=0.1)
 
 

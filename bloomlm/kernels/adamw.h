@@ -1,4 +1,4 @@
-// AdamW of fp32 masters: what the driver (adamw.cpp) gives to the code of each level of instructions, and the oracle of
+// AdamW of weights in float32: what the driver (adamw.cpp) gives to the code of each level of instructions, and the oracle of
 // adamw_rows.h in plain C++.
 
 #ifndef BLOOMLM_ADAMW_H
@@ -26,8 +26,10 @@ template <class G>
 struct Updated {
   const G* gradient;
   float *master, *mean, *squares;  // squares: the mean of the squared gradient
-  Bfloat16* weight;                // the master rounded
-  Updated at(int64_t start) const { return {gradient + start, master + start, mean + start, squares + start, weight + start}; }
+  Bfloat16* weight;                // the master rounded; null: there is none
+  Updated at(int64_t start) const {
+    return {gradient + start, master + start, mean + start, squares + start, weight ? weight + start : nullptr};
+  }
 };
 
 namespace scalar {
@@ -40,7 +42,7 @@ void adamw(const AdamW& c, const Updated<G>& u, int64_t count) {
     u.squares[i] = c.beta2 * u.squares[i] + c.new_square * gradient * gradient;
     u.master[i] = c.kept * u.master[i] - c.step_size * u.mean[i] / (std::sqrt(u.squares[i]) * c.inverse_root + c.epsilon);
   }
-  to_bfloat16(u.master, count, u.weight);
+  if (u.weight) to_bfloat16(u.master, count, u.weight);
 }
 
 template <class G>

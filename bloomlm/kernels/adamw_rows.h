@@ -1,4 +1,4 @@
-// AdamW of fp32 masters for one level of instructions: this text is compiled once for each, inside a namespace of its own,
+// AdamW of weights in float32 for one level of instructions: this text is compiled once for each, inside a namespace of its own,
 // after its vectors.
 
 template <class G>
@@ -15,7 +15,7 @@ void adamw(const AdamW& c, const Updated<G>& u, int64_t count) {
     store(u.mean + i, mean);
     store(u.squares + i, squares);
     store(u.master + i, master);
-    store_rounded(u.weight + i, master);
+    if (u.weight) store_rounded(u.weight + i, master);
   }
   scalar::adamw(c, u.at(whole), count - whole);
 }

@@ -59,7 +59,8 @@ class Operators:
     """Of a tensor in fp32 or bf16, added up in fp64."""
     adamw: Callable[..., None]
     """(gradient, master, mean, squares, weight, kept, beta1, beta2, step_size, inverse_root, epsilon) updates masters
-    and both moments in fp32 and weights in bf16 by a gradient in fp32 or bf16; kernels/adamw.h has the constants."""
+    and both moments in fp32, and weights in bf16 if there are any, by a gradient in fp32 or bf16; kernels/adamw.h has
+    the constants."""
     causal: "CausalOperators | None" = None
     """None: PyTorch lacks the products that they need."""
     weight_gradient: Callable[[Tensor, Tensor, Tensor], None] | None = None

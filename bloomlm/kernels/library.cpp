@@ -83,14 +83,15 @@ inline double norm(const Tensor& numbers) {
   return (dtype_of(numbers.get()) == aoti_torch_dtype_float32() ? bloomlm::norm<float> : bloomlm::norm<Bfloat16>)(numbers.get());
 }
 
-inline void adamw(const Tensor& gradient, Tensor master, Tensor mean, Tensor squares, Tensor weight, double kept,
-                  double beta1, double beta2, double step_size, double inverse_root, double epsilon) {
+inline void adamw(const Tensor& gradient, Tensor master, Tensor mean, Tensor squares, std::optional<Tensor> weight,
+                  double kept, double beta1, double beta2, double step_size, double inverse_root, double epsilon) {
+  AtenTensorHandle given_weight = weight ? weight->get() : nullptr;
   const auto run = dtype_of(gradient.get()) == aoti_torch_dtype_float32() ? bloomlm::adamw<float> : bloomlm::adamw<Bfloat16>;
   const AdamW constants = {static_cast<float>(kept),         static_cast<float>(1.0 - beta1),
                            static_cast<float>(beta2),        static_cast<float>(1.0 - beta2),
                            static_cast<float>(step_size),    static_cast<float>(inverse_root),
                            static_cast<float>(epsilon)};
-  run(gradient.get(), master.get(), mean.get(), squares.get(), weight.get(), constants);
+  run(gradient.get(), master.get(), mean.get(), squares.get(), weight ? &given_weight : nullptr, constants);
 }
 
 }  // namespace bloomlm::library
@@ -111,7 +112,7 @@ STABLE_TORCH_LIBRARY(bloomlm_kernels, library) {
   library.def("gelu(Tensor x, Tensor(a!) results) -> ()");
   library.def("gelu_gradient(Tensor gradient, Tensor x, Tensor(a!) results) -> ()");
   library.def(
-      "adamw(Tensor gradient, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) squares, Tensor(d!) weight, float kept, "
+      "adamw(Tensor gradient, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) squares, Tensor(d!)? weight, float kept, "
       "float beta1, float beta2, float step_size, float inverse_root, float epsilon) -> ()");
   library.def("norm(Tensor numbers) -> float");
 }

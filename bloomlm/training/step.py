@@ -97,7 +97,7 @@ class Trainer:
             raise TrainingError("no parameter of the model requires a gradient; apply an adapter or FullTuning first")
         self._gradient_memory: list[Tensor] = []
         self.optimizer = build_optimizer(self.learned.optimized, optimizer)
-        state, memory = (model, self.learned, self.optimizer), self._gradient_memory
+        state, memory = (model, self.learned, self.optimizer, precision), self._gradient_memory
         self._update: Update = FusedUpdate(*state) if config.fuses_update else GatheredUpdate(*state, mesh, memory)
         self.loss_scale = LossScale(precision.initial_loss_scale) if precision.scales_loss else None
         self.non_finite_steps = 0

@@ -20,9 +20,9 @@ from bloomlm.parallel.data_parallel import add_up_gradients, global_norm
 from bloomlm.parallel.mesh import Mesh
 from bloomlm.parallel.vocabulary_head import memory_for
 from bloomlm.training.adamw_8bit import AdamW8bit
-from bloomlm.training.master_adamw import master_adamw
+from bloomlm.training.one_pass_adamw import one_pass_adamw
 from bloomlm.training.optimizer import RowwiseAdamW
-from bloomlm.training.precision import LearnedParameters
+from bloomlm.training.precision import LearnedParameters, Precision
 
 _ROWS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
 """Rows of the embedding that are updated together. On a CPU their gradient stays in the cache; 4,096 rows are whole
@@ -55,6 +55,7 @@ class GatheredUpdate:
         model: the model.
         learned: its parameters that learn.
         optimizer: over learned.optimized.
+        precision: of the run.
         mesh: the ranks, whose gradients are added up.
         gradient_memory: tensors that are not needed any more, for the gradient of the embedding's master.
     """
@@ -66,6 +67,7 @@ class GatheredUpdate:
         model: BloomForCausalLM,
         learned: LearnedParameters,
         optimizer: RowwiseAdamW | AdamW8bit,
+        precision: Precision,
         mesh: Mesh,
         gradient_memory: list[Tensor],
     ) -> None:
@@ -73,7 +75,7 @@ class GatheredUpdate:
         self._optimizer = optimizer
         self._mesh = mesh
         self._memory = gradient_memory
-        self._master_adamw = master_adamw(optimizer, learned.masters)
+        self._one_pass = one_pass_adamw(optimizer, learned.masters, precision.compute_dtype)
         learned.move_gradients()
         embedding = model.transformer.word_embeddings
         self._embedding = learned.masters.get(embedding.weight)
@@ -102,14 +104,14 @@ class GatheredUpdate:
     def finish(self, factor: float) -> None:
         """Update the weights by the gradients times a factor."""
         self._learned.scale_gradients(factor)
-        if self._master_adamw is None:
+        if self._one_pass is None:
             self._optimizer.step()
             self._learned.copy_to_model()
             return
         for group in self._optimizer.param_groups:
             for master in group["params"]:
                 if master.grad is not None:
-                    self._master_adamw.update_rows(group, master, slice(None), master.grad)
+                    self._one_pass.update_rows(group, master, slice(None), master.grad)
                     self._optimizer.state[master]["step"] += 1
 
 
@@ -120,12 +122,17 @@ class FusedUpdate:
         model: all of its parameters learn.
         learned: its parameters.
         optimizer: over learned.optimized.
+        precision: of the run.
     """
 
     when_skipped: ClassVar[str] = "only the weights whose gradients came before the first such one were updated"
 
     def __init__(
-        self, model: BloomForCausalLM, learned: LearnedParameters, optimizer: RowwiseAdamW | AdamW8bit
+        self,
+        model: BloomForCausalLM,
+        learned: LearnedParameters,
+        optimizer: RowwiseAdamW | AdamW8bit,
+        precision: Precision,
     ) -> None:
         self._learned = learned
         self._optimizer = optimizer
@@ -136,11 +143,13 @@ class FusedUpdate:
         self._embedding = model.transformer.word_embeddings.weight
         self._parts = model.transformer.word_embeddings.collect_gradient()
         self._rows_at_once = _ROWS_AT_ONCE[self._blocked.device.type]
-        self._master_adamw = master_adamw(optimizer, learned.masters)
+        self._one_pass = one_pass_adamw(optimizer, learned.masters, precision.compute_dtype)
         for name, parameter in model.named_parameters():
             if parameter is self._embedding:
                 self._embedding_name = name
             else:
+                if self._one_pass is not None and not learned.masters and hasattr(parameter, "grad_dtype"):
+                    parameter.grad_dtype = None  # PyTorch 2.10 and later: a gradient in bf16 is not copied in fp32
                 parameter.register_post_accumulate_grad_hook(self._hook(name))
 
     def backward(self, loss: Tensor) -> None:
@@ -176,7 +185,7 @@ class FusedUpdate:
             if parameter.grad is None:  # nothing depends on the parameter
                 return
             gradient = parameter.grad
-            in_blocks = self._master_adamw is None and gradient.dtype is not torch.float32
+            in_blocks = self._one_pass is None and gradient.dtype is not torch.float32
             self._update(name, parameter, self._blocks(gradient) if in_blocks else [(slice(None), gradient)])
             parameter.grad = None
 
@@ -191,7 +200,7 @@ class FusedUpdate:
     @torch.no_grad()
     def _update(self, name: str, parameter: Tensor, gradients: Iterable[tuple[slice, Tensor]]) -> None:
         optimized, norms = self._learned.optimized[name], []
-        group, in_one_pass = self._groups[optimized], self._master_adamw
+        group, in_one_pass = self._groups[optimized], self._one_pass
         for rows, part in gradients:
             gradient = part if in_one_pass is not None else part.to(optimized.dtype)
             norms.append(torch.linalg.vector_norm(gradient) if in_one_pass is None else in_one_pass.norm(gradient))

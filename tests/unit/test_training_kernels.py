@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from bloomlm.data.loader import BatchLoader
 from bloomlm.kernels.compiled import load_operators, operators
 from bloomlm.model.remade import gelu
 from bloomlm.training import update
-from bloomlm.training.master_adamw import MasterAdamW, master_adamw
 from bloomlm.training.objectives.cross_entropy import batch_loss
+from bloomlm.training.one_pass_adamw import OnePassAdamW, one_pass_adamw
 from bloomlm.training.optimizer import AdamWConfig, build_optimizer, is_decayed, set_learning_rate
 from bloomlm.training.precision import Precision
 from bloomlm.training.step import step_seed
-from tests.unit.test_fused_update import BF16_O2, assert_same, run, some_trainer
+from tests.unit.test_fused_update import BF16, BF16_O2, assert_same, run, some_trainer
 from tests.unit.test_loop import some_examples, tiny_model
 
 load_operators()
@@ -50,8 +51,8 @@ def gelu_errors(dtype: torch.dtype) -> list[float]:
     return found
 
 
-def adamw_errors(dtype: torch.dtype) -> list[float]:
-    """The largest relative error of weights, masters and moments after three updates with different gradients."""
+def adamw_errors(dtype: torch.dtype, *, has_masters: bool) -> list[float]:
+    """The largest relative error of parameters and moments after three updates with different gradients."""
     found = []
     for size in SIZES:
         generator = torch.Generator().manual_seed(2)
@@ -61,8 +62,8 @@ def adamw_errors(dtype: torch.dtype) -> list[float]:
         optimizer = build_optimizer({"some.weight": master}, AdamWConfig(weight_decay=0.1))
         oracle = torch.optim.AdamW([exact], lr=0.01, weight_decay=0.1)
         set_learning_rate(optimizer, 0.01)
-        updates = master_adamw(optimizer, {weight: master})
-        assert isinstance(updates, MasterAdamW)
+        updates = one_pass_adamw(optimizer, {weight: master} if has_masters else {}, torch.bfloat16)
+        assert isinstance(updates, OnePassAdamW)
         for _ in range(3):
             gradient = torch.randn(size, generator=generator).to(dtype)
             found.append(abs(float(updates.norm(gradient) / gradient.double().norm()) - 1))
@@ -71,7 +72,7 @@ def adamw_errors(dtype: torch.dtype) -> list[float]:
             optimizer.state[master]["step"] += 1
             exact.grad = gradient.double()
             oracle.step()
-        assert torch.equal(weight, master.bfloat16())
+        assert torch.equal(weight, master.bfloat16()) is has_masters
         pairs = [(master.detach(), exact.detach())]
         pairs += [(optimizer.state[master][name], oracle.state[exact][name]) for name in ("exp_avg", "exp_avg_sq")]
         found += [float((mine - right).abs().max() / right.abs().max()) for mine, right in pairs]
@@ -82,7 +83,8 @@ def assert_small_errors() -> None:
     assert max(gelu_errors(torch.float32)) < 2e-6
     assert max(gelu_errors(torch.bfloat16)) < 2.0**-8
     for dtype in (torch.float32, torch.bfloat16):
-        assert max(adamw_errors(dtype)) < 1e-6
+        for has_masters in (True, False):
+            assert max(adamw_errors(dtype, has_masters=has_masters)) < 1e-6
 
 
 def test_values_are_those_of_the_definitions() -> None:
@@ -110,7 +112,7 @@ def test_a_nan_stays_one() -> None:
         assert not math.isfinite(loaded.norm(torch.tensor([1.0, number])))
 
 
-@pytest.mark.parametrize("precision", [Precision(), BF16_O2], ids=["fp32", "bf16 O2"])
+@pytest.mark.parametrize("precision", [Precision(), BF16, BF16_O2], ids=["fp32", "bf16 O1", "bf16 O2"])
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_fused_updates_equal_those_after_the_backward_pass(batch_size: int, precision: Precision) -> None:
     fused, separate = (some_trainer(fuses, precision=precision, batch_size=batch_size) for fuses in (True, False))
@@ -118,12 +120,15 @@ def test_fused_updates_equal_those_after_the_backward_pass(batch_size: int, prec
     assert_same(fused, separate)
 
 
+@pytest.mark.parametrize("precision", [BF16, BF16_O2], ids=["bf16 O1", "bf16 O2"])
 @pytest.mark.parametrize("fuses", [True, False])
-def test_a_run_learns_as_with_the_update_of_pytorch(fuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = some_trainer(fuses, precision=BF16_O2)
+def test_a_run_learns_as_with_the_update_of_pytorch(
+    fuses: bool, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = some_trainer(fuses, precision=precision)
     losses = [loss for loss, _ in run(found)]
-    monkeypatch.setattr(update, "master_adamw", lambda optimizer, masters: None)
-    expected = some_trainer(fuses, precision=BF16_O2)
+    monkeypatch.setattr(update, "one_pass_adamw", lambda *_: None)
+    expected = some_trainer(fuses, precision=precision)
     assert losses == pytest.approx([loss for loss, _ in run(expected)], rel=2e-3)
     masters: list[dict[str, Tensor]] = [dict(trainer.learned.optimized) for trainer in (found, expected)]
     for name, master in masters[0].items():
@@ -162,10 +167,28 @@ def test_masters_are_those_of_plain_autograd(fuses: bool, batch_size: int) -> No
         assert (master - masters[name]).abs().mean() < (0.3 if name.endswith("value.bias") else 0.05) * moved, name
 
 
+def test_gradients_of_fp32_weights_reach_the_update_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, dtypes = some_trainer(True, precision=BF16), {}
+    update_rows = OnePassAdamW.update_rows
+
+    def seen(self: OnePassAdamW, group: Any, parameter: nn.Parameter, rows: slice, gradient: Tensor) -> None:
+        dtypes[parameter] = gradient.dtype
+        update_rows(self, group, parameter, rows, gradient)
+
+    monkeypatch.setattr(OnePassAdamW, "update_rows", seen)
+    trainer.run_step()
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    assert dtypes.keys() == names.keys()
+    halves = {names[parameter] for parameter, dtype in dtypes.items() if dtype is torch.bfloat16}
+    linear = {name for name in names.values() if "self_attention" in name or "mlp" in name}
+    assert halves == (linear if hasattr(torch.Tensor, "grad_dtype") else set())
+
+
 def test_what_the_operator_does_not_take() -> None:
     weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
-    master = nn.Parameter(torch.ones(4))
-    assert master_adamw(build_optimizer({"w": master}, AdamWConfig()), {weight: master}) is None
-    other = nn.Parameter(torch.ones(4))
-    halves = {nn.Parameter(torch.ones(4, dtype=torch.bfloat16)): master}
-    assert master_adamw(build_optimizer({"w": master, "o": other}, AdamWConfig()), halves) is None
+    master, other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    one, both = build_optimizer({"w": master}, AdamWConfig()), build_optimizer({"w": master, "o": other}, AdamWConfig())
+    assert one_pass_adamw(one, {weight: master}, torch.bfloat16) is None
+    assert one_pass_adamw(both, {nn.Parameter(torch.ones(4, dtype=torch.bfloat16)): master}, torch.bfloat16) is None
+    assert one_pass_adamw(one, {}, torch.float32) is None
+    assert one_pass_adamw(one, {}, torch.bfloat16) is not None

@@ -1,4 +1,6 @@
-"""AdamW of fp32 masters in one pass, by our operator (kernels/adamw.cpp), for weights in bf16 on a CPU.
+"""AdamW in one pass by our operator (kernels/adamw.cpp), for gradients in bf16 on a CPU.
+
+It updates fp32 weights, or the fp32 masters of weights in bf16.
 
 PyTorch's fused AdamW takes parameters and gradients of one format, so every gradient would be copied in fp32, and every
 master read again to be rounded into its weight, which takes as long again as the update.
@@ -15,13 +17,13 @@ from bloomlm.training.adamw_8bit import AdamW8bit
 from bloomlm.training.optimizer import RowwiseAdamW
 
 
-class MasterAdamW:
-    """Updates masters whose state an optimizer has.
+class OnePassAdamW:
+    """Updates parameters whose state an optimizer has.
 
     Args:
         loaded: the operators.
-        optimizer: over the masters.
-        masters: weight of the model -> its master.
+        optimizer: over all parameters.
+        masters: weight of the model -> its master; empty where the weights themselves are optimized.
     """
 
     def __init__(self, loaded: Operators, optimizer: RowwiseAdamW, masters: Mapping[Tensor, nn.Parameter]) -> None:
@@ -33,23 +35,25 @@ class MasterAdamW:
         return torch.tensor(self._norm(gradient))
 
     @torch.no_grad()
-    def update_rows(self, group: Mapping[str, Any], master: nn.Parameter, rows: slice, gradient: Tensor) -> None:
-        """Update rows of a master and of its weight, but not the count of steps, as RowwiseAdamW.update_rows does.
+    def update_rows(self, group: Mapping[str, Any], parameter: nn.Parameter, rows: slice, gradient: Tensor) -> None:
+        """Update rows of a parameter, and of the weight whose master it is.
+
+        The count of steps stays, as in RowwiseAdamW.update_rows.
 
         Args:
-            group: the master's group of the optimizer.
-            master: one of the group.
+            group: the parameter's group of the optimizer.
+            parameter: one of the group.
             rows: its first dimension; slice(None) is all of it.
             gradient: of these rows, contiguous, in bf16 or fp32.
         """
-        state, (beta1, beta2), learning_rate = self._state[master], group["betas"], group["lr"]
-        steps = float(state["step"]) + 1.0
+        state, (beta1, beta2), learning_rate = self._state[parameter], group["betas"], group["lr"]
+        steps, weight = float(state["step"]) + 1.0, self._weights.get(parameter)
         self._adamw(
             gradient,
-            master[rows],
+            parameter[rows],
             state["exp_avg"][rows],
             state["exp_avg_sq"][rows],
-            self._weights[master][rows],
+            None if weight is None else weight[rows],
             1.0 - learning_rate * group["weight_decay"],
             beta1,
             beta2,
@@ -59,17 +63,20 @@ class MasterAdamW:
         )
 
 
-def master_adamw(optimizer: RowwiseAdamW | AdamW8bit, masters: Mapping[Tensor, nn.Parameter]) -> MasterAdamW | None:
-    """The updates of all that an optimizer updates, if they are masters that the operator takes."""
+def one_pass_adamw(
+    optimizer: RowwiseAdamW | AdamW8bit, masters: Mapping[Tensor, nn.Parameter], compute_dtype: torch.dtype
+) -> OnePassAdamW | None:
+    """The updates of all that an optimizer updates, if products are in bf16 and the operator takes all parameters."""
     loaded = operators()
-    if loaded is None or not isinstance(optimizer, RowwiseAdamW):
+    if loaded is None or not isinstance(optimizer, RowwiseAdamW) or compute_dtype is not torch.bfloat16:
         return None
+    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     takes_all = (
-        len(masters) == sum(len(group["params"]) for group in optimizer.param_groups) > 0
-        and all(_is_taken(weight) and _is_taken(master) for weight, master in masters.items())
+        len(masters) in (0, len(optimized))
+        and all(_is_taken(parameter) for parameter in (*optimized, *masters))
         and all(weight.dtype is torch.bfloat16 for weight in masters)
     )
-    return MasterAdamW(loaded, optimizer, masters) if takes_all else None
+    return OnePassAdamW(loaded, optimizer, masters) if takes_all else None
 
 
 def _is_taken(parameter: Tensor) -> bool:

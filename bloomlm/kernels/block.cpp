@@ -8,7 +8,7 @@
 
 namespace bloomlm {
 
-constexpr int64_t kRowsOfOneThread = 16;  // so many are normed and added in less time than threads need to meet
+constexpr int64_t kNumbersOfOneThread = 16384;  // so many are normed, added or copied in less time than threads need to meet
 
 // Numbers of a tensor in float32 or bfloat16 as floats.
 class Vector {
@@ -27,7 +27,7 @@ struct Norm {
   float epsilon;
 
   void operator()(const float* x, int64_t rows, int64_t size, float* results) const {
-#pragma omp parallel for schedule(static) if (rows > kRowsOfOneThread)
+#pragma omp parallel for schedule(static) if (rows * size > kNumbersOfOneThread)
     for (int64_t row = 0; row < rows; ++row) one(x + row * size, size, results + row * size);
   }
 
@@ -67,6 +67,7 @@ struct Block {
 // Writes the keys and values [B, H, 3, K] of new tokens, and the position columns [B, H, 3, E - K] beside them, into the cache.
 template <class T>
 void write_tokens(const CachedAttention<T>& a, const float* fused, const T* columns, int64_t num_columns) {
+#pragma omp parallel for schedule(static) if (a.tokens * a.heads * a.head_dim > kNumbersOfOneThread)
   for (int64_t token = 0; token < a.tokens; ++token)
     for (int64_t head = 0; head < a.heads; ++head) {
       const int64_t place = a.offset(token, head) + a.slots[token] * a.strides[2], first = 3 * (token * a.heads + head);
@@ -81,7 +82,7 @@ void write_tokens(const CachedAttention<T>& a, const float* fused, const T* colu
 }
 
 inline void add(const float* update, int64_t count, const float* residual, float* results) {
-#pragma omp simd
+#pragma omp parallel for simd schedule(static) if (parallel : count > kNumbersOfOneThread)
   for (int64_t i = 0; i < count; ++i) results[i] = residual[i] + update[i];
 }
 

@@ -57,7 +57,9 @@ def test_pieces_of_texts_join_to_the_cut_text(text: str, stops: list[str]) -> No
 def test_pieces_of_any_ids_join_to_the_cut_text(ids: list[int], data: st.DataObject) -> None:
     whole = TOKENIZER.decode(ids)
     parts = st.builds(lambda a, b: whole[min(a, b) : max(a, b)], *[st.integers(0, len(whole))] * 2)
-    stops = data.draw(st.lists(parts.filter(bool), max_size=2)) if whole else []
+    # half a character at the end of ids is U+FFFD in their text, which pieces do not have yet
+    wanted = parts.filter(lambda part: part and "\ufffd" not in part)
+    stops = data.draw(st.lists(wanted, max_size=2)) if whole.replace("\ufffd", "") else []
     ids = ended(ids, stops)
     assert "".join(pieces_of(ids, stops)) == cut(TOKENIZER.decode(ids), stops)
 

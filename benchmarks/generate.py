@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,16 +63,18 @@ class Stepping:
     def read(self, prompts: list[list[int]]) -> None:
         self._model.prefill(prompts, 1)
 
-    def step_seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
+    def steps(self, prompts: list[list[int]], new_tokens: int) -> Iterator[float]:
+        """Seconds of each step after the prompts, which is taken when it is asked for."""
         import torch
 
         batch, logits = self._model.prefill(prompts, new_tokens)
-        times = []
         for _ in range(new_tokens):
             start = time.perf_counter()
             logits = batch.decode_step(torch.as_tensor(logits).argmax(dim=-1))
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+            yield time.perf_counter() - start
+
+    def step_seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
+        return statistics.median(self.steps(prompts, new_tokens))
 
     def logits(self, prompt: list[int], forced: list[int]) -> np.ndarray:
         import torch

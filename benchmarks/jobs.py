@@ -95,6 +95,7 @@ TRAINING = ("transformers", "peft")
 STEP, GPU = "train_step.py --tuning", "--device cuda --batch_size 16 --steps 12 --warm_up 5 --rounds 1"
 IN_BF16 = "--sides bloomlm bloomlm-O1 bloomlm-O2 transformers-O1"
 O1 = (("bloomlm-O1", "transformers-O1"),)
+TURNS = "turns.py --sides"
 GENERATE, SERVE = "generate.py --new_tokens 32 --rounds 2 --sides", "serve.py --rounds 1 --parts"
 F32, INT8, INT4 = ("pt2", "llama.cpp-F32"), ("pt2-int8", "llama.cpp-Q8_0"), ("pt2-int4", "llama.cpp-Q4_0")
 BF16, EAGER_BF16 = ("pt2-bf16", "pt2"), ("eager-bf16", "eager")
@@ -227,6 +228,33 @@ JOBS = (
         f"{GENERATE} pt2,eager,pt2-int8,pt2-int4",
         (EAGER, ("pt2-int8", "pt2"), ("pt2-int4", "pt2"), ("pt2-int4", "pt2-int8")),
         bounds=faster(EAGER, 0.95, 0.95),
+    ),
+    Job(
+        "turns-int8",
+        "turns",
+        "",
+        f"{TURNS} pt2-int8,llama.cpp-Q8_0,openvino-int8",
+        (INT8, OPENVINO_INT8),
+        ("llama_cpp", "openvino"),
+        bounds=(*faster(INT8, 1.1, 1.1), *faster(OPENVINO_INT8, 1.1, 1.1)),
+    ),
+    Job("turns-int4", "turns", "", f"{TURNS} pt2-int4,llama.cpp-Q4_0", (INT4,), ("llama_cpp",), faster(INT4, 1.1, 1.0)),
+    Job(
+        "turns-fp32",
+        "turns",
+        "",
+        f"{TURNS} pt2,eager,llama.cpp-F32",
+        (F32, EAGER),
+        ("llama_cpp",),
+        (*faster(F32, 1.0), *faster(EAGER, 0.95, 0.95)),
+    ),
+    Job(
+        "turns-bf16",
+        "turns",
+        "",
+        f"{TURNS} pt2-bf16,pt2,eager-bf16,eager",
+        (BF16, EAGER_BF16),
+        bounds=(*faster(BF16, 1.7, 1.7), *faster(EAGER_BF16, 1.7, 1.7)),
     ),
     Job("generate-others", "generate", "", f"{GENERATE} transformers,ctranslate2-float32,onnxruntime,pt2 --rounds 1"),
     Job(

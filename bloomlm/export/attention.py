@@ -30,7 +30,7 @@ def slot_attention(
         used: [S] int64, 0 .. S - 1, where S is the largest of slots + 1.
     """
     num_slots, head_dim = used.shape[0], query.shape[2]
-    keys, values = keys.narrow(2, 0, num_slots)[rows], values.narrow(2, 0, num_slots)[rows]
+    keys, values = (part.narrow(2, 0, num_slots)[rows].to(query.dtype) for part in (keys, values))
     distance = used - slots[:, None]  # [B, S]
     bias = slopes[:, None] * distance[:, None].to(slopes.dtype)
     bias = torch.where((distance > 0)[:, None], -torch.inf, bias)
@@ -59,7 +59,7 @@ def padded_attention(
         chunks, chunk_rows, starts, places: see Prefill.
     """
     num_slots, head_dim = used.shape[0], query.shape[2]
-    keys, values = keys.narrow(2, 0, num_slots)[chunk_rows], values.narrow(2, 0, num_slots)[chunk_rows]
+    keys, values = (part.narrow(2, 0, num_slots)[chunk_rows].to(query.dtype) for part in (keys, values))
     queries = query.new_zeros(chunk_rows.shape[0], query.shape[1], places.shape[0], head_dim)
     own_places = slots - starts[chunks]
     queries[chunks, :, own_places] = query

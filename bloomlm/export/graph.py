@@ -130,8 +130,9 @@ class Prefill(Graph):
             starts: [B] int64 slot of each chunk's first token.
             places: [T] int64, 0 .. T - 1, where T is the length of the longest chunk.
             used: [S] int64, 0 .. S - 1.
-            cache: keys of block 0, values of block 0, keys of block 1, ...: [R, H, M, K] fp32 each. The rows hold the
-                virtual and the earlier tokens, and finite numbers behind them; they receive the new tokens.
+            cache: keys of block 0, values of block 0, keys of block 1, ...: [R, H, M, K] each, in the precision that
+                weight_formats.cache_dtype gives. The rows hold the virtual and the earlier tokens, and finite numbers
+                behind them; they receive the new tokens.
             weights: see weight_entries.
         """
         torch._check(used.shape[0] <= cache[0].shape[2])
@@ -142,7 +143,7 @@ class Prefill(Graph):
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = cache[2 * layer], cache[2 * layer + 1]
-            keys[token_rows, :, slots], values[token_rows, :, slots] = key, value
+            keys[token_rows, :, slots], values[token_rows, :, slots] = key.to(keys.dtype), value.to(values.dtype)
             return attention(query, keys, values, weights[SLOPES], token_rows, slots, used)
 
         hidden = self.run(tokens, weights, attend)
@@ -182,7 +183,7 @@ class DecodeStep(Graph):
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             keys, values = cache[2 * layer], cache[2 * layer + 1]
-            keys[rows, :, slots], values[rows, :, slots] = key, value
+            keys[rows, :, slots], values[rows, :, slots] = key.to(keys.dtype), value.to(values.dtype)
             return self.attention(query, keys, values, weights[SLOPES], rows, slots, used)
 
         return self.logits(self.run(tokens, weights, attend), weights)

@@ -166,6 +166,12 @@ def weight_format(quantization: str, dtype: torch.dtype) -> WeightFormat:
     return format_of({"int8": torch.int8, "int4": torch.uint8}.get(quantization, dtype))
 
 
+def cache_dtype(weights: WeightFormat) -> torch.dtype:
+    """The precision of keys and values in a program: bf16 where matrices are in bf16, otherwise fp32."""
+    in_bfloat16 = isinstance(weights, Plain) and weights.dtype is torch.bfloat16
+    return torch.bfloat16 if in_bfloat16 else torch.float32
+
+
 def format_of(dtype: torch.dtype) -> WeightFormat:
     """The format whose stored numbers have a dtype."""
     if dtype is torch.int8:

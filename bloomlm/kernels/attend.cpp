@@ -11,6 +11,7 @@
 #include "attend.h"
 #include "causal.h"
 #include "few_rows.h"
+#include "many_rows.h"
 #include "small_products.h"
 #include "tensors.h"
 
@@ -63,19 +64,30 @@ void attend_one(const CachedAttention<T>& a, int64_t token, int64_t head, std::v
 }
 
 // Products for blocks of kBlock queries and tiles of kBlock slots, transposed as in causal.cpp.
-inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t head, const Kernels& kernels,
-                       std::vector<float>& room) {
+template <class T>
+void attend_run(const CachedAttention<T>& a, const Run& run, int64_t head, const Kernels& kernels, std::vector<float>& room) {
+  constexpr bool kIsFloat = std::is_same_v<T, float>;
   const auto softmax = kLevel >= kAvx512 ? avx512::softmax : avx2::softmax;
   const int64_t k = a.head_dim, stride = a.strides[2], offset = a.offset(run.first, head), tile_size = kBlock * k;
   const int64_t slots = a.slots[run.first] + run.count, tiles = (slots + kBlock - 1) / kBlock;
-  room.resize(std::max<int64_t>(room.size(), (tiles + 3) * tile_size + (tiles + 1) * kBlock * kBlock));
-  float *values = room.data(), *last_keys = values + tiles * tile_size, *query = last_keys + tile_size;
+  room.resize(std::max<int64_t>(room.size(), (2 * tiles + 3) * tile_size + (tiles + 1) * kBlock * kBlock));
+  float *values = room.data(), *keys = values + tiles * tile_size, *wide = keys + tiles * tile_size, *query = wide + tile_size;
   float *result = query + tile_size, *sums = result + tile_size, *scores = sums + kBlock;
-  std::fill_n(values + (tiles - 1) * tile_size, 3 * tile_size, 0.0f);  // the last tiles may have fewer slots
-  for (int64_t tile = 0; tile < slots; tile += kBlock)
-    kernels.turn(a.values + offset + tile * stride, stride, std::min(kBlock, slots - tile), k, values + tile * k, kBlock);
-  for (int64_t slot = slots / kBlock * kBlock; slot < slots; ++slot)
-    std::copy_n(a.keys + offset + slot * stride, k, last_keys + slot % kBlock * k);
+  std::fill_n(values + (tiles - 1) * tile_size, tile_size, 0.0f);  // the last tiles may have fewer slots
+  std::fill_n(keys + (tiles - 1) * tile_size, tile_size, 0.0f);
+  // keys in float32 stay where they are, except those of the last tile
+  for (int64_t slot = kIsFloat ? slots / kBlock * kBlock : 0; slot < slots; ++slot)
+    convert(kernels, a.keys + offset + slot * stride, k, keys + slot * k);
+  for (int64_t tile = 0; tile < slots; tile += kBlock) {
+    const int64_t count = std::min(kBlock, slots - tile);
+    if constexpr (kIsFloat) {
+      kernels.turn(a.values + offset + tile * stride, stride, count, k, values + tile * k, kBlock);
+    } else {
+      for (int64_t slot = 0; slot < count; ++slot)
+        convert(kernels, a.values + offset + (tile + slot) * stride, k, wide + slot * k);
+      kernels.turn(wide, k, count, k, values + tile * k, kBlock);
+    }
+  }
   for (int64_t first = 0; first < run.count; first += kBlock) {
     const int64_t token = run.first + first, count = std::min(kBlock, run.count - first), columns = (count + 15) / 16 * 16;
     const int64_t seen = a.slots[token] + count;
@@ -83,10 +95,11 @@ inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t 
     kernels.turn(a.query_of(token, head), a.query_strides[0], count, k, query, kBlock);
     int64_t rows = 0;
     for (int64_t tile = 0; tile < seen; tile += kBlock) {
-      const bool is_whole = tile + kBlock <= slots;
+      const bool is_in_place = kIsFloat && tile + kBlock <= slots;
       rows = tile + std::min(kBlock, (seen - tile + 15) / 16 * 16);
-      multiply(rows - tile, columns, k, is_whole ? a.keys + offset + tile * stride : last_keys, is_whole ? stride : k, query,
-               kBlock, scores + tile * kBlock, kBlock, false);
+      const float* rows_of_tile = is_in_place ? reinterpret_cast<const float*>(a.keys + offset + tile * stride) : keys + tile * k;
+      multiply(rows - tile, columns, k, rows_of_tile, is_in_place ? stride : k, query, kBlock, scores + tile * kBlock, kBlock,
+               false);
     }
     softmax({scores, 0, rows, a.slots[token], columns, a.factor, a.slopes[head]}, sums);
     for (int64_t tile = 0; tile < seen; tile += kBlock)
@@ -98,10 +111,9 @@ inline void attend_run(const CachedAttention<float>& a, const Run& run, int64_t 
 
 template <class T>
 void attend_all(const CachedAttention<T>& a) {
-  constexpr bool kIsFloat = std::is_same_v<T, float>;
   std::vector<Run> runs = runs_of(a.rows, a.slots, a.tokens, kMostTogether);
   const bool has_runs = static_cast<int64_t>(runs.size()) < a.tokens;  // not so in a decoding step
-  if (has_runs && !(kIsFloat && kLevel != kScalar && has_products<float>())) runs = runs_of(a.rows, a.slots, a.tokens, 1);
+  if (has_runs && !(kLevel != kScalar && has_products<float>())) runs = runs_of(a.rows, a.slots, a.tokens, 1);
   const int64_t num_runs = runs.size();
   const Kernels kernels = kernels_of_level();
 #pragma omp parallel
@@ -112,7 +124,7 @@ void attend_all(const CachedAttention<T>& a) {
     for (int64_t unit = 0; unit < num_runs * a.heads; ++unit) {
       const Run run = runs[unit % num_runs];
       if (run.count == 1) attend_one(a, run.first, unit / num_runs, room);
-      else if constexpr (kIsFloat) attend_run(a, run, unit / num_runs, kernels, room);
+      else attend_run(a, run, unit / num_runs, kernels, room);
     }
   }
 }

@@ -16,6 +16,8 @@ VERSION = 6
 """Programs of version 5 have other groups in int4; in version 4, prefill gives the logits after each prompt only;
 earlier functions take left-padded rows of one length."""
 
+CACHE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Precision of keys and values -> bytes of a number."""
 VIRTUAL = "virtual_tokens"
 """Name of the tensor with the keys and values that a prefix adapter puts before every prompt."""
 
@@ -60,6 +62,8 @@ class Manifest:
     """Default number of tokens to generate."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """pt2: name -> [dtype, shape] of every tensor in the weights file, in the order of the program's inputs."""
+    cache_dtype: str = "float32"
+    """Precision of keys and values: float32, or in pt2 bfloat16."""
     instruction_set: str | None = None
     """pt2: the instruction set that the compiled functions need; None where nothing is compiled."""
     files: Mapping[str, Mapping[str, Any]]
@@ -74,8 +78,8 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of the fp32 keys and values of one token in all blocks."""
-        return 2 * self.n_layer * self.hidden_size * 4
+        """Bytes of the keys and values of one token in all blocks."""
+        return 2 * self.n_layer * self.hidden_size * CACHE_BYTES[self.cache_dtype]
 
     def to_json(self) -> str:
         """The text of the file, which includes a checksum of the values."""
@@ -109,8 +113,8 @@ class Manifest:
         try:
             manifest = cls(**values)
             counts = (manifest.vocab_size, manifest.hidden_size, manifest.n_layer, manifest.n_head)
-            if not all(isinstance(n, int) and n > 0 for n in counts):
-                raise ValueError(f"sizes {counts}")
+            if not all(isinstance(n, int) and n > 0 for n in counts) or manifest.cache_dtype not in CACHE_BYTES:
+                raise ValueError(f"sizes {counts}, keys and values in {manifest.cache_dtype}")
             for entry in manifest.files.values():
                 int(entry["bytes"]), str(entry["sha256"]), str(entry["head_sha256"])
         except (TypeError, ValueError, KeyError, AttributeError) as error:

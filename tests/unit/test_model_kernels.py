@@ -21,6 +21,7 @@ from bloomlm.model.config import BloomConfig
 from bloomlm.model.linear import Linear, linear
 from bloomlm.model.plain_blocks import PlainBlocks
 from bloomlm.model.quantized import quantize_rows
+from tests.unit.test_kernels import LONG_CHUNKS, attention, attention_inputs, selected
 
 load_operators()
 needs_operators = pytest.mark.skipif(operators() is None, reason="there is no C++ compiler, or no AVX2")
@@ -276,3 +277,16 @@ def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compiled, "_compile", refuse)
     assert compiled._library().exists()
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_reads_keys_and_values_of_both_precisions(dtype: torch.dtype) -> None:
+    loaded = operators()
+    assert loaded is not None
+    for given in attention_inputs(*LONG_CHUNKS, 300):
+        query, keys, values, *others = given
+        keys, values = keys.to(dtype), values.to(dtype)
+        found = loaded.attend(*selected(query, keys, values, *others))
+        expected = attention(query, keys.float(), values.float(), *others)
+        torch.testing.assert_close(list(found.double()), expected, rtol=1e-5, atol=1e-6)

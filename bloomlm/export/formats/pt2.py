@@ -19,7 +19,7 @@ from bloomlm.export.calibration import calibrated_tensors, frequent_tokens
 from bloomlm.export.formats.base import ExportFormat, ExportJob
 from bloomlm.export.graph import DecodeStep, Prefill, library_product
 from bloomlm.export.operators import attend_of, compiler_options, product_of
-from bloomlm.export.weight_formats import WeightFormat, weight_format
+from bloomlm.export.weight_formats import WeightFormat, cache_dtype, weight_format
 from bloomlm.export.weights import named_tensors, weight_entries, write_weights
 from bloomlm.model.config import BloomConfig
 from bloomlm.runtime.formats import pt2
@@ -61,7 +61,8 @@ def _write(job: ExportJob, directory: Path) -> Mapping[str, Any]:
         level = pt2.instruction_set()
         compile_functions(traced, directory / pt2.package_file(job.prefix), level, partial(job.on_stage, "compiling"))
     described = {name: [str(entry.dtype).removeprefix("torch."), list(entry.shape)] for name, entry in entries.items()}
-    return {"weights": described, "instruction_set": level}
+    cache = str(cache_dtype(weights)).removeprefix("torch.")
+    return {"weights": described, "cache_dtype": cache, "instruction_set": level}
 
 
 PT2 = ExportFormat(name="pt2", write=_write, calibrates=True)
@@ -89,7 +90,7 @@ def trace_all(
     traced = {}
     with torch.no_grad():
         for name, (module, example) in functions.items():
-            arguments, sizes = example(config)
+            arguments, sizes = example(config, cache_dtype(weights))
             shapes = (*sizes, dict.fromkeys(tensors))
             traced[name] = torch.export.export(module.eval(), (*arguments, dict(tensors)), dynamic_shapes=shapes)
     return traced
@@ -119,26 +120,27 @@ def compile_functions(
     )
 
 
-def _prefill_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _prefill_example(config: BloomConfig, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     tokens, chunks = torch.arange(8), torch.tensor([0] * 5 + [1] * 3)
     slots = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6])
     wanted, rows, starts = torch.tensor([3, 4, 7]), torch.tensor([2, 0]), torch.tensor([0, 4])
     size_n, size_b, size_t, size_s = (Dim(name, min=1, max=_MOST) for name in ("N", "B", "T", "S"))
     size_w = Dim("W", min=0, max=_MOST)
-    cache, cache_sizes = _cache_example(config)
+    cache, cache_sizes = _cache_example(config, dtype)
     arguments = (tokens, chunks, slots, wanted, rows, starts, torch.arange(5), torch.arange(7), cache)
     sizes = [size_n, size_n, size_n, size_w, size_b, size_b, size_t, size_s]
     return arguments, (*({0: size} for size in sizes), cache_sizes)
 
 
-def _decode_example(config: BloomConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _decode_example(config: BloomConfig, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     size_b, size_s = (Dim(name, min=1, max=_MOST) for name in ("B", "S"))
-    cache, cache_sizes = _cache_example(config)
+    cache, cache_sizes = _cache_example(config, dtype)
     arguments = (torch.arange(3), torch.tensor([3, 0, 2]), torch.tensor([5, 3, 4]), torch.arange(6), cache)
     return arguments, ({0: size_b}, {0: size_b}, {0: size_b}, {0: size_s}, cache_sizes)
 
 
-def _cache_example(config: BloomConfig) -> tuple[list[Tensor], list[dict[int, Dim]]]:
-    cache = [torch.zeros(4, config.n_head, 9, config.head_dim) for _ in range(2 * config.n_layer)]
+def _cache_example(config: BloomConfig, dtype: torch.dtype) -> tuple[list[Tensor], list[dict[int, Dim]]]:
+    shape = (4, config.n_head, 9, config.head_dim)
+    cache = [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.n_layer)]
     sizes = {0: Dim("R", min=1, max=_MOST), 2: Dim("M", min=1, max=_MOST)}
     return cache, [sizes] * len(cache)

@@ -81,7 +81,7 @@ class Pt2Model:
             num_heads=manifest.n_head,
             num_slots=manifest.num_virtual_tokens + num_tokens,
             width=manifest.head_dim,
-            dtype=torch.float32,
+            dtype=getattr(torch, manifest.cache_dtype),
             num_virtual=manifest.num_virtual_tokens,
         )
         return Pt2Rows(manifest.format, self._prefill, self._decode_step, memory, self._virtual)

@@ -15,7 +15,7 @@ import statistics
 
 import generate
 import numpy as np
-from common import machine, median, record, run_side, summary
+from common import machine, median, record, run_side, side_parser, summary
 
 STEPS, UNCOUNTED = 5, 2
 """Steps of a turn, and how many of them are not counted."""
@@ -45,14 +45,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser = side_parser(__doc__, ["all"], rounds=3)
     parser.add_argument("--sides", default="pt2,eager,llama.cpp-F32")
-    parser.add_argument("--size", default="560m")
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.side:
         print("\n" + json.dumps(measure(args)))

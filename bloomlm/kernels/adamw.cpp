@@ -26,10 +26,10 @@ double norm(AtenTensorHandle numbers) {
 
 template <class G>
 void adamw(AtenTensorHandle gradient, AtenTensorHandle master, AtenTensorHandle mean, AtenTensorHandle squares,
-           AtenTensorHandle* weight, const AdamW& constants) {
+           AtenTensorHandle weight, const AdamW& constants) {
   const auto run = kLevel >= kAvx512 ? avx512::adamw<G> : kLevel >= kAvx2 ? avx2::adamw<G> : scalar::adamw<G>;
   const Updated<G> all = {data_of<G>(gradient), data_of<float>(master), data_of<float>(mean), data_of<float>(squares),
-                          weight ? data_of<Bfloat16>(*weight) : nullptr};
+                          weight ? data_of<Bfloat16>(weight) : nullptr};
   for_pieces(count_of(gradient), [&](int64_t start, int64_t count) { run(constants, all.at(start), count); });
 }
 

@@ -70,14 +70,16 @@ void attend_run(const CachedAttention<T>& a, const Run& run, int64_t head, const
   const auto softmax = kLevel >= kAvx512 ? avx512::softmax : avx2::softmax;
   const int64_t k = a.head_dim, stride = a.strides[2], offset = a.offset(run.first, head), tile_size = kBlock * k;
   const int64_t slots = a.slots[run.first] + run.count, tiles = (slots + kBlock - 1) / kBlock;
-  room.resize(std::max<int64_t>(room.size(), (2 * tiles + 3) * tile_size + (tiles + 1) * kBlock * kBlock));
-  float *values = room.data(), *keys = values + tiles * tile_size, *wide = keys + tiles * tile_size, *query = wide + tile_size;
-  float *result = query + tile_size, *sums = result + tile_size, *scores = sums + kBlock;
+  // keys in float32 stay where they are, except those of a last tile with fewer slots
+  const int64_t in_place = kIsFloat ? slots / kBlock * kBlock : 0;
+  const int64_t copied_tiles = tiles - in_place / kBlock;
+  room.resize(std::max<int64_t>(room.size(), (tiles + copied_tiles + 3) * tile_size + (tiles + 1) * kBlock * kBlock));
+  float *values = room.data(), *keys = values + tiles * tile_size, *wide = keys + copied_tiles * tile_size;
+  float *query = wide + tile_size, *result = query + tile_size, *sums = result + tile_size, *scores = sums + kBlock;
   std::fill_n(values + (tiles - 1) * tile_size, tile_size, 0.0f);  // the last tiles may have fewer slots
-  std::fill_n(keys + (tiles - 1) * tile_size, tile_size, 0.0f);
-  // keys in float32 stay where they are, except those of the last tile
-  for (int64_t slot = kIsFloat ? slots / kBlock * kBlock : 0; slot < slots; ++slot)
-    convert(kernels, a.keys + offset + slot * stride, k, keys + slot * k);
+  std::fill_n(keys + (slots - in_place) * k, (tiles * kBlock - slots) * k, 0.0f);
+  for (int64_t slot = in_place; slot < slots; ++slot)
+    convert(kernels, a.keys + offset + slot * stride, k, keys + (slot - in_place) * k);
   for (int64_t tile = 0; tile < slots; tile += kBlock) {
     const int64_t count = std::min(kBlock, slots - tile);
     if constexpr (kIsFloat) {
@@ -95,11 +97,11 @@ void attend_run(const CachedAttention<T>& a, const Run& run, int64_t head, const
     kernels.turn(a.query_of(token, head), a.query_strides[0], count, k, query, kBlock);
     int64_t rows = 0;
     for (int64_t tile = 0; tile < seen; tile += kBlock) {
-      const bool is_in_place = kIsFloat && tile + kBlock <= slots;
+      const bool stays = tile < in_place;
       rows = tile + std::min(kBlock, (seen - tile + 15) / 16 * 16);
-      const float* rows_of_tile = is_in_place ? reinterpret_cast<const float*>(a.keys + offset + tile * stride) : keys + tile * k;
-      multiply(rows - tile, columns, k, rows_of_tile, is_in_place ? stride : k, query, kBlock, scores + tile * kBlock, kBlock,
-               false);
+      const void* keys_of_tile = stays ? static_cast<const void*>(a.keys + offset + tile * stride) : keys + (tile - in_place) * k;
+      multiply(rows - tile, columns, k, static_cast<const float*>(keys_of_tile), stays ? stride : k, query, kBlock,
+               scores + tile * kBlock, kBlock, false);
     }
     softmax({scores, 0, rows, a.slots[token], columns, a.factor, a.slopes[head]}, sums);
     for (int64_t tile = 0; tile < seen; tile += kBlock)

@@ -67,16 +67,15 @@ struct Block {
 // Writes the keys and values [B, H, 3, K] of new tokens, and the position columns [B, H, 3, E - K] beside them, into the cache.
 template <class T>
 void write_tokens(const CachedAttention<T>& a, const float* fused, const T* columns, int64_t num_columns) {
+  const Kernels kernels = kernels_of_level();
 #pragma omp parallel for schedule(static) if (a.tokens * a.heads * a.head_dim > kNumbersOfOneThread)
   for (int64_t token = 0; token < a.tokens; ++token)
     for (int64_t head = 0; head < a.heads; ++head) {
       const int64_t place = a.offset(token, head) + a.slots[token] * a.strides[2], first = 3 * (token * a.heads + head);
-      int64_t part = 1;
-      for (T* memory : {a.keys, a.values}) {
-        const float* numbers = fused + (first + part) * a.head_dim;
-        for (int64_t i = 0; i < a.head_dim; ++i) assign(memory[place + i], numbers[i]);
-        std::copy_n(columns + (first + part) * num_columns, num_columns, memory + place + a.head_dim);
-        ++part;
+      for (int64_t part : {1, 2}) {
+        T* slot = (part == 1 ? a.keys : a.values) + place;
+        convert(kernels, fused + (first + part) * a.head_dim, a.head_dim, slot);
+        std::copy_n(columns + (first + part) * num_columns, num_columns, slot + a.head_dim);
       }
     }
 }

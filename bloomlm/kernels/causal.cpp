@@ -263,9 +263,9 @@ void causal_gradient(AtenTensorHandle grad_out, AtenTensorHandle fused, AtenTens
   const int64_t stride = a.num_heads * a.head_dim, virtual_numbers = a.num_virtual * a.head_dim;
   for_all(a, length_of(starts) - 1, [&](auto number, int64_t document, int64_t head, Buffers& buffers) {
     const int64_t start = a.starts[document], offset = start * stride + head * a.head_dim;
-    attend_document_gradient<decltype(number)>(a, grad, document, head, buffers, {gradients + offset, stride}, {results + offset, stride},
-                             sums + head * a.num_tokens + start,
-                             to_virtuals + (document * 2 * a.num_heads + head) * virtual_numbers);
+    attend_document_gradient<decltype(number)>(a, grad, document, head, buffers, {gradients + offset, stride},
+                                               {results + offset, stride}, sums + head * a.num_tokens + start,
+                                               to_virtuals + (document * 2 * a.num_heads + head) * virtual_numbers);
   });
 }
 

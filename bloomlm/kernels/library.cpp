@@ -85,13 +85,12 @@ inline double norm(const Tensor& numbers) {
 
 inline void adamw(const Tensor& gradient, Tensor master, Tensor mean, Tensor squares, std::optional<Tensor> weight,
                   double kept, double beta1, double beta2, double step_size, double inverse_root, double epsilon) {
-  AtenTensorHandle given_weight = weight ? weight->get() : nullptr;
   const auto run = dtype_of(gradient.get()) == aoti_torch_dtype_float32() ? bloomlm::adamw<float> : bloomlm::adamw<Bfloat16>;
   const AdamW constants = {static_cast<float>(kept),         static_cast<float>(1.0 - beta1),
                            static_cast<float>(beta2),        static_cast<float>(1.0 - beta2),
                            static_cast<float>(step_size),    static_cast<float>(inverse_root),
                            static_cast<float>(epsilon)};
-  run(gradient.get(), master.get(), mean.get(), squares.get(), weight ? &given_weight : nullptr, constants);
+  run(gradient.get(), master.get(), mean.get(), squares.get(), weight ? weight->get() : nullptr, constants);
 }
 
 }  // namespace bloomlm::library

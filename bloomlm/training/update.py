@@ -109,10 +109,10 @@ class GatheredUpdate:
             self._learned.copy_to_model()
             return
         for group in self._optimizer.param_groups:
-            for master in group["params"]:
-                if master.grad is not None:
-                    self._one_pass.update_rows(group, master, slice(None), master.grad)
-                    self._optimizer.state[master]["step"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._one_pass.update_rows(group, parameter, slice(None), parameter.grad)
+                    self._optimizer.state[parameter]["step"] += 1
 
 
 class FusedUpdate:
